@@ -1,0 +1,11 @@
+"""Callbacks, one class per file."""
+
+if __name__ != "yolo_lightning.callbacks":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; import it as 'yolo_lightning.callbacks'"
+    )
+
+from yolo_lightning.callbacks.data_report import DataReport
+from yolo_lightning.callbacks.multi_scale import MultiScale
+
+__all__ = ["DataReport", "MultiScale"]

@@ -1,0 +1,250 @@
+"""Generated images of geometric shapes: data that needs no download."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, Image, ImageLabelSource
+from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.wordtree import WordTree
+
+Outline = NDArray[np.float64]
+"""(N, 2), a closed polygon about the origin, within the unit circle."""
+
+MAX_OCCLUSION = 0.2
+_COLOURS = (30, 225)
+_SHIFT = 4  # fractional bits of the coordinates given to the rasteriser
+
+
+def _around(angles: Sequence[float] | NDArray[np.float64], radii: float | Sequence[float] = 1.0) -> Outline:
+    turned = np.deg2rad(np.asarray(angles, dtype=float))
+    return np.stack([np.cos(turned), np.sin(turned)], axis=1) * np.reshape(radii, (-1, 1))
+
+
+def _star(points: int, inner: float) -> Outline:
+    return _around(np.arange(2 * points) * 180 / points, [1.0, inner] * points)
+
+
+def _cross(arm: float, low: float) -> Outline:
+    """Return an upright cross whose beams are 2 * arm wide; the lower one reaches to `low`."""
+    bar = -0.3 if low > 1 else 0.0  # height of the transverse beam
+    half = 0.7 if low > 1 else 1.0
+    corners = [
+        (-arm, -1), (arm, -1), (arm, bar - arm), (half, bar - arm), (half, bar + arm),
+        (arm, bar + arm), (arm, 1), (-arm, 1), (-arm, bar + arm), (-half, bar + arm),
+        (-half, bar - arm), (-arm, bar - arm),
+    ]  # fmt: skip
+    return np.array(corners, dtype=float)
+
+
+_ARC = np.linspace(0, 360, 48, endpoint=False)
+_HALF = np.linspace(0, 180, 25)
+
+
+def _crescent() -> Outline:
+    outer = _around(np.linspace(60, 300, 32))
+    inner = _around(np.linspace(285, 75, 32)) * 0.75 + [0.38, 0.0]
+    return np.concatenate([outer, inner]) + [0.2, 0.0]
+
+
+SHAPES: dict[str, tuple[str, list[Outline]]] = {
+    "right triangle": ("n13880551", [np.array([(-0.6, -0.6), (0.9, -0.6), (-0.6, 0.9)])]),
+    "equilateral triangle": ("n13879947", [_around([90, 210, 330])]),
+    "square": ("n13878634", [_around([45, 135, 225, 315])]),
+    "rhombus": ("n13882961", [_around([0, 90, 180, 270], [1.0, 0.5, 1.0, 0.5])]),
+    "circle": ("n13873502", [_around(_ARC, 0.9)]),
+    "semicircle": ("n13874251", [_around(_HALF) - [0.0, 0.42]]),
+    "pentagram": ("n13882008", [_star(5, 0.382)]),
+    "hexagram": ("n13880811", [_star(6, 0.577)]),
+    "Greek cross": ("n03457578", [_cross(0.3, 1.0)]),
+    "Latin cross": ("n03646695", [_cross(0.2, 1.4)]),
+    "ring": ("n13875392", [_around(_ARC, 0.9), _around(_ARC, 0.5)]),
+    "crescent": ("n13896217", [_crescent()]),
+}
+"""Class name: WordNet 3.0 synset, and its outlines; a point inside two of them lies outside."""
+
+
+@dataclass
+class _Placed:
+    """A shape in an image: class name, coverage uint8 (H, W), box in px."""
+
+    name: str
+    mask: Image
+    box_xyxy_px: NDArray[np.float32]
+
+
+def _texture(
+    rng: np.random.Generator, size: int, base: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Return a surface about a colour, float32 (size, size, 3): blobs, a slope, stripes, grain."""
+    cells = int(rng.integers(2, 7))
+    coarse = rng.normal(0, rng.uniform(4, 28), (cells, cells, 3)).astype(np.float32)
+    image = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(0.08, 0.5)
+    along = np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
+    stripes = np.sin(along * np.float32(2 * np.pi / period)) * rng.uniform(0, 14)
+    grain = rng.standard_normal((size, size), dtype=np.float32) * rng.uniform(1, 7)
+    plane = (stripes + grain + along * rng.uniform(-25, 25)).astype(np.float32)
+    return np.asarray(image + plane[:, :, None] + base.astype(np.float32), dtype=np.float32)
+
+
+def _place(rng: np.random.Generator, name: str, size: int, radius_px: float) -> _Placed:
+    """Draw one shape at a random place and turn, whole inside the image."""
+    stretch = np.diag(np.exp(rng.uniform(-0.1, 0.1, 2)))
+    turn = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    outlines = [outline @ (stretch @ rotation) * radius_px for outline in SHAPES[name][1]]
+    low, high = outlines[0].min(axis=0), outlines[0].max(axis=0)
+    corner = rng.uniform(1, np.maximum(size - 1 - (high - low), 1.001))
+    mask: Image = np.zeros((size, size), dtype=np.uint8)
+    fixed = [
+        np.round((outline - low + corner) * 2**_SHIFT).astype(np.int32) for outline in outlines
+    ]
+    cv2.fillPoly(mask, fixed, 255, lineType=cv2.LINE_AA, shift=_SHIFT)
+    # a pixel's centre has whole coordinates in the rasteriser, its edges lie half a pixel off
+    box = np.concatenate([corner, corner + high - low]) + 0.5
+    return _Placed(name, mask, np.clip(box, 0, size).astype(np.float32))
+
+
+def _covered(placed: list[_Placed], new: _Placed) -> bool:
+    """Tell whether `new` would leave an earlier shape covered by more than 20 %."""
+    union = new.mask > 127
+    for earlier in reversed(placed):
+        own = earlier.mask > 127
+        if (own & union).sum() > MAX_OCCLUSION * own.sum():
+            return True
+        union |= own
+    return False
+
+
+def _draw(rng: np.random.Generator, names: Sequence[str], size: int, radii: tuple[float, float]) -> tuple[Image, list[_Placed]]:
+    """Draw shapes one after the other onto a texture; what would cover others is left out."""
+    image = _texture(rng, size, rng.uniform(*_COLOURS, 3))
+    placed: list[_Placed] = []
+    for name in names:
+        for _ in range(8):
+            radius = size * np.exp(rng.uniform(*np.log(radii)))
+            new = _place(rng, name, size, float(radius))
+            if not _covered(placed, new):
+                break
+        else:
+            continue
+        under = np.array(cv2.mean(image, new.mask)[:3])
+        filling = _texture(rng, size, _contrasting(rng, under))
+        alpha = (new.mask.astype(np.float32) / 255)[:, :, None]
+        image += alpha * (filling - image)
+        placed.append(new)
+    return np.clip(image, 0, 255).astype(np.uint8), placed
+
+
+def _contrasting(
+    rng: np.random.Generator, under: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return a colour that differs from `under` by 50 levels or more in some channel."""
+    while True:
+        colour = rng.uniform(*_COLOURS, 3)
+        if np.abs(colour - under).max() >= 50:
+            return np.asarray(colour)
+
+
+def _checked(classes: Sequence[str] | None) -> list[str]:
+    for name in classes or ():
+        if name not in SHAPES:
+            hint = nearest(name, SHAPES) or f"allowed: {', '.join(SHAPES)}"
+            raise InputError(f"shapes: class {name!r} cannot be drawn; {hint}")
+    return list(classes or SHAPES)
+
+
+class ShapesDetection(DetectionSource):
+    """Images with several shapes and their boxes, drawn when they are read.
+
+    Args:
+        length: number of different images.
+        classes: names of shapes; all by default.
+        objects: fewest and most shapes an image; fewer are drawn where there is no room.
+        radii: smallest and largest radius, relative to the image's side.
+        image_size: side of the images, px.
+        seed: image i is drawn from (seed, i) alone.
+
+    Raises:
+        InputError: an unknown class.
+    """
+
+    def __init__(
+        self,
+        length: int = 8192,
+        classes: list[str] | None = None,
+        objects: tuple[int, int] = (1, 5),
+        radii: tuple[float, float] = (0.09, 0.26),
+        image_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        self.length, self.classes, self.seed = length, _checked(classes), seed
+        self.objects, self.radii, self.image_size = objects, radii, image_size
+        self.faults: list[str] = []
+
+    def bind(self, tree: WordTree) -> None:
+        """Map each shape's synset to its node."""
+        self._nodes = {name: tree.node(SHAPES[name][0], "shapes") for name in self.classes}
+
+    def __len__(self) -> int:
+        """Return the number of different images."""
+        return self.length
+
+    @property
+    def nodes(self) -> Tensor:
+        """int64, sorted: the nodes of the drawn classes."""
+        return torch.tensor(sorted(self._nodes.values()))
+
+    def read(self, index: int) -> DetectionSample:
+        """Draw image `index`."""
+        rng = np.random.default_rng((self.seed, 0, index))
+        count = int(rng.integers(self.objects[0], self.objects[1] + 1))
+        names = [str(name) for name in rng.choice(self.classes, count)]
+        image, placed = _draw(rng, names, self.image_size, self.radii)
+        return DetectionSample(
+            image,
+            np.stack([shape.box_xyxy_px for shape in placed]),
+            np.array([self._nodes[shape.name] for shape in placed], dtype=np.int64),
+            np.zeros(len(placed), dtype=np.bool_),
+        )
+
+
+class ShapesImageLabels(ImageLabelSource):
+    """Images with one shape each and its label, drawn when they are read.
+
+    Args: as for `ShapesDetection`.
+    """
+
+    def __init__(
+        self,
+        length: int = 8192,
+        classes: list[str] | None = None,
+        radii: tuple[float, float] = (0.12, 0.4),
+        image_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        self.length, self.classes, self.seed = length, _checked(classes), seed
+        self.radii, self.image_size = radii, image_size
+        self.faults: list[str] = []
+
+    def bind(self, tree: WordTree) -> None:
+        """Map each shape's synset to its node."""
+        self._nodes = [tree.node(SHAPES[name][0], "shapes") for name in self.classes]
+
+    def __len__(self) -> int:
+        """Return the number of different images."""
+        return self.length
+
+    def read(self, index: int) -> tuple[Image, int]:
+        """Draw image `index`."""
+        rng = np.random.default_rng((self.seed, 1, index))
+        which = index % len(self.classes)
+        image, _ = _draw(rng, [self.classes[which]], self.image_size, self.radii)
+        return image, self._nodes[which]

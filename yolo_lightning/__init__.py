@@ -1,0 +1,39 @@
+"""Train YOLOv2 and YOLO9000 on boxes and image labels together, over a hierarchy of classes.
+
+The public names are imported when they are first used, so that ``import yolo_lightning`` is quick.
+"""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from yolo_lightning.version import __version__
+
+# Set before the libraries that read them are imported: one asks for its newest version on import,
+# the other reports usage. Nothing here uses the network unless asked to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+if TYPE_CHECKING:
+    from yolo_lightning.datamodules.combined import CombinedDataModule
+    from yolo_lightning.detector import DetectorModule
+    from yolo_lightning.wordtree import WordTree
+
+__all__ = ["CombinedDataModule", "DetectorModule", "WordTree", "__version__"]
+
+_HOME = {
+    "CombinedDataModule": "yolo_lightning.datamodules.combined",
+    "DetectorModule": "yolo_lightning.detector",
+    "WordTree": "yolo_lightning.wordtree",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'yolo_lightning' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

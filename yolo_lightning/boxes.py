@@ -1,0 +1,120 @@
+"""Box formats, IoU, letterbox geometry, non-maximum suppression: pure functions on tensors."""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    """Convert (…, 4) from centre and size to corners, in the same unit."""
+    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Convert (…, 4) from corners to centre and size, in the same unit."""
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def pairwise_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
+    """Return IoU (…, N, M) of boxes (…, N, 4) and (…, M, 4) in one unit; empty boxes give 0."""
+    low = torch.maximum(first_xyxy[..., :, None, :2], second_xyxy[..., None, :, :2])
+    high = torch.minimum(first_xyxy[..., :, None, 2:], second_xyxy[..., None, :, 2:])
+    overlap = (high - low).clamp(min=0).prod(dim=-1)
+    union = _area(first_xyxy)[..., :, None] + _area(second_xyxy)[..., None, :] - overlap
+    return torch.where(union > 0, overlap / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
+
+
+def _area(boxes_xyxy: Tensor) -> Tensor:
+    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0).prod(dim=-1)
+
+
+def shape_iou(first_wh: Tensor, second_wh: Tensor) -> Tensor:
+    """Return IoU (N, A) of widths and heights (N, 2) and (A, 2), as if the centres coincided."""
+    overlap = torch.minimum(first_wh[:, None], second_wh[None]).prod(dim=-1)
+    union = first_wh.prod(dim=-1)[:, None] + second_wh.prod(dim=-1)[None] - overlap
+    return overlap / union
+
+
+def letterbox_geometry(
+    size_hw_orig: tuple[int, int], size_hw: tuple[int, int]
+) -> tuple[int, int, float, float]:
+    """Return how an image lies in the network input: new height, new width, top and left margin, px.
+
+    The whole image is scaled to fit, rounded down to whole pixels, and centred; margins may end
+    on a half.
+
+    Args:
+        size_hw_orig: height and width of the image, px.
+        size_hw: height and width of the network input, px.
+
+    Source: the original program's letterbox (integer division towards zero).
+    """
+    height, width = size_hw_orig
+    net_height, net_width = size_hw
+    if net_width / width < net_height / height:
+        new_width, new_height = net_width, max(1, height * net_width // width)
+    else:
+        new_height, new_width = net_height, max(1, width * net_height // height)
+    return new_height, new_width, (net_height - new_height) / 2, (net_width - new_width) / 2
+
+
+def unletterbox(
+    boxes_cxcywh_norm: Tensor, size_hw_orig: tuple[int, int], size_hw: tuple[int, int]
+) -> Tensor:
+    """Map boxes (N, 4) from a letterboxed network input (0…1) to the original image (0…1)."""
+    new_height, new_width, top, left = letterbox_geometry(size_hw_orig, size_hw)
+    net_height, net_width = size_hw
+    offset = boxes_cxcywh_norm.new_tensor([left / net_width, top / net_height, 0.0, 0.0])
+    scale = boxes_cxcywh_norm.new_tensor([net_width / new_width, net_height / new_height] * 2)
+    return (boxes_cxcywh_norm - offset) * scale
+
+
+def batched_nms(
+    boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float = 0.45
+) -> Tensor:
+    """Return the indices kept by greedy non-maximum suppression within each class.
+
+    Exact: a box goes if and only if a kept box of its class with a higher score overlaps it by
+    more than the threshold. Instead of one box at a time, whole rounds are settled: a box whose
+    possible suppressors are all gone is kept, a box under a kept one goes, until nothing changes.
+
+    Args:
+        boxes_xyxy: float (N, 4), any one unit.
+        scores: float (N,).
+        classes: int64 (N,); boxes of different classes never meet.
+        iou_threshold: 0…1.
+
+    Returns:
+        int64 (kept,), by descending score; equal scores by ascending index.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    kept = []
+    for chunk in _by_class(order, classes[order]):
+        kept.append(chunk[_greedy(pairwise_iou(boxes_xyxy[chunk], boxes_xyxy[chunk]), iou_threshold)])
+    found = torch.cat(kept) if kept else order
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    return order[rank[found].sort().values]
+
+
+def _by_class(order: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+    """Split indices into one run per class, keeping their order within each."""
+    if not len(order):
+        return ()
+    by_class = classes.argsort(stable=True)
+    _, counts = torch.unique_consecutive(classes[by_class], return_counts=True)
+    return order[by_class].split(counts.tolist())
+
+
+def _greedy(iou: Tensor, threshold: float) -> Tensor:
+    """Return bool (N,), which boxes of one class survive; rows stand by descending score."""
+    above = (iou > threshold).triu(diagonal=1)  # [i, j]: i outranks j and overlaps it too much
+    kept = ~above.any(dim=0)
+    gone = torch.zeros_like(kept)
+    while True:
+        gone = gone | above[kept].any(dim=0)
+        free = ~(above & ~gone[:, None]).any(dim=0) & ~gone
+        if bool((free == kept).all()):
+            return kept
+        kept = free
