@@ -7,5 +7,6 @@ if __name__ != "yolo_lightning.callbacks":
 
 from yolo_lightning.callbacks.data_report import DataReport
 from yolo_lightning.callbacks.multi_scale import MultiScale
+from yolo_lightning.callbacks.run_record import RunRecord
 
-__all__ = ["DataReport", "MultiScale"]
+__all__ = ["DataReport", "MultiScale", "RunRecord"]

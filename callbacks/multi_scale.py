@@ -53,7 +53,9 @@ class MultiScale(pl.Callback):
         if not sizes or any(size <= 0 or size % 32 for size in sizes):
             raise InputError(f"MultiScale: sizes is {sizes}; allowed: positive multiples of 32")
         if every_n_batches < 1:
-            raise InputError(f"MultiScale: every_n_batches is {every_n_batches}; allowed: 1 or more")
+            raise InputError(
+                f"MultiScale: every_n_batches is {every_n_batches}; allowed: 1 or more"
+            )
         self.sizes, self.every_n_batches, self.seed = sizes, every_n_batches, seed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -157,7 +157,11 @@ class CombinedDataModule(pl.LightningDataModule):
 
         def steps_trained() -> int:
             # `processed` counts batches that were trained, through epochs, resumes, accumulation
-            return trainer.fit_loop.epoch_loop.batch_progress.total.processed if trainer else 0
+            if trainer is None:
+                return 0
+            return int(
+                trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]["processed"]
+            )
 
         order = self.order
         steps = self.steps_per_epoch or order.steps_per_pass
@@ -180,10 +184,14 @@ class CombinedDataModule(pl.LightningDataModule):
     def _evaluation_loader(self, source: DetectionSource | None) -> "ResumableLoader | list[Any]":
         if source is None:
             return []
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         share = max(1, self.batch_sizes[0] // world)
         sampler = EvaluationSampler(len(source), share, rank, world)
-        return ResumableLoader(EvaluationDataset(source, self.image_size), sampler, self.num_workers)
+        return ResumableLoader(
+            EvaluationDataset(source, self.image_size), sampler, self.num_workers
+        )
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -336,9 +344,7 @@ def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def _read_or_next(
-    read: Callable[[int], Read], index: int, size: int, faults: list[str]
-) -> Read:
+def _read_or_next(read: Callable[[int], Read], index: int, size: int, faults: list[str]) -> Read:
     """Return a sample, or the next readable one in its place; says so in `faults`."""
     for offset in range(min(size, _TRIES)):
         try:
@@ -376,5 +382,3 @@ def collate_detection(samples: list[DetectionSample]) -> DetectionBatch:
     ids = torch.zeros(count, dtype=torch.long)
     faults = [fault for sample in samples for fault in sample.faults]
     return DetectionBatch(images, ids, boxes, labels, difficult, sizes, faults=faults)
-
-

@@ -96,8 +96,8 @@ class JointOrder:
 
     def batches_before(self, step: int) -> tuple[int, int]:
         """Return how many detection and classification batches precede a step."""
-        classification = step * self.ratio.numerator // (
-            self.ratio.numerator + self.ratio.denominator
+        classification = (
+            step * self.ratio.numerator // (self.ratio.numerator + self.ratio.denominator)
         )
         return step - classification, classification
 

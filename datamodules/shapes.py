@@ -9,7 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, Image, ImageLabelSource
+from yolo_lightning.datamodules.source import (
+    DetectionSample,
+    DetectionSource,
+    Image,
+    ImageLabelSource,
+)
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.wordtree import WordTree
 
@@ -21,7 +26,9 @@ _COLOURS = (30, 225)
 _SHIFT = 4  # fractional bits of the coordinates given to the rasteriser
 
 
-def _around(angles: Sequence[float] | NDArray[np.float64], radii: float | Sequence[float] = 1.0) -> Outline:
+def _around(
+    angles: Sequence[float] | NDArray[np.float64], radii: float | Sequence[float] = 1.0
+) -> Outline:
     turned = np.deg2rad(np.asarray(angles, dtype=float))
     return np.stack([np.cos(turned), np.sin(turned)], axis=1) * np.reshape(radii, (-1, 1))
 
@@ -78,9 +85,7 @@ class _Placed:
     box_xyxy_px: NDArray[np.float32]
 
 
-def _texture(
-    rng: np.random.Generator, size: int, base: NDArray[np.float64]
-) -> NDArray[np.float32]:
+def _texture(rng: np.random.Generator, size: int, base: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return a surface about a colour, float32 (size, size, 3): blobs, a slope, stripes, grain."""
     cells = int(rng.integers(2, 7))
     coarse = rng.normal(0, rng.uniform(4, 28), (cells, cells, 3)).astype(np.float32)
@@ -123,7 +128,9 @@ def _covered(placed: list[_Placed], new: _Placed) -> bool:
     return False
 
 
-def _draw(rng: np.random.Generator, names: Sequence[str], size: int, radii: tuple[float, float]) -> tuple[Image, list[_Placed]]:
+def _draw(
+    rng: np.random.Generator, names: Sequence[str], size: int, radii: tuple[float, float]
+) -> tuple[Image, list[_Placed]]:
     """Draw shapes one after the other onto a texture; what would cover others is left out."""
     image = _texture(rng, size, rng.uniform(*_COLOURS, 3))
     placed: list[_Placed] = []
@@ -143,9 +150,7 @@ def _draw(rng: np.random.Generator, names: Sequence[str], size: int, radii: tupl
     return np.clip(image, 0, 255).astype(np.uint8), placed
 
 
-def _contrasting(
-    rng: np.random.Generator, under: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _contrasting(rng: np.random.Generator, under: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a colour that differs from `under` by 50 levels or more in some channel."""
     while True:
         colour = rng.uniform(*_COLOURS, 3)

@@ -32,7 +32,9 @@ def letterbox(image: Image, size: int) -> tuple[Image, float, float, float, floa
     if (height, width) != (new_height, new_width):
         shrinks = new_width < width
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        image = np.asarray(cv2.resize(image, (new_width, new_height), interpolation=method), np.uint8)
+        image = np.asarray(
+            cv2.resize(image, (new_width, new_height), interpolation=method), np.uint8
+        )
     if (new_height, new_width) != (size, size):
         canvas = np.full((size, size, 3), GREY, dtype=np.uint8)
         canvas[top : top + new_height, left : left + new_width] = image
@@ -99,7 +101,9 @@ class DetectionAugmentation:
         )
         self._pipeline = A.Compose(
             [A.HorizontalFlip(p=flip), geometry, _Colour(hue, saturation, exposure).transform],
-            bbox_params=A.BboxParams("pascal_voc", ["row"], clip=True, min_visibility=0.2, min_width=1, min_height=1),
+            bbox_params=A.BboxParams(
+                "pascal_voc", ["row"], clip=True, min_visibility=0.2, min_width=1, min_height=1
+            ),
             seed=0,
         )
 
@@ -153,7 +157,9 @@ class ClassificationAugmentation:
             scale, aspect, degrees, flip, colour = self._options
             crop = A.RandomResizedCrop((size, size), scale=(scale, 1.0), ratio=(aspect, 1 / aspect))
             turn = A.Rotate((-degrees, degrees), fill=GREY, p=float(degrees > 0))
-            self._pipelines[size] = A.Compose([turn, crop, A.HorizontalFlip(p=flip), colour], seed=0)
+            self._pipelines[size] = A.Compose(
+                [turn, crop, A.HorizontalFlip(p=flip), colour], seed=0
+            )
         pipeline = self._pipelines[size]
         pipeline.set_random_seed(seed)
         return np.asarray(pipeline(image=image)["image"], dtype=np.uint8)

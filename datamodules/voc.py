@@ -60,7 +60,9 @@ class VOCFolder(DetectionSource):
         found = [self._parse(file, images, tree) for file in files]
         self.annotations = [annotation for annotation in found if annotation is not None]
         if not self.annotations:
-            raise InputError(f"VOC folder: no annotated images in {self.root!r}, split {self.split!r}")
+            raise InputError(
+                f"VOC folder: no annotated images in {self.root!r}, split {self.split!r}"
+            )
         self._nodes = unique_nodes([annotation.labels for annotation in self.annotations])
 
     def _files(self) -> tuple[list[Path], Path | None]:
@@ -99,9 +101,13 @@ class VOCFolder(DetectionSource):
         if image is None:
             self.faults.append(f"{file}: its image is missing, skipped")
             return None
-        width, height = (_integer(document.findtext(f"size/{side}")) for side in ("width", "height"))
+        width, height = (
+            _integer(document.findtext(f"size/{side}")) for side in ("width", "height")
+        )
         if not (width and height):
-            self.faults.append(f"{file}: gives the size as {width} x {height}, the image's own holds")
+            self.faults.append(
+                f"{file}: gives the size as {width} x {height}, the image's own holds"
+            )
         boxes, labels, difficult = [], [], []
         for number, item in enumerate(document.iter("object"), start=1):
             box = _box_of(item)
@@ -171,12 +177,11 @@ def _box_of(item: ET.Element) -> list[float] | None:
     """Return x1, y1, x2, y2 in px; VOC counts pixels from 1 and includes the last one."""
     try:
         x1, y1, x2, y2 = (
-            float(item.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")
+            float(item.findtext(f"bndbox/{side}") or "nan")
+            for side in ("xmin", "ymin", "xmax", "ymax")
         )
     except ValueError:
         return None
     box = [x1 - 1, y1 - 1, x2, y2]
     usable = np.isfinite(box).all() and x2 > x1 and y2 > y1
     return box if usable else None
-
-

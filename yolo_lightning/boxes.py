@@ -91,7 +91,9 @@ def batched_nms(
     order = scores.argsort(descending=True, stable=True)
     kept = []
     for chunk in _by_class(order, classes[order]):
-        kept.append(chunk[_greedy(pairwise_iou(boxes_xyxy[chunk], boxes_xyxy[chunk]), iou_threshold)])
+        kept.append(
+            chunk[_greedy(pairwise_iou(boxes_xyxy[chunk], boxes_xyxy[chunk]), iou_threshold)]
+        )
     found = torch.cat(kept) if kept else order
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
@@ -104,7 +106,7 @@ def _by_class(order: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
         return ()
     by_class = classes.argsort(stable=True)
     _, counts = torch.unique_consecutive(classes[by_class], return_counts=True)
-    return order[by_class].split(counts.tolist())
+    return tuple(torch.split(order[by_class], counts.tolist()))
 
 
 def _greedy(iou: Tensor, threshold: float) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
@@ -13,12 +14,15 @@ from yolo_lightning.darknet19 import TRUNKS
 from yolo_lightning.errors import InputError
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.metrics import BoxAveragePrecision
-from yolo_lightning.schedules import PolynomialDecay, Schedule, StepDecay
+from yolo_lightning.schedules import Schedule
 from yolo_lightning.wordtree import WordTree
 from yolo_lightning.yolov2 import Candidates, YOLOv2, candidates
 
 SCORE_THRESHOLD = 0.005
 """The least score that counts in evaluation, as in the original program."""
+
+BOX_TERMS = ("loss_coord", "loss_prior")
+"""What only images with boxes pay."""
 
 
 @dataclass
@@ -72,7 +76,7 @@ class DetectorModule(pl.LightningModule):
         learning_rate: float = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        schedule: Schedule | StepDecay | PolynomialDecay | None = None,
+        schedule: Schedule | None = None,
         loss: LossSettings | dict[str, Any] | None = None,
         iou_threshold: float = 0.45,
     ) -> None:
@@ -88,9 +92,9 @@ class DetectorModule(pl.LightningModule):
         self.network = YOLOv2(
             TRUNKS[trunk], len(self.tree), anchors, head_channels, passthrough_channels
         )
-        self.optimizer_options = {
-            "lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay
-        }  # fmt: skip
+        # a fifth faster on CPUs
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.schedule = schedule or Schedule()
         # a checkpoint's own values arrive as a mapping
         self.loss = LossSettings(**loss) if isinstance(loss, dict) else loss or LossSettings()
@@ -118,17 +122,23 @@ class DetectorModule(pl.LightningModule):
             logger=False,
         )
 
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
     def setup(self, stage: str) -> None:
         """Learn from the datamodule which nodes training boxes are labelled with."""
-        boxed_nodes = getattr(self.trainer.datamodule, "boxed_nodes", None) if stage == "fit" else None
+        boxed_nodes = getattr(self._datamodule, "boxed_nodes", None) if stage == "fit" else None
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True
             self.supervised.copy_(self.tree.ancestors_or_self(boxed_nodes))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
         # the fused kernel walks 29 million class weights once instead of four times
-        optimizer = torch.optim.SGD(self.parameters(), fused=True, **self.optimizer_options)
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.rate, self.momentum, weight_decay=self.weight_decay, fused=True
+        )
         # a function, not the object: its values stay out of the checkpoint and the recipe's hold
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step))
         return {
@@ -140,11 +150,14 @@ class DetectorModule(pl.LightningModule):
         """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-        rate = self.optimizer_options["lr"]
-        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        scheduler.base_lrs = [self.rate] * len(scheduler.base_lrs)
         for group in scheduler.optimizer.param_groups:
-            group.update(self.optimizer_options, initial_lr=rate)
-            group["lr"] = rate * self.schedule(scheduler.last_epoch)
+            group.update(
+                lr=self.rate * self.schedule(scheduler.last_epoch),
+                initial_lr=self.rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
 
     def training_step(self, batch: DetectionBatch | ClassificationBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of either kind."""
@@ -153,12 +166,12 @@ class DetectorModule(pl.LightningModule):
             output, batch, self.network.anchors_wh_cell, self.tree, self.supervised, self.loss
         )
         loss = torch.stack(list(terms.values())).sum()
-        kind = "det" if isinstance(batch, DetectionBatch) else "cls"
-        self.log(f"train/{kind}_loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        self.log_dict(
-            {f"train/{kind}_{name}": value.detach() for name, value in terms.items()},
-            batch_size=len(batch),
-        )
+        prefix = "train/" if isinstance(batch, DetectionBatch) else "train/cls_"
+        shown = {f"{prefix}loss": loss.detach()}
+        for name, value in terms.items():
+            if prefix == "train/" or name not in BOX_TERMS:
+                shown[prefix + name] = value.detach()
+        self.log_dict(shown, prog_bar=True, batch_size=len(batch))
         self.log("train/image_size", float(batch.images.shape[-1]), batch_size=len(batch))
         return loss
 
@@ -232,7 +245,7 @@ class DetectorModule(pl.LightningModule):
         self._begin_evaluation("test")
 
     def _begin_evaluation(self, stage: str) -> None:
-        source = getattr(self.trainer.datamodule, stage, None)
+        source = getattr(self._datamodule, stage, None)
         nodes = source.nodes if source is not None else self.tree.leaves
         self._evaluated = nodes.to(self.device)
         self.average_precision.reset()
@@ -301,7 +314,8 @@ class DetectorModule(pl.LightningModule):
             own = self.hparams[name]
             if theirs[name] != own:
                 raise InputError(
-                    f"model.{name} differs from the checkpoint's: {_first_difference(own, theirs[name])}"
+                    f"model.{name} differs from the checkpoint's: "
+                    f"{_first_difference(own, theirs[name])}"
                 )
 
 
@@ -313,8 +327,9 @@ def _first_difference(own: list[Any], theirs: list[Any]) -> str:
 
 
 def _unit_range(images: Tensor) -> Tensor:
-    """Return float images in 0…1."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    """Return float images in 0…1, channels last in memory."""
+    unit = images.float() / 255 if images.dtype == torch.uint8 else images
+    return unit.contiguous(memory_format=torch.channels_last)
 
 
 def _original_px(

@@ -111,7 +111,7 @@ def _last_claims(claims: Tensor) -> Tensor:
 
 
 def loss_coord(box_logits: Tensor, found: Assignment, anchors_wh_cell: Tensor) -> Tensor:
-    """Return the squared errors of centre and size at the responsible boxes; small boxes weigh more.
+    """Return the squared errors of centre and size; small boxes weigh more.
 
     Args:
         box_logits: float (B, A, 5, Gh, Gw).
@@ -271,8 +271,7 @@ def classification_loss(
     return {
         "loss_coord": nothing,
         "loss_obj": settings.obj_scale * 0.5 * shortfall.square().sum(),
-        "loss_noobj": settings.noobj_scale
-        * loss_noobj(objectness, ~chosen.view_as(objectness)),
+        "loss_noobj": settings.noobj_scale * loss_noobj(objectness, ~chosen.view_as(objectness)),
         "loss_class": settings.class_scale * tree.path_loss(logits.float(), batch.labels).sum(),
         "loss_prior": nothing,
     }

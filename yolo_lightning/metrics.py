@@ -37,7 +37,7 @@ class BoxAveragePrecision(Metric):
         self.truths.append(torch.zeros(0, _COLUMNS, dtype=torch.float64, device=self.device))
         self.detections.append(torch.zeros(0, _COLUMNS, dtype=torch.float64, device=self.device))
 
-    def update(  # type: ignore[override]
+    def update(
         self,
         image_id: int,
         boxes_xyxy_orig_px: Tensor,
@@ -102,7 +102,9 @@ def average_precision(
     from faster_coco_eval import COCO, COCOeval_faster
 
     classes = sorted({int(label) for label in truths[truths[:, _FLAG] == 0, _LABEL]})
-    images = sorted({int(image) for image in truths[:, _IMAGE]} | {int(i) for i in detections[:, _IMAGE]})
+    images = sorted(
+        {int(image) for image in truths[:, _IMAGE]} | {int(i) for i in detections[:, _IMAGE]}
+    )
     ground_truth = COCO(
         {
             "info": {},

@@ -1,28 +1,28 @@
 """Learning-rate schedules, per optimizer step: a factor on the recipe's rate."""
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
 
 from yolo_lightning.errors import InputError
 
 BURN_IN_POWER = 4
 
 
-@dataclass
 class Schedule:
     """A constant rate after the burn-in.
 
-    Attributes:
+    Args:
         burn_in_steps: the rate rises by a power of 4 over this many steps; 0 for none.
+
+    Raises:
+        InputError: a negative number of steps.
 
     Source: the original program; the paper does not mention a burn-in.
     """
 
-    burn_in_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.burn_in_steps < 0:
-            raise InputError(f"schedule: burn_in_steps is {self.burn_in_steps}; allowed: 0 or more")
+    def __init__(self, burn_in_steps: int = 0) -> None:
+        if burn_in_steps < 0:
+            raise InputError(f"schedule: burn_in_steps is {burn_in_steps}; allowed: 0 or more")
+        self.burn_in_steps = burn_in_steps
 
     def __call__(self, step: int) -> float:
         """Return the factor of optimizer step `step`, counted from 0."""
@@ -35,27 +35,28 @@ class Schedule:
         return 1.0
 
 
-@dataclass
 class StepDecay(Schedule):
     """Multiply the rate at given steps.
 
-    Attributes:
+    Args:
         milestones: optimizer steps, ascending.
         factors: the multiplier at each of them.
+        burn_in_steps: see `Schedule`.
+
+    Raises:
+        InputError: unequally many milestones and factors, or milestones out of order.
 
     Source: YOLO9000, section 3, "Training for detection": a tenth at epochs 60 and 90.
     """
 
-    milestones: list[int] = field(default_factory=list)
-    factors: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.milestones) != len(self.factors) or self.milestones != sorted(self.milestones):
+    def __init__(self, milestones: list[int], factors: list[float], burn_in_steps: int = 0) -> None:
+        super().__init__(burn_in_steps)
+        if len(milestones) != len(factors) or milestones != sorted(milestones):
             raise InputError(
-                f"schedule: milestones {self.milestones} and factors {self.factors} have to be "
-                "equally many, milestones ascending"
+                f"schedule: milestones {milestones} and factors {factors} have to be equally "
+                "many, milestones ascending"
             )
+        self.milestones, self.factors = milestones, factors
 
     def after_burn_in(self, step: int) -> float:
         """Return the product of the factors whose milestones are reached."""
@@ -65,27 +66,28 @@ class StepDecay(Schedule):
         return product
 
 
-@dataclass
 class PolynomialDecay(Schedule):
     """Fall to zero as a power of the remaining share of training.
 
-    Attributes:
+    Args:
         total_steps: optimizer steps of the whole training.
         power: 4 in the paper's classification training.
+        burn_in_steps: see `Schedule`.
+
+    Raises:
+        InputError: no steps, or a negative power.
 
     Source: YOLO9000, section 3, "Training for classification".
     """
 
-    total_steps: int = 0
-    power: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.total_steps < 1 or self.power < 0:
+    def __init__(self, total_steps: int, power: float = 4.0, burn_in_steps: int = 0) -> None:
+        super().__init__(burn_in_steps)
+        if total_steps < 1 or power < 0:
             raise InputError(
-                f"schedule: total_steps is {self.total_steps}, power {self.power}; allowed: "
-                "1 or more steps (such as ${...trainer.max_steps}), power 0 or more"
+                f"schedule: total_steps is {total_steps}, power {power}; allowed: 1 or more "
+                "steps, power 0 or more"
             )
+        self.total_steps, self.power = total_steps, power
 
     def after_burn_in(self, step: int) -> float:
         """Return (1 - step / total_steps) ** power, 0 past the end."""

@@ -66,7 +66,8 @@ class WordTree:
         if row[1] not in self._index:
             hint = nearest(row[1], self._index)
             raise InputError(
-                f"{origin}, row {number + 1}: node {row[0]!r} has the unknown parent {row[1]!r} {hint}"
+                f"{origin}, row {number + 1}: node {row[0]!r} "
+                f"has the unknown parent {row[1]!r} {hint}"
             )
         return self._index[row[1]]
 
@@ -99,7 +100,9 @@ class WordTree:
         return cls(rows, origin=str(path))
 
     @classmethod
-    def of(cls, tree: "str | Path | Sequence[str] | Sequence[Sequence[str]] | WordTree") -> "WordTree":
+    def of(
+        cls, tree: "str | Path | Sequence[str] | Sequence[Sequence[str]] | WordTree"
+    ) -> "WordTree":
         """Return a tree from whatever names one: a path, a list of names, rows, or a tree."""
         if isinstance(tree, WordTree):
             return tree
@@ -107,7 +110,7 @@ class WordTree:
             return cls.read(tree)
         if all(isinstance(item, str) for item in tree):
             return cls.flat(cast(Sequence[str], tree))
-        return cls(cast(Sequence[Sequence[str]], tree))
+        return cls(tree)
 
     def __len__(self) -> int:
         """Return K, the number of nodes."""

@@ -18,7 +18,7 @@ class ClassLogits(Protocol):
         """Return logits (M, K) of chosen boxes; int64 (M,) each, cells numbered row by row."""
 
     def of_nodes(self, nodes: Tensor) -> Tensor:
-        """Return logits (B, A, Gh * Gw, R) of each image's own nodes, int64 (B, R), in every box."""
+        """Return logits (B, A, Gh * Gw, R) of each image's own nodes (B, R) in every box."""
 
 
 @dataclass

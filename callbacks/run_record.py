@@ -1,0 +1,64 @@
+"""What a run needs to be understood, beside its checkpoints and in its MLflow run."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from yolo_lightning.tracking import RunLogger
+
+RUN_ID_FILE = "mlflow_run_id"
+
+
+class RunRecord(pl.Callback):
+    """Save the recipe as written and as resolved, and log both with the best checkpoint.
+
+    Args:
+        folder: the run's own folder.
+        written: the recipe files, byte for byte, and the command line: name and text each.
+        resolved: every value that holds, nested.
+    """
+
+    def __init__(self, folder: Path, written: dict[str, str], resolved: dict[str, Any]) -> None:
+        self.folder, self.written, self.resolved = folder, written, resolved
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the files and the parameters, on rank 0."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resumed = (self.folder / "resolved.yaml").exists()
+        # the copies of a resumed run stand beside the first ones
+        prefix = f"resumed-{_next_number(self.folder)}-" if resumed else ""
+        for name, text in self.written.items():
+            (self.folder / f"{prefix}{name}").write_text(text, encoding="utf-8")
+        resolved = self.folder / f"{prefix}resolved.yaml"
+        resolved.write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
+        logger = trainer.logger
+        if not isinstance(logger, RunLogger):
+            return
+        run_file = self.folder / RUN_ID_FILE
+        if run_file.is_file():
+            logger.resume(run_file.read_text(encoding="utf-8").strip())
+        else:
+            logger.log_hyperparams(self.resolved)
+            run_file.write_text(str(logger.run_id), encoding="utf-8")
+        logger.experiment.log_artifact(logger.run_id, str(resolved), "recipe")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the best checkpoint."""
+        logger = trainer.logger
+        best = [
+            c.best_model_path
+            for c in trainer.checkpoint_callbacks
+            if isinstance(c, ModelCheckpoint)
+        ]
+        if trainer.is_global_zero and isinstance(logger, RunLogger):
+            for path in filter(None, best):
+                logger.experiment.log_artifact(logger.run_id, path, "checkpoints")
+
+
+def _next_number(folder: Path) -> int:
+    return 1 + len(list(folder.glob("resumed-*-resolved.yaml")))

@@ -1,0 +1,87 @@
+"""Fixtures that several test files share."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+REPO = Path(__file__).parent.parent
+SHARED_DATA = REPO.parent / "shared" / "data"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every connection that would leave this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else "127.0.0.1"
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of its own, with the recipes at hand as a user has them."""
+    (tmp_path / "recipes").symlink_to(REPO / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The developers' real datasets."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real datasets are not on this machine")
+    return SHARED_DATA
+
+
+def write_image(path: Path, width: int = 64, height: int = 48, value: int = 120) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((height, width, 3), value, dtype=np.uint8))
+    return path
+
+
+Box = tuple[str, float, float, float, float]
+
+
+@pytest.fixture
+def write_voc() -> Callable[..., Path]:
+    """Write an XML file and its image."""
+
+    def write(
+        folder: Path,
+        name: str,
+        boxes: list[Box],
+        size: tuple[int, int] = (64, 48),
+        stated: tuple[int, int] | None = None,
+        difficult: int = 0,
+        images: str = "",
+    ) -> Path:
+        write_image(folder / images / f"{name}.jpg", *size)
+        width, height = stated or size
+        objects = "".join(
+            f"<object><name>{label}</name><difficult>{difficult}</difficult><bndbox>"
+            f"<xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+            for label, x1, y1, x2, y2 in boxes
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.xml"
+        file.write_text(
+            f"<annotation><filename>{name}.jpg</filename><size><width>{width}</width>"
+            f"<height>{height}</height></size>{objects}</annotation>"
+        )
+        return file
+
+    return write

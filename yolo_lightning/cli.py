@@ -1,0 +1,247 @@
+"""`fit`, `validate` and `test`: Lightning's CLI over recipes, with our precedence and copies."""
+
+import logging
+import re
+import shlex
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+from yolo_lightning.callbacks import DataReport, RunRecord
+from yolo_lightning.errors import InputError
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+
+
+class RecipeParser(LightningArgumentParser):
+    """A parser that raises one clear message instead of printing its usage and leaving."""
+
+    recipes: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raise the message with the recipe's name in front.
+
+        Raises:
+            InputError: always.
+        """
+        where = f"{', '.join(self.recipes)}: " if self.recipes else ""
+        raise InputError(where + _readable(message)) from None
+
+
+def _readable(message: str) -> str:
+    """Drop what the parser says about its own insides."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return re.sub(r"^Parser key ", "", "\n  ".join(lines))
+
+
+class RecipeCLI(LightningCLI):
+    """Lightning's CLI with values from the command line, then the recipe, then the checkpoint.
+
+    Args:
+        args: the command line, subcommand first.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.command_line = list(args)
+        self.run_folder: Path | None = None
+        RecipeParser.recipes = _config_files(args)
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False},
+            # relative references are resolved after the command line's values are in
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_class=RecipeParser,
+            args=list(args),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Leave out the options that would load arbitrary objects from a checkpoint."""
+        skipped = {"weights_only"}
+        return {
+            name: options | skipped
+            for name, options in LightningCLI.subcommands().items()
+            if name != "predict"
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; where a checkpoint is named, parse again above what it holds."""
+        self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand != "fit" and not config.ckpt_path:
+            config.ckpt_path = str(_newest_checkpoint(_root(config, RecipeParser.recipes)))
+            print(f"checkpoint: {config.ckpt_path}")
+        path = config.ckpt_path
+        if not path:
+            return
+        if not Path(path).is_file():
+            raise InputError(f"--ckpt_path {path!r}: no such file")
+        with tempfile.TemporaryDirectory() as folder:
+            held = Path(folder) / "checkpoint.yaml"
+            held.write_text(yaml.safe_dump({"model": _held_by(path, config)}))
+            below = [args[0], "--config", str(held), *args[1:]]
+            self.config = parser.parse_args(below)
+        self.config[self.config.subcommand].ckpt_path = path
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would let the checkpoint override the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's own folder; checkpoints go there unless the recipe says where."""
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand != "fit":
+            return
+        self.run_folder = _run_folder(_root(config, RecipeParser.recipes), config.ckpt_path)
+        config.trainer.default_root_dir = str(self.run_folder)
+        callbacks = config.trainer.callbacks or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            options = callback.get("init_args")
+            if callback.class_path.endswith("ModelCheckpoint") and options.get("dirpath") is None:
+                options["dirpath"] = str(self.run_folder / "checkpoints")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add the callbacks that no recipe has to name."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(DataReport())  # type: ignore[attr-defined]
+        if self.run_folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            written = {
+                f"recipe{'' if k == 0 else f'-{k + 1}'}.yaml": Path(file).read_text()
+                for k, file in enumerate(RecipeParser.recipes)
+            }
+            written["command.txt"] = shlex.join(["yolo-lightning", *self.command_line]) + "\n"
+            record = RunRecord(self.run_folder, written, self._resolved())
+            trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
+        # Lightning wants checkpoint callbacks last
+        trainer.callbacks.sort(key=lambda c: isinstance(c, ModelCheckpoint))  # type: ignore[attr-defined]
+        return trainer
+
+    def _resolved(self) -> dict[str, Any]:
+        parser = self._parser(self.config.subcommand)
+        config: Namespace = self.config[self.config.subcommand].clone()
+        config.pop("config", None)
+        return dict(yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True)))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def after_fit(self) -> None:
+        """Assert that training went as far as the recipe says.
+
+        Raises:
+            RuntimeError: it ended early without a reason.
+        """
+        trainer = self.trainer
+        limits = []
+        if trainer.max_steps > 0:
+            limits.append(trainer.max_steps)
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            batches = trainer.max_epochs * int(trainer.num_training_batches)
+            limits.append(-(-batches // trainer.accumulate_grad_batches))
+        finished = not limits or trainer.global_step >= min(limits)
+        if not finished and not trainer.should_stop and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"training ended at step {trainer.global_step} of {min(limits)} without a reason"
+            )
+        if trainer.is_global_zero:
+            print(f"run folder: {self.run_folder}")
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    """Return the recipes that a command line names, refusing those that are missing."""
+    files = []
+    for k, arg in enumerate(args):
+        if arg in ("--config", "-c") and k + 1 < len(args):
+            files.append(args[k + 1])
+        elif arg.startswith("--config="):
+            files.append(arg.removeprefix("--config="))
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"recipe {file!r} not found (working folder: {Path.cwd()})")
+    return files
+
+
+def _held_by(path: str, config: Namespace) -> dict[str, Any]:
+    """Return the model that a checkpoint describes, as a recipe would."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        values = checkpoint["hyper_parameters"]
+    except Exception as error:
+        raise InputError(f"{path}: not a checkpoint of this program ({error})") from None
+    class_path = config.model.class_path if "model" in config else "yolo_lightning.DetectorModule"
+    return {"class_path": class_path, "init_args": dict(values)}
+
+
+def _root(config: Namespace, recipes: Sequence[str]) -> Path:
+    """Return the folder that holds the runs of a recipe."""
+    name = Path(recipes[-1]).stem if recipes else "run"
+    return Path(config.trainer.default_root_dir or f"outputs/{name}")
+
+
+def _run_folder(root: Path, ckpt_path: str | None) -> Path:
+    """Return the folder of the run that is resumed, else a fresh one."""
+    if ckpt_path and (Path(ckpt_path).parent.parent / "resolved.yaml").is_file():
+        return Path(ckpt_path).parent.parent
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder, number = root / stamp, 1
+    if _rank() == 0:
+        while folder.exists():
+            number += 1
+            folder = root / f"{stamp}-{number}"
+        folder.mkdir(parents=True)
+    return folder
+
+
+def _newest_checkpoint(root: Path) -> Path:
+    """Return the best checkpoint of the newest run.
+
+    Raises:
+        InputError: no run holds one.
+    """
+    for name in (BEST, LAST):
+        found = sorted(root.glob(f"*/checkpoints/{name}"), key=lambda p: p.stat().st_mtime)
+        if found:
+            return found[-1]
+    raise InputError(
+        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; train first"
+    )
+
+
+def _rank() -> int:
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
+
+
+def quiet() -> None:
+    """Silence what libraries say about themselves."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    for name in ("mlflow", "alembic", "alembic.runtime.migration", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    tip = logging.Filter()
+    tip.filter = lambda record: "litlogger" not in record.getMessage()  # type: ignore[method-assign]
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(tip)
+
+
+def main(args: Sequence[str]) -> RecipeCLI:
+    """Run `fit`, `validate` or `test`."""
+    quiet()
+    return RecipeCLI(args)

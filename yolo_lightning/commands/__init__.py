@@ -1,0 +1,1 @@
+"""The tools beside `fit`, `validate` and `test`; one file each."""

@@ -1,0 +1,58 @@
+"""Experiment tracking: one training is one MLflow run in an embedded SQLite store."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import MLFlowLogger
+
+DEFAULT_STORE = "sqlite:///mlflow.db"
+
+
+class RunLogger(MLFlowLogger):
+    """Lightning's MLflow logger on a store that several trainings can open at once.
+
+    Args:
+        experiment_name: under which runs are listed together.
+        tracking_uri: the environment's ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` in
+            the working folder.
+        run_name: chosen by MLflow where None.
+        run_id: the run to go on with; a new one where None.
+        tags: of the run.
+
+    Deviation from Lightning's: its default store is one that MLflow 3.17 refuses, and two
+    processes that create one SQLite file at the same moment fail in its migration.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str = "yolo-lightning",
+        tracking_uri: str | None = None,
+        run_name: str | None = None,
+        run_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+    ) -> None:
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+        self.store = uri
+        with _creation_lock(uri):
+            super().__init__(experiment_name, run_name, uri, tags=tags, run_id=run_id)
+
+    def resume(self, run_id: str) -> None:
+        """Go on with an earlier run instead of opening a new one."""
+        self._run_id = run_id
+
+
+@contextlib.contextmanager
+def _creation_lock(uri: str) -> Iterator[None]:
+    """Let one process at a time create and migrate a SQLite store."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
