@@ -30,7 +30,8 @@ def _around(
     angles: Sequence[float] | NDArray[np.float64], radii: float | Sequence[float] = 1.0
 ) -> Outline:
     turned = np.deg2rad(np.asarray(angles, dtype=float))
-    return np.stack([np.cos(turned), np.sin(turned)], axis=1) * np.reshape(radii, (-1, 1))
+    circle: Outline = np.stack([np.cos(turned), np.sin(turned)], axis=1)
+    return circle * np.reshape(np.asarray(radii, dtype=float), (-1, 1))
 
 
 def _star(points: int, inner: float) -> Outline:

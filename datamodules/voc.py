@@ -78,7 +78,8 @@ class VOCFolder(DetectionSource):
                 choices = sorted(f.stem for f in sets.glob("*.txt")) if sets.is_dir() else []
                 choices += sorted(f.name for f in root.iterdir() if f.is_dir())
                 raise InputError(
-                    f"VOC folder {self.root!r}: no split {self.split!r}; found: {', '.join(choices)}"
+                    f"VOC folder {self.root!r}: no split {self.split!r}; "
+                    f"found: {', '.join(choices)}"
                 )
             root = root / self.split
         xml_folder = next((root / n for n in _ANNOTATION_FOLDERS if (root / n).is_dir()), root)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.test_golden import detection_batch
 from tests.test_wordtree import trees
-from yolo_lightning.batches import ClassificationBatch
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.darknet19 import SMALL
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
 from yolo_lightning.wordtree import WordTree
@@ -208,14 +208,14 @@ def test_every_step_touches_every_parameter(kind, objectness_rule):
     network = YOLOv2(SMALL, 2, ANCHORS, head_channels=8, passthrough_channels=4)
     output = network(torch.rand(2, 3, 32, 32))
     boxes = torch.rand(2, 3, 4) * 0.5 + 0.2
-    batch = {
+    batches: dict[str, DetectionBatch | ClassificationBatch] = {
         "objects": detection_batch(boxes, torch.tensor([[0, 1, -1], [-1, -1, -1]])),
         "no objects": detection_batch(boxes, torch.full((2, 3), -1)),
         "classification": labelled(2, [0, 1]),
-    }[kind]
+    }
     options = LossSettings(objectness_rule=objectness_rule)
     supervised = torch.ones(2, dtype=torch.bool)
-    terms = yolo9000_loss(output, batch, ANCHORS, TREE, supervised, options)
+    terms = yolo9000_loss(output, batches[kind], ANCHORS, TREE, supervised, options)
     torch.stack(list(terms.values())).sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name

@@ -39,7 +39,7 @@ def shape_iou(first_wh: Tensor, second_wh: Tensor) -> Tensor:
 def letterbox_geometry(
     size_hw_orig: tuple[int, int], size_hw: tuple[int, int]
 ) -> tuple[int, int, float, float]:
-    """Return how an image lies in the network input: new height, new width, top and left margin, px.
+    """Return new height, new width, top and left margin of an image in the network input, px.
 
     The whole image is scaled to fit, rounded down to whole pixels, and centred; margins may end
     on a half.

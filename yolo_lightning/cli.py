@@ -29,7 +29,7 @@ class RecipeParser(LightningArgumentParser):
 
     recipes: Sequence[str] = ()
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise the message with the recipe's name in front.
 
         Raises:
@@ -220,7 +220,8 @@ def _newest_checkpoint(root: Path) -> Path:
         if found:
             return found[-1]
     raise InputError(
-        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; train first"
+        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; "
+        "train first"
     )
 
 

@@ -111,7 +111,7 @@ def table(joint: Outcome, alone: Outcome, unboxed: Sequence[str]) -> str:
     lines = [
         f"{'AP50 on the test images':<34}{'joint':>8}{'boxes only':>12}",
         f"{'classes that had boxes':<34}{joint.boxed_ap50:>8.3f}{alone.boxed_ap50:>12.3f}",
-        f"{'classes that never had a box':<34}{joint.unboxed_ap50:>8.3f}{alone.unboxed_ap50:>12.3f}",
+        f"{'classes without boxes':<34}{joint.unboxed_ap50:>8.3f}{alone.unboxed_ap50:>12.3f}",
         "",
     ]
     for name in sorted(joint.per_class, key=lambda name: (name in unboxed, name)):
@@ -127,7 +127,7 @@ def table(joint: Outcome, alone: Outcome, unboxed: Sequence[str]) -> str:
 
 
 def run_folder(output: Path) -> Path:
-    """Return a fresh folder for this comparison: run-001, run-002 …"""
+    """Return a fresh folder for this comparison: run-001, run-002 and so on."""
     number = 1
     while (output / f"run-{number:03}").exists():
         number += 1
