@@ -40,9 +40,7 @@ class RunRecord(pl.Callback):
         if not isinstance(logger, RunLogger):
             return
         run_file = self.folder / RUN_ID_FILE
-        if run_file.is_file():
-            logger.resume(run_file.read_text(encoding="utf-8").strip())
-        else:
+        if not run_file.is_file():
             logger.log_hyperparams(self.resolved)
             run_file.write_text(str(logger.run_id), encoding="utf-8")
         logger.experiment.log_artifact(logger.run_id, str(resolved), "recipe")

@@ -22,6 +22,7 @@ Outline = NDArray[np.float64]
 """(N, 2), a closed polygon about the origin, within the unit circle."""
 
 MAX_OCCLUSION = 0.2
+MAX_TURN_DEGREES = 25.0
 _COLOURS = (30, 225)
 _SHIFT = 4  # fractional bits of the coordinates given to the rasteriser
 
@@ -35,7 +36,7 @@ def _around(
 
 
 def _star(points: int, inner: float) -> Outline:
-    return _around(np.arange(2 * points) * 180 / points, [1.0, inner] * points)
+    return _around(np.arange(2 * points) * 180 / points - 90, [1.0, inner] * points)
 
 
 def _cross(arm: float, low: float) -> Outline:
@@ -61,12 +62,12 @@ def _crescent() -> Outline:
 
 
 SHAPES: dict[str, tuple[str, list[Outline]]] = {
-    "right triangle": ("n13880551", [np.array([(-0.6, -0.6), (0.9, -0.6), (-0.6, 0.9)])]),
-    "equilateral triangle": ("n13879947", [_around([90, 210, 330])]),
+    "right triangle": ("n13880551", [np.array([(-0.5, -0.9), (0.6, 0.7), (-0.5, 0.7)])]),
+    "equilateral triangle": ("n13879947", [_around([-90, 30, 150])]),
     "square": ("n13878634", [_around([45, 135, 225, 315])]),
-    "rhombus": ("n13882961", [_around([0, 90, 180, 270], [1.0, 0.5, 1.0, 0.5])]),
+    "rhombus": ("n13882961", [_around([0, 90, 180, 270], [0.5, 1.0, 0.5, 1.0])]),
     "circle": ("n13873502", [_around(_ARC, 0.9)]),
-    "semicircle": ("n13874251", [_around(_HALF) - [0.0, 0.42]]),
+    "semicircle": ("n13874251", [_around(_HALF + 180) + [0.0, 0.42]]),
     "pentagram": ("n13882008", [_star(5, 0.382)]),
     "hexagram": ("n13880811", [_star(6, 0.577)]),
     "Greek cross": ("n03457578", [_cross(0.3, 1.0)]),
@@ -101,9 +102,9 @@ def _texture(rng: np.random.Generator, size: int, base: NDArray[np.float64]) -> 
 
 
 def _place(rng: np.random.Generator, name: str, size: int, radius_px: float) -> _Placed:
-    """Draw one shape at a random place and turn, whole inside the image."""
+    """Draw one shape at a random place, turned a little, whole inside the image."""
     stretch = np.diag(np.exp(rng.uniform(-0.1, 0.1, 2)))
-    turn = rng.uniform(0, 2 * np.pi)
+    turn = np.deg2rad(rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES))
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     outlines = [outline @ (stretch @ rotation) * radius_px for outline in SHAPES[name][1]]
     low, high = outlines[0].min(axis=0), outlines[0].max(axis=0)
@@ -186,8 +187,8 @@ class ShapesDetection(DetectionSource):
         self,
         length: int = 8192,
         classes: list[str] | None = None,
-        objects: tuple[int, int] = (1, 5),
-        radii: tuple[float, float] = (0.09, 0.26),
+        objects: tuple[int, int] = (1, 4),
+        radii: tuple[float, float] = (0.13, 0.28),
         image_size: int = 128,
         seed: int = 0,
     ) -> None:
@@ -232,7 +233,7 @@ class ShapesImageLabels(ImageLabelSource):
         self,
         length: int = 8192,
         classes: list[str] | None = None,
-        radii: tuple[float, float] = (0.12, 0.4),
+        radii: tuple[float, float] = (0.13, 0.36),
         image_size: int = 128,
         seed: int = 0,
     ) -> None:

@@ -19,7 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from yolo_lightning.callbacks import DataReport, RunRecord
+from yolo_lightning.callbacks.run_record import RUN_ID_FILE
 from yolo_lightning.errors import InputError
+from yolo_lightning.tracking import RunLogger
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
@@ -55,6 +57,7 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.command_line = list(args)
         self.run_folder: Path | None = None
+        self.tracked_run: str | None = None
         RecipeParser.recipes = _config_files(args)
         super().__init__(
             pl.LightningModule,
@@ -107,20 +110,39 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's own folder; checkpoints go there unless the recipe says where."""
         config = self.config[self.config.subcommand]
-        if self.config.subcommand != "fit":
-            return
-        self.run_folder = _run_folder(_root(config, RecipeParser.recipes), config.ckpt_path)
-        config.trainer.default_root_dir = str(self.run_folder)
+        if self.config.subcommand == "fit":
+            self.run_folder = _run_folder(_root(config, RecipeParser.recipes), config.ckpt_path)
+            config.trainer.default_root_dir = str(self.run_folder)
+            checkpoints = str(self.run_folder / "checkpoints")
+        else:
+            checkpoints = str(Path(config.ckpt_path).parent)
+        # one training is one MLflow run: resuming goes on with it, figures of a checkpoint join it
+        self.tracked_run = _run_id_beside(checkpoints)
+        if self.config.subcommand != "fit" and self.tracked_run is None:
+            config.trainer.logger = False
         callbacks = config.trainer.callbacks or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             options = callback.get("init_args")
             if callback.class_path.endswith("ModelCheckpoint") and options.get("dirpath") is None:
-                options["dirpath"] = str(self.run_folder / "checkpoints")
+                options["dirpath"] = checkpoints
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a component says about its values is not wrapped in more words.
+
+        Raises:
+            InputError: a component refuses a value.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            raise _input_error_behind(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the callbacks that no recipe has to name."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(DataReport())  # type: ignore[attr-defined]
+        if self.tracked_run is not None and isinstance(trainer.logger, RunLogger):
+            trainer.logger.resume(self.tracked_run)
         if self.run_folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             written = {
                 f"recipe{'' if k == 0 else f'-{k + 1}'}.yaml": Path(file).read_text()
@@ -162,6 +184,13 @@ class RecipeCLI(LightningCLI):
             )
         if trainer.is_global_zero:
             print(f"run folder: {self.run_folder}")
+
+
+def _input_error_behind(error: BaseException | None) -> InputError | None:
+    """Return the message of ours that the parser has wrapped."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _config_files(args: Sequence[str]) -> list[str]:
@@ -209,6 +238,11 @@ def _run_folder(root: Path, ckpt_path: str | None) -> Path:
     return folder
 
 
+def _run_id_beside(checkpoints: str) -> str | None:
+    file = Path(checkpoints).parent / RUN_ID_FILE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
 def _newest_checkpoint(root: Path) -> Path:
     """Return the best checkpoint of the newest run.
 
@@ -234,10 +268,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*skip_none parameter was deprecated.*")
+    warnings.filterwarnings("ignore", message=".*instantiate_classes.* was deprecated.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need.*")
     for name in ("mlflow", "alembic", "alembic.runtime.migration", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     tip = logging.Filter()
-    tip.filter = lambda record: "litlogger" not in record.getMessage()  # type: ignore[method-assign]
+    tip.filter = lambda record: "💡 Tip" not in record.getMessage()  # type: ignore[method-assign]
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(tip)
 

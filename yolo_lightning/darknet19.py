@@ -22,8 +22,8 @@ DARKNET19: tuple[Layer, ...] = (
 SMALL: tuple[Layer, ...] = (
     (16, 3), "pool",
     (32, 3), "pool",
-    (64, 3), (32, 1), (64, 3), "pool",
-    (128, 3), (64, 1), (128, 3), "tap", "pool",
+    (64, 3), "pool",
+    (128, 3), "tap", "pool",
     (256, 3), (128, 1), (256, 3),
 )  # fmt: skip
 """Our own, for CPUs and small images: Darknet-19's pattern with one level less, stride 16."""

@@ -77,7 +77,7 @@ class DetectorModule(pl.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         schedule: Schedule | None = None,
-        loss: LossSettings | dict[str, Any] | None = None,
+        loss: LossSettings | None = None,
         iou_threshold: float = 0.45,
     ) -> None:
         super().__init__()
@@ -96,8 +96,7 @@ class DetectorModule(pl.LightningModule):
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.schedule = schedule or Schedule()
-        # a checkpoint's own values arrive as a mapping
-        self.loss = LossSettings(**loss) if isinstance(loss, dict) else loss or LossSettings()
+        self.loss = LossSettings.of(loss)
         self.iou_threshold = iou_threshold
         # travel with the weights: `test` needs to know what training saw with boxes
         self.register_buffer("boxed", torch.zeros(len(self.tree), dtype=torch.bool))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou, shape_iou
+from yolo_lightning.errors import InputError
 from yolo_lightning.wordtree import WordTree, segment_log_softmax
 from yolo_lightning.yolov2 import HeadOutput, decode_boxes
 
@@ -52,10 +53,17 @@ class LossSettings:
     box_selection: BoxSelection = "boxed_ancestor"
     objectness_rule: ObjectnessRule = "paper"
 
+    @classmethod
+    def of(cls, settings: object) -> "LossSettings":
+        """Return settings from themselves, from the mapping in a checkpoint, or from None."""
+        if isinstance(settings, cls):
+            return settings
+        return cls(**settings) if isinstance(settings, dict) else cls()
+
     def __post_init__(self) -> None:
         for name, allowed in (("box_selection", BoxSelection), ("objectness_rule", ObjectnessRule)):
             if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {get_args(allowed)}")
+                raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {get_args(allowed)}")
 
 
 @dataclass

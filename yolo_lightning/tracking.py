@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
+_SQLITE = "sqlite:///"
 
 
 class RunLogger(MLFlowLogger):
@@ -37,6 +38,8 @@ class RunLogger(MLFlowLogger):
     ) -> None:
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
         self.store = uri
+        if uri.startswith(_SQLITE):  # MLflow keeps one engine a URI, whatever the working folder
+            uri = _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
         with _creation_lock(uri):
             super().__init__(experiment_name, run_name, uri, tags=tags, run_id=run_id)
 
@@ -48,10 +51,10 @@ class RunLogger(MLFlowLogger):
 @contextlib.contextmanager
 def _creation_lock(uri: str) -> Iterator[None]:
     """Let one process at a time create and migrate a SQLite store."""
-    if not uri.startswith("sqlite:///"):
+    if not uri.startswith(_SQLITE):
         yield
         return
-    database = Path(uri.removeprefix("sqlite:///"))
+    database = Path(uri.removeprefix(_SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{database}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -139,8 +139,9 @@ class WordTree:
             keys = ", ".join(self.keys[number] for number in found)
             raise InputError(f"{place}label {label!r} is ambiguous in the tree; use a key: {keys}")
         hint = nearest(label, (*self.names, *self.keys))
-        listed = f"; allowed: {', '.join(self.names)}" if len(self) <= 30 and not hint else ""
-        raise InputError(f"{place}label {label!r} is not in the tree; {hint}{listed}".rstrip("; "))
+        if not hint and len(self) <= 30:
+            hint = f"allowed: {', '.join(self.names)}"
+        raise InputError(f"{place}label {label!r} is not in the tree; {hint}".rstrip("; "))
 
     def ancestors_or_self(self, nodes: Tensor) -> Tensor:
         """Return bool (K,): the nodes on the paths to `nodes`, int64 (N,)."""

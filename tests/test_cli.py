@@ -1,0 +1,296 @@
+"""The command line, in process: recipes, precedence, the run's folder, tracking, messages."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import REPO
+from yolo_lightning import cli
+from yolo_lightning.__main__ import main
+from yolo_lightning.detector import DetectorModule
+
+RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
+
+TINY = [
+    "--trainer.max_steps=4",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+    "--data.detection.length=8",
+    "--data.classification.length=8",
+    "--data.validation.length=4",
+    "--data.test.length=4",
+    "--data.detection_batch_size=2",
+    "--data.classification_batch_size=2",
+    "--data.num_workers=0",
+    "--model.head_channels=8",
+    "--model.schedule.burn_in_steps=0",
+]
+QUICK = ["--config", "recipes/quickstart.yaml"]
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Any:
+    """Parse a command line and build everything, without running it."""
+    monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    return lambda *args: cli.main(["fit", *args])
+
+
+def texts_in(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in texts_in(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in texts_in(item)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_and_references_follow_the_command_line(built, recipe):
+    path = str(recipe.relative_to(REPO))
+    overrides = [
+        "--seed_everything=7",
+        "--trainer.max_steps=123",
+        "--model.tree=[apple,banana,orange]",
+    ]
+    if "shapes" in recipe.read_text():
+        overrides[2] = "--model.tree=recipes/trees/shapes.tsv"
+    run = built("--config", path, *overrides)
+    resolved = run._resolved()
+    assert not [text for text in texts_in(resolved) if "${" in text]
+    assert run.datamodule.seed == 7
+    assert run.datamodule.tree.rows == run.model.tree.rows
+    schedule = run.model.schedule
+    if hasattr(schedule, "total_steps"):
+        assert schedule.total_steps == 123
+    assert recipe.read_text().startswith("#")
+    for word in ("yolo-lightning fit --config", "torchrun", "srun", "ffective batch"):
+        assert word in recipe.read_text(), word
+
+
+def test_no_component_receives_an_unresolved_reference(built, monkeypatch):
+    monkeypatch.setenv("FRUIT_DATA", "/some/where")
+    run = built("--config", "recipes/fruit.yaml")
+    assert run.datamodule.detection.root == run.datamodule.validation.root == "/some/where"
+    run = built("--config", "recipes/fruit.yaml", "--data.detection.root=/else/where")
+    assert run.datamodule.validation.root == "/else/where"
+
+
+def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, capsys):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    assert f"run folder: {folder.relative_to(workplace)}" in capsys.readouterr().out
+    written = (REPO / "recipes/quickstart.yaml").read_text()
+    assert (folder / "recipe.yaml").read_text() == written
+    assert "--trainer.max_steps=4" in (folder / "command.txt").read_text()
+    resolved = yaml.safe_load((folder / "resolved.yaml").read_text())
+    assert resolved["model"]["init_args"]["schedule"]["init_args"]["total_steps"] == 4
+    assert resolved["trainer"]["max_steps"] == 4
+    assert (folder / "checkpoints/best.ckpt").is_file()
+    assert (folder / "checkpoints/last.ckpt").is_file()
+
+    store = sqlite3.connect(workplace / "mlflow.db")
+
+    def column(query: str) -> list[Any]:
+        return [row[0] for row in store.execute(query)]
+
+    assert column("select status from runs") == ["FINISHED"]
+    metrics = set(column("select distinct key from metrics"))
+    for term in ("coord", "obj", "noobj", "class", "prior"):
+        assert f"train/loss_{term}" in metrics
+    assert {"train/cls_loss_class", "train/cls_loss_obj", "train/cls_loss_noobj"} <= metrics
+    assert {
+        "train/image_size",
+        "lr-SGD",
+        "val/AP50",
+        "val/AP50_boxed",
+        "val/AP50_unboxed",
+    } <= metrics
+    # every point shows the latest batch of its kind
+    points = "select step, value from metrics where key = '{}' order by step"
+    coord = store.execute(points.format("train/loss_coord")).fetchall()
+    assert [step for step, _ in coord] == [0, 1, 2, 3]
+    assert coord[0][1] == coord[1][1] != coord[2][1] == coord[3][1]
+    labelled = store.execute(points.format("train/cls_loss_class")).fetchall()
+    assert [step for step, _ in labelled] == [1, 2, 3]
+    params = dict(store.execute("select key, value from params"))
+    assert params["trainer/max_steps"] == "4"
+    assert params["model/init_args/learning_rate"] == "0.01"
+    artifacts = {
+        file.name
+        for root in column("select artifact_uri from runs")
+        for file in Path(root).rglob("*")
+    }
+    assert {"resolved.yaml", "best.ckpt"} <= artifacts
+    store.close()
+
+
+def test_checkpoints_load_plain_and_carry_what_they_need(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (best,) = workplace.glob("outputs/quickstart/*/checkpoints/best.ckpt")
+    held = torch.load(best, weights_only=True)["hyper_parameters"]
+    assert held["tree"][0] == ["n00027807", "-", "shape"]
+    model = DetectorModule.load_from_checkpoint(best, weights_only=True)
+    assert {model.tree.names[k] for k in model.boxed.nonzero().flatten().tolist()} == {
+        "right triangle", "square", "circle", "pentagram", "Greek cross", "ring",
+    }  # fmt: skip
+    assert model.hparams["anchors_wh_cell"] == held["anchors_wh_cell"]
+
+    # test without --ckpt_path takes the newest run's best one; every run has its own folder
+    assert main(["test", *QUICK, *TINY]) == 0
+    assert main(["fit", *QUICK, *TINY]) == 0
+    assert len(list((workplace / "outputs/quickstart").iterdir())) == 2
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select count(*) from runs").fetchone() == (2,)
+    tested = store.execute("select count(*) from metrics where key = 'test/AP50'")
+    assert tested.fetchone() == (1,)
+    store.close()
+
+
+def test_values_come_from_the_command_line_then_the_recipe_then_the_checkpoint(
+    workplace, monkeypatch
+):
+    assert main(["fit", *QUICK, *TINY, "--model.momentum=0.7", "--model.learning_rate=0.02"]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    del recipe["model"]["init_args"]["momentum"]
+    del recipe["model"]["init_args"]["head_channels"]
+    (workplace / "short.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    tiny = [option for option in TINY if "head_channels" not in option]
+    run = cli.main(["fit", "--config", "short.yaml", *tiny, f"--ckpt_path={last}"])
+    held = run.model.hparams
+    assert held["momentum"] == 0.7  # the recipe is silent: the checkpoint's
+    assert held["head_channels"] == 8
+    assert held["learning_rate"] == 0.01  # the recipe's, though the checkpoint holds 0.02
+    more = ["--model.momentum=0.5", f"--ckpt_path={last}"]
+    assert (
+        cli.main(["fit", "--config", "short.yaml", *tiny, *more]).model.hparams["momentum"] == 0.5
+    )
+
+
+def test_resuming_goes_on_in_the_same_folder_and_mlflow_run_at_the_recipe_s_rate(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    more = ["--trainer.max_steps=6", "--model.learning_rate=0.5", "--model.schedule.power=0"]
+    assert main(["fit", *QUICK, *TINY, *more, "--ckpt_path", str(last)]) == 0
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    assert (folder / "resumed-1-resolved.yaml").is_file()
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select count(*) from runs").fetchone() == (1,)
+    rates = store.execute("select step, value from metrics where key = 'lr-SGD' order by step")
+    assert dict(rates.fetchall()) == pytest.approx(
+        {0: 0.01, 1: 0.0075, 2: 0.005, 3: 0.0025, 4: 0.5, 5: 0.5}
+    )
+    store.close()
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+
+
+def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workplace, capsys):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    tree = (REPO / "recipes/trees/shapes.tsv").read_text().replace("\tring\n", "\thoop\n")
+    (workplace / "other.tsv").write_text(tree)
+    assert main(["test", *QUICK, *TINY, "--model.tree=other.tsv"]) == 2
+    said = capsys.readouterr().err
+    assert "model.tree differs from the checkpoint's: entry 4" in said
+    assert "hoop" in said
+    assert main(["test", *QUICK, *TINY, "--model.anchors_wh_cell=[[1.5,1.65],[2.47,2.47]]"]) == 2
+    assert "model.anchors_wh_cell differs from the checkpoint's: entry 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model.learnin_rate=1"], ["learnin_rate"]),
+        (["--model.trunk=darknet20"], ["model.trunk is 'darknet20'", "darknet19, small"]),
+        (["--model.loss.box_selection=biggest"], ["biggest", "boxed_ancestor"]),
+        (["--data.image_size=100"], ["data.image_size is 100", "multiples of 32"]),
+        (["--model.tree=nowhere.tsv"], ["tree file 'nowhere.tsv' not found"]),
+        (["--data.classes=[a]"], ["classes"]),
+        (["--data.detection.classes=[sqare]"], ["'sqare'", "did you mean 'square'"]),
+        (["--trainer.max_steps=many"], ["max_steps", "many"]),
+        (["--data.tree=[circle]"], ["label 'n13880551' is not in the tree", "circle"]),
+        (["--ckpt_path=none.ckpt"], ["--ckpt_path 'none.ckpt': no such file"]),
+        (["--weights_only=false"], ["weights_only"]),
+        (
+            ["--trainer.callbacks.init_args.sizes=[256]"],
+            ["size 256 is above data.canvas_size 96"],
+        ),
+    ],
+)
+def test_bad_input_is_one_message_without_a_traceback(workplace, capsys, args, said):
+    if "callbacks" in args[0]:
+        recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+        recipe["trainer"]["callbacks"][0]["init_args"]["sizes"] = [256]
+        (workplace / "changed.yaml").write_text(yaml.safe_dump(recipe))
+        code = main(["fit", "--config", "changed.yaml", *TINY])
+    else:
+        code = main(["fit", *QUICK, *TINY, *args])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in error
+    message = error[error.index("yolo-lightning: error:") :]
+    for words in said:
+        assert words in message, message
+    assert len(message) < 1500
+
+
+def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
+    text = (REPO / "recipes/quickstart.yaml").read_text()
+    (workplace / "typo.yaml").write_text(
+        text.replace("detection_batch_size:", "detection_batchsize:")
+    )
+    assert main(["fit", "--config", "typo.yaml", *TINY[:4]]) == 2
+    message = capsys.readouterr().err
+    assert "typo.yaml" in message
+    assert "detection_batchsize" in message
+    assert main(["fit", "--config", "missing.yaml"]) == 2
+    assert "recipe 'missing.yaml' not found" in capsys.readouterr().err
+    (workplace / "broken.yaml").write_text("model: [unclosed\n")
+    assert main(["fit", "--config", "broken.yaml"]) == 2
+    assert "broken.yaml" in capsys.readouterr().err
+
+
+def test_testing_before_training_says_so(workplace, capsys):
+    assert main(["test", *QUICK]) == 2
+    assert "train first" in capsys.readouterr().err
+
+
+def test_missing_data_and_strange_checkpoints_are_named(workplace, capsys, monkeypatch):
+    monkeypatch.delenv("FRUIT_DATA", raising=False)
+    assert main(["fit", "--config", "recipes/fruit.yaml"]) == 2
+    assert "VOC folder: folder 'datasets/fruit_abo' not found" in capsys.readouterr().err
+    (workplace / "odd.ckpt").write_bytes(b"not a checkpoint")
+    assert main(["test", *QUICK, "--ckpt_path", "odd.ckpt"]) == 2
+    assert "odd.ckpt: not a checkpoint of this program" in capsys.readouterr().err
+
+
+def test_overview_version_and_unknown_commands(capsys):
+    assert main([]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+    assert main(["fti"]) == 2
+    assert "did you mean 'fit'" in capsys.readouterr().err
+
+
+def test_quickstart_compares_and_keeps_every_run(workplace, capsys):
+    for number in (1, 2):
+        assert main(["quickstart", *TINY]) == 0
+        folder = workplace / f"outputs/quickstart/run-{number:03}"
+        assert (folder / "predictions.png").stat().st_size > 10_000
+        summary = json.loads((workplace / "outputs/quickstart/summary.json").read_text())
+        assert summary == json.loads((folder / "summary.json").read_text())
+    for name in ("joint", "detection_only"):
+        assert 0 <= summary[name]["boxed_ap50"] <= 1
+        assert 0 <= summary[name]["unboxed_ap50"] <= 1
+        assert summary[name]["detection_steps"] == 2
+        assert 0 < len(summary[name]["per_class"]) <= 12
+    assert summary["seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "classes without boxes" in printed
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in printed
