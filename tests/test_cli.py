@@ -119,7 +119,7 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, capsys):
     assert [step for step, _ in labelled] == [1, 2, 3]
     params = dict(store.execute("select key, value from params"))
     assert params["trainer/max_steps"] == "4"
-    assert params["model/init_args/learning_rate"] == "0.01"
+    assert params["model/init_args/learning_rate"] == "0.02"
     artifacts = {
         file.name
         for root in column("select artifact_uri from runs")
@@ -154,7 +154,7 @@ def test_checkpoints_load_plain_and_carry_what_they_need(workplace):
 def test_values_come_from_the_command_line_then_the_recipe_then_the_checkpoint(
     workplace, monkeypatch
 ):
-    assert main(["fit", *QUICK, *TINY, "--model.momentum=0.7", "--model.learning_rate=0.02"]) == 0
+    assert main(["fit", *QUICK, *TINY, "--model.momentum=0.7", "--model.learning_rate=0.03"]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
     del recipe["model"]["init_args"]["momentum"]
@@ -166,7 +166,7 @@ def test_values_come_from_the_command_line_then_the_recipe_then_the_checkpoint(
     held = run.model.hparams
     assert held["momentum"] == 0.7  # the recipe is silent: the checkpoint's
     assert held["head_channels"] == 8
-    assert held["learning_rate"] == 0.01  # the recipe's, though the checkpoint holds 0.02
+    assert held["learning_rate"] == 0.02  # the recipe's, though the checkpoint holds 0.03
     more = ["--model.momentum=0.5", f"--ckpt_path={last}"]
     assert (
         cli.main(["fit", "--config", "short.yaml", *tiny, *more]).model.hparams["momentum"] == 0.5
@@ -184,7 +184,7 @@ def test_resuming_goes_on_in_the_same_folder_and_mlflow_run_at_the_recipe_s_rate
     assert store.execute("select count(*) from runs").fetchone() == (1,)
     rates = store.execute("select step, value from metrics where key = 'lr-SGD' order by step")
     assert dict(rates.fetchall()) == pytest.approx(
-        {0: 0.01, 1: 0.0075, 2: 0.005, 3: 0.0025, 4: 0.5, 5: 0.5}
+        {0: 0.02, 1: 0.015, 2: 0.01, 3: 0.005, 4: 0.5, 5: 0.5}
     )
     store.close()
     assert torch.load(last, weights_only=True)["global_step"] == 6
@@ -198,7 +198,7 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
     said = capsys.readouterr().err
     assert "model.tree differs from the checkpoint's: entry 4" in said
     assert "hoop" in said
-    assert main(["test", *QUICK, *TINY, "--model.anchors_wh_cell=[[1.5,1.65],[2.47,2.47]]"]) == 2
+    assert main(["test", *QUICK, *TINY, "--model.anchors_wh_cell=[[1.5,1.7],[2.4,2.5]]"]) == 2
     assert "model.anchors_wh_cell differs from the checkpoint's: entry 1" in capsys.readouterr().err
 
 

@@ -1,0 +1,99 @@
+"""Two gloo ranks: every kind of batch trains, ranks agree, evaluation counts each image once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+WORKER = '''
+import json, os, sys
+import lightning.pytorch as pl
+import torch
+from yolo_lightning import CombinedDataModule, DetectorModule
+from yolo_lightning.callbacks import MultiScale
+from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
+from yolo_lightning.datamodules.source import DetectionSample
+from yolo_lightning.losses import LossSettings
+
+torch.set_num_threads(1)
+tree, folder, rule = sys.argv[1:4]
+
+
+class Sparse(ShapesDetection):
+    """Every second image has no objects; so has every image of the last batches."""
+
+    def read(self, index):
+        sample = super().read(index)
+        if index % 2 == 0 and index < 8:
+            return sample
+        return DetectionSample(sample.image, sample.boxes_xyxy_px[:0], sample.labels[:0],
+                               sample.difficult[:0])
+
+
+class Diary(pl.Callback):
+    steps = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        missing = [n for n, p in module.network.named_parameters() if p.grad is None]
+        self.steps.append((batch.step, type(batch).__name__, batch.images.shape[-1],
+                           batch.sample_ids.tolist(), batch.images_seen, missing))
+
+
+pl.seed_everything(0, verbose=False)
+validation = ShapesDetection(length=5, image_size=64, seed=3)
+data = CombinedDataModule(
+    tree, Sparse(length=16, image_size=64), ShapesImageLabels(length=16, image_size=64),
+    validation=validation, detection_batch_size=4, classification_batch_size=4, image_size=64,
+    steps_per_epoch=6, num_workers=0)
+model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
+                       loss=LossSettings(objectness_rule=rule))
+seen = []
+update = model.average_precision.update
+model.average_precision.update = lambda image, *rest: (seen.append(image), update(image, *rest))[1]
+trainer = pl.Trainer(
+    max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    num_sanity_val_steps=0, use_distributed_sampler=False,
+    callbacks=[Diary(), MultiScale([32, 64], every_n_batches=2)])
+trainer.fit(model, data)
+weights = float(sum(p.double().abs().sum() for p in model.parameters()))
+with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
+    json.dump({"steps": Diary.steps, "seen": seen, "weights": weights,
+               "classes": len(model.per_class),
+               "ap": float(trainer.callback_metrics.get("val/AP50", -1))}, file)
+'''
+
+
+@pytest.mark.parametrize("rule", ["paper", "darknet"])
+def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
+    import json
+
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    environment = {
+        **os.environ, "PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    tree = str(REPO / "recipes/trees/shapes.tsv")
+    done = subprocess.run(
+        [sys.executable, str(script), tree, str(tmp_path), rule],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1)]
+    assert len(ranks[0]["steps"]) == 6
+    for first, second in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True):
+        assert first[:3] == second[:3]  # step, kind, image size
+        assert not set(first[3]) & set(second[3])  # samples
+        assert first[4] == second[4]  # images seen
+        assert first[5] == second[5] == []  # parameters without a gradient
+    assert [step[1][0] for step in ranks[0]["steps"]] == list("DCDCDC")
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    # five images over two ranks: one is padding, and counted as such
+    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == [-1, 0, 1, 2, 3, 4]
+    assert ranks[0]["classes"] == ranks[1]["classes"] > 0
+    assert 0 <= ranks[0]["ap"] <= 1
