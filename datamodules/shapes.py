@@ -144,12 +144,21 @@ def _draw(
                 break
         else:
             continue
-        under = np.array(cv2.mean(image, new.mask)[:3])
-        filling = _texture(rng, size, _contrasting(rng, under))
-        alpha = (new.mask.astype(np.float32) / 255)[:, :, None]
-        image += alpha * (filling - image)
+        _fill(rng, image, new)
         placed.append(new)
     return np.clip(image, 0, 255).astype(np.uint8), placed
+
+
+def _fill(rng: np.random.Generator, image: NDArray[np.float32], new: _Placed) -> None:
+    """Blend a texture of its own into `image` where the shape lies."""
+    x1, y1 = np.floor(new.box_xyxy_px[:2]).astype(int) - 1
+    x2, y2 = np.ceil(new.box_xyxy_px[2:]).astype(int) + 1
+    part = (slice(max(0, y1), y2), slice(max(0, x1), x2))
+    mask, behind = new.mask[part], image[part]
+    under = np.array(cv2.mean(behind, mask)[:3])
+    filling = _texture(rng, max(mask.shape), _contrasting(rng, under))
+    alpha = (mask.astype(np.float32) / 255)[:, :, None]
+    behind += alpha * (filling[: mask.shape[0], : mask.shape[1]] - behind)
 
 
 def _contrasting(rng: np.random.Generator, under: NDArray[np.float64]) -> NDArray[np.float64]:
