@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 
@@ -60,10 +59,10 @@ class DataReport(pl.Callback):
         """Print the report."""
         faults = list(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
         faults += list(self.faults)
-        if faults:
-            rank_zero_info(f"Data: {len(faults)} repaired or skipped:")
+        if faults and trainer.is_global_zero:
+            print(f"Data: {len(faults)} repaired or skipped:")
             for fault in faults[:_SHOWN]:
-                rank_zero_info(f"  {fault}")
+                print(f"  {fault}")
             if len(faults) > _SHOWN:
-                rank_zero_info(f"  … and {len(faults) - _SHOWN} more")
+                print(f"  … and {len(faults) - _SHOWN} more")
         self.faults.clear()

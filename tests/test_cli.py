@@ -105,7 +105,7 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, capsys):
     assert {"train/cls_loss_class", "train/cls_loss_obj", "train/cls_loss_noobj"} <= metrics
     assert {
         "train/image_size",
-        "lr-SGD",
+        "train/lr",
         "val/AP50",
         "val/AP50_boxed",
         "val/AP50_unboxed",
@@ -182,7 +182,7 @@ def test_resuming_goes_on_in_the_same_folder_and_mlflow_run_at_the_recipe_s_rate
     assert (folder / "resumed-1-resolved.yaml").is_file()
     store = sqlite3.connect(workplace / "mlflow.db")
     assert store.execute("select count(*) from runs").fetchone() == (1,)
-    rates = store.execute("select step, value from metrics where key = 'lr-SGD' order by step")
+    rates = store.execute("select step, value from metrics where key = 'train/lr' order by step")
     assert dict(rates.fetchall()) == pytest.approx(
         {0: 0.02, 1: 0.015, 2: 0.01, 3: 0.005, 4: 0.5, 5: 0.5}
     )
@@ -253,6 +253,56 @@ def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
     (workplace / "broken.yaml").write_text("model: [unclosed\n")
     assert main(["fit", "--config", "broken.yaml"]) == 2
     assert "broken.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_broken_images_is_one_message(workplace, capsys, write_voc, workers):
+    for name in "abcd":
+        write_voc(workplace / "data/train", name, [("apple", 1, 1, 30, 30)])
+        write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
+        (workplace / f"data/train/{name}.jpg").write_bytes(b"no image")
+    options = ["--config", "recipes/fruit.yaml", "--data.detection.root=data"]
+    options += [f"--data.num_workers={workers}", "--trainer.logger=false", "--trainer.max_steps=2"]
+    assert main(["fit", *options, "--data.detection_batch_size=2"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error[error.index("yolo-lightning: error:") :]
+    assert "no readable image among 4 in a row" in error
+
+
+def test_precision_accumulation_and_averaged_weights_are_plain_options(workplace):
+    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    recipe["trainer"]["callbacks"].append(
+        {
+            "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+            "init_args": {"decay": 0.5},
+        }
+    )
+    (workplace / "ema.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2"]
+    assert main(["fit", "--config", "ema.yaml", *TINY, *options]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    held = torch.load(last, weights_only=True)
+    assert held["global_step"] == 4
+    name = "network.box_conv.weight"
+    assert not torch.equal(held["state_dict"][name], held["current_model_state"][name])
+
+
+def test_what_was_repaired_is_named_at_the_end(workplace, capfd, write_voc):
+    for name in "abcd":
+        write_voc(workplace / "data/train", name, [("apple", 1, 1, 30, 30)], stated=(0, 0))
+        write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
+    (workplace / "data/train/c.jpg").write_bytes(b"no image")
+    options = ["--config", "recipes/fruit.yaml", "--data.detection.root=data"]
+    options += ["--data.num_workers=0", "--trainer.logger=false", "--trainer.max_steps=2"]
+    options += ["--trainer.accelerator=cpu", "--model.head_channels=8"]
+    options += ["--data.detection_batch_size=2", "--data.steps_per_epoch=2"]
+    options += ["--trainer.check_val_every_n_epoch=1"]
+    assert main(["fit", *options]) == 0
+    said = capfd.readouterr()
+    report = said.out + said.err
+    assert "Data: 5 repaired or skipped" in report
+    assert "a.xml: gives the size as 0 x 0" in report
+    assert "c.jpg: not a readable image" in report
 
 
 def test_testing_before_training_says_so(workplace, capsys):

@@ -13,6 +13,7 @@ from yolo_lightning.version import __version__
 # the other reports usage. Nothing here uses the network unless asked to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no complaint where git is not installed
 
 if TYPE_CHECKING:
     from yolo_lightning.datamodules.combined import CombinedDataModule

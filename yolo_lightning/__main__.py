@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module.main(args if args[0] in _RECIPE_COMMANDS else args[1:])
     except InputError as error:
-        print(f"yolo-lightning: error: {error}", file=sys.stderr)
+        # a loader's worker puts its traceback around the message
+        message = str(error).rsplit("InputError: ", 1)[-1].strip()
+        print(f"yolo-lightning: error: {message}", file=sys.stderr)
         return 2
     return 0
 

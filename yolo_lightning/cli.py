@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from yolo_lightning.callbacks import DataReport, RunRecord
 from yolo_lightning.callbacks.run_record import RUN_ID_FILE
@@ -280,6 +281,13 @@ def quiet() -> None:
 
 
 def main(args: Sequence[str]) -> RecipeCLI:
-    """Run `fit`, `validate` or `test`."""
+    """Run `fit`, `validate` or `test`.
+
+    Raises:
+        InputError: bad input, or options of the trainer that do not go together.
+    """
     quiet()
-    return RecipeCLI(args)
+    try:
+        return RecipeCLI(args)
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from None

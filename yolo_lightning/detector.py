@@ -134,9 +134,11 @@ class DetectorModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
-        # the fused kernel walks 29 million class weights once instead of four times
+        # the fused kernel walks 29 million class weights once instead of four times; under mixed
+        # precision it cannot be clipped
+        fused = not self.trainer.gradient_clip_val  # type: ignore[attr-defined]
         optimizer = torch.optim.SGD(
-            self.parameters(), self.rate, self.momentum, weight_decay=self.weight_decay, fused=True
+            self.parameters(), self.rate, self.momentum, weight_decay=self.weight_decay, fused=fused
         )
         # a function, not the object: its values stay out of the checkpoint and the recipe's hold
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step))
@@ -171,7 +173,9 @@ class DetectorModule(pl.LightningModule):
             if prefix == "train/" or name not in BOX_TERMS:
                 shown[prefix + name] = value.detach()
         self.log_dict(shown, prog_bar=True, batch_size=len(batch))
-        self.log("train/image_size", float(batch.images.shape[-1]), batch_size=len(batch))
+        (rates,) = self.trainer.optimizers[0].param_groups
+        settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}
+        self.log_dict(settings, batch_size=len(batch))
         return loss
 
     @torch.no_grad()
