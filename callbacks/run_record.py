@@ -51,7 +51,7 @@ class RunRecord(pl.Callback):
         best = [
             c.best_model_path
             for c in trainer.checkpoint_callbacks
-            if isinstance(c, ModelCheckpoint)
+            if isinstance(c, ModelCheckpoint) and c.monitor
         ]
         if trainer.is_global_zero and isinstance(logger, RunLogger):
             for path in filter(None, best):

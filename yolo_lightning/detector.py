@@ -136,7 +136,7 @@ class DetectorModule(pl.LightningModule):
         """Return SGD and its schedule, per optimizer step."""
         # the fused kernel walks 29 million class weights once instead of four times; under mixed
         # precision it cannot be clipped
-        fused = not self.trainer.gradient_clip_val  # type: ignore[attr-defined]
+        fused = not self.trainer.gradient_clip_val
         optimizer = torch.optim.SGD(
             self.parameters(), self.rate, self.momentum, weight_decay=self.weight_decay, fused=fused
         )
