@@ -141,6 +141,7 @@ def test_checkpoints_load_plain_and_carry_what_they_need(workplace):
     assert model.hparams["anchors_wh_cell"] == held["anchors_wh_cell"]
 
     # test without --ckpt_path takes the newest run's best one; every run has its own folder
+    assert main(["validate", *QUICK, *TINY]) == 0
     assert main(["test", *QUICK, *TINY]) == 0
     assert main(["fit", *QUICK, *TINY]) == 0
     assert len(list((workplace / "outputs/quickstart").iterdir())) == 2

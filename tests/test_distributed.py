@@ -1,6 +1,8 @@
 """Two gloo ranks: every kind of batch trains, ranks agree, evaluation counts each image once."""
 
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
+from tests.test_cli import QUICK, TINY
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(REPO),
+    "GLOO_SOCKET_IFNAME": "lo",
+    "MASTER_ADDR": "127.0.0.1",
+    "OMP_WAIT_POLICY": "passive",
+    "OMP_NUM_THREADS": "1",
+}
 
 WORKER = '''
 import json, os, sys
@@ -70,18 +82,12 @@ with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
 
 @pytest.mark.parametrize("rule", ["paper", "darknet"])
 def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
-    import json
-
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    environment = {
-        **os.environ, "PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo",
-        "MASTER_ADDR": "127.0.0.1", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
     tree = str(REPO / "recipes/trees/shapes.tsv")
     done = subprocess.run(
         [sys.executable, str(script), tree, str(tmp_path), rule],
-        env=environment, capture_output=True, text=True, timeout=240,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1)]
@@ -97,3 +103,30 @@ def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
     assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == [-1, 0, 1, 2, 3, 4]
     assert ranks[0]["classes"] == ranks[1]["classes"] > 0
     assert 0 <= ranks[0]["ap"] <= 1
+
+
+def test_two_ranks_through_the_command_line_share_one_folder_and_one_run(workplace):
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "yolo_lightning", "fit", *QUICK, *TINY, *options],
+        cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    assert (folder / "checkpoints/best.ckpt").is_file()
+    assert (folder / "resolved.yaml").is_file()
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+    steps = store.execute("select step from metrics where key = 'train/loss_coord' order by step")
+    assert [step for (step,) in steps] == [0, 1, 2, 3]
+    store.close()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(workplace):
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.detection_batch_size=3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "yolo_lightning", "fit", *QUICK, *TINY, *options],
+        cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "3 images cannot be shared equally by 2 ranks" in done.stderr

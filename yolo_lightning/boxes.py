@@ -89,34 +89,34 @@ def batched_nms(
         int64 (kept,), by descending score; equal scores by ascending index.
     """
     order = scores.argsort(descending=True, stable=True)
-    kept = []
-    for chunk in _by_class(order, classes[order]):
-        kept.append(
-            chunk[_greedy(pairwise_iou(boxes_xyxy[chunk], boxes_xyxy[chunk]), iou_threshold)]
-        )
-    found = torch.cat(kept) if kept else order
+    table = _by_class(order, classes[order])  # (classes, most boxes of one), -1 as padding
+    padded = boxes_xyxy[table.clamp(min=0)] * (table >= 0)[..., None]  # an empty box overlaps none
+    found = table[_greedy(pairwise_iou(padded, padded), iou_threshold) & (table >= 0)]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     return order[rank[found].sort().values]
 
 
-def _by_class(order: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
-    """Split indices into one run per class, keeping their order within each."""
-    if not len(order):
-        return ()
-    by_class = classes.argsort(stable=True)
-    _, counts = torch.unique_consecutive(classes[by_class], return_counts=True)
-    return tuple(torch.split(order[by_class], counts.tolist()))
+def _by_class(order: Tensor, classes: Tensor) -> Tensor:
+    """Return indices as a table with a row per class, keeping their order within each."""
+    _, row, counts = torch.unique(classes, return_inverse=True, return_counts=True)
+    by_row = row.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    column = torch.arange(len(order), device=order.device) - starts[row[by_row]]
+    width = int(counts.max()) if len(counts) else 0
+    table = torch.full((len(counts), width), -1, device=order.device)
+    table[row[by_row], column] = order[by_row]
+    return table
 
 
 def _greedy(iou: Tensor, threshold: float) -> Tensor:
-    """Return bool (N,), which boxes of one class survive; rows stand by descending score."""
-    above = (iou > threshold).triu(diagonal=1)  # [i, j]: i outranks j and overlaps it too much
-    kept = ~above.any(dim=0)
+    """Return bool (G, N), which boxes of each class survive; they stand by descending score."""
+    above = (iou > threshold).triu(diagonal=1)  # [g, i, j]: i outranks j and overlaps it too much
+    kept = ~above.any(dim=1)
     gone = torch.zeros_like(kept)
     while True:
-        gone = gone | above[kept].any(dim=0)
-        free = ~(above & ~gone[:, None]).any(dim=0) & ~gone
+        gone = gone | (above & kept[:, :, None]).any(dim=1)
+        free = ~(above & ~gone[:, :, None]).any(dim=1) & ~gone
         if bool((free == kept).all()):
             return kept
         kept = free

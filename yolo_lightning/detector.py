@@ -303,7 +303,8 @@ class DetectorModule(pl.LightningModule):
                         f"{stage}/{measure}{suffix}",
                         mean,
                         prog_bar=measure == "AP50",
-                        rank_zero_only=True,
+                        # equal on every rank: the mean changes nothing, and all may monitor it
+                        sync_dist=True,
                     )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
