@@ -32,7 +32,10 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     """Import a public name from its module on first use."""
     if name not in _HOME:
-        raise AttributeError(f"module 'yolo_lightning' has no attribute {name!r}")
+        from yolo_lightning.errors import nearest
+
+        hint = nearest(name, _HOME)
+        raise AttributeError(f"module 'yolo_lightning' has no attribute {name!r} {hint}".rstrip())
     return getattr(import_module(_HOME[name]), name)
 
 

@@ -1,7 +1,6 @@
 """`fit`, `validate` and `test`: Lightning's CLI over recipes, with our precedence and copies."""
 
 import logging
-import re
 import shlex
 import tempfile
 import time
@@ -18,34 +17,29 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning.callbacks import DataReport, RunRecord
 from yolo_lightning.callbacks.run_record import RUN_ID_FILE
 from yolo_lightning.errors import InputError
+from yolo_lightning.recipe_errors import readable
 from yolo_lightning.tracking import RunLogger
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
 
+class _Complaint(Exception):
+    """The parser's own words, nested one level for each type that it tried."""
+
+
 class RecipeParser(LightningArgumentParser):
-    """A parser that raises one clear message instead of printing its usage and leaving."""
+    """A parser that raises its message instead of printing its usage and leaving."""
 
     recipes: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        """Raise the message with the recipe's name in front.
-
-        Raises:
-            InputError: always.
-        """
-        where = f"{', '.join(self.recipes)}: " if self.recipes else ""
-        raise InputError(where + _readable(message)) from None
-
-
-def _readable(message: str) -> str:
-    """Drop what the parser says about its own insides."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return re.sub(r"^Parser key ", "", "\n  ".join(lines))
+        """Raise the message; parsers call each other, so it is made readable outside."""
+        raise _Complaint(message) from None
 
 
 class RecipeCLI(LightningCLI):
@@ -87,8 +81,12 @@ class RecipeCLI(LightningCLI):
         }
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; where a checkpoint is named, parse again above what it holds."""
-        self.config = parser.parse_args(args)
+        """Parse; where a checkpoint is named, parse again above what it holds.
+
+        Raises:
+            InputError: a reference to a value that does not exist, or no checkpoint to be found.
+        """
+        self.config = _parse(parser, args)
         config = self.config[self.config.subcommand]
         if self.config.subcommand != "fit" and not config.ckpt_path:
             config.ckpt_path = str(_newest_checkpoint(_root(config, RecipeParser.recipes)))
@@ -102,7 +100,7 @@ class RecipeCLI(LightningCLI):
             held = Path(folder) / "checkpoint.yaml"
             held.write_text(yaml.safe_dump({"model": _held_by(path, config)}))
             below = [args[0], "--config", str(held), *args[1:]]
-            self.config = parser.parse_args(below)
+            self.config = _parse(parser, below)
         self.config[self.config.subcommand].ckpt_path = path
 
     def _parse_ckpt_path(self) -> None:
@@ -192,6 +190,17 @@ def _input_error_behind(error: BaseException | None) -> InputError | None:
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Namespace:
+    """Parse a command line; what is wrong with it is told in one message with the recipe's name."""
+    where = "".join(f"{recipe}: " for recipe in RecipeParser.recipes)
+    try:
+        return parser.parse_args(list(args))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{where}{error.full_key}: {str(error).splitlines()[0]}") from None
+    except _Complaint as error:
+        raise InputError(where + readable(str(error), RecipeParser.recipes)) from None
 
 
 def _config_files(args: Sequence[str]) -> list[str]:
