@@ -6,7 +6,8 @@ if __name__ != "yolo_lightning.callbacks":
     )
 
 from yolo_lightning.callbacks.data_report import DataReport
+from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.callbacks.multi_scale import MultiScale
 from yolo_lightning.callbacks.run_record import RunRecord
 
-__all__ = ["DataReport", "MultiScale", "RunRecord"]
+__all__ = ["DataReport", "LastCheckpoint", "MultiScale", "RunRecord"]

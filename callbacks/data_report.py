@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 
@@ -55,13 +56,31 @@ class DataReport(pl.Callback):
         """Collect."""
         self._collect(batch)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the report."""
-        faults = list(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
-        faults += list(self.faults)
+        self._report(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the report."""
+        self._report(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the report after `validate`; inside `fit` there is more to come."""
+        if trainer.state.fn == "validate":
+            self._report(trainer)
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        """Join what all ranks saw; rank 0 prints."""
+        faults = Counter(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
+        every: list[Counter[str] | None] = [self.faults]
+        if dist.is_available() and dist.is_initialized():
+            every = [None] * trainer.world_size
+            dist.all_gather_object(every, self.faults)
+        for seen in every:
+            faults.update(seen or Counter())
         if faults and trainer.is_global_zero:
             print(f"Data: {len(faults)} repaired or skipped:")
-            for fault in faults[:_SHOWN]:
+            for fault in list(faults)[:_SHOWN]:
                 print(f"  {fault}")
             if len(faults) > _SHOWN:
                 print(f"  … and {len(faults) - _SHOWN} more")

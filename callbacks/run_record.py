@@ -5,8 +5,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 
+from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.tracking import RunLogger
 
 RUN_ID_FILE = "mlflow_run_id"
@@ -40,22 +40,20 @@ class RunRecord(pl.Callback):
         if not isinstance(logger, RunLogger):
             return
         run_file = self.folder / RUN_ID_FILE
-        if not run_file.is_file():
+        if not run_file.is_file() or run_file.read_text(encoding="utf-8") != logger.run_id:
             logger.log_hyperparams(self.resolved)
             run_file.write_text(str(logger.run_id), encoding="utf-8")
         logger.experiment.log_artifact(logger.run_id, str(resolved), "recipe")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the best checkpoint."""
+        """Log the best checkpoint, or the last one where none is chosen."""
         logger = trainer.logger
-        best = [
-            c.best_model_path
-            for c in trainer.checkpoint_callbacks
-            if isinstance(c, ModelCheckpoint) and c.monitor
-        ]
-        if trainer.is_global_zero and isinstance(logger, RunLogger):
-            for path in filter(None, best):
-                logger.experiment.log_artifact(logger.run_id, path, "checkpoints")
+        if not trainer.is_global_zero or not isinstance(logger, RunLogger):
+            return
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        path = Path(best) if best else LastCheckpoint.path(trainer)
+        if path.is_file():
+            logger.experiment.log_artifact(logger.run_id, str(path), "checkpoints")
 
 
 def _next_number(folder: Path) -> int:

@@ -83,7 +83,8 @@ class CombinedDataModule(pl.LightningDataModule):
         super().__init__()
         self.tree = WordTree.of(tree)
         self.detection, self.classification = detection, classification
-        self.validation, self.test = validation, test or validation
+        self.validation = validation
+        self.test = validation if test is None else test
         self.batch_sizes = (detection_batch_size, classification_batch_size)
         ratio = classification_batches_per_detection_batch
         for name, value in (
@@ -92,6 +93,8 @@ class CombinedDataModule(pl.LightningDataModule):
         ):
             if value <= 0 or value % 32:
                 raise InputError(f"data.{name} is {value}; allowed: positive multiples of 32")
+        if num_workers < 0:
+            raise InputError(f"data.num_workers is {num_workers}; allowed: 0 or more")
         for name, value in (
             ("detection_batch_size", detection_batch_size),
             ("classification_batch_size", classification_batch_size),
@@ -103,7 +106,9 @@ class CombinedDataModule(pl.LightningDataModule):
             raise InputError(
                 f"data.classification_batches_per_detection_batch is {ratio}; allowed: 0 or more"
             )
-        self.ratio = Fraction(ratio).limit_denominator(1000) if classification else Fraction(0)
+        self.ratio = Fraction(ratio).limit_denominator(1000)
+        if classification is None:
+            self.ratio = Fraction(0)
         self.image_size, self.canvas_size = image_size, canvas_size or image_size
         self.steps_per_epoch = steps_per_epoch
         self.augmentations = (detection_augmentation, classification_augmentation)
@@ -112,6 +117,8 @@ class CombinedDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indices of the sources that a stage needs, and map their labels to nodes."""
+        if stage == "validate" and self.validation is None:
+            raise InputError("the recipe names no data.validation to measure on")
         needed: dict[str, list[DetectionSource | ImageLabelSource | None]] = {
             "fit": [self.detection, self.classification, self.validation],
             "validate": [self.validation],
@@ -126,7 +133,7 @@ class CombinedDataModule(pl.LightningDataModule):
     def source_faults(self) -> list[str]:
         """What the sources read so far repaired or skipped, a sentence each."""
         sources = (self.detection, self.classification, self.validation, self.test)
-        unique = {id(source): source for source in sources if source and id(source) in self._bound}
+        unique = {id(s): s for s in sources if s is not None and id(s) in self._bound}
         return [fault for source in unique.values() for fault in source.faults]
 
     @property
@@ -153,6 +160,12 @@ class CombinedDataModule(pl.LightningDataModule):
             raise InputError(
                 "trainer.use_distributed_sampler has to be false: the data's own sampler gives "
                 "each rank its share"
+            )
+
+        if trainer and _cuts_epochs(trainer):
+            raise InputError(
+                "trainer.limit_train_batches and trainer.overfit_batches would cut epochs short "
+                "behind the sampler's back; set data.steps_per_epoch, or a source's length, instead"
             )
 
         def steps_trained() -> int:
@@ -218,6 +231,12 @@ class ResumableLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take nothing: the order is computed."""
+
+
+def _cuts_epochs(trainer: Any) -> bool:
+    if trainer.fast_dev_run:
+        return False
+    return bool(trainer.limit_train_batches != 1.0 or trainer.overfit_batches)
 
 
 def _one_thread(worker_id: int) -> None:

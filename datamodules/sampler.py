@@ -151,7 +151,8 @@ class AlternatingBatchSampler(Sampler[BatchPlan]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for name in ("detection_batch_size", "classification_batch_size"):
+        used = ["detection_batch_size", *(["classification_batch_size"] if order.ratio else [])]
+        for name in used:
             if getattr(order, name) % world_size:
                 raise InputError(
                     f"data.{name} is the global batch: {getattr(order, name)} images cannot be "

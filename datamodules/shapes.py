@@ -169,6 +169,15 @@ def _contrasting(rng: np.random.Generator, under: NDArray[np.float64]) -> NDArra
             return np.asarray(colour)
 
 
+def _check_range(length: int, radii: tuple[float, float], image_size: int) -> None:
+    if length < 1 or image_size < 16:
+        raise InputError(
+            f"shapes: length {length}, image_size {image_size}; allowed: 1, 16 or more"
+        )
+    if not 0.02 <= radii[0] <= radii[1] <= 0.45:
+        raise InputError(f"shapes: radii are {radii}; allowed: ascending, 0.02 … 0.45")
+
+
 def _checked(classes: Sequence[str] | None) -> list[str]:
     for name in classes or ():
         if name not in SHAPES:
@@ -201,6 +210,9 @@ class ShapesDetection(DetectionSource):
         image_size: int = 128,
         seed: int = 0,
     ) -> None:
+        _check_range(length, radii, image_size)
+        if not 0 <= objects[0] <= objects[1]:
+            raise InputError(f"shapes: objects are {objects}; allowed: ascending, 0 or more")
         self.length, self.classes, self.seed = length, _checked(classes), seed
         self.objects, self.radii, self.image_size = objects, radii, image_size
         self.faults: list[str] = []
@@ -226,7 +238,7 @@ class ShapesDetection(DetectionSource):
         image, placed = _draw(rng, names, self.image_size, self.radii)
         return DetectionSample(
             image,
-            np.stack([shape.box_xyxy_px for shape in placed]),
+            np.array([shape.box_xyxy_px for shape in placed], dtype=np.float32).reshape(-1, 4),
             np.array([self._nodes[shape.name] for shape in placed], dtype=np.int64),
             np.zeros(len(placed), dtype=np.bool_),
         )
@@ -246,6 +258,7 @@ class ShapesImageLabels(ImageLabelSource):
         image_size: int = 128,
         seed: int = 0,
     ) -> None:
+        _check_range(length, radii, image_size)
         self.length, self.classes, self.seed = length, _checked(classes), seed
         self.radii, self.image_size = radii, image_size
         self.faults: list[str] = []

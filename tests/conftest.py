@@ -1,7 +1,7 @@
 """Fixtures that several test files share."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,21 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse every connection that would leave this machine."""
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test whose connections would leave this machine, in whatever thread."""
     connect = socket.socket.connect
+    outside: list[Any] = []
 
     def guarded(self: socket.socket, address: Any) -> None:
         host = address[0] if isinstance(address, tuple) else "127.0.0.1"
         if host not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test tried to reach {address}")
+            outside.append(address)
+            raise OSError(f"a test tried to reach {address}")
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+    yield
+    assert not outside
 
 
 @pytest.fixture

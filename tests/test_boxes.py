@@ -43,12 +43,16 @@ def test_letterbox_geometry_by_hand():
     assert letterbox_geometry((1, 5000), (416, 416))[:2] == (1, 416)  # never vanishes
 
 
-def test_unletterbox_undoes_the_placing():
+@pytest.mark.parametrize("whole", [True, False])
+def test_unletterbox_undoes_the_placing(whole):
     new_height, new_width, top, left = letterbox_geometry((300, 200), (416, 416))
     box = torch.tensor([[0.3, 0.6, 0.2, 0.4]])  # of the original
+    if whole:
+        assert (top, left) == (0, 69.5)
+        left = 69
     placed = box * torch.tensor([new_width, new_height] * 2) / 416
     placed[:, :2] += torch.tensor([left, top]) / 416
-    torch.testing.assert_close(unletterbox(placed, (300, 200), (416, 416)), box)
+    torch.testing.assert_close(unletterbox(placed, (300, 200), (416, 416), whole), box)
 
 
 def one_at_a_time(boxes, scores, classes, threshold):

@@ -226,6 +226,18 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
         (["--data.detection.classes=[sqare]"], ["'sqare'", "did you mean 'square'"]),
         (["--trainer.max_steps=many"], ["trainer.max_steps: expected int; found: many"]),
         (["--data.tree=[circle]"], ["label 'n13880551' is not in the tree", "allowed: circle"]),
+        (["--data.tree=reversed.tsv"], ["data.tree differs from model.tree: entry 1 is"]),
+        (
+            ["--trainer.max_stepz=3"],
+            ["trainer.max_stepz: no such option; did you mean 'max_steps'"],
+        ),
+        (["--trainer.limit_train_batches=2"], ["data.steps_per_epoch"]),
+        (["--trainer.overfit_batches=2"], ["data.steps_per_epoch"]),
+        (["--trainer.precision=bf16-true"], ["allowed: 32-true, 16-mixed, bf16-mixed"]),
+        (["--trainer.accumulate_grad_batches=3"], ["val_check_interval is 2", "accumulate"]),
+        (["--model.learning_rate=-1"], ["model.learning_rate is -1", "allowed: 0 or more"]),
+        (["--model.head_channels=0"], ["model.head_channels is 0; allowed: 1 or more"]),
+        (["--data.num_workers=-1"], ["data.num_workers is -1; allowed: 0 or more"]),
         (["--ckpt_path=none.ckpt"], ["--ckpt_path 'none.ckpt': no such file"]),
         (["--weights_only=false"], ["weights_only"]),
         (
@@ -235,6 +247,8 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
     ],
 )
 def test_bad_input_is_one_message_without_a_traceback(workplace, capsys, args, said):
+    rows = (REPO / "recipes/trees/shapes.tsv").read_text().splitlines()
+    (workplace / "reversed.tsv").write_text("\n".join(reversed(rows)))
     if "callbacks" in args[0]:
         recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
         recipe["trainer"]["callbacks"][0]["init_args"]["sizes"] = [256]
@@ -264,7 +278,24 @@ def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
     assert "did you mean 'detection_batch_size'" in message
     (workplace / "stray.yaml").write_text(text.replace("trainer:\n", "traner:\n"))
     assert main(["fit", "--config", "stray.yaml"]) == 2
-    assert "stray.yaml: traner: no such key; allowed: seed_everything" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stray.yaml: traner: no such option; did you mean 'trainer'?" in said
+    (workplace / "callback.yaml").write_text(text.replace("every_n_batches:", "every_batches:"))
+    assert main(["fit", "--config", "callback.yaml"]) == 2
+    assert "trainer.callbacks.every_batches: no such option; did you mean 'every_n_batches'" in (
+        capsys.readouterr().err
+    )
+    (workplace / "class.yaml").write_text(text.replace("ShapesDetection", "ShapeDetection"))
+    assert main(["fit", "--config", "class.yaml"]) == 2
+    assert "'yolo_lightning.datamodules.ShapeDetection'; did you mean 'ShapesDetection'" in (
+        capsys.readouterr().err
+    )
+    (workplace / "nothing.yaml").write_text("\n")
+    assert main(["fit", "--config", "nothing.yaml"]) == 2
+    assert "recipe 'nothing.yaml' is empty" in capsys.readouterr().err
+    (workplace / "latin.yaml").write_bytes(b"# caf\xe9\n")
+    assert main(["fit", "--config", "latin.yaml"]) == 2
+    assert "recipe 'latin.yaml' is not UTF-8 text" in capsys.readouterr().err
     (workplace / "lost.yaml").write_text(text.replace("trainer.max_steps}", "trainer.steps}"))
     assert main(["fit", "--config", "lost.yaml"]) == 2
     message = capsys.readouterr().err
@@ -324,6 +355,55 @@ def test_what_was_repaired_is_named_at_the_end(workplace, capfd, write_voc):
     assert "Data: 5 repaired or skipped" in report
     assert "a.xml: gives the size as 0 x 0" in report
     assert "c.jpg: not a readable image" in report
+
+
+def test_the_last_step_is_kept_whatever_the_intervals(workplace):
+    short = [option for option in TINY if "max_steps" not in option]
+    assert main(["fit", *QUICK, *short, "--trainer.max_steps=3"]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert main(["fit", *QUICK, *short, "--trainer.max_steps=5", f"--ckpt_path={last}"]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+
+
+def test_a_run_without_validation_keeps_its_last_step_and_can_be_tested(workplace):
+    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    callbacks = recipe["trainer"]["callbacks"]
+    recipe["trainer"]["callbacks"] = [c for c in callbacks if "ModelC" not in c["class_path"]]
+    (workplace / "plain.yaml").write_text(yaml.safe_dump(recipe))
+    tiny = [option for option in TINY if "validation" not in option]
+    plain = ["--config", "plain.yaml", *tiny]
+    assert main(["fit", *plain, "--data.validation=null"]) == 0
+    assert main(["test", *plain]) == 0
+
+
+def test_what_boxes_teach_follows_the_recipe_on_resuming(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    more = ["--trainer.max_steps=6", "--data.detection.classes=[rhombus]", f"--ckpt_path={last}"]
+    run = cli.main(["fit", *QUICK, *TINY, *more])
+    boxed = {run.model.tree.names[k] for k in run.model.boxed.nonzero().flatten().tolist()}
+    assert boxed == {"rhombus"}
+    square = run.model.tree.node("square")
+    assert run.model.tree.names[run.model.boxed_ancestors[square]] == "quadrilateral"
+
+
+def test_a_lost_store_costs_neither_training_nor_testing(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    run_file = last.parent.parent / "mlflow_run_id"
+    before = run_file.read_text()
+    # as on another machine: the run's folder is there, its store is not
+    other = ["--trainer.logger.tracking_uri=sqlite:///other.db"]
+    with pytest.warns(UserWarning, match="is not in sqlite:///other.db"):
+        assert main(["test", *QUICK, *TINY, *other]) == 0
+    more = ["--trainer.max_steps=6", f"--ckpt_path={last}"]
+    with pytest.warns(UserWarning, match="is not in sqlite:///other.db"):
+        assert main(["fit", *QUICK, *TINY, *other, *more]) == 0
+    assert run_file.read_text() != before
+    store = sqlite3.connect(workplace / "other.db")
+    assert store.execute("select run_uuid from runs").fetchall() == [(run_file.read_text(),)]
+    store.close()
 
 
 def test_testing_before_training_says_so(workplace, capsys):

@@ -18,7 +18,7 @@ from yolo_lightning.datamodules import (
     ShapesImageLabels,
     VOCFolder,
 )
-from yolo_lightning.datamodules.shapes import MAX_OCCLUSION, SHAPES, _covered, _place
+from yolo_lightning.datamodules.shapes import SHAPES, _draw, _place
 from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.datamodules.transforms import letterbox, letterbox_sample
 from yolo_lightning.errors import InputError
@@ -58,14 +58,25 @@ def test_boxes_are_tight_around_what_is_drawn():
 
 
 def test_no_shape_is_covered_by_more_than_a_fifth():
-    rng = np.random.default_rng(1)
-    first = _place(rng, "square", 64, 20.0)
-    assert _covered([first], first)
-    assert MAX_OCCLUSION == 0.2
-    far = _place(rng, "square", 64, 20.0)
-    far.mask[:] = 0
-    far.mask[0, 0] = 255
-    assert not _covered([first], far)
+    covered = []
+    for seed in range(60):
+        _, placed = _draw(np.random.default_rng(seed), list(SHAPES), 96, (0.13, 0.28))
+        for k, shape in enumerate(placed):
+            own = shape.mask > 127
+            later = np.any([other.mask > 127 for other in placed[k + 1 :]] or [own & False], axis=0)
+            covered.append((own & later).sum() / own.sum())
+    assert max(covered) <= 0.2
+    assert sum(share > 0.05 for share in covered) > 20  # crowded enough to need the rule
+
+
+def test_shapes_may_be_absent_and_ranges_are_checked():
+    source = ShapesDetection(length=20, objects=(0, 1), image_size=64)
+    source.bind(WordTree.read(SHAPES_TREE))
+    counts = [source.read(k).boxes_xyxy_px.shape for k in range(20)]
+    assert {(0, 4), (1, 4)} == set(counts)
+    for options in ({"length": 0}, {"objects": (3, 2)}, {"radii": (0.1, 0.9)}):
+        with pytest.raises(InputError, match="shapes: .* allowed"):
+            ShapesDetection(**options)
 
 
 def test_labelled_shapes_take_every_class_in_turn():
@@ -369,6 +380,34 @@ def test_sizes_out_of_range_are_refused(options, said):
         combined(**options)
 
 
+def test_file_sources_serve_in_every_place(tmp_path, write_voc):
+    for split in ("train", "val", "test"):
+        write_voc(tmp_path / split, "a", [("apple", 1, 1, 30, 30)])
+    write_image(tmp_path / "labels" / "banana" / "x.png")
+    data = combined(
+        tree=["apple", "banana"],
+        detection=VOCFolder(str(tmp_path), "train"),
+        classification=ImageFolder(str(tmp_path / "labels")),
+        validation=VOCFolder(str(tmp_path), "val"),
+        test=VOCFolder(str(tmp_path), "test"),
+        detection_batch_size=1,
+        classification_batch_size=1,
+    )
+    kinds = [type(batch) for batch in data.train_dataloader()]
+    assert kinds == [DetectionBatch, ClassificationBatch]
+    data.setup("test")
+    assert len(list(data.test_dataloader())) == 1
+    assert data.source_faults == []
+
+
+def test_measuring_without_images_to_measure_on_is_refused():
+    data = combined(validation=None)
+    with pytest.raises(InputError, match=r"names no data\.validation"):
+        data.setup("validate")
+    with pytest.raises(InputError, match="neither data.test nor data.validation"):
+        data.test_dataloader()
+
+
 def test_without_a_classification_source_all_batches_hold_boxes():
     batches = list(combined(classification=None).train_dataloader())
     assert {type(batch) for batch in batches} == {DetectionBatch}
@@ -381,3 +420,19 @@ def test_batches_move_and_keep_what_is_no_tensor():
     assert moved.images.device.type == "meta"
     assert moved.faults == ["x"]
     assert moved.images_seen == batch.images_seen
+
+
+def test_truths_come_back_from_the_letterbox_where_they_were(tmp_path, write_voc):
+    from yolo_lightning.detector import _original_px
+
+    write_voc(tmp_path, "a", [("apple", 21, 31, 60, 70), ("apple", 1, 1, 333, 500)], (333, 500))
+    source = VOCFolder(str(tmp_path))
+    data = combined(
+        tree=["apple"], detection=source, validation=source, classification=None, image_size=416
+    )
+    (batch,) = list(data.val_dataloader())
+    assert isinstance(batch, DetectionBatch)
+    height, width = batch.sizes_hw_orig[0].tolist()
+    boxes = _original_px(batch.boxes_cxcywh_norm[0, :2], (height, width), batch.images.shape[-2:])
+    expected = torch.tensor([[20.0, 30, 60, 70], [0, 0, 333, 500]])
+    torch.testing.assert_close(boxes, expected, atol=1e-3, rtol=0)

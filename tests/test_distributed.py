@@ -36,11 +36,13 @@ tree, folder, rule = sys.argv[1:4]
 
 
 class Sparse(ShapesDetection):
-    """Every second image has no objects; so has every image of the last batches."""
+    """Objects are missing on rank 0 at step 0, and on both ranks at step 4."""
+
+    empty = set()
 
     def read(self, index):
         sample = super().read(index)
-        if index % 2 == 0 and index < 8:
+        if index not in self.empty:
             return sample
         return DetectionSample(sample.image, sample.boxes_xyxy_px[:0], sample.labels[:0],
                                sample.difficult[:0])
@@ -51,8 +53,9 @@ class Diary(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         missing = [n for n, p in module.network.named_parameters() if p.grad is None]
+        objects = int((batch.labels >= 0).sum())
         self.steps.append((batch.step, type(batch).__name__, batch.images.shape[-1],
-                           batch.sample_ids.tolist(), batch.images_seen, missing))
+                           batch.sample_ids.tolist(), batch.images_seen, missing, objects))
 
 
 pl.seed_everything(0, verbose=False)
@@ -61,6 +64,7 @@ data = CombinedDataModule(
     tree, Sparse(length=16, image_size=64), ShapesImageLabels(length=16, image_size=64),
     validation=validation, detection_batch_size=4, classification_batch_size=4, image_size=64,
     steps_per_epoch=6, num_workers=0)
+Sparse.empty = {*data.order.plan(0, 0, 2).indices, *data.order.plan(4).indices}
 model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
                        loss=LossSettings(objectness_rule=rule))
 seen = []
@@ -98,6 +102,10 @@ def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
         assert first[4] == second[4]  # images seen
         assert first[5] == second[5] == []  # parameters without a gradient
     assert [step[1][0] for step in ranks[0]["steps"]] == list("DCDCDC")
+    objects = [[rank["steps"][step][6] for rank in ranks] for step in (0, 2, 4)]
+    assert objects[0][0] == 0 < objects[0][1]
+    assert min(objects[1]) > 0
+    assert objects[2] == [0, 0]
     assert ranks[0]["weights"] == ranks[1]["weights"]
     # five images over two ranks: one is padding, and counted as such
     assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == [-1, 0, 1, 2, 3, 4]

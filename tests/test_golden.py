@@ -38,8 +38,8 @@ def detection_batch(
 def gradient(raw, batch, anchors, tree, settings):
     raw = raw.clone().requires_grad_()
     output = HeadOutput.from_dense(raw, len(anchors))
-    supervised = torch.ones(len(tree), dtype=torch.bool)
-    terms = yolo9000_loss(output, batch, anchors, tree, supervised, settings)
+    boxed_ancestors = torch.arange(len(tree))
+    terms = yolo9000_loss(output, batch, anchors, tree, boxed_ancestors, settings)
     total = sum(terms.values(), torch.zeros(())) * len(batch)
     total.backward()
     assert raw.grad is not None
@@ -87,7 +87,12 @@ def test_decoding_letterbox_and_nms_equal_the_original(size):
     tree = WordTree.flat([str(k) for k in range(20)])
     (found,) = candidates(output, data["anchors_cells"], threshold)
     scores = found.objectness[:, None] * tree.log_probs(found.logits).exp()
-    boxes = unletterbox(found.boxes_cxcywh_norm, (height, width), (net_height, net_width))
+    boxes = unletterbox(
+        found.boxes_cxcywh_norm,
+        (height, width),
+        (net_height, net_width),
+        whole_px_margins=False,
+    )
     box, label = (scores > threshold).nonzero(as_tuple=True)
     rows = torch.cat([boxes[box], label[:, None], scores[box, label][:, None]], dim=1).double()
     assert_same_rows(rows, data["before_nms"])

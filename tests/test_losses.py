@@ -31,9 +31,9 @@ def head(grid: int = 2, classes: int = 2, batch: int = 1, fill: float = 0.0) -> 
 
 def terms_of(raw, batch, tree=TREE, **options):
     settings = LossSettings(**options)
-    supervised = torch.ones(len(tree), dtype=torch.bool)
+    boxed_ancestors = torch.arange(len(tree))
     return yolo9000_loss(
-        HeadOutput.from_dense(raw, len(ANCHORS)), batch, ANCHORS, tree, supervised, settings
+        HeadOutput.from_dense(raw, len(ANCHORS)), batch, ANCHORS, tree, boxed_ancestors, settings
     )
 
 
@@ -151,7 +151,8 @@ def test_rules_of_box_selection_choose_as_they_say():
     supervised = torch.tensor([True, True, False, False])
 
     def chosen(rule, mask=supervised):
-        anchor, cell = select_boxes(output, torch.tensor([2]), ANCHORS, tree, mask, rule)
+        ancestors = tree.deepest_ancestor_in(mask)
+        anchor, cell = select_boxes(output, torch.tensor([2]), ANCHORS, tree, ancestors, rule)
         return anchor.item(), cell.item()
 
     assert chosen("label") == (1, 3)
@@ -177,7 +178,7 @@ def test_sparse_and_dense_class_heads_agree(tree, seed, rule):
 
     features, weight, bias = draw(3, 8, 4, 5), draw(2, len(tree), 8), draw(2, len(tree))
     boxes = draw(3, 2, 5, 4, 5)
-    supervised = torch.rand(len(tree), generator=generator) < 0.5
+    ancestors = tree.deepest_ancestor_in(torch.rand(len(tree), generator=generator) < 0.5)
     truth = torch.rand(3, 4, 4, generator=generator) * 0.8 + 0.1
     labels = torch.randint(-1, len(tree), (3, 4), generator=generator)
     detection = detection_batch(truth, labels)
@@ -192,7 +193,7 @@ def test_sparse_and_dense_class_heads_agree(tree, seed, rule):
                 batch,
                 ANCHORS,
                 tree,
-                supervised,
+                ancestors,
                 LossSettings(box_selection=rule),
             )
             loss = torch.stack(list(terms.values())).sum()
@@ -214,8 +215,7 @@ def test_every_step_touches_every_parameter(kind, objectness_rule):
         "classification": labelled(2, [0, 1]),
     }
     options = LossSettings(objectness_rule=objectness_rule)
-    supervised = torch.ones(2, dtype=torch.bool)
-    terms = yolo9000_loss(output, batches[kind], ANCHORS, TREE, supervised, options)
+    terms = yolo9000_loss(output, batches[kind], ANCHORS, TREE, torch.arange(2), options)
     torch.stack(list(terms.values())).sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name

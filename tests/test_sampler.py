@@ -106,3 +106,5 @@ def test_epochs_differ_and_go_on_where_training_stands():
 def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(InputError, match="detection_batch_size is the global batch: 4 images"):
         AlternatingBatchSampler(order(), 6, lambda: 0, rank=0, world_size=3)
+    unused = order("0", batch=(3, 64))
+    assert len(AlternatingBatchSampler(unused, 6, lambda: 0, rank=0, world_size=3)) == 6

@@ -152,6 +152,16 @@ def test_average_precision_ignores_padding_difficult_and_other_classes():
     assert metric.compute()[0]["AP50"] == pytest.approx(1.0)
 
 
+def test_a_difficult_object_excuses_only_what_overlaps_it():
+    metric = BoxAveragePrecision()
+    large, inside = [0, 0, 100, 100], [[10, 10, 20, 20], [40, 40, 50, 50]]
+    clear = [200, 200, 240, 240]
+    boxes = [*inside, clear]
+    update(metric, 0, boxes, [0, 0, 0], [0.9, 0.9, 0.5], [large, clear], [0, 0], [1, 0])
+    # two false ones above the hit: they overlap the difficult object by a hundredth
+    assert metric.compute()[0]["AP50"] == pytest.approx(1 / 3, abs=1e-6)
+
+
 def test_average_precision_of_nothing():
     assert BoxAveragePrecision().compute() == {}
     metric = BoxAveragePrecision()

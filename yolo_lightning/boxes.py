@@ -1,7 +1,11 @@
 """Box formats, IoU, letterbox geometry, non-maximum suppression: pure functions on tensors."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_MOST_PAIRS = 2**21
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
@@ -60,10 +64,23 @@ def letterbox_geometry(
 
 
 def unletterbox(
-    boxes_cxcywh_norm: Tensor, size_hw_orig: tuple[int, int], size_hw: tuple[int, int]
+    boxes_cxcywh_norm: Tensor,
+    size_hw_orig: tuple[int, int],
+    size_hw: tuple[int, int],
+    whole_px_margins: bool = True,
 ) -> Tensor:
-    """Map boxes (N, 4) from a letterboxed network input (0…1) to the original image (0…1)."""
+    """Map boxes (N, 4) from a letterboxed network input (0…1) to the original image (0…1).
+
+    Args:
+        boxes_cxcywh_norm: float (N, 4).
+        size_hw_orig: height and width of the image, px.
+        size_hw: height and width of the network input, px.
+        whole_px_margins: whether the image was placed at whole pixels, as `letterbox` does;
+            the original program places it so too, yet maps back as if it had not.
+    """
     new_height, new_width, top, left = letterbox_geometry(size_hw_orig, size_hw)
+    if whole_px_margins:
+        top, left = int(top), int(left)
     net_height, net_width = size_hw
     offset = boxes_cxcywh_norm.new_tensor([left / net_width, top / net_height, 0.0, 0.0])
     scale = boxes_cxcywh_norm.new_tensor([net_width / new_width, net_height / new_height] * 2)
@@ -89,24 +106,37 @@ def batched_nms(
         int64 (kept,), by descending score; equal scores by ascending index.
     """
     order = scores.argsort(descending=True, stable=True)
-    table = _by_class(order, classes[order])  # (classes, most boxes of one), -1 as padding
-    padded = boxes_xyxy[table.clamp(min=0)] * (table >= 0)[..., None]  # an empty box overlaps none
-    found = table[_greedy(pairwise_iou(padded, padded), iou_threshold) & (table >= 0)]
+    kept = [torch.zeros_like(order[:0])]
+    for table in _by_class(order, classes[order]):
+        padded = (
+            boxes_xyxy[table.clamp(min=0)] * (table >= 0)[..., None]
+        )  # an empty box: no overlap
+        kept.append(table[_greedy(pairwise_iou(padded, padded), iou_threshold) & (table >= 0)])
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
-    return order[rank[found].sort().values]
+    return order[rank[torch.cat(kept)].sort().values]
 
 
-def _by_class(order: Tensor, classes: Tensor) -> Tensor:
-    """Return indices as a table with a row per class, keeping their order within each."""
+def _by_class(order: Tensor, classes: Tensor) -> Iterator[Tensor]:
+    """Yield tables of indices with a row per class, in their order, -1 as padding.
+
+    Classes of similar size share a table, and no table has more pairs than fit the memory, so that
+    one frequent class does not widen the rows of all.
+    """
     _, row, counts = torch.unique(classes, return_inverse=True, return_counts=True)
-    by_row = row.argsort(stable=True)
-    starts = counts.cumsum(0) - counts
-    column = torch.arange(len(order), device=order.device) - starts[row[by_row]]
-    width = int(counts.max()) if len(counts) else 0
-    table = torch.full((len(counts), width), -1, device=order.device)
-    table[row[by_row], column] = order[by_row]
-    return table
+    by_row = order[row.argsort(stable=True)].split(counts.tolist())
+    by_size = sorted(by_row, key=len)
+    start = 0
+    while start < len(by_size):
+        end = start + 1
+        while end < len(by_size) and _pairs(by_size, start, end + 1) <= _MOST_PAIRS:
+            end += 1
+        yield torch.nn.utils.rnn.pad_sequence(by_size[start:end], True, -1)
+        start = end
+
+
+def _pairs(rows: list[Tensor], start: int, end: int) -> int:
+    return (end - start) * len(rows[end - 1]) ** 2
 
 
 def _greedy(iou: Tensor, threshold: float) -> Tensor:

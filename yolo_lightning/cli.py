@@ -14,7 +14,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
@@ -134,6 +134,8 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
+            if self.run_folder is not None and not any(self.run_folder.iterdir()):
+                self.run_folder.rmdir()  # nothing began here
             raise _input_error_behind(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -141,17 +143,21 @@ class RecipeCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(DataReport())  # type: ignore[attr-defined]
         if self.tracked_run is not None and isinstance(trainer.logger, RunLogger):
-            trainer.logger.resume(self.tracked_run)
+            found = trainer.logger.resume(self.tracked_run)
+            if not found and self.config.subcommand != "fit":
+                trainer.logger = None
         if self.run_folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             written = {
-                f"recipe{'' if k == 0 else f'-{k + 1}'}.yaml": Path(file).read_text()
+                f"recipe{'' if k == 0 else f'-{k + 1}'}.yaml": Path(file).read_text(
+                    encoding="utf-8"
+                )
                 for k, file in enumerate(RecipeParser.recipes)
             }
             written["command.txt"] = shlex.join(["yolo-lightning", *self.command_line]) + "\n"
             record = RunRecord(self.run_folder, written, self._resolved())
             trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
         # Lightning wants checkpoint callbacks last
-        trainer.callbacks.sort(key=lambda c: isinstance(c, ModelCheckpoint))  # type: ignore[attr-defined]
+        trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint))  # type: ignore[attr-defined]
         return trainer
 
     def _resolved(self) -> dict[str, Any]:
@@ -214,6 +220,12 @@ def _config_files(args: Sequence[str]) -> list[str]:
     for file in files:
         if not Path(file).is_file():
             raise InputError(f"recipe {file!r} not found (working folder: {Path.cwd()})")
+        try:
+            empty = not Path(file).read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {file!r} is not UTF-8 text ({error})") from None
+        if empty:
+            raise InputError(f"recipe {file!r} is empty")
     return files
 
 
@@ -239,13 +251,17 @@ def _run_folder(root: Path, ckpt_path: str | None) -> Path:
     if ckpt_path and (Path(ckpt_path).parent.parent / "resolved.yaml").is_file():
         return Path(ckpt_path).parent.parent
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder, number = root / stamp, 1
-    if _rank() == 0:
-        while folder.exists():
+    number = 1
+    while True:
+        folder = root / (stamp if number == 1 else f"{stamp}-{number}")
+        if _rank() != 0:
+            return folder  # only rank 0's is used
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
             number += 1
-            folder = root / f"{stamp}-{number}"
-        folder.mkdir(parents=True)
-    return folder
+        else:
+            return folder
 
 
 def _run_id_beside(checkpoints: str) -> str | None:
@@ -263,9 +279,10 @@ def _newest_checkpoint(root: Path) -> Path:
         found = sorted(root.glob(f"*/checkpoints/{name}"), key=lambda p: p.stat().st_mtime)
         if found:
             return found[-1]
+    deeper = sorted(str(path) for path in root.rglob(f"checkpoints/{LAST}"))
+    hint = f"name one: {', '.join(deeper[-4:])}" if deeper else "train first"
     raise InputError(
-        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; "
-        "train first"
+        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; {hint}"
     )
 
 

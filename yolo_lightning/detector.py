@@ -1,5 +1,6 @@
 """The LightningModule of the detector and the YOLO9000 joint loss."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ from yolo_lightning.yolov2 import Candidates, YOLOv2, candidates
 
 SCORE_THRESHOLD = 0.005
 """The least score that counts in evaluation, as in the original program."""
+
+MOST_PAIRS = 8192
+"""Most (box, class) pairs of an image that suppression compares; evaluation keeps 100 of them.
+Bounds the memory that a network takes while it is sure of nothing."""
 
 BOX_TERMS = ("loss_coord", "loss_prior")
 """What only images with boxes pay."""
@@ -64,7 +69,7 @@ class DetectorModule(pl.LightningModule):
     """
 
     boxed: Tensor
-    supervised: Tensor
+    boxed_ancestors: Tensor
 
     def __init__(
         self,
@@ -88,6 +93,17 @@ class DetectorModule(pl.LightningModule):
             raise InputError(
                 f"model.anchors_wh_cell is {anchors_wh_cell}; allowed: pairs of positive numbers"
             )
+        for name, value, low in (
+            ("learning_rate", learning_rate, 0),
+            ("momentum", momentum, 0),
+            ("weight_decay", weight_decay, 0),
+            ("head_channels", head_channels, 1),
+            ("passthrough_channels", passthrough_channels, 0),
+        ):
+            if value < low:
+                raise InputError(f"model.{name} is {value}; allowed: {low} or more")
+        if not 0 <= iou_threshold <= 1:
+            raise InputError(f"model.iou_threshold is {iou_threshold}; allowed: 0 … 1")
         self.tree = WordTree.of(tree)
         self.network = YOLOv2(
             TRUNKS[trunk], len(self.tree), anchors, head_channels, passthrough_channels
@@ -100,7 +116,7 @@ class DetectorModule(pl.LightningModule):
         self.iou_threshold = iou_threshold
         # travel with the weights: `test` needs to know what training saw with boxes
         self.register_buffer("boxed", torch.zeros(len(self.tree), dtype=torch.bool))
-        self.register_buffer("supervised", torch.zeros(len(self.tree), dtype=torch.bool))
+        self.register_buffer("boxed_ancestors", torch.full((len(self.tree),), -1))
         self.average_precision = BoxAveragePrecision()
         self._evaluated: Tensor | None = None
         self.per_class: dict[str, dict[str, float]] = {}
@@ -126,11 +142,41 @@ class DetectorModule(pl.LightningModule):
         return getattr(self.trainer, "datamodule", None)
 
     def setup(self, stage: str) -> None:
-        """Learn from the datamodule which nodes training boxes are labelled with."""
-        boxed_nodes = getattr(self._datamodule, "boxed_nodes", None) if stage == "fit" else None
+        """Check that data and options fit this module.
+
+        Raises:
+            InputError: the data's tree is another one, or half of a precision is asked for.
+        """
+        tree = getattr(self._datamodule, "tree", None)
+        if tree is not None and tree.rows != self.tree.rows:
+            raise InputError(
+                "data.tree differs from model.tree: "
+                f"{_first_difference(tree.rows, self.tree.rows, 'the data', 'the model')}"
+            )
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "16-mixed", "bf16-mixed"):
+            raise InputError(
+                f"trainer.precision is {precision}; allowed: 32-true, 16-mixed, bf16-mixed"
+            )
+
+    def on_fit_start(self) -> None:
+        """Learn which nodes training boxes are labelled with, now that weights are restored.
+
+        Raises:
+            InputError: validation would come between two halves of an optimizer step, whose
+                gradient no checkpoint holds.
+        """
+        every, parts = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
+        if isinstance(every, int) and every % parts:
+            raise InputError(
+                f"trainer.val_check_interval is {every}; allowed: multiples of "
+                f"trainer.accumulate_grad_batches, {parts}"
+            )
+        boxed_nodes = getattr(self._datamodule, "boxed_nodes", None)
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True
-            self.supervised.copy_(self.tree.ancestors_or_self(boxed_nodes))
+            supervised = self.tree.ancestors_or_self(boxed_nodes)
+            self.boxed_ancestors.copy_(self.tree.deepest_ancestor_in(supervised))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
@@ -164,7 +210,7 @@ class DetectorModule(pl.LightningModule):
         """Return the loss of a batch of either kind."""
         output = self.network(_unit_range(batch.images))
         terms = yolo9000_loss(
-            output, batch, self.network.anchors_wh_cell, self.tree, self.supervised, self.loss
+            output, batch, self.network.anchors_wh_cell, self.tree, self.boxed_ancestors, self.loss
         )
         loss = torch.stack(list(terms.values())).sum()
         prefix = "train/" if isinstance(batch, DetectionBatch) else "train/cls_"
@@ -195,7 +241,7 @@ class DetectorModule(pl.LightningModule):
             self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
         ):
             scores = image.objectness[:, None] * self.tree.log_probs(image.logits)[:, nodes].exp()
-            box, column = (scores > score_threshold).nonzero(as_tuple=True)
+            box, column = _best_pairs(scores, score_threshold)
             boxes = _original_px(image.boxes_cxcywh_norm, size, images.shape[-2:])[box]
             kept = batched_nms(boxes, scores[box, column], column, self.iou_threshold)
             found.append(
@@ -296,16 +342,18 @@ class DetectorModule(pl.LightningModule):
             "_unboxed": {node: v for node, v in per_class.items() if not boxed[node]},
         }
         for suffix, members in groups.items():
+            if not members and suffix == "_unboxed":
+                continue  # the usual case of detection alone
             for measure in ("AP50", "AP"):
-                if members:
-                    mean = sum(v[measure] for v in members.values()) / len(members)
-                    self.log(
-                        f"{stage}/{measure}{suffix}",
-                        mean,
-                        prog_bar=measure == "AP50",
-                        # equal on every rank: the mean changes nothing, and all may monitor it
-                        sync_dist=True,
-                    )
+                # none of these classes among the images: NaN, so that who monitors it goes on
+                values = [value[measure] for value in members.values()] or [math.nan]
+                self.log(
+                    f"{stage}/{measure}{suffix}",
+                    sum(values) / len(values),
+                    prog_bar=measure == "AP50",
+                    # equal on every rank: the mean changes nothing, and all may monitor it
+                    sync_dist=True,
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that belong to other classes or other anchors.
@@ -319,15 +367,24 @@ class DetectorModule(pl.LightningModule):
             if theirs[name] != own:
                 raise InputError(
                     f"model.{name} differs from the checkpoint's: "
-                    f"{_first_difference(own, theirs[name])}"
+                    f"{_first_difference(own, theirs[name], 'the recipe', 'the checkpoint')}"
                 )
 
 
-def _first_difference(own: list[Any], theirs: list[Any]) -> str:
-    if len(own) != len(theirs):
-        return f"{len(own)} entries here, {len(theirs)} in the checkpoint"
-    number = next(k for k, pair in enumerate(zip(own, theirs, strict=True)) if pair[0] != pair[1])
-    return f"entry {number + 1} is {own[number]} here, {theirs[number]} in the checkpoint"
+def _best_pairs(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the scores above a threshold, of too many the highest."""
+    row, column = (scores > threshold).nonzero(as_tuple=True)
+    if len(row) > MOST_PAIRS:
+        best = scores[row, column].topk(MOST_PAIRS).indices.sort().values
+        row, column = row[best], column[best]
+    return row, column
+
+
+def _first_difference(first: list[Any], second: list[Any], in_first: str, in_second: str) -> str:
+    if len(first) != len(second):
+        return f"{len(first)} entries in {in_first}, {len(second)} in {in_second}"
+    number = next(k for k, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1])
+    return f"entry {number + 1} is {first[number]} in {in_first}, {second[number]} in {in_second}"
 
 
 def _unit_range(images: Tensor) -> Tensor:

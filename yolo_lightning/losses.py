@@ -207,7 +207,7 @@ def select_boxes(
     labels: Tensor,
     anchors_wh_cell: Tensor,
     tree: WordTree,
-    supervised: Tensor,
+    boxed_ancestors: Tensor,
     rule: BoxSelection,
 ) -> tuple[Tensor, Tensor]:
     """Return the box that each classification image trains: anchor and cell, int64 (B,) each.
@@ -217,7 +217,8 @@ def select_boxes(
         labels: int64 (B,), tree nodes.
         anchors_wh_cell: float (A, 2), cells.
         tree: the classes.
-        supervised: bool (K,), nodes on the path to a label that boxes carry.
+        boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a label
+            that boxes carry; -1 where none is.
         rule: see `LossSettings.box_selection`.
 
     Source: YOLO9000, section 4, "Joint classification and detection", for `label`.
@@ -233,9 +234,7 @@ def select_boxes(
         # where no box is sure, the one with the highest objectness
         score = torch.where(sure.flatten(1).any(dim=1)[:, None, None], area * sure, objectness)
     else:
-        nodes = labels
-        if rule == "boxed_ancestor":
-            nodes = tree.deepest_ancestor_in(supervised).to(labels.device)[labels]
+        nodes = boxed_ancestors[labels] if rule == "boxed_ancestor" else labels
         score = objectness.log() + _log_prob_everywhere(output, nodes, tree)
     best = score.flatten(1).argmax(dim=1)
     return best // score.shape[2], best % score.shape[2]
@@ -257,7 +256,7 @@ def classification_loss(
     batch: ClassificationBatch,
     anchors_wh_cell: Tensor,
     tree: WordTree,
-    supervised: Tensor,
+    boxed_ancestors: Tensor,
     settings: LossSettings,
 ) -> dict[str, Tensor]:
     """Return the terms, summed over the batch, that images with one label each cost.
@@ -267,7 +266,7 @@ def classification_loss(
     objectness = output.box_logits[:, :, 4].float()  # (B, A, Gh, Gw)
     image = torch.arange(len(objectness), device=objectness.device)
     anchor, cell = select_boxes(
-        output, batch.labels, anchors_wh_cell, tree, supervised, settings.box_selection
+        output, batch.labels, anchors_wh_cell, tree, boxed_ancestors, settings.box_selection
     )
     chosen = torch.zeros_like(objectness, dtype=torch.bool).flatten(2)
     chosen[image, anchor, cell] = True
@@ -290,7 +289,7 @@ def yolo9000_loss(
     batch: DetectionBatch | ClassificationBatch,
     anchors_wh_cell: Tensor,
     tree: WordTree,
-    supervised: Tensor,
+    boxed_ancestors: Tensor,
     settings: LossSettings,
 ) -> dict[str, Tensor]:
     """Return what a batch of either kind costs: its terms, each an average over its images.
@@ -303,11 +302,12 @@ def yolo9000_loss(
         batch: images with boxes, or images with one label each.
         anchors_wh_cell: float (A, 2), cells.
         tree: the classes.
-        supervised: bool (K,), nodes on the path to a label that boxes carry.
+        boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a label
+            that boxes carry; -1 where none is.
         settings: scales and rules.
     """
     if isinstance(batch, DetectionBatch):
         terms = detection_loss(output, batch, anchors_wh_cell, tree, settings)
     else:
-        terms = classification_loss(output, batch, anchors_wh_cell, tree, supervised, settings)
+        terms = classification_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
     return {name: value / len(batch) for name, value in terms.items()}

@@ -12,6 +12,7 @@ _IMAGE, _LABEL, _SCORE, _FLAG, _BOX = 0, 1, 2, 3, slice(4, 8)
 _COLUMNS = 8
 
 MAX_DETECTIONS = 100
+_LARGEST_AREA = 1e10
 
 
 class BoxAveragePrecision(Metric):
@@ -123,7 +124,7 @@ def average_precision(
     )
     evaluation = COCOeval_faster(ground_truth, found, iouType="bbox", print_function=_silent)
     evaluation.params.catIds = classes
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, _LARGEST_AREA]], ["all"]
     evaluation.params.maxDets = [MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()
@@ -150,9 +151,10 @@ def _annotations(rows: NDArray[np.float64]) -> list[dict[str, Any]]:
             "image_id": int(row[_IMAGE]) + 1,
             "category_id": int(row[_LABEL]),
             "bbox": [row[4], row[5], size[0], size[1]],
-            "area": size[0] * size[1],
+            # difficult truths lie outside the range of areas: matched by plain IoU, yet not counted
+            "area": 10 * _LARGEST_AREA if row[_FLAG] else size[0] * size[1],
             "score": row[_SCORE],
-            "iscrowd": int(row[_FLAG]),
+            "iscrowd": 0,
         }
         for number, (row, size) in enumerate(zip(rows, sizes, strict=True), start=1)
     ]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from mlflow.exceptions import MlflowException
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
@@ -43,9 +45,18 @@ class RunLogger(MLFlowLogger):
         with _creation_lock(uri):
             super().__init__(experiment_name, run_name, uri, tags=tags, run_id=run_id)
 
-    def resume(self, run_id: str) -> None:
-        """Go on with an earlier run instead of opening a new one."""
+    def resume(self, run_id: str) -> bool:
+        """Go on with an earlier run instead of opening a new one; tell whether the store has it.
+
+        Tracking may fail, training may not: where the run is gone, a warning says so.
+        """
+        try:
+            self._mlflow_client.get_run(run_id)
+        except MlflowException as error:
+            rank_zero_warn(f"MLflow run {run_id} is not in {self.store}: {error.message}")
+            return False
         self._run_id = run_id
+        return True
 
 
 @contextlib.contextmanager

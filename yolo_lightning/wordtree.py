@@ -58,6 +58,9 @@ class WordTree:
         self.paths = _paths(parents, self.keys, origin)
         _, self.groups = torch.unique(self.parents, return_inverse=True)
         self.group_count = int(self.groups.max()) + 1
+        self._members: list[list[int]] = [[] for _ in range(self.group_count)]
+        for node, group in enumerate(self.groups.tolist()):
+            self._members[group].append(node)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _parent_of(self, row: Row, number: int, origin: str) -> int:
@@ -87,7 +90,11 @@ class WordTree:
         if not file.is_file():
             raise InputError(f"tree file {str(path)!r} not found (working folder: {Path.cwd()})")
         rows = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 text ({error})") from None
+        for number, line in enumerate(lines, start=1):
             if not line.strip() or line.startswith("#"):
                 continue
             parts = line.split("\t")
@@ -244,9 +251,6 @@ class WordTree:
             levels, int64 (B, R): which group of the path a node belongs to, the label's own is 0.
             on_path, bool (B, R): whether the node lies on the path itself.
         """
-        members: dict[int, list[int]] = {}
-        for node, group in enumerate(self.groups.tolist()):
-            members.setdefault(group, []).append(node)
         rows = []
         for label in labels.tolist():
             path = [node for node in self.paths[label].tolist() if node >= 0]
@@ -254,7 +258,7 @@ class WordTree:
                 [
                     (sibling, level, sibling == node)
                     for level, node in enumerate(path)
-                    for sibling in members[int(self.groups[node])]
+                    for sibling in self._members[int(self.groups[node])]
                 ]
             )
         width = max((len(row) for row in rows), default=0)

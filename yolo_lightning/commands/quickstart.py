@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from yolo_lightning import cli
+from yolo_lightning.callbacks import LastCheckpoint
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.datamodules.transforms import letterbox
@@ -33,7 +34,7 @@ class Outcome:
         seconds: of training, validation included.
         detection_steps: batches with boxes.
         per_class: AP50 by class name.
-        checkpoint: the best one.
+        checkpoint: the last one.
     """
 
     boxed_ap50: float
@@ -45,12 +46,13 @@ class Outcome:
 
 
 def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.RecipeCLI]:
-    """Run `fit` with these options in `folder`, then test the best checkpoint."""
+    """Run `fit` with these options in `folder`, then test its last checkpoint."""
     started = time.monotonic()
     run = cli.main(["fit", *args, f"--trainer.default_root_dir={folder}"])
     seconds = time.monotonic() - started
     model, data = _parts(run)
-    checkpoint = str(getattr(run.trainer.checkpoint_callback, "best_model_path", ""))
+    # the last, not the best: nothing of the figures below is chosen by what they measure
+    checkpoint = str(LastCheckpoint.path(run.trainer))
     logger = run.trainer.logger
     tester = pl.Trainer(
         accelerator="auto",
@@ -67,7 +69,7 @@ def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.Reci
         metrics["test/AP50_boxed"],
         metrics["test/AP50_unboxed"],
         round(seconds, 1),
-        data.order.batches_before(run.trainer.global_step)[0],
+        data.order.batches_before(run.trainer.fit_loop.total_batch_idx + 1)[0],
         {names[key]: values["AP50"] for key, values in model.per_class.items()},
         checkpoint,
     )
