@@ -92,7 +92,7 @@ def picture(model: DetectorModule, source: DetectionSource, image_size: int) -> 
         image = source.read(index).image
         square = torch.from_numpy(letterbox(image, image_size)[0]).permute(2, 0, 1)[None]
         size = torch.tensor([image.shape[:2]])
-        (found,) = model.describe(square.to(model.device), size, score_threshold=0.2)
+        (found,) = model.describe(square.to(model.device), size, score_threshold=0.3)
         labels = found.labels.tolist()
         colours = [
             INNER_COLOUR if k not in leaves else BOXED_COLOUR if model.boxed[k] else UNBOXED_COLOUR
