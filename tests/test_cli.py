@@ -99,6 +99,7 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, capsys):
         return [row[0] for row in store.execute(query)]
 
     assert column("select status from runs") == ["FINISHED"]
+    assert column("select name from runs") == [f"quickstart/{folder.name}"]
     metrics = set(column("select distinct key from metrics"))
     for term in ("coord", "obj", "noobj", "class", "prior"):
         assert f"train/loss_{term}" in metrics

@@ -142,6 +142,8 @@ class RecipeCLI(LightningCLI):
         """Add the callbacks that no recipe has to name."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(DataReport())  # type: ignore[attr-defined]
+        if self.run_folder is not None and isinstance(trainer.logger, RunLogger):
+            trainer.logger.suggest_name("/".join(self.run_folder.parts[-2:]))
         if self.tracked_run is not None and isinstance(trainer.logger, RunLogger):
             found = trainer.logger.resume(self.tracked_run)
             if not found and self.config.subcommand != "fit":

@@ -22,7 +22,7 @@ class RunLogger(MLFlowLogger):
         experiment_name: under which runs are listed together.
         tracking_uri: the environment's ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` in
             the working folder.
-        run_name: chosen by MLflow where None.
+        run_name: of the run; the command line suggests the names of its last two folders.
         run_id: the run to go on with; a new one where None.
         tags: of the run.
 
@@ -44,6 +44,10 @@ class RunLogger(MLFlowLogger):
             uri = _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
         with _creation_lock(uri):
             super().__init__(experiment_name, run_name, uri, tags=tags, run_id=run_id)
+
+    def suggest_name(self, name: str) -> None:
+        """Name the run where the recipe does not, before it is opened."""
+        self._run_name = self._run_name or name
 
     def resume(self, run_id: str) -> bool:
         """Go on with an earlier run instead of opening a new one; tell whether the store has it.
