@@ -407,6 +407,16 @@ def test_a_lost_store_costs_neither_training_nor_testing(workplace):
     store.close()
 
 
+def test_a_refused_value_leaves_no_folder_and_no_other_error_on_any_rank(
+    workplace, capsys, monkeypatch
+):
+    for rank in (0, 1):
+        monkeypatch.setattr(cli, "_rank", lambda rank=rank: rank)
+        assert main(["fit", *QUICK, *TINY, "--model.trunk=darknet20"]) == 2
+        assert "model.trunk is 'darknet20'" in capsys.readouterr().err
+        assert not list(workplace.glob("outputs/quickstart/*"))
+
+
 def test_testing_before_training_says_so(workplace, capsys):
     assert main(["test", *QUICK]) == 2
     assert "train first" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """`fit`, `validate` and `test`: Lightning's CLI over recipes, with our precedence and copies."""
 
+import contextlib
 import logging
 import shlex
 import tempfile
@@ -134,8 +135,9 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            if self.run_folder is not None and not any(self.run_folder.iterdir()):
-                self.run_folder.rmdir()  # nothing began here
+            if self.run_folder is not None:
+                with contextlib.suppress(OSError):  # it holds a run, or only rank 0 has it
+                    self.run_folder.rmdir()
             raise _input_error_behind(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
