@@ -20,6 +20,7 @@ from yolo_lightning.datamodules.source import (
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
+    centre_crop,
     letterbox,
     letterbox_sample,
 )
@@ -36,7 +37,7 @@ class JointDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        detection: DetectionSource,
+        detection: DetectionSource | None,
         classification: ImageLabelSource | None,
         augmentations: tuple[DetectionAugmentation | None, ClassificationAugmentation | None],
         canvas_size: int,
@@ -66,7 +67,9 @@ class JointDataset(Dataset[Batch]):
         return batch
 
     def _detection_sample(self, index: int, number: int, faults: list[str]) -> DetectionSample:
-        sample = _read_or_next(self.detection.read, index, len(self.detection), faults)
+        source = self.detection
+        assert source is not None, "the order holds no detection batches without a source"
+        sample = _read_or_next(source.read, index, len(source), faults)
         easy = ~sample.difficult
         sample = DetectionSample(
             sample.image,
@@ -118,6 +121,30 @@ class EvaluationDataset(Dataset[Batch]):
         batch.sizes_hw_orig, batch.sample_ids = torch.tensor(sizes), torch.tensor(ids)
         batch.faults = [*batch.faults, *faults]
         return batch
+
+
+class LabelEvaluationDataset(Dataset[Batch]):
+    """The middles of images with one label each; padding has the sample id -1."""
+
+    def __init__(self, source: ImageLabelSource, image_size: int) -> None:
+        self.source, self.image_size = source, image_size
+
+    def __getitem__(self, positions: list[int]) -> ClassificationBatch:
+        """Return the images at these positions; those past the end stand in as padding."""
+        images, labels, ids, faults = [], [], [], []
+        for position in positions:
+            try:
+                image, node = self.source.read(position % len(self.source))
+            except UnreadableSample as error:
+                faults.append(f"{error}; left out of the evaluation")
+                image, node = np.zeros((self.image_size, self.image_size, 3), np.uint8), 0
+                position = len(self.source)
+            images.append(centre_crop(image, self.image_size))
+            labels.append(node)
+            ids.append(position if position < len(self.source) else -1)
+        return ClassificationBatch(
+            _stack(images), torch.tensor(ids), torch.tensor(labels), faults=faults
+        )
 
 
 class EvaluationSampler(Sampler[list[int]]):

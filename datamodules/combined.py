@@ -13,6 +13,7 @@ from yolo_lightning.datamodules.batching import (
     EvaluationDataset,
     EvaluationSampler,
     JointDataset,
+    LabelEvaluationDataset,
 )
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrder
 from yolo_lightning.datamodules.source import (
@@ -28,25 +29,26 @@ from yolo_lightning.wordtree import WordTree
 
 
 class CombinedDataModule(pl.LightningDataModule):
-    """Any detection source and any classification source, in alternating batches.
+    """Any detection source and any classification source, in alternating batches, or either alone.
 
     Not Lightning's ``CombinedLoader``: it has no mode that alternates in ``fit``. Resuming one in
     the middle of an epoch also repeats or loses batches, where here batch number g is computed.
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        detection: images with boxes.
+        detection: images with boxes; None trains a classifier on labels alone.
         classification: images with labels; None trains on boxes alone.
         validation: what ``validate``, and ``fit`` in between, measure on.
         test: what ``test`` measures on; `validation` by default.
         detection_batch_size: images in a detection batch, over *all* ranks.
         classification_batch_size: images in a classification batch, over *all* ranks.
         classification_batches_per_detection_batch: 0 or more, fractions allowed.
-        image_size: side of the network input in evaluation, px, a multiple of 32.
+        image_size: side of the network input in evaluation, px, a multiple of 32; images with
+            boxes are letterboxed, of images with labels the middle is taken.
         canvas_size: side of training images, px; the largest that `MultiScale` draws, which
             shrinks them on the device. `image_size` by default.
         steps_per_epoch: batches of an epoch; by default one pass of the detection source with its
-            interleaved classification batches.
+            interleaved classification batches, or of the classification source alone.
         detection_augmentation, classification_augmentation: none where None.
         num_workers: loader processes of each rank.
         seed: chooses order and augmentation; the batch of a step depends on nothing else.
@@ -58,10 +60,10 @@ class CombinedDataModule(pl.LightningDataModule):
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
-        detection: DetectionSource,
+        detection: DetectionSource | None = None,
         classification: ImageLabelSource | None = None,
-        validation: DetectionSource | None = None,
-        test: DetectionSource | None = None,
+        validation: DetectionSource | ImageLabelSource | None = None,
+        test: DetectionSource | ImageLabelSource | None = None,
         detection_batch_size: int = 64,
         classification_batch_size: int = 64,
         classification_batches_per_detection_batch: float = 1,
@@ -74,6 +76,8 @@ class CombinedDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if detection is None and classification is None:
+            raise InputError("data.detection and data.classification: name at least one of them")
         self.tree = WordTree.of(tree)
         self.detection, self.classification = detection, classification
         self.validation = validation
@@ -132,14 +136,15 @@ class CombinedDataModule(pl.LightningDataModule):
     @property
     def boxed_nodes(self) -> Tensor:
         """int64, sorted: the nodes that training boxes are labelled with."""
-        return self.detection.nodes
+        return self.detection.nodes if self.detection is not None else torch.zeros(0).long()
 
     @property
     def order(self) -> JointOrder:
         """Which samples each step reads."""
+        uses_labels = self.ratio or self.detection is None
         return JointOrder(
-            len(self.detection),
-            len(self.classification) if self.classification is not None and self.ratio else 0,
+            len(self.detection) if self.detection is not None else 0,
+            len(self.classification) if self.classification is not None and uses_labels else 0,
             *self.batch_sizes,
             self.ratio,
             self.seed,
@@ -187,17 +192,23 @@ class CombinedDataModule(pl.LightningDataModule):
             raise InputError("the recipe names neither data.test nor data.validation")
         return self._evaluation_loader(self.test)
 
-    def _evaluation_loader(self, source: DetectionSource | None) -> "ResumableLoader | list[Any]":
+    def _evaluation_loader(
+        self, source: DetectionSource | ImageLabelSource | None
+    ) -> "ResumableLoader | list[Any]":
         if source is None:
             return []
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        share = max(1, self.batch_sizes[0] // world)
-        sampler = EvaluationSampler(len(source), share, rank, world)
-        return ResumableLoader(
-            EvaluationDataset(source, self.image_size), sampler, self.num_workers
+        has_boxes = isinstance(source, DetectionSource)
+        share = max(1, self.batch_sizes[0 if has_boxes else 1] // world)
+        dataset: Dataset[Batch] = (
+            EvaluationDataset(source, self.image_size)
+            if isinstance(source, DetectionSource)
+            else LabelEvaluationDataset(source, self.image_size)
         )
+        sampler = EvaluationSampler(len(source), share, rank, world)
+        return ResumableLoader(dataset, sampler, self.num_workers)
 
 
 class ResumableLoader(DataLoader[Batch]):

@@ -81,7 +81,8 @@ class JointOrder:
     stream, so passes may meet inside a batch and nothing is dropped.
 
     Attributes:
-        detection_size, classification_size: samples of each source.
+        detection_size, classification_size: samples of each source; without detection samples,
+            every batch holds labels.
         detection_batch_size, classification_batch_size: *global* batch sizes, over all ranks.
         ratio: classification batches per detection batch; 0 for none.
         seed: chooses the permutations.
@@ -96,6 +97,8 @@ class JointOrder:
 
     def batches_before(self, step: int) -> tuple[int, int]:
         """Return how many detection and classification batches precede a step."""
+        if not self.detection_size:
+            return 0, step
         classification = (
             step * self.ratio.numerator // (self.ratio.numerator + self.ratio.denominator)
         )
@@ -104,6 +107,8 @@ class JointOrder:
     @property
     def steps_per_pass(self) -> int:
         """Steps that hold one pass of the detection source, with what is interleaved."""
+        if not self.detection_size:
+            return -(-self.classification_size // self.classification_batch_size)
         batches = -(-self.detection_size // self.detection_batch_size)
         step = int(batches * (1 + self.ratio))
         while self.batches_before(step)[0] < batches:
@@ -151,7 +156,8 @@ class AlternatingBatchSampler(Sampler[BatchPlan]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        used = ["detection_batch_size", *(["classification_batch_size"] if order.ratio else [])]
+        used = ["detection_batch_size"] if order.detection_size else []
+        used += ["classification_batch_size"] if order.classification_size else []
         for name in used:
             if getattr(order, name) % world_size:
                 raise InputError(

@@ -42,6 +42,20 @@ def letterbox(image: Image, size: int) -> tuple[Image, float, float, float, floa
     return image, new_width / width, new_height / height, left, top
 
 
+def centre_crop(image: Image, size: int) -> Image:
+    """Scale an image's shorter side to `size` px and return the square in its middle."""
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
+    if (height, width) != (new_height, new_width):
+        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        image = np.asarray(
+            cv2.resize(image, (new_width, new_height), interpolation=method), np.uint8
+        )
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
 def letterbox_sample(sample: DetectionSample, size: int) -> DetectionSample:
     """Letterbox an image together with its boxes."""
     image, x_scale, y_scale, left, top = letterbox(sample.image, size)
@@ -122,23 +136,26 @@ class DetectionAugmentation:
 
 
 class ClassificationAugmentation:
-    """Random crop, turn, flip and colour, for images with one label.
+    """Random scale, crop, turn, flip and colour, for images with one label.
+
+    The shorter side is scaled to a random length, the image is turned and squeezed, and a square
+    window of the network's size is cut out of it; what lies outside the image is grey.
 
     Args:
-        scale: smallest share of the image's area that a crop keeps.
-        aspect: smallest aspect ratio of a crop; the inverse is the largest.
+        shorter_side: least and largest length of the image's shorter side, px.
+        aspect: smallest factor of the width; the inverse is the largest.
         degrees: largest turn to either side.
         flip: probability of a horizontal flip.
         hue: largest turn of the hue, 1 is the whole circle.
         saturation, exposure: largest factors; their inverses are the smallest.
 
     Source: YOLO9000, section 3, "Training for classification"; figures of the released
-    configuration.
+    configuration, which draws 128 … 448 px for a window of 256 and 448 … 512 for one of 448.
     """
 
     def __init__(
         self,
-        scale: float = 0.25,
+        shorter_side: tuple[int, int] = (128, 448),
         aspect: float = 0.75,
         degrees: float = 7.0,
         flip: float = 0.5,
@@ -146,19 +163,30 @@ class ClassificationAugmentation:
         saturation: float = 1.33,
         exposure: float = 1.33,
     ) -> None:
-        if not 0 < scale <= 1 or not 0 < aspect <= 1:
-            raise InputError("augmentation: scale and aspect are shares; allowed: above 0 up to 1")
-        self._options = (scale, aspect, degrees, flip, _Colour(hue, saturation, exposure).transform)
+        low, high = shorter_side
+        if not 0 < low <= high:
+            raise InputError(
+                f"augmentation: shorter_side is {list(shorter_side)}; allowed: two lengths in px, "
+                "the smaller one first"
+            )
+        if not 0 < aspect <= 1:
+            raise InputError(f"augmentation: aspect is {aspect}; allowed: above 0 up to 1 (none)")
+        self._scale = A.SmallestMaxSize(list(range(low, high + 1)), area_for_downscale="image")
+        self._turn = A.Affine(
+            scale={"x": (aspect, 1 / aspect), "y": (1.0, 1.0)},
+            rotate=(-degrees, degrees),
+            fill=GREY,
+            p=float(degrees > 0 or aspect < 1),
+        )
+        self._rest = (A.HorizontalFlip(p=flip), _Colour(hue, saturation, exposure).transform)
         self._pipelines: dict[int, A.Compose] = {}
 
     def __call__(self, image: Image, size: int, seed: int) -> Image:
         """Return the augmented image, (size, size, 3); `seed` alone decides every draw."""
         if size not in self._pipelines:
-            scale, aspect, degrees, flip, colour = self._options
-            crop = A.RandomResizedCrop((size, size), scale=(scale, 1.0), ratio=(aspect, 1 / aspect))
-            turn = A.Rotate((-degrees, degrees), fill=GREY, p=float(degrees > 0))
+            window = A.RandomCrop(size, size, True, "center", fill=GREY)
             self._pipelines[size] = A.Compose(
-                [turn, crop, A.HorizontalFlip(p=flip), colour], seed=0
+                [self._scale, self._turn, window, *self._rest], seed=0
             )
         pipeline = self._pipelines[size]
         pipeline.set_random_seed(seed)

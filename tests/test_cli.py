@@ -213,7 +213,7 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
         ),
         (["--model.schedule.milestones=[1]"], ["milestones: no such option", "burn_in_steps"]),
         (["--trainer.precision=12"], ["trainer.precision: allowed: 64, 32, 16", "bf16-mixed"]),
-        (["--model.trunk=darknet20"], ["model.trunk is 'darknet20'", "darknet19, small"]),
+        (["--model.trunk=darknet20"], ["model.trunk is 'darknet20'", "did you mean 'darknet19'"]),
         (
             ["--model.loss.box_selection=biggest"],
             [

@@ -13,7 +13,13 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.darknet19 import SMALL
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
 from yolo_lightning.wordtree import WordTree
-from yolo_lightning.yolov2 import DenseClassLogits, HeadOutput, SparseClassLogits, YOLOv2
+from yolo_lightning.yolov2 import (
+    DenseClassLogits,
+    HeadOutput,
+    SparseClassLogits,
+    YOLOv2,
+    detector_layers,
+)
 
 ANCHORS = torch.tensor([[1.0, 1.0], [3.0, 2.0]])
 TREE = WordTree.flat(["a", "b"])
@@ -206,7 +212,7 @@ def test_sparse_and_dense_class_heads_agree(tree, seed, rule):
 @pytest.mark.parametrize("kind", ["objects", "no objects", "classification"])
 def test_every_step_touches_every_parameter(kind, objectness_rule):
     torch.manual_seed(0)
-    network = YOLOv2(SMALL, 2, ANCHORS, head_channels=8, passthrough_channels=4)
+    network = YOLOv2(detector_layers(SMALL, 8, 4), 2, ANCHORS)
     output = network(torch.rand(2, 3, 32, 32))
     boxes = torch.rand(2, 3, 4) * 0.5 + 0.2
     batches: dict[str, DetectionBatch | ClassificationBatch] = {

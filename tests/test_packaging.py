@@ -178,17 +178,23 @@ def imports_of(file: Path) -> set[str]:
 
 
 LEAVES = {"errors", "version", "batches", "boxes", "wordtree"}
-CORE = {"darknet19", "yolov2", "losses", "metrics", "schedules", "pictures", "tracking"}
+CORE = {
+    "layers", "darknet19", "yolov2", "losses", "metrics", "evaluation", "schedules", "optimization",
+    "pictures", "tracking", "checkpoints", "darknet_files", "darknet_models", "pretrained",
+}  # fmt: skip
+MODULES = {"detector", "classifier"}
 ALLOWED = dict.fromkeys(LEAVES, LEAVES) | dict.fromkeys(CORE, LEAVES | CORE)
 ALLOWED |= {
     "detector": LEAVES | CORE,
+    "classifier": LEAVES | CORE,
+    "loading": LEAVES | CORE | MODULES,
     "recipe_errors": {"errors"},
-    "__init__": {"version", "errors", "wordtree", "detector", "datamodules"},
+    "__init__": {"version", "errors", "wordtree", "loading", "datamodules", *MODULES},
     "__main__": {"errors", "__init__"},
     "cli": LEAVES | CORE | {"recipe_errors", "callbacks"},
     "datamodules": LEAVES | {"datamodules"},
     "callbacks": {"batches", "errors", "tracking", "callbacks"},
-    "commands": LEAVES | CORE | {"cli", "callbacks", "datamodules", "detector"},
+    "commands": LEAVES | CORE | MODULES | {"cli", "callbacks", "datamodules", "loading"},
 }
 
 

@@ -52,7 +52,7 @@ def test_pets_give_joint_batches_over_a_tree(real_data):
     )  # fmt: skip
     data.setup("fit")
     assert data.boxed_nodes.tolist() == [0, 1]
-    assert data.validation is not None
+    assert isinstance(data.validation, VOCFolder)
     assert data.validation.nodes.tolist() == [2, 3, 4]
     batches = iter(data.train_dataloader())
     first, second = next(batches), next(batches)

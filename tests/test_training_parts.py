@@ -6,11 +6,12 @@ import torch
 
 from yolo_lightning.boxes import xyxy_to_cxcywh
 from yolo_lightning.callbacks.multi_scale import MultiScale, resize, size_at
-from yolo_lightning.darknet19 import DARKNET19, SMALL, Trunk
+from yolo_lightning.darknet19 import DARKNET19, SMALL
 from yolo_lightning.errors import InputError
+from yolo_lightning.layers import LayerStack
 from yolo_lightning.metrics import BoxAveragePrecision
 from yolo_lightning.schedules import PolynomialDecay, Schedule, StepDecay
-from yolo_lightning.yolov2 import YOLOv2, candidates, decode_boxes
+from yolo_lightning.yolov2 import YOLOv2, candidates, decode_boxes, detector_layers
 
 
 def test_burn_in_rises_by_the_fourth_power_to_the_full_rate():
@@ -68,9 +69,8 @@ def test_multi_scale_refuses_sizes_off_the_grid():
 
 
 def test_trunks_have_the_paper_s_size_and_stride():
-    trunk = Trunk(DARKNET19)
-    assert trunk.stride == 32
-    assert (trunk.out_channels, trunk.tap_channels) == (1024, 512)
+    trunk = LayerStack(DARKNET19)
+    assert (trunk.stride, trunk.out_channels) == (32, 1024)
     kernels = [p for p in trunk.parameters() if p.ndim == 4]
     assert len(kernels) == 18
     # table 6, in thousands of weights, after the first two layers (864 and 18,432)
@@ -78,12 +78,12 @@ def test_trunks_have_the_paper_s_size_and_stride():
     by_hand += [1179.648, 131.072, 1179.648, 131.072, 1179.648]
     by_hand += [4718.592, 524.288, 4718.592, 524.288, 4718.592]
     assert [k.numel() for k in kernels] == [864, 18_432, *(round(1000 * n) for n in by_hand)]
-    assert Trunk(SMALL).stride == 16
+    assert LayerStack(SMALL).stride == 16
 
 
-@pytest.mark.parametrize("passthrough", [0, 4])
+@pytest.mark.parametrize("passthrough", [0, 4, None])
 def test_network_gives_boxes_per_cell_for_any_multiple_of_its_stride(passthrough):
-    network = YOLOv2(SMALL, 3, torch.ones(2, 2), 8, passthrough).eval()
+    network = YOLOv2(detector_layers(SMALL, 8, passthrough), 3, torch.ones(2, 2)).eval()
     for height, width in ((64, 64), (96, 32)):
         output = network(torch.rand(1, 3, height, width))
         assert output.box_logits.shape == (1, 2, 5, height // 16, width // 16)
@@ -93,7 +93,7 @@ def test_network_gives_boxes_per_cell_for_any_multiple_of_its_stride(passthrough
 
 def test_class_logits_are_those_of_the_chosen_anchor_and_cell():
     torch.manual_seed(0)
-    network = YOLOv2(SMALL, 3, torch.ones(2, 2), 8, 4).eval()
+    network = YOLOv2(detector_layers(SMALL, 8, 4), 3, torch.ones(2, 2)).eval()
     output = network(torch.rand(2, 3, 32, 64))
     sparse = output.class_logits
     image, anchor, cell = torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]), torch.tensor([5, 0, 7])
@@ -112,7 +112,7 @@ def test_decode_by_hand():
 
 def test_candidates_batched_equal_single():
     torch.manual_seed(1)
-    network = YOLOv2(SMALL, 3, torch.ones(2, 2), 8, 4).eval()
+    network = YOLOv2(detector_layers(SMALL, 8, 4), 3, torch.ones(2, 2)).eval()
     images = torch.rand(3, 3, 64, 64)
     batched = candidates(network(images), torch.ones(2, 2), 0.5)
     for k, found in enumerate(batched):

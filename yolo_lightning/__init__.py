@@ -16,16 +16,27 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no complaint where git is not installed
 
 if TYPE_CHECKING:
+    from yolo_lightning.classifier import ClassifierModule
     from yolo_lightning.datamodules.combined import CombinedDataModule
     from yolo_lightning.detector import DetectorModule
+    from yolo_lightning.loading import load
     from yolo_lightning.wordtree import WordTree
 
-__all__ = ["CombinedDataModule", "DetectorModule", "WordTree", "__version__"]
+__all__ = [
+    "ClassifierModule",
+    "CombinedDataModule",
+    "DetectorModule",
+    "WordTree",
+    "__version__",
+    "load",
+]
 
 _HOME = {
+    "ClassifierModule": "yolo_lightning.classifier",
     "CombinedDataModule": "yolo_lightning.datamodules.combined",
     "DetectorModule": "yolo_lightning.detector",
     "WordTree": "yolo_lightning.wordtree",
+    "load": "yolo_lightning.loading",
 }
 
 

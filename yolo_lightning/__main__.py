@@ -12,6 +12,8 @@ COMMANDS = {
     "fit": ("yolo_lightning.cli", "train what a recipe describes"),
     "validate": ("yolo_lightning.cli", "measure a checkpoint on the recipe's validation images"),
     "test": ("yolo_lightning.cli", "measure a checkpoint on the recipe's test images"),
+    "classify": ("yolo_lightning.commands.classify", "name what images show"),
+    "darknet": ("yolo_lightning.commands.darknet", "Darknet's files to a checkpoint and back"),
     "quickstart": (
         "yolo_lightning.commands.quickstart",
         "train jointly and on boxes alone, and compare",

@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 
+def unit_range(images: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) as floats in 0…1, channels last in memory.
+
+    Args:
+        images: uint8, or float in 0…1.
+    """
+    unit = images.float() / 255 if images.dtype == torch.uint8 else images
+    return unit.contiguous(memory_format=torch.channels_last)
+
+
 @dataclass
 class _Batch:
     """What both kinds share.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning.callbacks import DataReport, RunRecord
 from yolo_lightning.callbacks.run_record import RUN_ID_FILE
+from yolo_lightning.checkpoints import read_checkpoint
 from yolo_lightning.errors import InputError
 from yolo_lightning.recipe_errors import readable
 from yolo_lightning.tracking import RunLogger
@@ -97,12 +97,17 @@ class RecipeCLI(LightningCLI):
             return
         if not Path(path).is_file():
             raise InputError(f"--ckpt_path {path!r}: no such file")
+        checkpoint = read_checkpoint(path)
         with tempfile.TemporaryDirectory() as folder:
             held = Path(folder) / "checkpoint.yaml"
-            held.write_text(yaml.safe_dump({"model": _held_by(path, config)}))
+            held.write_text(yaml.safe_dump({"model": _model_of(checkpoint)}))
             below = [args[0], "--config", str(held), *args[1:]]
             self.config = _parse(parser, below)
-        self.config[self.config.subcommand].ckpt_path = path
+        config = self.config[self.config.subcommand]
+        config.ckpt_path = path
+        if self.config.subcommand == "fit" and "optimizer_states" not in checkpoint:
+            print(f"{path}: holds weights alone; training begins with them at step 0")
+            config.model.init_args.pretrained, config.ckpt_path = path, None
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint override the command line."""
@@ -233,15 +238,11 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return files
 
 
-def _held_by(path: str, config: Namespace) -> dict[str, Any]:
+def _model_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the model that a checkpoint describes, as a recipe would."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        values = checkpoint["hyper_parameters"]
-    except Exception as error:
-        raise InputError(f"{path}: not a checkpoint of this program ({error})") from None
-    class_path = config.model.class_path if "model" in config else "yolo_lightning.DetectorModule"
-    return {"class_path": class_path, "init_args": dict(values)}
+    name = checkpoint.get("module", "DetectorModule")
+    values = dict(checkpoint["hyper_parameters"])
+    return {"class_path": f"yolo_lightning.{name}", "init_args": values}
 
 
 def _root(config: Namespace, recipes: Sequence[str]) -> Path:

@@ -1,92 +1,102 @@
-"""Trunks: a readable list of layers each, and the one module that builds them."""
+"""Trunks, a readable list of layers each, and the classifier on top of one."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-Layer = tuple[int, int] | Literal["pool", "tap"]
-"""(output channels, kernel size) of a convolution; ``pool`` halves; ``tap`` marks the features
-that the passthrough takes, just before the last pool."""
+from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.layers import Conv, Layer, LayerStack, Pool, from_plain, init_weights
 
 DARKNET19: tuple[Layer, ...] = (
-    (32, 3), "pool",
-    (64, 3), "pool",
-    (128, 3), (64, 1), (128, 3), "pool",
-    (256, 3), (128, 1), (256, 3), "pool",
-    (512, 3), (256, 1), (512, 3), (256, 1), (512, 3), "tap", "pool",
-    (1024, 3), (512, 1), (1024, 3), (512, 1), (1024, 3),
+    Conv(32), Pool(),
+    Conv(64), Pool(),
+    Conv(128), Conv(64, 1), Conv(128), Pool(),
+    Conv(256), Conv(128, 1), Conv(256), Pool(),
+    Conv(512), Conv(256, 1), Conv(512), Conv(256, 1), Conv(512), Pool(),
+    Conv(1024), Conv(512, 1), Conv(1024), Conv(512, 1), Conv(1024),
 )  # fmt: skip
 """Source: YOLO9000, section 3, table 6, without the classifier's last convolution."""
 
+TINY_DARKNET: tuple[Layer, ...] = (
+    Conv(16), Pool(),
+    Conv(32), Pool(),
+    Conv(16, 1), Conv(128), Conv(16, 1), Conv(128), Pool(),
+    Conv(32, 1), Conv(256), Conv(32, 1), Conv(256), Pool(),
+    Conv(64, 1), Conv(512), Conv(64, 1), Conv(512), Conv(128, 1),
+)  # fmt: skip
+"""The original authors' small ImageNet classifier, without its last convolution; stride 16."""
+
+TINY_YOLOV2_VOC: tuple[Layer, ...] = (
+    Conv(16), Pool(),
+    Conv(32), Pool(),
+    Conv(64), Pool(),
+    Conv(128), Pool(),
+    Conv(256), Pool(),
+    Conv(512), Pool(2, 1),
+    Conv(1024), Conv(1024),
+)  # fmt: skip
+"""The released Tiny YOLOv2 for VOC up to its last convolution; takes no further head."""
+
+TINY_YOLOV2: tuple[Layer, ...] = (*TINY_YOLOV2_VOC[:-1], Conv(512))
+"""The released Tiny YOLOv2 for COCO up to its last convolution; takes no further head."""
+
 SMALL: tuple[Layer, ...] = (
-    (16, 3), "pool",
-    (32, 3), "pool",
-    (64, 3), "pool",
-    (128, 3), "tap", "pool",
-    (256, 3), (128, 1), (256, 3),
+    Conv(16), Pool(),
+    Conv(32), Pool(),
+    Conv(64), Pool(),
+    Conv(128), Pool(),
+    Conv(256), Conv(128, 1), Conv(256),
 )  # fmt: skip
 """Our own, for CPUs and small images: Darknet-19's pattern with one level less, stride 16."""
 
-TRUNKS: dict[str, tuple[Layer, ...]] = {"darknet19": DARKNET19, "small": SMALL}
+TRUNKS: dict[str, tuple[Layer, ...]] = {
+    "darknet19": DARKNET19,
+    "tiny_darknet": TINY_DARKNET,
+    "tiny_yolov2_voc": TINY_YOLOV2_VOC,
+    "tiny_yolov2": TINY_YOLOV2,
+    "small": SMALL,
+}
 
 
-class ConvBlock(nn.Sequential):
-    """Convolution without bias, batch norm, leaky ReLU of slope 0.1; keeps height and width."""
+def trunk_layers(trunk: str | Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
+    """Return the layers of a trunk: a name, or rows such as ``["conv", 32, 3]``.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.LeakyReLU(0.1, inplace=True),
-        )
+    Raises:
+        InputError: an unknown name, or rows that are no layers.
+    """
+    if not isinstance(trunk, str):
+        return from_plain(trunk)
+    if trunk not in TRUNKS:
+        hint = nearest(trunk, TRUNKS) or f"allowed: {', '.join(TRUNKS)}, or a list of layers"
+        raise InputError(f"model.trunk is {trunk!r}; {hint}")
+    return TRUNKS[trunk]
 
 
-class Trunk(nn.Module):
-    """The convolutional trunk that a list of layers describes.
+class Classifier(nn.Module):
+    """A trunk, a 1x1 convolution to the classes, and the mean over all cells.
 
     Args:
-        layers: see `Layer`; exactly one ``tap``.
+        layers: the trunk's.
+        num_nodes: K, nodes of the WordTree.
 
-    Attributes:
-        out_channels, tap_channels: channels of the last features and of the tapped ones.
-        stride: network input px per cell of the last features; the tap has half of it.
+    Source: YOLO9000, section 3, "Darknet-19".
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], num_nodes: int) -> None:
         super().__init__()
-        channels, self.stride = 3, 1
-        parts: list[list[nn.Module]] = [[], []]
-        tapped = 0
-        for layer in layers:
-            if layer == "tap":
-                self.tap_channels, tapped = channels, tapped + 1
-            elif layer == "pool":
-                parts[tapped].append(nn.MaxPool2d(2))
-                self.stride *= 2
-            else:
-                parts[tapped].append(ConvBlock(channels, *layer))
-                channels = layer[0]
-        self.before_tap, self.after_tap = nn.Sequential(*parts[0]), nn.Sequential(*parts[1])
-        self.out_channels = channels
+        self.body = LayerStack(layers)
+        self.class_conv = nn.Conv2d(self.body.out_channels, num_nodes, 1)
+        init_weights(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last features (B, C, Gh, Gw) and the tapped ones (B, C', 2 Gh, 2 Gw).
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class logits (B, K).
 
         Args:
-            images: float (B, 3, H, W), RGB in 0…1; H and W multiples of the stride.
+            images: float (B, 3, H, W), RGB in 0…1; any size of at least one cell.
         """
-        tap = self.before_tap(images)
-        return self.after_tap(tap), tap
-
-
-def init_weights(module: nn.Module) -> None:
-    """Draw convolution kernels as He et al. do, for leaky ReLU of slope 0.1.
-
-    Paper is silent: the original program draws uniformly with the same variance.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_normal_(part.weight, a=0.1, nonlinearity="leaky_relu")
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+        # the mean and the linear convolution change places: a cell's worth of arithmetic
+        features = self.body(images).mean(dim=(2, 3))
+        weight = self.class_conv.weight.flatten(1)
+        return F.linear(features, weight, self.class_conv.bias)

@@ -1,23 +1,27 @@
 """The LightningModule of the detector and the YOLO9000 joint loss."""
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
-from yolo_lightning.darknet19 import TRUNKS
+from yolo_lightning.checkpoints import first_difference, same_data_tree
+from yolo_lightning.darknet19 import trunk_layers
 from yolo_lightning.errors import InputError
+from yolo_lightning.evaluation import DetectionEvaluation, Detections
+from yolo_lightning.layers import Layer, ReorgKind, to_plain
 from yolo_lightning.losses import LossSettings, yolo9000_loss
-from yolo_lightning.metrics import BoxAveragePrecision
+from yolo_lightning.optimization import check_trainer, keep_recipe_rates, sgd
+from yolo_lightning.pretrained import load_pretrained
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.wordtree import WordTree
-from yolo_lightning.yolov2 import Candidates, YOLOv2, candidates
+from yolo_lightning.yolov2 import Candidates, YOLOv2, candidates, detector_layers
 
 SCORE_THRESHOLD = 0.005
 """The least score that counts in evaluation, as in the original program."""
@@ -30,30 +34,21 @@ BOX_TERMS = ("loss_coord", "loss_prior")
 """What only images with boxes pay."""
 
 
-@dataclass
-class Detections:
-    """What was found in one image.
-
-    Attributes:
-        boxes_xyxy_orig_px: float (N, 4), px of the original image.
-        labels: int64 (N,), tree nodes.
-        scores: float (N,), objectness x P(label), descending.
-    """
-
-    boxes_xyxy_orig_px: Tensor
-    labels: Tensor
-    scores: Tensor
-
-
 class DetectorModule(pl.LightningModule):
     """YOLOv2, or YOLO9000 where the tree is deep and classification batches take part.
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
         anchors_wh_cell: widths and heights of the priors, in grid cells.
-        trunk: name of the trunk.
-        head_channels: channels of the head's 3x3 convolutions.
-        passthrough_channels: channels of the passthrough's reducing convolution; 0 for none.
+        trunk: name of the trunk, or its layers as rows such as ``[conv, 32, 3]``.
+        head_channels: channels of the head's 3x3 convolutions; 0 for no head.
+        passthrough_channels: channels of the passthrough's reducing convolution; null folds the
+            finer features in whole, 0 leaves them out.
+        reorg: how the passthrough folds them: `space_to_depth`, or `darknet`'s own way, which its
+            weights need.
+        pretrained: Darknet weights or a checkpoint to start from.
+        image_size: px, a side or height and width: where predictions are made unless asked
+            otherwise; training sets it to the data's.
         learning_rate: per optimizer step, for a gradient averaged over the images of the global
             batch.
         momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
@@ -69,15 +64,17 @@ class DetectorModule(pl.LightningModule):
     """
 
     boxed: Tensor
-    boxed_ancestors: Tensor
 
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
         anchors_wh_cell: list[tuple[float, float]],
-        trunk: str = "darknet19",
+        trunk: str | list[list[Any]] = "darknet19",
         head_channels: int = 1024,
-        passthrough_channels: int = 64,
+        passthrough_channels: int | None = 64,
+        reorg: ReorgKind = "space_to_depth",
+        pretrained: str | None = None,
+        image_size: int | list[int] = 416,
         learning_rate: float = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -86,8 +83,6 @@ class DetectorModule(pl.LightningModule):
         iou_threshold: float = 0.45,
     ) -> None:
         super().__init__()
-        if trunk not in TRUNKS:
-            raise InputError(f"model.trunk is {trunk!r}; allowed: {', '.join(TRUNKS)}")
         anchors = torch.tensor([list(pair) for pair in anchors_wh_cell], dtype=torch.float32)
         if anchors.ndim != 2 or anchors.shape[1] != 2 or not bool((anchors > 0).all()):
             raise InputError(
@@ -97,16 +92,20 @@ class DetectorModule(pl.LightningModule):
             ("learning_rate", learning_rate, 0),
             ("momentum", momentum, 0),
             ("weight_decay", weight_decay, 0),
-            ("head_channels", head_channels, 1),
-            ("passthrough_channels", passthrough_channels, 0),
+            ("head_channels", head_channels, 0),
+            ("passthrough_channels", passthrough_channels or 0, 0),
         ):
             if value < low:
                 raise InputError(f"model.{name} is {value}; allowed: {low} or more")
         if not 0 <= iou_threshold <= 1:
             raise InputError(f"model.iou_threshold is {iou_threshold}; allowed: 0 … 1")
         self.tree = WordTree.of(tree)
+        layers = trunk_layers(trunk)
+        self.trunk_length, self.pretrained = len(layers), pretrained
         self.network = YOLOv2(
-            TRUNKS[trunk], len(self.tree), anchors, head_channels, passthrough_channels
+            detector_layers(layers, head_channels, passthrough_channels, reorg),
+            len(self.tree),
+            anchors,
         )
         # a fifth faster on CPUs
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -116,18 +115,17 @@ class DetectorModule(pl.LightningModule):
         self.iou_threshold = iou_threshold
         # travel with the weights: `test` needs to know what training saw with boxes
         self.register_buffer("boxed", torch.zeros(len(self.tree), dtype=torch.bool))
-        self.register_buffer("boxed_ancestors", torch.full((len(self.tree),), -1))
-        self.average_precision = BoxAveragePrecision()
-        self._evaluated: Tensor | None = None
-        self.per_class: dict[str, dict[str, float]] = {}
+        self.evaluation = DetectionEvaluation(self.tree)
         # what rebuilds this module, as plain values: checkpoints load with weights_only=True
         self.save_hyperparameters(
             {
                 "tree": [list(row) for row in self.tree.rows],
-                "anchors_wh_cell": anchors.tolist(),
+                "anchors_wh_cell": [[float(v) for v in pair] for pair in anchors_wh_cell],
                 "trunk": trunk,
                 "head_channels": head_channels,
                 "passthrough_channels": passthrough_channels,
+                "reorg": reorg,
+                "image_size": image_size,
                 "learning_rate": learning_rate,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
@@ -147,70 +145,48 @@ class DetectorModule(pl.LightningModule):
         Raises:
             InputError: the data's tree is another one, or half of a precision is asked for.
         """
-        tree = getattr(self._datamodule, "tree", None)
-        if tree is not None and tree.rows != self.tree.rows:
-            raise InputError(
-                "data.tree differs from model.tree: "
-                f"{_first_difference(tree.rows, self.tree.rows, 'the data', 'the model')}"
-            )
-        precision = str(self.trainer.precision)
-        if precision not in ("32-true", "16-mixed", "bf16-mixed"):
-            raise InputError(
-                f"trainer.precision is {precision}; allowed: 32-true, 16-mixed, bf16-mixed"
-            )
+        same_data_tree(self.trainer, self.tree)
+        for name in ("validation", "test"):
+            source = getattr(self._datamodule, name, None)
+            if source is not None and not hasattr(type(source), "nodes"):
+                raise InputError(f"data.{name}: a detector is measured on images with boxes")
+        check_trainer(self.trainer)
+        if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
+            report = load_pretrained(self.network, self.tree, self.pretrained, self.trunk_length)
+            rank_zero_only(print)(report)
 
     def on_fit_start(self) -> None:
-        """Learn which nodes training boxes are labelled with, now that weights are restored.
-
-        Raises:
-            InputError: validation would come between two halves of an optimizer step, whose
-                gradient no checkpoint holds.
-        """
-        every, parts = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
-        if isinstance(every, int) and every % parts:
-            raise InputError(
-                f"trainer.val_check_interval is {every}; allowed: multiples of "
-                f"trainer.accumulate_grad_batches, {parts}"
-            )
+        """Learn what the data says about predicting, now that weights are restored."""
+        image_size = getattr(self._datamodule, "image_size", None)
+        if image_size is not None:
+            self.hparams["image_size"] = image_size
         boxed_nodes = getattr(self._datamodule, "boxed_nodes", None)
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True
-            supervised = self.tree.ancestors_or_self(boxed_nodes)
-            self.boxed_ancestors.copy_(self.tree.deepest_ancestor_in(supervised))
+        self._boxed_ancestors = self.boxed_ancestors()
+
+    def boxed_ancestors(self) -> Tensor:
+        """Return int64 (K,): each node's deepest ancestor or self on the path to a boxed node.
+
+        -1 where there is none.
+        """
+        boxed_nodes = self.boxed.nonzero().flatten()
+        supervised = self.tree.ancestors_or_self(boxed_nodes)
+        return self.tree.deepest_ancestor_in(supervised).to(self.device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
-        # the fused kernel walks 29 million class weights once instead of four times; under mixed
-        # precision it cannot be clipped
-        fused = not self.trainer.gradient_clip_val
-        optimizer = torch.optim.SGD(
-            self.parameters(), self.rate, self.momentum, weight_decay=self.weight_decay, fused=fused
-        )
-        # a function, not the object: its values stay out of the checkpoint and the recipe's hold
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return sgd(self, self.rate, self.momentum, self.weight_decay, self.schedule)
 
     def on_train_start(self) -> None:
         """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
-        scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-        scheduler.base_lrs = [self.rate] * len(scheduler.base_lrs)
-        for group in scheduler.optimizer.param_groups:
-            group.update(
-                lr=self.rate * self.schedule(scheduler.last_epoch),
-                initial_lr=self.rate,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-            )
+        keep_recipe_rates(self, self.rate, self.momentum, self.weight_decay, self.schedule)
 
     def training_step(self, batch: DetectionBatch | ClassificationBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of either kind."""
-        output = self.network(_unit_range(batch.images))
+        output = self.network(unit_range(batch.images))
         terms = yolo9000_loss(
-            output, batch, self.network.anchors_wh_cell, self.tree, self.boxed_ancestors, self.loss
+            output, batch, self.network.anchors_wh_cell, self.tree, self._boxed_ancestors, self.loss
         )
         loss = torch.stack(list(terms.values())).sum()
         prefix = "train/" if isinstance(batch, DetectionBatch) else "train/cls_"
@@ -236,18 +212,26 @@ class DetectorModule(pl.LightningModule):
             nodes: int64 (L,), the classes asked for.
             score_threshold: 0…1, of objectness x P(node).
         """
-        found = []
-        for image, size in zip(
-            self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
-        ):
-            scores = image.objectness[:, None] * self.tree.log_probs(image.logits)[:, nodes].exp()
-            box, column = _best_pairs(scores, score_threshold)
-            boxes = _original_px(image.boxes_cxcywh_norm, size, images.shape[-2:])[box]
-            kept = batched_nms(boxes, scores[box, column], column, self.iou_threshold)
-            found.append(
-                Detections(boxes[kept], nodes[column[kept]], scores[box[kept], column[kept]])
+        return [
+            self._named(image, size, images.shape[-2:], nodes, score_threshold)
+            for image, size in zip(
+                self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
             )
-        return found
+        ]
+
+    def _named(
+        self,
+        image: Candidates,
+        size_hw_orig: tuple[int, int],
+        size_hw: torch.Size,
+        nodes: Tensor,
+        threshold: float,
+    ) -> Detections:
+        scores = image.objectness[:, None] * self.tree.log_probs(image.logits)[:, nodes].exp()
+        box, column = _best_pairs(scores, threshold)
+        boxes = _original_px(image.boxes_cxcywh_norm, size_hw_orig, size_hw)[box]
+        kept = batched_nms(boxes, scores[box, column], column, self.iou_threshold)
+        return Detections(boxes[kept], nodes[column[kept]], scores[box[kept], column[kept]])
 
     @torch.no_grad()
     def describe(
@@ -282,7 +266,7 @@ class DetectorModule(pl.LightningModule):
         return found
 
     def _candidates(self, images: Tensor, threshold: float) -> list[Candidates]:
-        output = self.network(_unit_range(images))
+        output = self.network(unit_range(images))
         return candidates(output, self.network.anchors_wh_cell, threshold)
 
     def on_validation_epoch_start(self) -> None:
@@ -296,27 +280,21 @@ class DetectorModule(pl.LightningModule):
     def _begin_evaluation(self, stage: str) -> None:
         source = getattr(self._datamodule, stage, None)
         nodes = source.nodes if source is not None else self.tree.leaves
-        self._evaluated = nodes.to(self.device)
-        self.average_precision.reset()
+        self.evaluation.begin(nodes.to(self.device), self.boxed_ancestors())
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Collect detections and truths."""
-        assert self._evaluated is not None
-        found = self.detect(batch.images, batch.sizes_hw_orig, self._evaluated, SCORE_THRESHOLD)
-        for k, (detections, size) in enumerate(
-            zip(found, batch.sizes_hw_orig.tolist(), strict=True)
-        ):
-            real = batch.labels[k] >= 0
-            truth = _original_px(batch.boxes_cxcywh_norm[k][real], size, batch.images.shape[-2:])
-            self.average_precision.update(
-                int(batch.sample_ids[k]),
-                detections.boxes_xyxy_orig_px,
-                detections.labels,
-                detections.scores,
-                truth,
-                batch.labels[k][real],
-                batch.difficult[k][real],
+        size_hw, evaluation = batch.images.shape[-2:], self.evaluation
+        images = self._candidates(batch.images, SCORE_THRESHOLD)
+        for k, (image, size) in enumerate(zip(images, batch.sizes_hw_orig.tolist(), strict=True)):
+            truth = _original_px(batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0], size, size_hw)
+            fine = self._named(image, size, size_hw, evaluation.nodes, SCORE_THRESHOLD)
+            coarse = (
+                self._named(image, size, size_hw, evaluation.coarse_nodes, SCORE_THRESHOLD)
+                if evaluation.has_levels
+                else None
             )
+            evaluation.update(batch, k, truth, fine, coarse)
 
     def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Collect detections and truths."""
@@ -324,36 +302,22 @@ class DetectorModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log average precision."""
-        self._log_average_precision("val")
+        self._log_figures("val")
 
     def on_test_epoch_end(self) -> None:
         """Log average precision."""
-        self._log_average_precision("test")
+        self._log_figures("test")
 
-    def _log_average_precision(self, stage: str) -> None:
-        """Log the means over all classes, those that had boxes in training, those that had not."""
-        per_class = self.average_precision.compute()
-        self.average_precision.reset()
-        self.per_class = {self.tree.keys[node]: values for node, values in per_class.items()}
-        boxed = self.boxed.tolist()
-        groups = {
-            "": per_class,
-            "_boxed": {node: v for node, v in per_class.items() if boxed[node]},
-            "_unboxed": {node: v for node, v in per_class.items() if not boxed[node]},
-        }
-        for suffix, members in groups.items():
-            if not members and suffix == "_unboxed":
-                continue  # the usual case of detection alone
-            for measure in ("AP50", "AP"):
-                # none of these classes among the images: NaN, so that who monitors it goes on
-                values = [value[measure] for value in members.values()] or [math.nan]
-                self.log(
-                    f"{stage}/{measure}{suffix}",
-                    sum(values) / len(values),
-                    prog_bar=measure == "AP50",
-                    # equal on every rank: the mean changes nothing, and all may monitor it
-                    sync_dist=True,
-                )
+    def _log_figures(self, stage: str) -> None:
+        for name, value in self.evaluation.compute(self.boxed).items():
+            # equal on every rank: the mean changes nothing, and all may monitor it
+            self.log(f"{stage}/{name}", value, prog_bar=name.startswith("AP50"), sync_dist=True)
+        if self.trainer.state.fn in ("validate", "test") and self.evaluation.per_class:
+            rank_zero_only(print)(f"\n{self.evaluation.table()}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which module the checkpoint is of."""
+        checkpoint["module"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that belong to other classes or other anchors.
@@ -367,8 +331,25 @@ class DetectorModule(pl.LightningModule):
             if theirs[name] != own:
                 raise InputError(
                     f"model.{name} differs from the checkpoint's: "
-                    f"{_first_difference(own, theirs[name], 'the recipe', 'the checkpoint')}"
+                    f"{first_difference(own, theirs[name], 'the recipe', 'the checkpoint')}"
                 )
+        layers = to_plain(_layers_of(theirs))
+        if layers != to_plain(self.network.body.layers):
+            own_layers = to_plain(self.network.body.layers)
+            raise InputError(
+                "the model's layers differ from the checkpoint's: "
+                f"{first_difference(own_layers, layers, 'the recipe', 'the checkpoint')}"
+            )
+
+
+def _layers_of(hparams: dict[str, Any]) -> tuple[Layer, ...]:
+    """Return the body that a checkpoint's values describe."""
+    return detector_layers(
+        trunk_layers(hparams["trunk"]),
+        hparams["head_channels"],
+        hparams["passthrough_channels"],
+        hparams["reorg"],
+    )
 
 
 def _best_pairs(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -378,19 +359,6 @@ def _best_pairs(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         best = scores[row, column].topk(MOST_PAIRS).indices.sort().values
         row, column = row[best], column[best]
     return row, column
-
-
-def _first_difference(first: list[Any], second: list[Any], in_first: str, in_second: str) -> str:
-    if len(first) != len(second):
-        return f"{len(first)} entries in {in_first}, {len(second)} in {in_second}"
-    number = next(k for k, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1])
-    return f"entry {number + 1} is {first[number]} in {in_first}, {second[number]} in {in_second}"
-
-
-def _unit_range(images: Tensor) -> Tensor:
-    """Return float images in 0…1, channels last in memory."""
-    unit = images.float() / 255 if images.dtype == torch.uint8 else images
-    return unit.contiguous(memory_format=torch.channels_last)
 
 
 def _original_px(

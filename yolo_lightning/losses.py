@@ -39,6 +39,8 @@ class LossSettings:
             above an objectness of 0.3.
         objectness_rule: what that box's objectness learns: `paper`, at least 0.3;
             `darknet`, nothing.
+        rescore: whether the objectness of a box that answers for an object learns their IoU, as in
+            the paper, or 1, as in the released Tiny YOLOv2 for COCO.
 
     Source: YOLO9000, sections 2 and 4; scales of the released configuration.
     """
@@ -52,6 +54,7 @@ class LossSettings:
     prior_scale: float = 0.01
     box_selection: BoxSelection = "boxed_ancestor"
     objectness_rule: ObjectnessRule = "paper"
+    rescore: bool = True
 
     @classmethod
     def of(cls, settings: object) -> "LossSettings":
@@ -143,16 +146,16 @@ def loss_coord(box_logits: Tensor, found: Assignment, anchors_wh_cell: Tensor) -
     return 0.5 * (weight * error).sum()
 
 
-def loss_obj(objectness_logits: Tensor, found: Assignment, iou: Tensor) -> Tensor:
-    """Return the squared distance of the responsible boxes' objectness from their IoU.
+def loss_obj(objectness_logits: Tensor, found: Assignment, target: Tensor) -> Tensor:
+    """Return the squared distance of the responsible boxes' objectness from what it learns.
 
     Args:
         objectness_logits: float (B, A, Gh, Gw).
         found: the M responsible boxes.
-        iou: float (M,), of each with its truth; held constant.
+        target: float (M,), the IoU of each with its truth, or 1; held constant.
     """
     logits = objectness_logits.flatten(2)[found.image, found.anchor, found.cell]
-    return 0.5 * (iou.detach() - logits.sigmoid()).square().sum()
+    return 0.5 * (target.detach() - logits.sigmoid()).square().sum()
 
 
 def loss_noobj(objectness_logits: Tensor, counted: Tensor) -> Tensor:
@@ -188,13 +191,14 @@ def detection_loss(
         best = iou.masked_fill(batch.labels[:, None] < 0, 0).amax(dim=2).view_as(responsible)
         own = cxcywh_to_xyxy(boxes[found.image, found.anchor, :, found.cell])[:, None]
         own_iou = pairwise_iou(own, cxcywh_to_xyxy(found.boxes_cxcywh_norm)[:, None])[:, 0, 0]
+    target = own_iou if settings.rescore else torch.ones_like(own_iou)
     empty = (~responsible & (best <= settings.ignore_iou)).view_as(box_logits[:, :, 4])
     free = (~responsible).view_as(box_logits[:, :, 4])
     pulled = free if batch.images_seen < settings.prior_images else torch.zeros_like(free)
     logits = output.class_logits.at(found.image, found.anchor, found.cell)
     return {
         "loss_coord": settings.coord_scale * loss_coord(box_logits, found, anchors_wh_cell),
-        "loss_obj": settings.obj_scale * loss_obj(box_logits[:, :, 4], found, own_iou),
+        "loss_obj": settings.obj_scale * loss_obj(box_logits[:, :, 4], found, target),
         "loss_noobj": settings.noobj_scale * loss_noobj(box_logits[:, :, 4], empty),
         "loss_class": settings.class_scale * tree.path_loss(logits.float(), found.labels).sum(),
         "loss_prior": settings.prior_scale * loss_prior(box_logits, pulled),

@@ -70,7 +70,7 @@ def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.Reci
         metrics["test/AP50_unboxed"],
         round(seconds, 1),
         data.order.batches_before(run.trainer.fit_loop.total_batch_idx + 1)[0],
-        {names[key]: values["AP50"] for key, values in model.per_class.items()},
+        {names[key]: values["AP50"] for key, values in model.evaluation.per_class.items()},
         checkpoint,
     )
     return outcome, run
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"joint training: yolo-lightning fit {' '.join(args)}", flush=True)
     joint, run = train_and_test(args, folder / "joint")
     model, data = _parts(run)
-    assert data.test is not None, "a recipe without test images has failed in `test`"
+    assert isinstance(data.test, DetectionSource), "other recipes have failed in `test`"
     save(folder / "predictions.png", picture(model, data.test, data.image_size))
     steps = joint.detection_steps
     alone_args = [

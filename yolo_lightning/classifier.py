@@ -1,0 +1,218 @@
+"""The LightningModule of the classifier: any trunk, over a flat list of classes or a WordTree."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
+
+from yolo_lightning.batches import ClassificationBatch, unit_range
+from yolo_lightning.checkpoints import first_difference, same_data_tree
+from yolo_lightning.darknet19 import Classifier, trunk_layers
+from yolo_lightning.errors import InputError
+from yolo_lightning.layers import to_plain
+from yolo_lightning.optimization import check_trainer, keep_recipe_rates, sgd
+from yolo_lightning.pretrained import load_pretrained
+from yolo_lightning.schedules import Schedule
+from yolo_lightning.wordtree import WordTree
+
+MOST_LOGGED = 100
+"""Most classes whose accuracies are logged one by one."""
+
+
+class ClassifierModule(pl.LightningModule):
+    """Image classification; the trunk that it trains is what detectors start from.
+
+    Args:
+        tree: the classes: a tree file, a list of names (a tree of one level), or rows.
+        trunk: name of the trunk, or its layers as rows such as ``[conv, 32, 3]``.
+        pretrained: Darknet weights or a checkpoint to start from.
+        image_size: px, a side or height and width: where predictions are made unless asked
+            otherwise; training sets it to the data's.
+        learning_rate: per optimizer step, for a gradient averaged over the images of the global
+            batch.
+        momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
+        schedule: factor of the learning rate at each optimizer step.
+
+    Raises:
+        InputError: an unknown trunk; on loading a checkpoint, a tree or layers that differ from
+            the recipe's.
+
+    Source: YOLO9000, section 3, "Training for classification", and section 4, "Hierarchical
+    classification".
+    """
+
+    def __init__(
+        self,
+        tree: str | list[str] | list[tuple[str, str, str]],
+        trunk: str | list[list[Any]] = "darknet19",
+        pretrained: str | None = None,
+        image_size: int | list[int] = 224,
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("learning_rate", learning_rate),
+            ("momentum", momentum),
+            ("weight_decay", weight_decay),
+        ):
+            if value < 0:
+                raise InputError(f"model.{name} is {value}; allowed: 0 or more")
+        self.tree = WordTree.of(tree)
+        layers = trunk_layers(trunk)
+        self.trunk_length, self.pretrained = len(layers), pretrained
+        self.network = Classifier(layers, len(self.tree))
+        # a fifth faster on CPUs
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
+        self.schedule = schedule or Schedule()
+        self._leaf_number = torch.full((len(self.tree),), -1)
+        self._leaf_number[self.tree.leaves] = torch.arange(len(self.tree.leaves))
+        leaves = max(2, len(self.tree.leaves))  # the metric counts from two classes on
+        self.top1 = MulticlassAccuracy(leaves, top_k=1, average="micro", ignore_index=-1)
+        self.top5 = MulticlassAccuracy(
+            leaves, top_k=min(5, leaves), average="micro", ignore_index=-1
+        )
+        self.by_label = MulticlassStatScores(leaves, average=None, ignore_index=-1)
+        self.per_class: dict[str, float] = {}
+        self.save_hyperparameters(
+            {
+                "tree": [list(row) for row in self.tree.rows],
+                "trunk": trunk,
+                "image_size": image_size,
+                "learning_rate": learning_rate,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+            },
+            logger=False,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Check that data and options fit this module, and start from pretrained weights.
+
+        Raises:
+            InputError: the data's tree is another one, or the trainer would train something else.
+        """
+        same_data_tree(self.trainer, self.tree)
+        if getattr(getattr(self.trainer, "datamodule", None), "detection", None) is not None:
+            raise InputError("data.detection: a classifier trains on labels alone; leave it out")
+        check_trainer(self.trainer)
+        if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
+            report = load_pretrained(self.network, self.tree, self.pretrained, self.trunk_length)
+            rank_zero_only(print)(report)
+
+    def on_fit_start(self) -> None:
+        """Learn from the data at which size predictions are made."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if getattr(datamodule, "image_size", None) is not None:
+            self.hparams["image_size"] = datamodule.image_size  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return SGD and its schedule, per optimizer step."""
+        return sgd(self, self.rate, self.momentum, self.weight_decay, self.schedule)
+
+    def on_train_start(self) -> None:
+        """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
+        keep_recipe_rates(self, self.rate, self.momentum, self.weight_decay, self.schedule)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class logits (B, K) of uint8 or float images (B, 3, H, W)."""
+        return torch.as_tensor(self.network(unit_range(images)))
+
+    def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
+        """Return the loss: the cross-entropies along each label's path, averaged over images."""
+        logits = self(batch.images).float()
+        loss = self.tree.path_loss(logits, batch.labels).mean()
+        self.log("train/loss_class", loss.detach(), prog_bar=True, batch_size=len(batch))
+        (rates,) = self.trainer.optimizers[0].param_groups
+        settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}
+        self.log_dict(settings, batch_size=len(batch))
+        return loss
+
+    @torch.no_grad()
+    def leaf_probs(self, images: Tensor) -> Tensor:
+        """Return P(leaf), float (B, leaves), of uint8 or float images (B, 3, H, W)."""
+        return self.tree.log_probs(self(images).float())[:, self.tree.leaves].exp()
+
+    def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
+        """Count leaves that are right; images labelled with an internal node tell nothing here."""
+        probs = self.leaf_probs(batch.images)
+        if probs.shape[1] == 1:
+            probs = torch.cat([probs, torch.zeros_like(probs)], dim=1)
+        numbers = self._leaf_number.to(batch.labels.device)[batch.labels.clamp(min=0)]
+        # padding of distributed evaluation counts for nothing
+        labels = torch.where((batch.sample_ids >= 0) & (batch.labels >= 0), numbers, -1)
+        for metric in (self.top1, self.top5, self.by_label):
+            metric.update(probs, labels)
+
+    def test_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
+        """Count leaves that are right."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracies."""
+        self._log_accuracies("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracies."""
+        self._log_accuracies("test")
+
+    def _log_accuracies(self, stage: str) -> None:
+        """Log top-1 and top-5 over the leaves, and each leaf's own accuracy."""
+        figures = {"top1": self.top1.compute(), "top5": self.top5.compute()}
+        keys = [self.tree.keys[node] for node in self.tree.leaves.tolist()]
+        # a row a leaf: hits, false alarms, rejections, misses, images
+        counts = self.by_label.compute()[: len(keys)].tolist()
+        self.per_class = {
+            key: row[0] / row[4] for key, row in zip(keys, counts, strict=True) if row[4]
+        }
+        for metric in (self.top1, self.top5, self.by_label):
+            metric.reset()
+        for name, value in figures.items():
+            self.log(f"{stage}/{name}", value.to(self.device), prog_bar=True, sync_dist=True)
+        if len(keys) <= MOST_LOGGED:
+            each = {f"{stage}/top1/{key}": value for key, value in self.per_class.items()}
+            self.log_dict(each, sync_dist=True)
+        if self.trainer.state.fn in ("validate", "test"):
+            rank_zero_only(print)(f"\n{self.table()}")
+
+    def table(self) -> str:
+        """Return the accuracy of each class as text, the worst first."""
+        names = dict(zip(self.tree.keys, self.tree.names, strict=True))
+        width = max([5, *(len(names[key]) for key in self.per_class)]) + 2
+        rows = sorted(self.per_class.items(), key=lambda item: item[1])
+        lines = [f"{names[key]:<{width}}{value:>8.3f}" for key, value in rows[:MOST_LOGGED]]
+        if len(rows) > MOST_LOGGED:
+            lines.append(f"… and {len(rows) - MOST_LOGGED} classes with higher figures")
+        return "\n".join([f"{'class':<{width}}{'top-1':>8}", *lines])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which module the checkpoint is of."""
+        checkpoint["module"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that belong to other classes or another trunk.
+
+        Raises:
+            InputError: names what differs.
+        """
+        theirs = checkpoint["hyper_parameters"]
+        for name, own, other in (
+            ("tree", self.hparams["tree"], theirs["tree"]),
+            (
+                "trunk",
+                to_plain(self.network.body.layers),
+                to_plain(trunk_layers(theirs["trunk"])),
+            ),
+        ):
+            if own != other:
+                raise InputError(
+                    f"model.{name} differs from the checkpoint's: "
+                    f"{first_difference(own, other, 'the recipe', 'the checkpoint')}"
+                )

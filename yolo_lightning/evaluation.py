@@ -1,0 +1,200 @@
+"""What detections are worth: average precision at two levels of the tree, and names."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from yolo_lightning.batches import DetectionBatch
+from yolo_lightning.boxes import pairwise_iou
+from yolo_lightning.metrics import BoxAveragePrecision
+from yolo_lightning.wordtree import WordTree
+
+FOUND_SCORE, FOUND_IOU = 0.25, 0.5
+
+
+@dataclass
+class Detections:
+    """What was found in one image.
+
+    Attributes:
+        boxes_xyxy_orig_px: float (N, 4), px of the original image.
+        labels: int64 (N,), tree nodes.
+        scores: float (N,), objectness x P(label), descending.
+    """
+
+    boxes_xyxy_orig_px: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+class NameAccuracy(Metric):
+    """Of the objects that were found at the level which boxes taught: how many got their name.
+
+    Args:
+        num_nodes: K, nodes of the WordTree.
+    """
+
+    full_state_update = False
+    found: Tensor
+    right: Tensor
+
+    def __init__(self, num_nodes: int) -> None:
+        super().__init__()
+        self.add_state("found", torch.zeros(num_nodes), dist_reduce_fx="sum")
+        self.add_state("right", torch.zeros(num_nodes), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        coarse: Detections,
+        fine: Detections,
+        coarse_of: Tensor,
+        truth_xyxy_orig_px: Tensor,
+        truth_labels: Tensor,
+    ) -> None:
+        """Add one image.
+
+        Args:
+            coarse: detections named by what boxes taught.
+            fine: detections named as specifically as asked.
+            coarse_of: int64 (K,), what boxes taught about each node.
+            truth_xyxy_orig_px: float (M, 4).
+            truth_labels: int64 (M,).
+        """
+        for box, label in zip(truth_xyxy_orig_px, truth_labels.tolist(), strict=True):
+            over = pairwise_iou(box[None], coarse.boxes_xyxy_orig_px)[0] >= FOUND_IOU
+            same = coarse.labels == coarse_of[label]
+            if not bool((over & same & (coarse.scores >= FOUND_SCORE)).any()):
+                continue
+            over = pairwise_iou(box[None], fine.boxes_xyxy_orig_px)[0] >= FOUND_IOU
+            named = (over & (coarse_of[fine.labels] == coarse_of[label])).nonzero().flatten()
+            self.found[label] += 1
+            # detections stand by descending score: the first one names the object
+            self.right[label] += float(len(named) > 0 and int(fine.labels[named[0]]) == label)
+
+    def compute(self) -> dict[int, tuple[int, int]]:
+        """Return ``{node: (objects found, of these named rightly)}``."""
+        nodes = self.found.nonzero().flatten().tolist()
+        return {node: (int(self.found[node]), int(self.right[node])) for node in nodes}
+
+
+class DetectionEvaluation(nn.Module):
+    """Figures over a set of images.
+
+    Where the images are labelled more finely than training boxes were (breeds, where boxes say
+    cat), the level that boxes taught is measured too.
+
+    Args:
+        tree: the classes.
+    """
+
+    def __init__(self, tree: WordTree) -> None:
+        super().__init__()
+        self.tree = tree
+        self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
+        self.names = NameAccuracy(len(tree))
+        self.per_class: dict[str, dict[str, float]] = {}
+
+    def begin(self, nodes: Tensor, boxed_ancestors: Tensor) -> None:
+        """Forget everything, and learn which classes are asked for.
+
+        Args:
+            nodes: int64 (L,), the classes that images are labelled with.
+            boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a
+                label that boxes carry; -1 where none is.
+        """
+        for metric in (self.fine, self.coarse, self.names):
+            metric.reset()
+        self.nodes = nodes
+        own = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
+        self.coarse_of = torch.where(boxed_ancestors >= 0, boxed_ancestors, own)
+        self.coarse_nodes = self.coarse_of[nodes].unique()
+        self.has_levels = not torch.equal(self.coarse_nodes, nodes.sort().values)
+
+    def update(
+        self,
+        batch: DetectionBatch,
+        k: int,
+        truth_xyxy_orig_px: Tensor,
+        fine: Detections,
+        coarse: Detections | None,
+    ) -> None:
+        """Add image k of a batch; `coarse` where there are two levels."""
+        image, real = int(batch.sample_ids[k]), batch.labels[k] >= 0
+        labels, difficult = batch.labels[k][real], batch.difficult[k][real]
+        _add(self.fine, image, fine, truth_xyxy_orig_px, labels, difficult)
+        if coarse is None or image < 0:
+            return
+        _add(self.coarse, image, coarse, truth_xyxy_orig_px, self.coarse_of[labels], difficult)
+        easy = ~difficult
+        self.names.update(coarse, fine, self.coarse_of, truth_xyxy_orig_px[easy], labels[easy])
+
+    def compute(self, boxed: Tensor) -> dict[str, float]:
+        """Return the means, 0…1, and keep the figures of each class in `per_class`.
+
+        ``AP50`` and ``AP`` over all classes asked for; ``_boxed`` and ``_unboxed`` over those that
+        had boxes in training and those that had not; ``_coarse`` at the level that boxes taught;
+        ``name_accuracy`` of the objects found at that level.
+
+        Args:
+            boxed: bool (K,), the classes that training boxes were labelled with.
+        """
+        fine = self.fine.compute()
+        groups: dict[str, dict[int, dict[str, float]]] = {
+            "": fine,
+            "_boxed": {node: v for node, v in fine.items() if boxed[node]},
+            "_unboxed": {node: v for node, v in fine.items() if not boxed[node]},
+        }
+        figures = {}
+        self.per_class = {self.tree.keys[node]: dict(values) for node, values in fine.items()}
+        if self.has_levels:
+            groups["_coarse"] = self.coarse.compute()
+            named = self.names.compute()
+            total = sum(found for found, _ in named.values())
+            right = sum(right for _, right in named.values())
+            figures["name_accuracy"] = right / total if total else math.nan
+            for node, values in groups["_coarse"].items():
+                self.per_class.setdefault(self.tree.keys[node], dict(values))
+            for node, (found, rightly) in named.items():
+                row = self.per_class.setdefault(self.tree.keys[node], {})
+                row["found"], row["named"] = found, rightly
+        for suffix, members in groups.items():
+            if not members and suffix == "_unboxed":
+                continue  # the usual case of detection alone
+            for measure in ("AP50", "AP"):
+                # none of these classes among the images: NaN, so that who monitors it goes on
+                each = [value[measure] for value in members.values()] or [math.nan]
+                figures[measure + suffix] = sum(each) / len(each)
+        for metric in (self.fine, self.coarse, self.names):
+            metric.reset()
+        return figures
+
+    def table(self) -> str:
+        """Return the figures of each class as text."""
+        names = dict(zip(self.tree.keys, self.tree.names, strict=True))
+        width = max([5, *(len(names[key]) for key in self.per_class)]) + 2
+        head = f"{'class':<{width}}{'AP50':>8}{'AP':>8}"
+        lines = [head + (f"{'found':>8}{'named':>8}" if self.has_levels else "")]
+        for key, row in self.per_class.items():
+            line = f"{names[key]:<{width}}" + "".join(
+                f"{row[m]:>8.3f}" if m in row else " " * 8 for m in ("AP50", "AP")
+            )
+            if "found" in row:
+                line += f"{row['found']:>8.0f}{row['named']:>8.0f}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def _add(
+    metric: BoxAveragePrecision,
+    image: int,
+    found: Detections,
+    truth: Tensor,
+    labels: Tensor,
+    difficult: Tensor,
+) -> None:
+    metric.update(
+        image, found.boxes_xyxy_orig_px, found.labels, found.scores, truth, labels, difficult
+    )

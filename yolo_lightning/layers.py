@@ -1,0 +1,359 @@
+"""Networks as readable lists of layers, and the one module that builds them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolo_lightning.errors import InputError
+
+Activation = Literal["leaky", "linear", "relu", "logistic", "tanh", "elu"]
+ReorgKind = Literal["darknet", "space_to_depth"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "linear": nn.Identity,
+    "relu": nn.ReLU,
+    "logistic": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution.
+
+    Attributes:
+        filters: output channels.
+        size: of the square kernel, px.
+        stride: px.
+        padding: px of zeros on each side; None for half of the kernel, which keeps the size.
+        batch_norm: whether batch norm follows; else the convolution has a bias.
+        activation: ``leaky`` has slope 0.1.
+    """
+
+    filters: int
+    size: int = 3
+    stride: int = 1
+    padding: int | None = None
+    batch_norm: bool = True
+    activation: Activation = "leaky"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Largest value of a window; windows reach over the right and lower edges, as in Darknet.
+
+    Attributes:
+        size, stride: of the window, px.
+    """
+
+    size: int = 2
+    stride: int = 2
+
+
+@dataclass(frozen=True)
+class Reorg:
+    """Fold blocks of cells into channels.
+
+    Attributes:
+        stride: side of a block.
+        kind: `space_to_depth` stacks neighbours, as the paper says; `darknet` rereads the map
+            as one of fewer channels and more cells first, as the original program does.
+    """
+
+    stride: int = 2
+    kind: ReorgKind = "space_to_depth"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Outputs of earlier layers, joined along the channels.
+
+    Attributes:
+        layers: their numbers from 0, or negative ones counted back from this layer.
+    """
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Zeros in training, with this probability."""
+
+    probability: float = 0.5
+
+
+Layer = Conv | Pool | Reorg | Route | Dropout
+
+_KINDS: dict[str, Callable[..., Layer]] = {
+    "conv": Conv,
+    "pool": Pool,
+    "reorg": Reorg,
+    "route": Route,
+    "dropout": Dropout,
+}
+_NAMES: dict[Any, str] = {kind: name for name, kind in _KINDS.items()}
+
+
+def to_plain(layers: Iterable[Layer]) -> list[list[Any]]:
+    """Return layers as a checkpoint or a recipe holds them, such as ``["conv", 32, 3]``."""
+    rows = []
+    for layer in layers:
+        values, defaults = list(astuple(layer)), [field.default for field in fields(layer)]
+        while values and values[-1] == defaults[len(values) - 1]:
+            values.pop()
+        rows.append(
+            [_NAMES[type(layer)], *(list(v) if isinstance(v, tuple) else v for v in values)]
+        )
+    return rows
+
+
+def from_plain(rows: Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
+    """Return the layers that plain values describe.
+
+    Raises:
+        InputError: an unknown kind or values that do not fit it; names the row.
+    """
+    layers: list[Layer] = []
+    for number, row in enumerate(rows):
+        kind = _KINDS.get(row[0]) if row else None
+        if kind is None:
+            raise InputError(f"layer {number} is {list(row)}; allowed kinds: {', '.join(_KINDS)}")
+        try:
+            layer = kind(*(tuple(v) if isinstance(v, list) else v for v in row[1:]))
+        except TypeError as error:
+            raise InputError(f"layer {number} is {list(row)}: {error}") from None
+        layers.append(layer)
+    return tuple(layers)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a layer gives: channels, and px of the network input per cell."""
+
+    channels: int
+    stride: int
+
+
+def extents(layers: Sequence[Layer], in_channels: int = 3) -> list[Extent]:
+    """Return each layer's channels and stride; builds nothing.
+
+    Raises:
+        InputError: a value that no layer can have, or a route to layers that do not exist or do
+            not fit together; names the layer.
+    """
+    found: list[Extent] = []
+    for number, layer in enumerate(layers):
+        before = found[-1] if found else Extent(in_channels, 1)
+        _check(number, layer, before, found)
+        match layer:
+            case Conv():
+                found.append(Extent(layer.filters, before.stride * layer.stride))
+            case Pool():
+                found.append(Extent(before.channels, before.stride * layer.stride))
+            case Reorg():
+                channels = before.channels * layer.stride**2
+                found.append(Extent(channels, before.stride * layer.stride))
+            case Route():
+                sources = [found[k] for k in sources_of(number, layer)]
+                found.append(Extent(sum(s.channels for s in sources), sources[0].stride))
+            case Dropout():
+                found.append(before)
+    return found
+
+
+def _check(number: int, layer: Layer, before: Extent, found: Sequence[Extent]) -> None:
+    """Refuse values that no layer can have."""
+
+    def refuse(what: str) -> None:
+        raise InputError(f"layer {number} ({_NAMES[type(layer)]}): {what}")
+
+    if isinstance(layer, Conv | Pool | Reorg):
+        for name in ("filters", "size", "stride"):
+            value = getattr(layer, name, 1)
+            if not isinstance(value, int) or value < 1:
+                refuse(f"{name} is {value}; allowed: 1 or more")
+    match layer:
+        case Conv():
+            if layer.padding is not None and layer.padding < 0:
+                refuse(f"padding is {layer.padding}; allowed: 0 or more")
+            if layer.activation not in get_args(Activation):
+                allowed = ", ".join(get_args(Activation))
+                refuse(f"activation is {layer.activation!r}; allowed: {allowed}")
+        case Reorg():
+            if layer.kind not in get_args(ReorgKind):
+                refuse(f"kind is {layer.kind!r}; allowed: {', '.join(get_args(ReorgKind))}")
+            if layer.kind == "darknet" and before.channels % layer.stride**2:
+                refuse(
+                    f"{before.channels} channels; allowed: multiples of {layer.stride**2}, "
+                    "the square of its stride"
+                )
+        case Route():
+            if not layer.layers:
+                refuse("names no layers")
+            for named, source in zip(layer.layers, sources_of(number, layer), strict=True):
+                if not 0 <= source < number:
+                    refuse(f"names layer {named}; allowed: 0 … {number - 1}, or {-number} … -1")
+            strides = {found[k].stride for k in sources_of(number, layer)}
+            if len(strides) > 1:
+                refuse(f"joins layers of different strides, {sorted(strides)} px")
+        case Dropout():
+            if not 0 <= layer.probability < 1:
+                refuse(f"probability is {layer.probability}; allowed: 0 … below 1")
+        case _:
+            pass
+
+
+def sources_of(number: int, route: Route) -> list[int]:
+    """Return the layers that a route joins, counted from 0."""
+    return [source if source >= 0 else number + source for source in route.layers]
+
+
+class ConvBlock(nn.Module):
+    """Convolution, batch norm or bias, activation.
+
+    Deviation: batch norm divides by sqrt(variance + 1e-5), as the original program does on GPUs;
+    on CPUs it divides by sqrt(variance) + 1e-6.
+    """
+
+    def __init__(self, in_channels: int, layer: Conv) -> None:
+        super().__init__()
+        padding = layer.size // 2 if layer.padding is None else layer.padding
+        self.conv = nn.Conv2d(
+            in_channels,
+            layer.filters,
+            layer.size,
+            layer.stride,
+            padding,
+            bias=not layer.batch_norm,
+        )
+        self.norm = nn.BatchNorm2d(layer.filters) if layer.batch_norm else None
+        self.activation = (
+            nn.LeakyReLU(0.1, inplace=True)
+            if layer.activation == "leaky"
+            else _ACTIVATIONS[layer.activation]()
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C, H, W)."""
+        features = self.conv(features)
+        if self.norm is not None:
+            features = self.norm(features)
+        return torch.as_tensor(self.activation(features))
+
+
+class _MaxPool(nn.Module):
+    def __init__(self, layer: Pool) -> None:
+        super().__init__()
+        self.size, self.stride = layer.size, layer.stride
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C, H / stride, W / stride), rounded up."""
+        if self.size == self.stride == 2:  # the usual case needs no margin of its own
+            return F.max_pool2d(features, 2, ceil_mode=True)
+        before = (self.size - 1) // 2
+        after = self.size - 1 - before
+        padded = F.pad(features, (before, after) * 2, value=-torch.inf)
+        return F.max_pool2d(padded, self.size, self.stride)
+
+
+class _Fold(nn.Module):
+    def __init__(self, layer: Reorg) -> None:
+        super().__init__()
+        self.stride, self.kind = layer.stride, layer.kind
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C * stride², H / stride, W / stride)."""
+        s = self.stride
+        batch, channels, height, width = features.shape
+        if self.kind == "space_to_depth":
+            return space_to_depth(features, s)
+        reread = features.reshape(batch, channels // s**2, height * s, width * s)
+        return space_to_depth(reread, s).reshape(batch, channels * s**2, height // s, width // s)
+
+
+def space_to_depth(features: Tensor, stride: int) -> Tensor:
+    """Return (B, C * stride², H / stride, W / stride); a block's places vary before channels do."""
+    blocks = features.unflatten(3, (-1, stride)).unflatten(2, (-1, stride))  # (B, C, H, s, W, s)
+    folded: Tensor = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+    return folded
+
+
+class LayerStack(nn.ModuleList):
+    """The network that a list of layers describes; module k is layer k.
+
+    Args:
+        layers: from the image on.
+
+    Attributes:
+        layers: as given.
+        out_channels: channels of the last layer.
+        stride: network input px per cell of the last layer.
+
+    Raises:
+        InputError: layers that do not fit together; names the layer.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        found = extents(layers)
+        channels = 3
+        for layer, extent in zip(layers, found, strict=True):
+            self.append(_module_of(layer, channels))
+            channels = extent.channels
+        self.out_channels, self.stride = found[-1].channels, found[-1].stride
+        self._routed = {
+            source
+            for number, layer in enumerate(layers)
+            if isinstance(layer, Route)
+            for source in sources_of(number, layer)
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the last features (B, C, Gh, Gw).
+
+        Args:
+            images: float (B, 3, H, W), RGB in 0…1.
+        """
+        kept: dict[int, Tensor] = {}
+        features = images
+        for number, (layer, module) in enumerate(zip(self.layers, self, strict=True)):
+            if isinstance(layer, Route):
+                sources = [kept[k] for k in sources_of(number, layer)]
+                features = torch.cat(sources, dim=1) if len(sources) > 1 else sources[0]
+            else:
+                features = module(features)
+            if number in self._routed:
+                kept[number] = features
+        return features
+
+
+def _module_of(layer: Layer, channels: int) -> nn.Module:
+    match layer:
+        case Conv():
+            return ConvBlock(channels, layer)
+        case Pool():
+            return _MaxPool(layer)
+        case Reorg():
+            return _Fold(layer)
+        case Dropout():
+            return nn.Dropout(layer.probability)
+        case Route():
+            return nn.Identity()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw convolution kernels as He et al. do, for leaky ReLU of slope 0.1.
+
+    Paper is silent: the original program draws uniformly with the same variance.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, a=0.1, nonlinearity="leaky_relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
