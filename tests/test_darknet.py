@@ -371,7 +371,7 @@ def test_a_hostile_cfg_takes_no_memory(files, capsys):
     [
         ("a -1\nb 2\nc 1\n", "x.tree:2: parent 2 of 'b'; expected -1 or the number of a line"),
         ("a -1\nb 0\nc -1\nd 0\n", "x.tree:3: 'c' stands apart"),
-        ("a -1\nb -1\nc 0\nd 1\ne 0\n", "x.tree:5: 'e' stands apart from the other children of par"),
+        ("a -1\nb -1\nc 0\nd 1\ne 0\n", "x.tree:5: 'e' stands apart from the other children"),
         ("a -1\na -1\n", "x.tree:2: key 'a' stands in line 1 already"),
         ("a -1\nb\0 0\n", "x.tree:2: a NUL byte at byte 6"),
         ("a -1\nb zero\n", "x.tree:2: expected a key and its parent's number, found 'b zero'"),
