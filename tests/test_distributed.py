@@ -68,8 +68,8 @@ Sparse.empty = {*data.order.plan(0, 0, 2).indices, *data.order.plan(4).indices}
 model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
                        loss=LossSettings(objectness_rule=rule))
 seen = []
-update = model.average_precision.update
-model.average_precision.update = lambda image, *rest: (seen.append(image), update(image, *rest))[1]
+update = model.evaluation.fine.update
+model.evaluation.fine.update = lambda image, *rest: (seen.append(image), update(image, *rest))[1]
 trainer = pl.Trainer(
     max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,

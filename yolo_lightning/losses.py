@@ -33,6 +33,8 @@ class LossSettings:
         prior_images: while fewer images were seen, boxes without an object are drawn to their
             anchors.
         prior_scale: factor of that pull.
+        label_noobj_scale: factor, on top of `noobj_scale`, of the no-object loss of images with a
+            label alone: 1 as in the original program; the paper's text has none, 0.
         box_selection: which box a classification image trains: the one with the highest
             objectness x P(`label`), the paper's; with the highest objectness x P(the deepest
             ancestor of the label that boxes supervise), `boxed_ancestor`; or the `largest` one
@@ -52,6 +54,7 @@ class LossSettings:
     ignore_iou: float = 0.6
     prior_images: int = 12_800
     prior_scale: float = 0.01
+    label_noobj_scale: float = 1.0
     box_selection: BoxSelection = "boxed_ancestor"
     objectness_rule: ObjectnessRule = "paper"
     rescore: bool = True
@@ -277,12 +280,13 @@ def classification_loss(
     prob = objectness.flatten(2)[image, anchor, cell].sigmoid()
     shortfall = F.relu(0.3 - prob) if settings.objectness_rule == "paper" else 0.0 * prob
     logits = output.class_logits.at(image, anchor, cell)
+    noobj_scale = settings.noobj_scale * settings.label_noobj_scale
     # coordinates learn nothing, yet keep a gradient of zero for every rank's reduction
     nothing = output.box_logits[:0].float().sum()
     return {
         "loss_coord": nothing,
         "loss_obj": settings.obj_scale * 0.5 * shortfall.square().sum(),
-        "loss_noobj": settings.noobj_scale * loss_noobj(objectness, ~chosen.view_as(objectness)),
+        "loss_noobj": noobj_scale * loss_noobj(objectness, ~chosen.view_as(objectness)),
         "loss_class": settings.class_scale * tree.path_loss(logits.float(), batch.labels).sum(),
         "loss_prior": nothing,
     }

@@ -1,0 +1,351 @@
+"""The classifier: training, figures, starting from weights, and naming what images show."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import write_image
+from tests.test_darknet import write_values
+from yolo_lightning import ClassifierModule, WordTree, load
+from yolo_lightning.__main__ import main
+from yolo_lightning.batches import ClassificationBatch
+from yolo_lightning.checkpoints import read_checkpoint
+from yolo_lightning.commands.classify import resized
+from yolo_lightning.commands.darknet import checkpoint_of
+from yolo_lightning.darknet19 import SMALL, Classifier
+from yolo_lightning.detector import DetectorModule
+from yolo_lightning.errors import InputError
+from yolo_lightning.layers import to_plain
+from yolo_lightning.pretrained import load_pretrained
+from yolo_lightning.wordtree import Row
+from yolo_lightning.yolov2 import YOLOv2, detector_layers
+
+TREE: list[Row] = [
+    ("pet", "-", "pet"), ("cat", "pet", "cat"), ("dog", "pet", "dog"), ("car", "-", "car"),
+]  # fmt: skip
+
+RECIPE = """
+model:
+  class_path: yolo_lightning.ClassifierModule
+  init_args:
+    tree: {tree}
+    trunk: [[conv, 4], [pool], [conv, 8], [pool]]
+    learning_rate: 0.05
+data:
+  class_path: yolo_lightning.CombinedDataModule
+  init_args:
+    tree: ${{...model.init_args.tree}}
+    classification:
+      class_path: yolo_lightning.datamodules.ImageFolder
+      init_args: {{root: train}}
+    validation:
+      class_path: yolo_lightning.datamodules.ImageFolder
+      init_args: {{root: val}}
+    classification_batch_size: 4
+    image_size: 32
+    num_workers: 0
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  num_sanity_val_steps: 0
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  default_root_dir: runs
+  callbacks:
+    - class_path: yolo_lightning.callbacks.LastCheckpoint
+"""
+
+
+@pytest.fixture
+def folders(workplace: Path) -> Path:
+    """Two classes that differ in brightness, and one that no test image shows."""
+    for split, count in (("train", 6), ("val", 5)):
+        for k in range(count):
+            write_image(workplace / split / "cat" / f"{k}.png", 40, 36, 20 + k)
+            write_image(workplace / split / "dog" / f"{k}.png", 36, 40, 220 + k)
+    return workplace
+
+
+@pytest.mark.parametrize("tree", ["[cat, dog, car]", "tree.tsv"])
+def test_a_classifier_trains_and_is_measured_label_by_label(folders, capsys, tree):
+    Path("tree.tsv").write_text("".join("\t".join(row) + "\n" for row in TREE))
+    Path("r.yaml").write_text(RECIPE.format(tree=tree))
+    assert main(["fit", "--config", "r.yaml", "--trainer.max_epochs=12"]) == 0
+    capsys.readouterr()
+    assert main(["test", "--config", "r.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "test/top1" in said
+    assert "test/top5" in said
+    assert "test/top1/cat" in said
+    table = dict(line.split() for line in said.splitlines() if line.startswith(("cat ", "dog ")))
+    assert set(table) == {"cat", "dog"}  # no image shows a car
+    assert all(float(value) > 0.9 for value in table.values())
+    (checkpoint,) = Path("runs").glob("*/checkpoints/last.ckpt")
+    held = read_checkpoint(checkpoint)
+    assert held["module"] == "ClassifierModule"
+    assert held["hyper_parameters"]["image_size"] == 32
+    assert main(["classify", str(checkpoint), "val/cat/0.png", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["classes"][0]["key"] == "cat"
+    assert ("path" in result) == (tree == "tree.tsv")
+
+
+def test_figures_by_hand(monkeypatch):
+    module = ClassifierModule(TREE, to_plain(SMALL))
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    module._trainer = type("T", (), {"state": type("S", (), {"fn": "fit"})})()
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.9, 0.1, 0.0]])
+    monkeypatch.setattr(module, "leaf_probs", lambda images: probs)
+    # leaves: cat, dog, car; the third label is inside the tree, the fourth image is padding
+    labels, ids = torch.tensor([1, 2, 0, 2]), torch.tensor([0, 1, 2, -1])
+    module.validation_step(ClassificationBatch(torch.zeros(4, 3, 8, 8), ids, labels), 0)
+    module.on_validation_epoch_end()
+    assert float(logged["val/top1"]) == 0.5
+    assert float(logged["val/top5"]) == 1
+    assert module.per_class == {"cat": 1.0, "dog": 0.0}
+
+
+def test_a_classifier_trains_on_labels_alone(folders, capsys, write_voc):
+    write_voc(Path("boxes"), "a", [("cat", 2, 2, 20, 20)])
+    recipe = RECIPE.format(tree="[cat, dog]").replace(
+        "    classification:\n",
+        "    detection:\n      class_path: yolo_lightning.datamodules.VOCFolder\n"
+        "      init_args: {root: boxes}\n    classification:\n",
+    )
+    Path("r.yaml").write_text(recipe)
+    assert main(["fit", "--config", "r.yaml"]) == 2
+    assert "data.detection: a classifier trains on labels alone" in capsys.readouterr().err
+
+
+def network(layers: Any, tree: WordTree, anchors: int = 2, seed: int = 0) -> YOLOv2:
+    torch.manual_seed(seed)
+    return YOLOv2(layers, len(tree), torch.ones(anchors, 2))
+
+
+def saved(path: Path, module: DetectorModule | ClassifierModule) -> Path:
+    torch.save(checkpoint_of(module, {}), path)
+    return path
+
+
+def test_a_trunk_of_darknet_s_weights_fills_a_detector(tmp_path):
+    tree = WordTree.flat(["a", "b"])
+    classifier = Classifier(SMALL, 10)
+    trunk = sum(
+        t.numel() for n, t in classifier.body.state_dict().items() if "num_batches" not in n
+    )
+    path = write_values(tmp_path / "w", trunk + 257 * 10)
+    net = network(detector_layers(SMALL, 8, 4), tree)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    report = load_pretrained(net, tree, path, len(SMALL))
+    assert report.loaded_values == trunk
+    text = str(report)
+    assert "layers 0 … 10" in text
+    assert "fresh      layers 11 … 17; boxes, objectness and classes" in text
+    assert "2,570 values: a 1x1 convolution from 256 to 10 channels" in text
+    numbers = np.random.default_rng(0).uniform(0.1, 1, trunk).astype("<f4")
+    block: Any = net.body[0]
+    assert block.norm.bias.tolist() == numbers[:16].tolist()
+    last: Any = net.body[10]
+    assert last.conv.weight.flatten().tolist() == numbers[-last.conv.weight.numel() :].tolist()
+    assert torch.equal(net.class_weight, before["class_weight"])
+    assert torch.equal(net.body[11].conv.weight, before["body.11.conv.weight"])  # type: ignore[arg-type, union-attr]
+
+
+def test_weights_of_another_network_are_refused_by_count(tmp_path):
+    tree = WordTree.flat(["a"])
+    path = write_values(tmp_path / "w", 1234)
+    with pytest.raises(InputError, match=r"1,234 values; the network has [\d,]+, its body"):
+        load_pretrained(network(SMALL, tree), tree, path, len(SMALL))
+
+
+def test_class_rows_follow_their_keys_into_a_new_tree(tmp_path):
+    old = [("cat", "-", "cat"), ("dog", "-", "dog"), ("fish", "-", "fish")]
+    new: list[Row] = [("cow", "-", "cow"), ("dog", "-", "hound"), ("cat", "-", "cat")]
+    first = DetectorModule(old, [(1.0, 1.0), (2.0, 2.0)], "small", 8, 4)
+    path = saved(tmp_path / "m.ckpt", first)
+    tree = WordTree(new)
+    net = network(detector_layers(SMALL, 8, 4), tree, seed=5)
+    fresh = net.class_weight[:, 0].clone()
+    text = str(load_pretrained(net, tree, path, len(SMALL)))
+    theirs = first.network
+    assert torch.equal(net.class_weight[:, 1], theirs.class_weight[:, 1])
+    assert torch.equal(net.class_weight[:, 2], theirs.class_weight[:, 0])
+    assert torch.equal(net.class_bias[:, 2], theirs.class_bias[:, 0])
+    assert torch.equal(net.class_weight[:, 0], fresh)
+    assert torch.equal(net.box_conv.weight, theirs.box_conv.weight)
+    assert "2 of 3 classes, by key" in text
+    assert "fresh      1 classes (cow)" in text
+    assert "left over  1 classes (fish)" in text
+
+
+def test_a_detector_starts_from_a_classifier_s_checkpoint(tmp_path):
+    classifier = ClassifierModule(["a", "b"], "small")
+    tree = WordTree.flat(["a", "b"])
+    net = network(detector_layers(SMALL, 8, 4), tree)
+    path = saved(tmp_path / "c.ckpt", classifier)
+    text = str(load_pretrained(net, tree, path, len(SMALL)))
+    for k in range(len(SMALL)):
+        for name, value in classifier.network.body[k].state_dict().items():
+            assert torch.equal(net.body[k].state_dict()[name], value)
+    assert "layers 0 … 10" in text
+    assert "fresh      layers 11 … 17; boxes and objectness; all 2 classes" in text
+    assert "514 values: class_conv.weight, class_conv.bias" in text
+
+
+def test_what_comes_behind_a_layer_that_differs_is_fresh(tmp_path):
+    tree = WordTree.flat(["a"])
+    first = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4)
+    net = network(detector_layers(SMALL, 8, 2), tree, anchors=1)
+    text = str(load_pretrained(net, tree, saved(tmp_path / "m.ckpt", first), len(SMALL)))
+    assert "layers 0 … 12" in text  # the head's two convolutions, up to the passthrough
+    assert "fresh      layers 14 … 17; boxes and objectness; all 1 classes" in text
+    assert "layer 14, layer 17, box_conv.weight" in text
+
+
+def test_nothing_that_fits_is_refused(tmp_path):
+    tree = WordTree.flat(["a"])
+    path = saved(tmp_path / "m.ckpt", ClassifierModule(["a"], [["conv", 3]]))
+    with pytest.raises(InputError, match="nothing in it fits"):
+        load_pretrained(network(SMALL, tree, 1), tree, path, len(SMALL))
+    with pytest.raises(InputError, match="model.pretrained 'gone' not found"):
+        load_pretrained(network(SMALL, tree, 1), tree, "gone", len(SMALL))
+
+
+def test_a_checkpoint_of_weights_alone_starts_a_training(folders, capsys):
+    Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
+    module = ClassifierModule(["cat", "dog"], [["conv", 4], ["pool"], ["conv", 8], ["pool"]])
+    saved(Path("m.ckpt"), module)
+    assert main(["fit", "--config", "r.yaml", "--ckpt_path", "m.ckpt"]) == 0
+    said = capsys.readouterr().out
+    assert "m.ckpt: holds weights alone; training begins with them at step 0" in said
+    assert "2 of 2 classes, by key" in said
+    options = ["--model.pretrained", "gone.ckpt"]
+    assert main(["fit", "--config", "r.yaml", *options]) == 2
+    assert "model.pretrained 'gone.ckpt' not found" in capsys.readouterr().err
+
+
+def test_an_imported_checkpoint_is_measured_like_a_trained_one(folders, capsys):
+    Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
+    layer = "[convolutional]\nbatch_normalize=1\nsize=3\npad=1\nactivation=leaky\nfilters="
+    pool = "\n[maxpool]\nsize=2\nstride=2\n"
+    Path("x.cfg").write_text(
+        f"[net]\nwidth=32\nheight=32\n{layer}4{pool}{layer}8{pool}"
+        "[convolutional]\nfilters=2\nsize=1\nactivation=linear\n[avgpool]\n[softmax]\n[cost]\n"
+    )
+    Path("x.names").write_text("cat\ndog\n")
+    write_values(Path("x.weights"), 4 * 31 + 8 * 40 + 18)
+    argv = ["darknet", "import", "--cfg", "x.cfg", "--weights", "x.weights", "--names", "x.names"]
+    assert main([*argv, "--output", "m.ckpt"]) == 0
+    for command in ("validate", "test"):
+        assert main([command, "--config", "r.yaml", "--ckpt_path", "m.ckpt"]) == 0
+    assert "test/top1" in capsys.readouterr().out
+    assert main(["fit", "--config", "r.yaml", "--model.pretrained", "x.weights"]) == 0
+    assert "462 of the network's 462 values; layers 0 … 2; classes" in capsys.readouterr().out
+
+
+def test_another_trunk_than_the_checkpoint_s_is_refused(folders, capsys):
+    Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
+    saved(Path("m.ckpt"), ClassifierModule(["cat", "dog"], [["conv", 5], ["pool"]]))
+    assert main(["test", "--config", "r.yaml", "--ckpt_path", "m.ckpt"]) == 2
+    assert "model.trunk differs from the checkpoint's" in capsys.readouterr().err
+
+
+def colourful(path: Path, height: int, width: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    cv2.imwrite(str(path), pixels)
+
+
+def test_classify_takes_folders_and_names_what_it_cannot_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
+    for name in ("a.png", "deep/b.webp", "c.jpg"):
+        colourful(Path("images") / name, 40, 70)
+    Path("images/broken.jpg").write_bytes(b"no image")
+    assert main(["classify", "m.ckpt", "images"]) == 2
+    said = capsys.readouterr()
+    assert [line for line in said.out.splitlines() if line.startswith("images")] == [
+        "images/a.png", "images/c.jpg", "images/deep/b.webp",
+    ]  # fmt: skip
+    assert "images/broken.jpg: not a readable image" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_classify_gives_the_path_or_the_leaves_of_a_tree(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = ClassifierModule(TREE, "small", image_size=64)
+    with torch.no_grad():  # P(pet) = 0.8, P(dog) = 0.8 x 0.9
+        module.network.class_conv.weight.zero_()
+        assert module.network.class_conv.bias is not None
+        module.network.class_conv.bias.copy_(torch.log(torch.tensor([0.8, 0.1, 0.9, 0.2])))
+    saved(Path("m.ckpt"), module)
+    colourful(Path("a.png"), 50, 50)
+    assert main(["classify", "m.ckpt", "a.png"]) == 0
+    assert capsys.readouterr().out == "a.png\n   80.00 %  pet\n   72.00 %    dog\n"
+    assert main(["classify", "m.ckpt", "a.png", "--top", "2"]) == 0
+    assert capsys.readouterr().out == "a.png\n   72.00 %  dog\n   20.00 %  car\n"
+    assert main(["classify", "m.ckpt", "a.png", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert [row["key"] for row in result["classes"]] == ["dog", "car", "cat"]
+    assert [round(row["probability"], 2) for row in result["path"]] == [0.8, 0.72]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["gone.ckpt", "a.png"], "checkpoint 'gone.ckpt' not found"),
+        (["m.ckpt", "gone.png"], "'gone.png': no such file or folder"),
+        (["m.ckpt", "empty"], "holds no images"),
+        (["a.png", "a.png"], "not a checkpoint of this program"),
+        (["m.ckpt", "a.png", "--top", "0"], "--top is 0; allowed: 1 or more"),
+        (["m.ckpt", "a.png", "--image-size", "100"], "--image-size is 100; allowed: multiples"),
+        (["m.ckpt", "a.png", "--device", "cuba"], "--device cuba"),
+        (["d.ckpt", "a.png"], "d.ckpt: holds a detector; classify takes a classifier"),
+    ],
+)
+def test_classify_refuses_in_one_message(tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    saved(Path("m.ckpt"), ClassifierModule(TREE, "small"))
+    saved(Path("d.ckpt"), DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4))
+    colourful(Path("a.png"), 40, 40)
+    Path("empty").mkdir()
+    assert main(["classify", *argv]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_the_three_ways_to_resize():
+    image = torch.rand(3, 30, 60)
+    frame = resized(image, (64, 64), "letterbox")
+    assert frame.shape == (1, 3, 64, 64)
+    assert (frame[:, :, :16] == 0.5).all()
+    assert (frame[:, :, 48:] == 0.5).all()
+    whole = resized(image, (64, 64), "shorter-side")
+    assert whole.shape == (1, 3, 64, 128)
+    middle = resized(image, (64, 64), "crop")
+    assert torch.equal(middle, whole[:, :, :, 32:96])
+    # corners lie on corners
+    assert torch.equal(
+        whole[0, :, [0, 0, -1, -1], [0, -1, 0, -1]], image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    )
+
+
+def test_load_gives_the_module_that_was_saved(tmp_path):
+    module = ClassifierModule(TREE, "small").eval()
+    again = load(saved(tmp_path / "m.ckpt", module))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(images), module(images))
+    torch.save(
+        {"module": "Other", "state_dict": {}, "hyper_parameters": {"tree": []}}, tmp_path / "o"
+    )
+    with pytest.raises(InputError, match="holds a Other; allowed: DetectorModule, Classif"):
+        load(tmp_path / "o")
