@@ -157,7 +157,7 @@ class AlternatingBatchSampler(Sampler[BatchPlan]):
         world_size: int = 1,
     ) -> None:
         used = ["detection_batch_size"] if order.detection_size else []
-        used += ["classification_batch_size"] if order.classification_size else []
+        used += ["classification_batch_size"] if order.ratio or not order.detection_size else []
         for name in used:
             if getattr(order, name) % world_size:
                 raise InputError(

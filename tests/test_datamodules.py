@@ -1,6 +1,7 @@
 """Sources, augmentation, and the combined datamodule."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ from yolo_lightning.datamodules import (
 )
 from yolo_lightning.datamodules.shapes import SHAPES, _draw, _place
 from yolo_lightning.datamodules.source import DetectionSample
-from yolo_lightning.datamodules.transforms import letterbox, letterbox_sample
+from yolo_lightning.datamodules.transforms import centre_crop, letterbox, letterbox_sample
 from yolo_lightning.errors import InputError
 from yolo_lightning.wordtree import WordTree
 
@@ -222,6 +223,32 @@ def test_augmentation_is_decided_by_its_seed_alone():
     assert one.shape == (64, 64, 3)
     assert np.array_equal(one, three)
     assert not np.array_equal(one, two)
+
+
+def test_classification_windows_hold_what_their_scale_says():
+    image = np.full((100, 200, 3), 255, dtype=np.uint8)
+    plain: dict[str, Any] = {"aspect": 1, "degrees": 0, "hue": 0, "saturation": 1, "exposure": 1}
+    small = ClassificationAugmentation((32, 32), **plain)(image, 64, 0)
+    assert (small == 255).all(axis=(1, 2)).sum() == 32  # grey above and below
+    assert set(np.unique(small)) == {127, 255}
+    assert (ClassificationAugmentation((64, 128), **plain)(image, 64, 0) == 255).all()
+    turned = ClassificationAugmentation((64, 64), **{**plain, "degrees": 45})(image, 64, 3)
+    assert (turned == 127).any()
+
+
+def test_classification_augmentation_refuses_nonsense():
+    with pytest.raises(InputError, match=r"shorter_side is \[300, 200\]; allowed: two lengths"):
+        ClassificationAugmentation((300, 200))
+    with pytest.raises(InputError, match="aspect is 0; allowed: above 0"):
+        ClassificationAugmentation(aspect=0)
+
+
+def test_the_middle_of_an_image():
+    image = np.zeros((40, 80, 3), dtype=np.uint8)
+    image[:, 20:60] = 200
+    assert (centre_crop(image, 40) == 200).all()
+    assert centre_crop(image, 20).shape == (20, 20, 3)
+    assert centre_crop(image[:, :40], 64).shape == (64, 64, 3)
 
 
 def test_augmented_boxes_follow_their_object_and_stay_inside():

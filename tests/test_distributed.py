@@ -79,7 +79,7 @@ trainer.fit(model, data)
 weights = float(sum(p.double().abs().sum() for p in model.parameters()))
 with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
     json.dump({"steps": Diary.steps, "seen": seen, "weights": weights,
-               "classes": len(model.per_class),
+               "classes": len(model.evaluation.per_class),
                "ap": float(trainer.callback_metrics.get("val/AP50", -1))}, file)
 '''
 

@@ -108,3 +108,18 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
         AlternatingBatchSampler(order(), 6, lambda: 0, rank=0, world_size=3)
     unused = order("0", batch=(3, 64))
     assert len(AlternatingBatchSampler(unused, 6, lambda: 0, rank=0, world_size=3)) == 6
+
+
+def test_labels_alone_are_read_in_full_passes():
+    alone = order(sizes=(0, 7), batch=(4, 3))
+    assert alone.steps_per_pass == 3
+    plans = [alone.plan(step) for step in range(14)]
+    assert {plan.kind for plan in plans} == {"classification"}
+    read = [index for plan in plans for index in plan.indices]
+    for k in range(6):
+        assert sorted(read[7 * k : 7 * k + 7]) == list(range(7))
+    assert read[:7] != read[7:14]
+    assert [plan.images_seen for plan in plans[:3]] == [0, 3, 6]
+    AlternatingBatchSampler(alone, 3, lambda: 0, 0, 3)  # the unused batch of four is nobody's
+    with pytest.raises(InputError, match="classification_batch_size is the global batch: 3"):
+        AlternatingBatchSampler(alone, 3, lambda: 0, 0, 2)

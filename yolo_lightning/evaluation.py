@@ -88,6 +88,11 @@ class DetectionEvaluation(nn.Module):
 
     Args:
         tree: the classes.
+
+    Attributes:
+        per_class: the newest figures by key: AP50, AP and, where there are two levels, how many
+            objects were found and how many of these got their name.
+        per_coarse_class: AP50 and AP at the level that boxes taught.
     """
 
     def __init__(self, tree: WordTree) -> None:
@@ -96,6 +101,7 @@ class DetectionEvaluation(nn.Module):
         self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
         self.names = NameAccuracy(len(tree))
         self.per_class: dict[str, dict[str, float]] = {}
+        self.per_coarse_class: dict[str, dict[str, float]] = {}
 
     def begin(self, nodes: Tensor, boxed_ancestors: Tensor) -> None:
         """Forget everything, and learn which classes are asked for.
@@ -132,7 +138,7 @@ class DetectionEvaluation(nn.Module):
         self.names.update(coarse, fine, self.coarse_of, truth_xyxy_orig_px[easy], labels[easy])
 
     def compute(self, boxed: Tensor) -> dict[str, float]:
-        """Return the means, 0…1, and keep the figures of each class in `per_class`.
+        """Return the means, 0…1, and keep the figures of each class.
 
         ``AP50`` and ``AP`` over all classes asked for; ``_boxed`` and ``_unboxed`` over those that
         had boxes in training and those that had not; ``_coarse`` at the level that boxes taught;
@@ -142,48 +148,49 @@ class DetectionEvaluation(nn.Module):
             boxed: bool (K,), the classes that training boxes were labelled with.
         """
         fine = self.fine.compute()
-        groups: dict[str, dict[int, dict[str, float]]] = {
+        coarse = self.coarse.compute() if self.has_levels else {}
+        named = self.names.compute() if self.has_levels else {}
+        for metric in (self.fine, self.coarse, self.names):
+            metric.reset()
+        self.per_class = {self.tree.keys[node]: dict(row) for node, row in fine.items()}
+        self.per_coarse_class = {self.tree.keys[node]: dict(row) for node, row in coarse.items()}
+        for node, (found, right) in named.items():
+            row = self.per_class.setdefault(self.tree.keys[node], {})
+            row["found"], row["named"] = found, right
+        groups = {
             "": fine,
-            "_boxed": {node: v for node, v in fine.items() if boxed[node]},
-            "_unboxed": {node: v for node, v in fine.items() if not boxed[node]},
+            "_boxed": {node: row for node, row in fine.items() if boxed[node]},
+            "_unboxed": {node: row for node, row in fine.items() if not boxed[node]},
+            "_coarse": coarse,
         }
-        figures = {}
-        self.per_class = {self.tree.keys[node]: dict(values) for node, values in fine.items()}
-        if self.has_levels:
-            groups["_coarse"] = self.coarse.compute()
-            named = self.names.compute()
-            total = sum(found for found, _ in named.values())
-            right = sum(right for _, right in named.values())
-            figures["name_accuracy"] = right / total if total else math.nan
-            for node, values in groups["_coarse"].items():
-                self.per_class.setdefault(self.tree.keys[node], dict(values))
-            for node, (found, rightly) in named.items():
-                row = self.per_class.setdefault(self.tree.keys[node], {})
-                row["found"], row["named"] = found, rightly
+        figures: dict[str, float] = {}
         for suffix, members in groups.items():
-            if not members and suffix == "_unboxed":
+            if not members and suffix in ("_unboxed", "_coarse"):
                 continue  # the usual case of detection alone
             for measure in ("AP50", "AP"):
                 # none of these classes among the images: NaN, so that who monitors it goes on
-                each = [value[measure] for value in members.values()] or [math.nan]
+                each = [row[measure] for row in members.values()] or [math.nan]
                 figures[measure + suffix] = sum(each) / len(each)
-        for metric in (self.fine, self.coarse, self.names):
-            metric.reset()
+        if self.has_levels:
+            found, right = (sum(pair[k] for pair in named.values()) for k in (0, 1))
+            figures["name_accuracy"] = right / found if found else math.nan
         return figures
 
     def table(self) -> str:
         """Return the figures of each class as text."""
         names = dict(zip(self.tree.keys, self.tree.names, strict=True))
-        width = max([5, *(len(names[key]) for key in self.per_class)]) + 2
+        keys = [*self.per_class, *self.per_coarse_class]
+        width = max([12, *(len(names[key]) for key in keys)]) + 2
         head = f"{'class':<{width}}{'AP50':>8}{'AP':>8}"
         lines = [head + (f"{'found':>8}{'named':>8}" if self.has_levels else "")]
         for key, row in self.per_class.items():
-            line = f"{names[key]:<{width}}" + "".join(
-                f"{row[m]:>8.3f}" if m in row else " " * 8 for m in ("AP50", "AP")
-            )
-            if "found" in row:
-                line += f"{row['found']:>8.0f}{row['named']:>8.0f}"
-            lines.append(line)
+            cells = [f"{row[m]:>8.3f}" if m in row else " " * 8 for m in ("AP50", "AP")]
+            cells += [f"{row[m]:>8.0f}" if m in row else "" for m in ("found", "named")]
+            lines.append(f"{names[key]:<{width}}" + "".join(cells))
+        if self.has_levels:
+            lines.append("as boxes say:")
+        for key, row in self.per_coarse_class.items():
+            lines.append(f"  {names[key]:<{width - 2}}{row['AP50']:>8.3f}{row['AP']:>8.3f}")
         return "\n".join(lines)
 
 
