@@ -349,3 +349,29 @@ def test_load_gives_the_module_that_was_saved(tmp_path):
     )
     with pytest.raises(InputError, match="holds a Other; allowed: DetectorModule, Classif"):
         load(tmp_path / "o")
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_a_trunk_learns_at_its_own_rate_or_not_at_all(folders, factor):
+    Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
+    module = ClassifierModule(["cat", "dog"], [["conv", 4], ["pool"], ["conv", 8], ["pool"]])
+    saved(Path("m.ckpt"), module)
+    options = ["--model.pretrained", "m.ckpt", f"--model.trunk_factor={factor}"]
+    assert main(["fit", "--config", "r.yaml", *options]) == 0
+    (path,) = Path("runs").glob("*/checkpoints/last.ckpt")
+    before, after = module.state_dict(), load(path).state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert {"network.class_conv.weight", "network.class_conv.bias"} <= moved
+    in_trunk = {k for k in moved if k.startswith("network.body")}
+    assert bool(in_trunk) == bool(factor)
+    groups = read_checkpoint(path)["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == ([0.05, 0.025] if factor else [0.05])
+    # resuming keeps the frozen trunk, and the rates of the recipe
+    more = [*options, "--trainer.max_epochs=3", "--model.learning_rate=0.01"]
+    assert main(["fit", "--config", "r.yaml", *more, "--ckpt_path", str(path)]) == 0
+    resumed = read_checkpoint(path)
+    groups = resumed["optimizer_states"][0]["param_groups"]
+    assert [group["lr"] for group in groups] == ([0.01, 0.005] if factor else [0.01])
+    if not factor:
+        for key in in_trunk | {k for k in before if k.startswith("network.body")}:
+            assert torch.equal(before[key], resumed["state_dict"][key]), key

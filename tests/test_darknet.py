@@ -120,7 +120,7 @@ def test_import_carries_everything_over(files, wide, capsys):
     assert module.tree.names == ("cat", "dog")
     assert module.hparams["image_size"] == [32, 64]
     assert module.hparams["anchors_wh_cell"] == [[1.5, 2.0], [3.0, 2.5]]
-    assert (module.rate, module.weight_decay) == (0.002, 0.0001)
+    assert (module.rates.learning_rate, module.rates.weight_decay) == (0.002, 0.0001)
     assert module.loss == LossSettings(
         coord_scale=3, obj_scale=4, noobj_scale=0.5, class_scale=2, ignore_iou=0.7, rescore=False
     )

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from yolo_lightning.batches import ClassificationBatch, unit_range
@@ -14,7 +14,7 @@ from yolo_lightning.checkpoints import first_difference, same_data_tree
 from yolo_lightning.darknet19 import Classifier, trunk_layers
 from yolo_lightning.errors import InputError
 from yolo_lightning.layers import to_plain
-from yolo_lightning.optimization import check_trainer, keep_recipe_rates, sgd
+from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
 from yolo_lightning.pretrained import load_pretrained
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.wordtree import WordTree
@@ -35,6 +35,7 @@ class ClassifierModule(pl.LightningModule):
         learning_rate: per optimizer step, for a gradient averaged over the images of the global
             batch.
         momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
+        trunk_factor: of the trunk's learning rate; 0 freezes it, its running statistics included.
         schedule: factor of the learning rate at each optimizer step.
 
     Raises:
@@ -54,24 +55,18 @@ class ClassifierModule(pl.LightningModule):
         learning_rate: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
+        trunk_factor: float = 1.0,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("momentum", momentum),
-            ("weight_decay", weight_decay),
-        ):
-            if value < 0:
-                raise InputError(f"model.{name} is {value}; allowed: 0 or more")
         self.tree = WordTree.of(tree)
         layers = trunk_layers(trunk)
         self.trunk_length, self.pretrained = len(layers), pretrained
         self.network = Classifier(layers, len(self.tree))
         # a fifth faster on CPUs
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.schedule = schedule or Schedule()
+        self.rates = Rates(learning_rate, momentum, weight_decay, trunk_factor, self.schedule)
         self._leaf_number = torch.full((len(self.tree),), -1)
         self._leaf_number[self.tree.leaves] = torch.arange(len(self.tree.leaves))
         leaves = max(2, len(self.tree.leaves))  # the metric counts from two classes on
@@ -89,6 +84,7 @@ class ClassifierModule(pl.LightningModule):
                 "learning_rate": learning_rate,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
+                "trunk_factor": trunk_factor,
             },
             logger=False,
         )
@@ -106,6 +102,8 @@ class ClassifierModule(pl.LightningModule):
         if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
             report = load_pretrained(self.network, self.tree, self.pretrained, self.trunk_length)
             rank_zero_only(print)(report)
+        if stage == "fit" and not self.rates.trunk_factor:
+            freeze(self._trunk())
 
     def on_fit_start(self) -> None:
         """Learn from the data at which size predictions are made."""
@@ -115,11 +113,15 @@ class ClassifierModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
-        return sgd(self, self.rate, self.momentum, self.weight_decay, self.schedule)
+        trunk = [p for layer in self._trunk() for p in layer.parameters()]
+        return sgd(self, trunk, self.rates)
+
+    def _trunk(self) -> list[nn.Module]:
+        return list(self.network.body)[: self.trunk_length]
 
     def on_train_start(self) -> None:
         """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
-        keep_recipe_rates(self, self.rate, self.momentum, self.weight_decay, self.schedule)
+        keep_recipe_rates(self, self.rates)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits (B, K) of uint8 or float images (B, 3, H, W)."""
@@ -130,7 +132,7 @@ class ClassifierModule(pl.LightningModule):
         logits = self(batch.images).float()
         loss = self.tree.path_loss(logits, batch.labels).mean()
         self.log("train/loss_class", loss.detach(), prog_bar=True, batch_size=len(batch))
-        (rates,) = self.trainer.optimizers[0].param_groups
+        rates = self.trainer.optimizers[0].param_groups[0]
         settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}
         self.log_dict(settings, batch_size=len(batch))
         return loss

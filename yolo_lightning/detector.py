@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
@@ -17,7 +17,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation import DetectionEvaluation, Detections
 from yolo_lightning.layers import Layer, ReorgKind, to_plain
 from yolo_lightning.losses import LossSettings, yolo9000_loss
-from yolo_lightning.optimization import check_trainer, keep_recipe_rates, sgd
+from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
 from yolo_lightning.pretrained import load_pretrained
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.wordtree import WordTree
@@ -52,6 +52,7 @@ class DetectorModule(pl.LightningModule):
         learning_rate: per optimizer step, for a gradient averaged over the images of the global
             batch.
         momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
+        trunk_factor: of the trunk's learning rate; 0 freezes it, its running statistics included.
         schedule: factor of the learning rate at each optimizer step.
         loss: scales and rules of the loss.
         iou_threshold: of non-maximum suppression.
@@ -78,6 +79,7 @@ class DetectorModule(pl.LightningModule):
         learning_rate: float = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
+        trunk_factor: float = 1.0,
         schedule: Schedule | None = None,
         loss: LossSettings | None = None,
         iou_threshold: float = 0.45,
@@ -89,9 +91,6 @@ class DetectorModule(pl.LightningModule):
                 f"model.anchors_wh_cell is {anchors_wh_cell}; allowed: pairs of positive numbers"
             )
         for name, value, low in (
-            ("learning_rate", learning_rate, 0),
-            ("momentum", momentum, 0),
-            ("weight_decay", weight_decay, 0),
             ("head_channels", head_channels, 0),
             ("passthrough_channels", passthrough_channels or 0, 0),
         ):
@@ -109,8 +108,8 @@ class DetectorModule(pl.LightningModule):
         )
         # a fifth faster on CPUs
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.schedule = schedule or Schedule()
+        self.rates = Rates(learning_rate, momentum, weight_decay, trunk_factor, self.schedule)
         self.loss = LossSettings.of(loss)
         self.iou_threshold = iou_threshold
         # travel with the weights: `test` needs to know what training saw with boxes
@@ -129,6 +128,7 @@ class DetectorModule(pl.LightningModule):
                 "learning_rate": learning_rate,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
+                "trunk_factor": trunk_factor,
                 "loss": asdict(self.loss),
                 "iou_threshold": iou_threshold,
             },
@@ -154,6 +154,8 @@ class DetectorModule(pl.LightningModule):
         if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
             report = load_pretrained(self.network, self.tree, self.pretrained, self.trunk_length)
             rank_zero_only(print)(report)
+        if stage == "fit" and not self.rates.trunk_factor:
+            freeze(self._trunk())
 
     def on_fit_start(self) -> None:
         """Learn what the data says about predicting, now that weights are restored."""
@@ -176,11 +178,15 @@ class DetectorModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
-        return sgd(self, self.rate, self.momentum, self.weight_decay, self.schedule)
+        trunk = [p for layer in self._trunk() for p in layer.parameters()]
+        return sgd(self, trunk, self.rates)
+
+    def _trunk(self) -> list[nn.Module]:
+        return list(self.network.body)[: self.trunk_length]
 
     def on_train_start(self) -> None:
         """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
-        keep_recipe_rates(self, self.rate, self.momentum, self.weight_decay, self.schedule)
+        keep_recipe_rates(self, self.rates)
 
     def training_step(self, batch: DetectionBatch | ClassificationBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of either kind."""
@@ -195,7 +201,7 @@ class DetectorModule(pl.LightningModule):
             if prefix == "train/" or name not in BOX_TERMS:
                 shown[prefix + name] = value.detach()
         self.log_dict(shown, prog_bar=True, batch_size=len(batch))
-        (rates,) = self.trainer.optimizers[0].param_groups
+        rates = self.trainer.optimizers[0].param_groups[0]
         settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}
         self.log_dict(settings, batch_size=len(batch))
         return loss

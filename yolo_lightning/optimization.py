@@ -1,51 +1,91 @@
-"""SGD as every recipe uses it: one rate, one schedule, both from the recipe."""
+"""SGD as every recipe uses it: one rate and one schedule, both from the recipe."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
 
 from yolo_lightning.errors import InputError
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What SGD is told.
+
+    Attributes:
+        learning_rate: per optimizer step, for a gradient averaged over the images of the global
+            batch.
+        momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
+        trunk_factor: of the trunk's learning rate; 0 freezes it, its running statistics included.
+        schedule: factor of all rates at each optimizer step.
+    """
+
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    trunk_factor: float
+    schedule: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "momentum", "weight_decay", "trunk_factor"):
+            if getattr(self, name) < 0:
+                raise InputError(f"model.{name} is {getattr(self, name)}; allowed: 0 or more")
+
+
 def sgd(
-    module: pl.LightningModule,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    schedule: Callable[[int], float],
+    module: pl.LightningModule, trunk: list[nn.Parameter], rates: Rates
 ) -> OptimizerLRSchedulerConfig:
-    """Return SGD and its schedule, per optimizer step; biases and batch norms decay too."""
+    """Return SGD over a module and its schedule, per optimizer step.
+
+    Args:
+        module: with its trainer.
+        trunk: the parameters that `rates.trunk_factor` is of.
+        rates: of the recipe.
+    """
+    inside = {id(parameter) for parameter in trunk}
+    rest = [p for p in module.parameters() if id(p) not in inside]
+    # two groups whatever the factor is, so that resuming may change it; a frozen trunk is no group
+    groups = [(rest, 1.0), *([(trunk, rates.trunk_factor)] if rates.trunk_factor else [])]
     # the fused kernel walks 29 million class weights once instead of four times; under mixed
     # precision it cannot be clipped
     fused = not module.trainer.gradient_clip_val
     optimizer = torch.optim.SGD(
-        module.parameters(), learning_rate, momentum, weight_decay=weight_decay, fused=fused
+        [{"params": p, "lr": rates.learning_rate * factor} for p, factor in groups],
+        momentum=rates.momentum,
+        weight_decay=rates.weight_decay,
+        fused=fused,
     )
     # a function, not the object: its values stay out of the checkpoint and the recipe's hold
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates.schedule(step))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def keep_recipe_rates(
-    module: pl.LightningModule,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    schedule: Callable[[int], float],
-) -> None:
+def keep_recipe_rates(module: pl.LightningModule, rates: Rates) -> None:
     """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
     scheduler = module.lr_schedulers()
     assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-    scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
-    for group in scheduler.optimizer.param_groups:
+    factors = (1.0, rates.trunk_factor)[: len(scheduler.base_lrs)]
+    scheduler.base_lrs = [rates.learning_rate * factor for factor in factors]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
         group.update(
-            lr=learning_rate * schedule(scheduler.last_epoch),
-            initial_lr=learning_rate,
-            momentum=momentum,
-            weight_decay=weight_decay,
+            lr=rate * rates.schedule(scheduler.last_epoch),
+            initial_lr=rate,
+            momentum=rates.momentum,
+            weight_decay=rates.weight_decay,
         )
+
+
+def freeze(layers: list[nn.Module]) -> None:
+    """Keep layers as they are while the rest trains: weights and running statistics.
+
+    Said before the strategy wraps the module, which then waits for no gradient of theirs; Lightning
+    leaves each layer's mode as it finds it.
+    """
+    for layer in layers:
+        layer.eval().requires_grad_(False)
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
