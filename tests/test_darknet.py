@@ -358,6 +358,12 @@ def test_a_bad_cfg_is_refused_with_its_line(files, capsys, old, new, message):
     assert message in refused([*IMPORT, "--output", "m.ckpt"], capsys)
 
 
+def test_a_cfg_of_too_many_layers_is_refused(files, capsys):
+    (files / "x.cfg").write_text("[net]\nwidth=32\nheight=32\n" + "[dropout]\n" * 100_000)
+    said = refused([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert "x.cfg: holds 100000 layers; allowed: 1 … 1000" in said
+
+
 def test_a_hostile_cfg_takes_no_memory(files, capsys):
     layer = "[convolutional]\nfilters=999999\nsize=999\nactivation=linear\n"
     (files / "x.cfg").write_text("[net]\nwidth=32\nheight=32\n" + layer * 3)

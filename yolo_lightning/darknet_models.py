@@ -14,7 +14,7 @@ from yolo_lightning.yolov2 import detector_layers
 MOST_VALUES = 500_000_000
 """Largest network that is built, in weights: ten times YOLO9000."""
 
-MOST_FILTERS, MOST_PX = 1_000_000, 65_536
+MOST_LAYERS, MOST_FILTERS, MOST_PX = 1000, 1_000_000, 65_536
 
 VOC_NAMES = (
     "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,"
@@ -297,8 +297,8 @@ def _split(
             raise reader.refuse(f"follows [{tail[-1].kind}]; expected the end of the network")
         else:
             body.append(section)
-    if not body:
-        raise InputError(f"{origin}: holds no layers")
+    if not 0 < len(body) <= MOST_LAYERS:
+        raise InputError(f"{origin}: holds {len(body)} layers; allowed: 1 … {MOST_LAYERS}")
     return body, tail, list(dict.fromkeys(left_out))
 
 

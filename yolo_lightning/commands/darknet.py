@@ -334,7 +334,9 @@ def _import(options: argparse.Namespace) -> None:
         f"{output}: {kind} of {len(tree)} classes, {len(description.layers) + 1} layers, "
         f"{values:,} values, trained on {beside['images_seen']:,} images"
     )
-    for note in [*notes, *(f"not used here: {what}" for what in description.left_out)]:
+    if description.left_out:
+        notes.append(f"not used here: {', '.join(description.left_out)}")
+    for note in notes:
         print(f"  {note}")
     if not (options.names or given.get("names") or tree_path or description.names):
         print("  classes are numbered; --names gives them names")
