@@ -43,17 +43,15 @@ def letterbox(image: Image, size: int) -> tuple[Image, float, float, float, floa
 
 
 def centre_crop(image: Image, size: int) -> Image:
-    """Scale an image's shorter side to `size` px and return the square in its middle."""
+    """Return the largest square in an image's middle, scaled to `size` px."""
     height, width = image.shape[:2]
-    scale = size / min(height, width)
-    new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
-    if (height, width) != (new_height, new_width):
-        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        image = np.asarray(
-            cv2.resize(image, (new_width, new_height), interpolation=method), np.uint8
-        )
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return image[top : top + size, left : left + size]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    if side == size:
+        return square
+    method = cv2.INTER_AREA if size < side else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(square, (size, size), interpolation=method), np.uint8)
 
 
 def letterbox_sample(sample: DetectionSample, size: int) -> DetectionSample:

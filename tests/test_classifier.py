@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import write_image
 from tests.test_darknet import write_values
-from yolo_lightning import ClassifierModule, WordTree, load
+from yolo_lightning import ClassifierModule, WordTree, cli, load
 from yolo_lightning.__main__ import main
 from yolo_lightning.batches import ClassificationBatch
 from yolo_lightning.checkpoints import read_checkpoint
@@ -209,6 +209,76 @@ def test_what_comes_behind_a_layer_that_differs_is_fresh(tmp_path):
     assert "layer 14, layer 17, box_conv.weight" in text
 
 
+def test_partial_weights_are_no_more_than_they_were(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = ClassifierModule(["a"], "small")
+    beside = {"fresh_from": 4}  # imported from the first two convolutions
+    torch.save(checkpoint_of(module, beside), "m.ckpt")
+    tree = WordTree.flat(["a"])
+    net = Classifier(SMALL, 1)
+    text = str(load_pretrained(net, tree, "m.ckpt", len(SMALL)))
+    assert "layers 0 … 2" in text
+    assert "fresh      layers 4 … 10; all 1 classes" in text
+    mine, theirs = net.state_dict(), module.network.state_dict()
+    assert torch.equal(mine["body.2.conv.weight"], theirs["body.2.conv.weight"])
+    assert not torch.equal(mine["body.4.conv.weight"], theirs["body.4.conv.weight"])
+    # the same straight from a file that ends between two layers
+    count = sum(
+        value.numel()
+        for name, value in module.network.state_dict().items()
+        if name.startswith(("body.0.", "body.2.")) and "num_batches" not in name
+    )
+    text = str(load_pretrained(net, tree, write_values(Path("w"), count), len(SMALL)))
+    assert f"{count:,} of the network's" in text
+    assert "layers 0 … 2" in text
+
+
+def test_a_checkpoint_of_another_kind_is_refused(folders, capsys, write_voc):
+    write_voc(Path("boxes"), "a", [("cat", 2, 2, 20, 20)])
+    Path("c.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
+    boxes = "{class_path: yolo_lightning.datamodules.VOCFolder, init_args: {root: boxes}}"
+    detector = (
+        "model:\n  class_path: yolo_lightning.DetectorModule\n  init_args:\n    tree: [cat, dog]\n"
+        "    trunk: small\n    head_channels: 8\n    anchors_wh_cell: [[1, 1]]\n"
+        "data:\n  class_path: yolo_lightning.CombinedDataModule\n  init_args:\n"
+        "    tree: [cat, dog]\n    image_size: 64\n    num_workers: 0\n"
+        "    detection_batch_size: 1\n"
+    )
+    end = "trainer: {max_steps: 1, accelerator: cpu, logger: false, enable_progress_bar: false}\n"
+    Path("d.yaml").write_text(f"{detector}    detection: {boxes}\n    test: {boxes}\n{end}")
+    saved(
+        Path("c.ckpt"),
+        ClassifierModule(["cat", "dog"], [["conv", 4], ["pool"], ["conv", 8], ["pool"]]),
+    )
+    saved(Path("d.ckpt"), DetectorModule(["cat", "dog"], [(1.0, 1.0)], "small", 8))
+    assert main(["test", "--config", "d.yaml", "--ckpt_path", "c.ckpt"]) == 2
+    said = capsys.readouterr().err
+    assert "holds a ClassifierModule, the recipe names a DetectorModule" in said
+    assert main(["test", "--config", "c.yaml", "--ckpt_path", "d.ckpt"]) == 2
+    assert "holds a DetectorModule" in capsys.readouterr().err
+    assert main(["test", "--config", "d.yaml", "--ckpt_path", "d.ckpt"]) == 0
+    # boxes where labels belong, and none where boxes do
+    labels = "{class_path: yolo_lightning.datamodules.ImageFolder, init_args: {root: train}}"
+    Path("e.yaml").write_text(f"{detector}    classification: {labels}\n{end}")
+    assert main(["fit", "--config", "e.yaml"]) == 2
+    assert "data.detection: a detector needs images with boxes" in capsys.readouterr().err
+    wrong = f"--data.validation={boxes}"
+    assert main(["fit", "--config", "c.yaml", wrong]) == 2
+    said = capsys.readouterr().err
+    assert "data.validation: a classifier is measured on images with labels" in said
+
+
+def test_a_recipe_that_names_a_network_is_not_mixed_with_the_checkpoint_s(workplace, monkeypatch):
+    monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    rows = to_plain(detector_layers(SMALL, 128, 64, "space_to_depth"))
+    shapes = WordTree.read("recipes/trees/shapes.tsv").rows
+    imported = DetectorModule(shapes, [(1.6, 1.7), (2.4, 2.5)], rows, 0, 0)
+    saved(Path("m.ckpt"), imported)
+    run = cli.main(["test", "--config", "recipes/quickstart.yaml", "--ckpt_path", "m.ckpt"])
+    assert run.model.hparams["head_channels"] == 128
+    assert run.model.network.body.layers == imported.network.body.layers
+
+
 def test_nothing_that_fits_is_refused(tmp_path):
     tree = WordTree.flat(["a"])
     path = saved(tmp_path / "m.ckpt", ClassifierModule(["a"], [["conv", 3]]))
@@ -224,7 +294,7 @@ def test_a_checkpoint_of_weights_alone_starts_a_training(folders, capsys):
     saved(Path("m.ckpt"), module)
     assert main(["fit", "--config", "r.yaml", "--ckpt_path", "m.ckpt"]) == 0
     said = capsys.readouterr().out
-    assert "m.ckpt: holds weights alone; training begins with them at step 0" in said
+    assert "m.ckpt: holds weights alone; training begins with them" in said
     assert "2 of 2 classes, by key" in said
     options = ["--model.pretrained", "gone.ckpt"]
     assert main(["fit", "--config", "r.yaml", *options]) == 2
@@ -306,7 +376,7 @@ def test_classify_gives_the_path_or_the_leaves_of_a_tree(tmp_path, capsys, monke
         (["a.png", "a.png"], "not a checkpoint of this program"),
         (["m.ckpt", "a.png", "--top", "0"], "--top is 0; allowed: 1 or more"),
         (["m.ckpt", "a.png", "--image-size", "100"], "--image-size is 100; allowed: multiples"),
-        (["m.ckpt", "a.png", "--device", "cuba"], "--device cuba"),
+        (["m.ckpt", "a.png", "--device", "cuba"], "device 'cuba'"),
         (["d.ckpt", "a.png"], "d.ckpt: holds a detector; classify takes a classifier"),
     ],
 )
@@ -338,6 +408,21 @@ def test_the_three_ways_to_resize():
     )
 
 
+def test_classify_refuses_images_that_no_memory_holds(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
+    monkeypatch.setattr("yolo_lightning.commands.classify.MOST_BYTES", 1000)
+    colourful(Path("large.png"), 40, 40)
+    assert main(["classify", "m.ckpt", "large.png"]) == 2
+    assert "large.png: too large" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    colourful(Path("thin.png"), 1, 3000)
+    assert main(["classify", "m.ckpt", "thin.png", "--resize", "shorter-side"]) == 2
+    assert "thin.png: 3000 x 1 px is too thin for shorter-side" in capsys.readouterr().err
+    assert main(["classify", "m.ckpt", "thin.png"]) == 0
+
+
 def test_load_gives_the_module_that_was_saved(tmp_path):
     module = ClassifierModule(TREE, "small").eval()
     again = load(saved(tmp_path / "m.ckpt", module))
@@ -365,13 +450,13 @@ def test_a_trunk_learns_at_its_own_rate_or_not_at_all(folders, factor):
     in_trunk = {k for k in moved if k.startswith("network.body")}
     assert bool(in_trunk) == bool(factor)
     groups = read_checkpoint(path)["optimizer_states"][0]["param_groups"]
-    assert [group["initial_lr"] for group in groups] == ([0.05, 0.025] if factor else [0.05])
+    assert [group["initial_lr"] for group in groups] == [0.05, 0.05 * factor]
     # resuming keeps the frozen trunk, and the rates of the recipe
     more = [*options, "--trainer.max_epochs=3", "--model.learning_rate=0.01"]
     assert main(["fit", "--config", "r.yaml", *more, "--ckpt_path", str(path)]) == 0
     resumed = read_checkpoint(path)
     groups = resumed["optimizer_states"][0]["param_groups"]
-    assert [group["lr"] for group in groups] == ([0.01, 0.005] if factor else [0.01])
+    assert [group["lr"] for group in groups] == [0.01, 0.01 * factor]
     if not factor:
         for key in in_trunk | {k for k in before if k.startswith("network.body")}:
             assert torch.equal(before[key], resumed["state_dict"][key]), key

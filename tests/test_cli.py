@@ -315,6 +315,7 @@ def test_a_folder_of_broken_images_is_one_message(workplace, capsys, write_voc, 
         write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
         (workplace / f"data/train/{name}.jpg").write_bytes(b"no image")
     options = ["--config", "recipes/fruit.yaml", "--data.detection.root=data"]
+    options += ["--model.pretrained=null"]
     options += [f"--data.num_workers={workers}", "--trainer.logger=false", "--trainer.max_steps=2"]
     assert main(["fit", *options, "--data.detection_batch_size=2"]) == 2
     error = capsys.readouterr().err
@@ -346,6 +347,7 @@ def test_what_was_repaired_is_named_at_the_end(workplace, capfd, write_voc):
         write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
     (workplace / "data/train/c.jpg").write_bytes(b"no image")
     options = ["--config", "recipes/fruit.yaml", "--data.detection.root=data"]
+    options += ["--model.pretrained=null"]
     options += ["--data.num_workers=0", "--trainer.logger=false", "--trainer.max_steps=2"]
     options += ["--trainer.accelerator=cpu", "--model.head_channels=8"]
     options += ["--data.detection_batch_size=2", "--data.steps_per_epoch=2"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from tests.test_networks import conv_layers, network_of
@@ -35,7 +35,17 @@ from yolo_lightning.darknet_files import (
 from yolo_lightning.darknet_models import LAYOUTS, Description, Region, describe, to_sections
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.layers import Activation, Conv, Dropout, Layer, Pool, Reorg, Route, extents
+from yolo_lightning.layers import (
+    Activation,
+    Conv,
+    Dropout,
+    Layer,
+    Pool,
+    Reorg,
+    Route,
+    check_sizes,
+    extents,
+)
 from yolo_lightning.losses import LossSettings
 from yolo_lightning.wordtree import WordTree
 
@@ -234,7 +244,11 @@ def descriptions(draw: st.DrawFn) -> Description:
             tuple(v for a in anchors for v in (a, a / 2)), draw(st.booleans()),
             draw(st.floats(0, 1)), draw(scale), draw(scale), draw(scale), draw(scale),
         )  # fmt: skip
-    side = extents(layers)[-1].stride * draw(st.integers(1, 3))
+    side = 16 * extents(layers)[-1].stride * draw(st.integers(1, 2))
+    try:
+        check_sizes(layers, (side, 2 * side))
+    except InputError:
+        reject()
     return Description(tuple(layers), classes, (side, 2 * side), region)
 
 
@@ -255,8 +269,10 @@ def test_any_network_survives_the_round_trip(description, seed, tmp_path):
     write_values(tmp_path / "a.weights", count, seed=seed)
     tree = WordTree.flat([f"c{k}" for k in range(first.classes)])
     module, beside, _ = import_model(first, tmp_path / "a.weights", tree)
+    with torch.no_grad():  # what is not refused runs
+        module.network(torch.zeros(1, 3, *first.size_hw))
     torch.save(checkpoint_of(module, beside), tmp_path / "a.ckpt")
-    export_model(load(tmp_path / "a.ckpt"), beside, tmp_path / "b")
+    export_model(load(tmp_path / "a.ckpt"), beside, tmp_path / "b", overwrite=True)
     assert (tmp_path / "b.weights").read_bytes()[20:] == (tmp_path / "a.weights").read_bytes()[16:]
     second = describe(read_cfg(tmp_path / "b.cfg"), "b.cfg")
     assert (second.layers, second.classes, second.region, second.size_hw) == (
@@ -315,6 +331,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (lambda d: d[:12] + b"\xff" * 4 + d[16:], "byte 12: -1 images seen"),
         (lambda d: d[:40] + np.array([np.nan], "<f4").tobytes() + d[44:], "byte 40: the value nan"),
         (lambda d: b"PK\x03\x04" + d[4:], "not a Darknet weights file"),
+        (
+            lambda d: d[:120] + np.array([-0.5], "<f4").tobytes() + d[124:],
+            "byte 120: the variance -0.5; expected 0 or more",
+        ),
     ],
 )
 def test_bad_weights_are_refused_with_their_byte(files, capsys, change, message):
@@ -349,6 +369,9 @@ def test_bad_weights_are_refused_with_their_byte(files, capsys, change, message)
         ("[dropout]\nprobability=.25", "[reorg]\nstride=3", "allowed: multiples of 9"),
         ("[region]", "[avgpool]\n[region]", "x.cfg:30: [avgpool] ends the file; expected [region]"),
         ("jitter=.3", "jitter=.3\n[maxpool]", "x.cfg:42: [maxpool] follows [region]"),
+        ("[dropout]\nprobability=.25", "[route]\nlayers=inf", "layers; expected whole numbers"),
+        ("size=2\nstride=2", "size=2\nstride=2\nstride=1", "x.cfg:21: stride stands in line 20"),
+        ("size=2\nstride=2", "size=2\nstride=2\nmaxpool_depth=1", "maxpool_depth=1 is not supp"),
         ("[net]", "net", "x.cfg:3: expected [section] or name=value, found 'net'"),
         ("[net]", "[convolutional]", "x.cfg:3: [convolutional] comes first; expected [net]"),
     ],
@@ -356,6 +379,24 @@ def test_bad_weights_are_refused_with_their_byte(files, capsys, change, message)
 def test_a_bad_cfg_is_refused_with_its_line(files, capsys, old, new, message):
     (files / "x.cfg").write_text(CFG.replace(old, new, 1))
     assert message in refused([*IMPORT, "--output", "m.ckpt"], capsys)
+
+
+def test_layers_whose_maps_do_not_fit_are_refused(files, capsys):
+    conv = "[convolutional]\nfilters=4\nsize=3\nactivation=leaky\n"
+    end = "[convolutional]\nfilters=2\nactivation=linear\n[avg]\n[soft]\n"
+    head = "[network]\nwidth=32\nheight=32\n"
+    for body, message in (
+        (f"{conv}[route]\nlayers=0\n{conv}[route]\nlayers=-1,0\n", "joins maps of 28 x 28 and 30"),
+        (f"{conv}[max]\nsize=2\nstride=2\n[reorg]\nstride=2\n", "cuts a map of 15 x 15 cells"),
+        (f"{conv * 16}", "layer 15 (conv) at 32 x 32 px: leaves no cells of 2 x 2"),
+        ("", "x.cfg: holds one layer"),
+    ):
+        (files / "x.cfg").write_text(head + body + end)
+        assert message in refused([*IMPORT, "--output", "m.ckpt"], capsys), body
+    (files / "x.cfg").write_text(head + conv + end)
+    write_values(files / "x.weights", 4 * 28 + 2 * 5)
+    assert main([*IMPORT, "--output", "m.ckpt"]) == 0
+    assert load("m.ckpt").network.body.layers == (Conv(4, 3, 1, 0, False, "leaky"),)
 
 
 def test_a_cfg_of_too_many_layers_is_refused(files, capsys):
@@ -369,7 +410,7 @@ def test_a_hostile_cfg_takes_no_memory(files, capsys):
     (files / "x.cfg").write_text("[net]\nwidth=32\nheight=32\n" + layer * 3)
     said = refused([*IMPORT, "--output", "m.ckpt"], capsys)
     assert "x.cfg:4: [convolutional] brings the network to 2,994,0" in said
-    assert "allowed: up to 500,000,000" in said
+    assert "allowed: up to 200,000,000" in said
 
 
 @pytest.mark.parametrize(
@@ -383,8 +424,9 @@ def test_a_hostile_cfg_takes_no_memory(files, capsys):
         ("a -1\nb zero\n", "x.tree:2: expected a key and its parent's number, found 'b zero'"),
         ("a -1\nb -2\n", "x.tree:2: parent -2 of 'b'"),
         ("a -1\nb 99999999999999\n", "x.tree:2: expected a key"),
-        ("a -1\nb 0\nc 0\n", "x.tree: 3 nodes, yet 2 names"),
+        ("a -1\nb 0\nc 0\n", "x.tree: 3 nodes, yet the network has 2 classes"),
         ("", "x.tree: empty"),
+        ("a -1\n" + "".join(f"k{k} {k}\n" for k in range(5000)), "5001 nodes, yet the network"),
     ],
 )  # fmt: skip
 def test_a_bad_tree_is_refused_with_its_line(files, capsys, text, message):
@@ -407,7 +449,7 @@ def test_a_tree_named_by_the_cfg_is_found_beside_it_or_asked_for(files, capsys):
 def test_a_data_file_names_the_rest(files):
     (files / "sub").mkdir()
     (files / "sub/x.data").write_text("classes = 2\nnames = data/x.names\nlabels=x.labels\n")
-    (files / "sub/x.names").write_text("crane\ncrane\nmore\n")
+    (files / "sub/x.names").write_bytes(b"crane\r\ncrane\r\n")
     (files / "x.labels").write_text("n1\nn2\n")
     argv = [*IMPORT[:-2], "--data", "sub/x.data", "--output", "m.ckpt"]
     assert main(argv) == 0
@@ -418,6 +460,27 @@ def test_names_that_recur_get_keys_of_their_own(files):
     (files / "x.names").write_text("crane\ncrane\n")
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
     assert load("m.ckpt").tree.rows == [("crane #0", "-", "crane"), ("crane #1", "-", "crane")]
+
+
+def test_names_of_another_dataset_are_refused_for_boxes(files, capsys):
+    (files / "x.names").write_text("a\nb\nc\n")
+    said = refused([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert "x.names: 3 lines, yet the network has 2 classes" in said
+
+
+def test_what_cannot_be_written_is_one_message(files, capsys):
+    (files / "folder").mkdir()
+    for output, message in (("folder", "is a folder"), ("x.cfg/m.ckpt", "--output 'x.cfg/m.ckpt'")):
+        assert message in refused([*IMPORT, "--output", output], capsys)
+    assert list((files / "folder").iterdir()) == []
+    assert main([*IMPORT, "--output", "folder/m.ckpt"]) == 0
+    before = (files / "x.weights").read_bytes()
+    assert main(["darknet", "export", "folder/m.ckpt", "--output", "x"]) == 2
+    assert "x.cfg exists; --overwrite replaces it" in capsys.readouterr().err
+    assert (files / "x.weights").read_bytes() == before
+    assert main(["darknet", "export", "folder/m.ckpt", "--output", "x.cfg", "--overwrite"]) == 0
+    assert not (files / "x.cfg.cfg").exists()
+    assert main(["darknet", "export", "folder/m.ckpt", "--output", "."]) == 2
 
 
 def test_bad_command_lines_are_told_apart(files, capsys):

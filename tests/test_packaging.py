@@ -177,7 +177,7 @@ def imports_of(file: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "yolo_lightning"}
 
 
-LEAVES = {"errors", "version", "batches", "boxes", "wordtree"}
+LEAVES = {"errors", "version", "batches", "boxes", "wordtree", "wordnet", "treebuild"}
 CORE = {
     "layers", "darknet19", "yolov2", "losses", "metrics", "evaluation", "schedules", "optimization",
     "pictures", "tracking", "checkpoints", "darknet_files", "darknet_models", "pretrained",

@@ -1,5 +1,8 @@
 """Real photographs: skipped where the developers' datasets are absent."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from yolo_lightning import WordTree
@@ -25,6 +28,7 @@ def test_fruit_reads_every_image_and_names_the_37_sizes_of_zero(real_data):
 
 def test_fruit_trains_from_the_command_line(real_data, workplace, capsys):
     options = ["--trainer.max_steps=2", "--data.steps_per_epoch=2", "--trainer.accelerator=cpu"]
+    options += [f"--model.pretrained={real_data / 'tiny_darknet/tiny.weights'}"]
     options += ["--trainer.check_val_every_n_epoch=1", "--data.num_workers=0"]
     root = f"--data.detection.root={real_data / 'fruit_abo'}"
     assert main(["fit", "--config", "recipes/fruit.yaml", root, *options]) == 0
@@ -60,3 +64,22 @@ def test_pets_give_joint_batches_over_a_tree(real_data):
     assert isinstance(second, ClassificationBatch)
     assert (first.labels >= 0).any(dim=1).all()
     assert set(second.labels.tolist()) <= {2, 3, 4}
+
+
+def test_tiny_darknet_names_the_dog_as_the_original_does(real_data, workplace, capsys):
+    tiny = real_data / "tiny_darknet"
+    names = ["--names", str(tiny / "imagenet.shortnames.list")]
+    names += ["--labels", str(tiny / "imagenet.labels.list")]
+    files = ["--cfg", str(tiny / "tiny.cfg"), "--weights", str(tiny / "tiny.weights")]
+    assert main(["darknet", "import", *files, *names, "--output", "tiny.ckpt"]) == 0
+    assert main(["classify", "tiny.ckpt", str(tiny / "dog.jpg"), "--json"]) == 0
+    out = capsys.readouterr().out
+    (result,) = json.loads(out[out.index("[\n") :])
+    found = [(row["name"], 100 * row["probability"]) for row in result["classes"]]
+    assert [name for name, _ in found] == [
+        "malamute", "Newfoundland", "dogsled", "standard schnauzer", "Eskimo dog",
+    ]  # fmt: skip
+    assert [p for _, p in found] == pytest.approx([14.51, 6.09, 5.59, 4.55, 4.05], abs=0.1)
+    assert main(["darknet", "export", "tiny.ckpt", "--output", "back"]) == 0
+    theirs = (tiny / "tiny.weights").read_bytes()[16:]  # a shorter header
+    assert Path("back.weights").read_bytes()[20:] == theirs

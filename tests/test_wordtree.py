@@ -155,3 +155,10 @@ def test_path_rows_hold_the_siblings_along_the_path():
     assert nodes.tolist() == [[0, 1, -1, -1], [2, 3, 0, 1]]
     assert levels[1].tolist() == [0, 0, 1, 1]
     assert on_path.tolist() == [[False, True, False, False], [False, True, True, False]]
+
+
+def test_a_tree_too_deep_is_refused_before_it_takes_memory():
+    rows = [("k0", "-", "x"), *((f"k{k}", f"k{k - 1}", "x") for k in range(1, 20_000))]
+    with pytest.raises(InputError, match="node 'k200' hangs too deep; allowed: 200 levels"):
+        WordTree(rows)
+    WordTree(rows[:200])

@@ -33,6 +33,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def check_kind(checkpoint: dict[str, Any], kind: str) -> None:
+    """Refuse a checkpoint of another module.
+
+    Raises:
+        InputError: names both.
+    """
+    if checkpoint.get("module") != kind:
+        raise InputError(
+            f"the checkpoint holds a {checkpoint.get('module', 'module of an older version')}, "
+            f"the recipe names a {kind}; for its trunk alone, name it in model.pretrained"
+        )
+
+
 def same_data_tree(trainer: Any, tree: WordTree) -> None:
     """Refuse data whose tree is not the model's.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from yolo_lightning.batches import ClassificationBatch, unit_range
-from yolo_lightning.checkpoints import first_difference, same_data_tree
+from yolo_lightning.checkpoints import check_kind, first_difference, same_data_tree
 from yolo_lightning.darknet19 import Classifier, trunk_layers
 from yolo_lightning.errors import InputError
 from yolo_lightning.layers import to_plain
@@ -96,8 +96,12 @@ class ClassifierModule(pl.LightningModule):
             InputError: the data's tree is another one, or the trainer would train something else.
         """
         same_data_tree(self.trainer, self.tree)
-        if getattr(getattr(self.trainer, "datamodule", None), "detection", None) is not None:
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "detection", None) is not None:
             raise InputError("data.detection: a classifier trains on labels alone; leave it out")
+        for name in ("validation", "test"):
+            if hasattr(type(getattr(data, name, None)), "nodes"):
+                raise InputError(f"data.{name}: a classifier is measured on images with labels")
         check_trainer(self.trainer)
         if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
             report = load_pretrained(self.network, self.tree, self.pretrained, self.trunk_length)
@@ -204,6 +208,7 @@ class ClassifierModule(pl.LightningModule):
         Raises:
             InputError: names what differs.
         """
+        check_kind(checkpoint, type(self).__name__)
         theirs = checkpoint["hyper_parameters"]
         for name, own, other in (
             ("tree", self.hparams["tree"], theirs["tree"]),

@@ -26,6 +26,8 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.recipe_errors import readable
 from yolo_lightning.tracking import RunLogger
 
+_ARCHITECTURE = ("trunk", "head_channels", "passthrough_channels", "reorg")
+
 BEST, LAST = "best.ckpt", "last.ckpt"
 
 
@@ -100,13 +102,14 @@ class RecipeCLI(LightningCLI):
         checkpoint = read_checkpoint(path)
         with tempfile.TemporaryDirectory() as folder:
             held = Path(folder) / "checkpoint.yaml"
-            held.write_text(yaml.safe_dump({"model": _model_of(checkpoint)}))
+            model = _model_of(checkpoint, args)
+            held.write_text(yaml.safe_dump({"model": model}))
             below = [args[0], "--config", str(held), *args[1:]]
             self.config = _parse(parser, below)
         config = self.config[self.config.subcommand]
         config.ckpt_path = path
         if self.config.subcommand == "fit" and "optimizer_states" not in checkpoint:
-            print(f"{path}: holds weights alone; training begins with them at step 0")
+            rank_zero_only(print)(f"{path}: holds weights alone; training begins with them")
             config.model.init_args.pretrained, config.ckpt_path = path, None
 
     def _parse_ckpt_path(self) -> None:
@@ -238,10 +241,20 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return files
 
 
-def _model_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the model that a checkpoint describes, as a recipe would."""
+def _model_of(checkpoint: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
+    """Return the model that a checkpoint describes, as a recipe would.
+
+    A recipe that says anything about the network says all of it: half of one network and half of
+    another is none.
+    """
     name = checkpoint.get("module", "DetectorModule")
     values = dict(checkpoint["hyper_parameters"])
+    said = {arg.removeprefix("--model.").split("=")[0] for arg in args}
+    for recipe in RecipeParser.recipes:
+        model = (yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}).get("model") or {}
+        said |= set(model.get("init_args") or {})
+    if said & set(_ARCHITECTURE):
+        values = {key: value for key, value in values.items() if key not in _ARCHITECTURE}
     return {"class_path": f"yolo_lightning.{name}", "init_args": values}
 
 

@@ -19,6 +19,14 @@ VERSION = (0, 2, 0)
 
 MOST_TEXT_BYTES = 64 * 2**20
 
+_LONG_NAMES = {
+    "network": "net",
+    "conv": "convolutional",
+    "max": "maxpool",
+    "avg": "avgpool",
+    "soft": "softmax",
+}
+
 
 @dataclass
 class Weights:
@@ -129,9 +137,20 @@ class WeightsReader:
 
     @torch.no_grad()
     def fill(self, block: ConvBlock) -> None:
-        """Fill a convolution: bias or shift, scale, running mean and variance, then kernels."""
+        """Fill a convolution: bias or shift, scale, running mean and variance, then kernels.
+
+        Raises:
+            InputError: as `take`, and a negative variance; names the byte.
+        """
         for tensor in tensors_of(block):
-            tensor.copy_(self.take(tensor.shape))
+            values = self.take(tensor.shape)
+            if block.norm is not None and tensor is block.norm.running_var and values.min() < 0:
+                place = self.byte - 4 * values.numel() + 4 * int((values < 0).int().argmax())
+                raise InputError(
+                    f"{self.weights.path}, byte {place}: the variance {values.min():g}; expected 0 "
+                    "or more: these are the weights of another network"
+                )
+            tensor.copy_(values)
 
 
 def tensors_of(block: ConvBlock) -> list[Tensor]:
@@ -194,14 +213,18 @@ def parse_cfg(text: str, origin: str) -> list[Section]:
         words = line.strip()
         if not words or words[0] in "#;":
             continue
-        header = re.fullmatch(r"\[(\w+)\]", words)
+        header = re.fullmatch(r"\[(\w+)\]", words)  # as Darknet's shorter names have it, too
         name, equals, value = words.partition("=")
         if header:
-            sections.append(Section(header.group(1).lower(), number))
+            kind = header.group(1).lower()
+            sections.append(Section(_LONG_NAMES.get(kind, kind), number))
         elif equals and name.strip() and sections:
-            value = re.split(r"[#;]", value, maxsplit=1)[0].strip()
-            sections[-1].options[name.strip()] = value
-            sections[-1].lines[name.strip()] = number
+            name, value = name.strip(), re.split(r"[#;]", value, maxsplit=1)[0].strip()
+            if name in sections[-1].options:
+                raise InputError(
+                    f"{origin}:{number}: {name} stands in line {sections[-1].lines[name]} already"
+                )
+            sections[-1].options[name], sections[-1].lines[name] = value, number
         else:
             raise InputError(f"{origin}:{number}: expected [section] or name=value, found {line!r}")
     if not sections:
@@ -248,19 +271,22 @@ def read_names(path: str | Path) -> list[str]:
         InputError: missing, not text, or a line without a name; names the line.
     """
     file = _existing(path, "names file")
-    names = [line.strip() for line in _text(file).rstrip().split("\n")]
+    names = [line.strip() for line in _text(file).rstrip().splitlines()]
     for number, name in enumerate(names, start=1):
         if not name:
             raise InputError(f"{file}:{number}: expected a name, found an empty line")
     return names
 
 
-def read_tree(path: str | Path, names: Sequence[str] | None = None) -> WordTree:
+def read_tree(
+    path: str | Path, names: Sequence[str] | None = None, count: int | None = None
+) -> WordTree:
     """Return the WordTree of a `.tree` file: a key and its parent's number, or -1, a line.
 
     Args:
         path: of the file.
         names: a name a line; the keys where None.
+        count: how many nodes it has to have; any number where None.
 
     Raises:
         InputError: a malformed line, a key twice, a parent that does not come before its
@@ -270,7 +296,7 @@ def read_tree(path: str | Path, names: Sequence[str] | None = None) -> WordTree:
     keys: dict[str, int] = {}
     parents: list[int] = []
     finished: set[int] = set()
-    for number, line in enumerate(_text(file).rstrip().split("\n"), start=1):
+    for number, line in enumerate(_text(file).rstrip().splitlines(), start=1):
         where = f"{file}:{number}: "
         parts = line.split()
         if len(parts) != 2 or not re.fullmatch(r"-?\d{1,9}", parts[1]):
@@ -292,6 +318,8 @@ def read_tree(path: str | Path, names: Sequence[str] | None = None) -> WordTree:
             finished.add(parents[-1])
         keys[key] = len(parents)
         parents.append(parent)
+    if count is not None and len(parents) != count:
+        raise InputError(f"{file}: {len(parents)} nodes, yet the network has {count} classes")
     if names is not None and len(names) != len(parents):
         raise InputError(f"{file}: {len(parents)} nodes, yet {len(names)} names")
     listed = list(keys)

@@ -8,11 +8,20 @@ from typing import Any
 from yolo_lightning.darknet19 import DARKNET19, TINY_DARKNET, TINY_YOLOV2, TINY_YOLOV2_VOC
 from yolo_lightning.darknet_files import Section
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.layers import Conv, Dropout, Layer, Pool, Reorg, Route, extents
+from yolo_lightning.layers import (
+    Conv,
+    Dropout,
+    Layer,
+    Pool,
+    Reorg,
+    Route,
+    check_sizes,
+    extents,
+)
 from yolo_lightning.yolov2 import detector_layers
 
-MOST_VALUES = 500_000_000
-"""Largest network that is built, in weights: ten times YOLO9000."""
+MOST_VALUES = 200_000_000
+"""Largest network that is built, in weights: four times YOLO9000."""
 
 MOST_LAYERS, MOST_FILTERS, MOST_PX = 1000, 1_000_000, 65_536
 
@@ -140,15 +149,17 @@ _LAYER_OPTIONS: dict[str, dict[str, str]] = {
         "xnor": "0",
         "flipped": "0",
         "dot": "0",
+        "antialiasing": "0",
+        "share_index": "-1000000000",
     },
-    "maxpool": {},
+    "maxpool": {"maxpool_depth": "0", "antialiasing": "0"},
     "reorg": {"reverse": "0", "flatten": "0", "extra": "0"},
     "route": {"groups": "1", "group_id": "0"},
     "dropout": {},
     "avgpool": {},
     "softmax": {"groups": "1", "temperature": "1", "spatial": "0"},
     "cost": {},
-    "region": {"coords": "4", "background": "0", "mask": "0"},
+    "region": {"coords": "4", "background": "0", "mask": "0", "bias_match": "1"},
 }
 _READ = {
     "convolutional": "batch_normalize filters size stride pad padding activation",
@@ -211,7 +222,7 @@ class _Reader:
         fixed = _LAYER_OPTIONS[self.section.kind]
         for option, only in fixed.items():
             value = self.section.options.get(option, only)
-            if value != only:
+            if not _equal(value, only):
                 raise self.refuse(f"{option}={value} is not supported; allowed: {only}", option)
         known = {*fixed, *_READ.get(self.section.kind, "").split()}
         return [f"[{self.section.kind}] {o}" for o in self.section.options if o not in known]
@@ -229,7 +240,7 @@ def describe(sections: Sequence[Section], origin: str) -> Description:
             network too large to be meant; names the line.
     """
     net = _Reader(sections[0], origin)
-    if sections[0].kind not in ("net", "network"):
+    if sections[0].kind != "net":
         raise net.refuse("comes first; expected [net]")
     size_hw = (net.whole("height", 0, 1, MOST_PX), net.whole("width", 0, 1, MOST_PX))
     net.whole("channels", 3, 3, 3)
@@ -242,8 +253,14 @@ def describe(sections: Sequence[Section], origin: str) -> Description:
     layers = [_layer(_Reader(section, origin)) for section in body]
     _check_size(layers, body, origin)
     last = layers.pop()
+    if not layers:
+        raise InputError(f"{origin}: holds one layer; expected some before the last convolution")
     _check_last(last, _Reader(body[-1], origin))
     assert isinstance(last, Conv)
+    try:
+        check_sizes(layers, size_hw)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
     end = _Reader(tail[0] if tail else body[-1], origin)
     options = {"net": dict(sections[0].options)}
     if not tail or tail[0].kind != "region":
@@ -327,7 +344,7 @@ def _layer(reader: _Reader) -> Layer:
             return Reorg(reader.whole("stride", 1, 1, 1000), "darknet")
         case "route":
             numbers = reader.numbers("layers")
-            if any(number != int(number) for number in numbers):
+            if not all(number.is_integer() for number in numbers):
                 raise reader.refuse("layers; expected whole numbers", "layers")
             return Route(tuple(int(number) for number in numbers))
         case _:
@@ -464,6 +481,14 @@ def _section(number: int, layer: Layer) -> Section:
         case Dropout():
             kind, options = "dropout", {"probability": _plain_number(layer.probability)}
     return Section(kind, options={name: str(value) for name, value in options.items()})
+
+
+def _equal(first: str, second: str) -> bool:
+    """Compare two options as numbers where they are such."""
+    try:
+        return float(first) == float(second)
+    except ValueError:
+        return first == second
 
 
 def find_beside(path: str, cfg: str | Path) -> Path | None:

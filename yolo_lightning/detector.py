@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
-from yolo_lightning.checkpoints import first_difference, same_data_tree
+from yolo_lightning.checkpoints import check_kind, first_difference, same_data_tree
 from yolo_lightning.darknet19 import trunk_layers
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation import DetectionEvaluation, Detections
@@ -44,8 +44,8 @@ class DetectorModule(pl.LightningModule):
         head_channels: channels of the head's 3x3 convolutions; 0 for no head.
         passthrough_channels: channels of the passthrough's reducing convolution; null folds the
             finer features in whole, 0 leaves them out.
-        reorg: how the passthrough folds them: `space_to_depth`, or `darknet`'s own way, which its
-            weights need.
+        reorg: how the passthrough folds them: `darknet`'s own way, which its weights and exports
+            need, or `space_to_depth`, as the paper says.
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: px, a side or height and width: where predictions are made unless asked
             otherwise; training sets it to the data's.
@@ -73,7 +73,7 @@ class DetectorModule(pl.LightningModule):
         trunk: str | list[list[Any]] = "darknet19",
         head_channels: int = 1024,
         passthrough_channels: int | None = 64,
-        reorg: ReorgKind = "space_to_depth",
+        reorg: ReorgKind = "darknet",
         pretrained: str | None = None,
         image_size: int | list[int] = 416,
         learning_rate: float = 1e-3,
@@ -146,6 +146,9 @@ class DetectorModule(pl.LightningModule):
             InputError: the data's tree is another one, or half of a precision is asked for.
         """
         same_data_tree(self.trainer, self.tree)
+        data = self._datamodule
+        if stage == "fit" and hasattr(data, "detection") and data.detection is None:
+            raise InputError("data.detection: a detector needs images with boxes; name some")
         for name in ("validation", "test"):
             source = getattr(self._datamodule, name, None)
             if source is not None and not hasattr(type(source), "nodes"):
@@ -331,6 +334,7 @@ class DetectorModule(pl.LightningModule):
         Raises:
             InputError: names what differs.
         """
+        check_kind(checkpoint, type(self).__name__)
         theirs = checkpoint["hyper_parameters"]
         for name in ("tree", "anchors_wh_cell"):
             own = self.hparams[name]

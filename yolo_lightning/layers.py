@@ -120,14 +120,19 @@ def from_plain(rows: Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
     """
     layers: list[Layer] = []
     for number, row in enumerate(rows):
-        kind = _KINDS.get(row[0]) if row else None
+        kind = _KINDS.get(row[0]) if row and isinstance(row[0], str) else None
         if kind is None:
             raise InputError(f"layer {number} is {list(row)}; allowed kinds: {', '.join(_KINDS)}")
         try:
-            layer = kind(*(tuple(v) if isinstance(v, list) else v for v in row[1:]))
+            values = [tuple(v) if isinstance(v, list) else v for v in row[1:]]
+            if kind is Route and not isinstance(row[-1], list | tuple):
+                values = [tuple(values)]  # [route, -1, -4] means [route, [-1, -4]]
+            layer = kind(*values)
         except TypeError as error:
             raise InputError(f"layer {number} is {list(row)}: {error}") from None
         layers.append(layer)
+    if not layers:
+        raise InputError("a list of no layers; expected rows such as [conv, 32, 3]")
     return tuple(layers)
 
 
@@ -166,6 +171,10 @@ def extents(layers: Sequence[Layer], in_channels: int = 3) -> list[Extent]:
     return found
 
 
+def _at_least(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
 def _check(number: int, layer: Layer, before: Extent, found: Sequence[Extent]) -> None:
     """Refuse values that no layer can have."""
 
@@ -175,12 +184,14 @@ def _check(number: int, layer: Layer, before: Extent, found: Sequence[Extent]) -
     if isinstance(layer, Conv | Pool | Reorg):
         for name in ("filters", "size", "stride"):
             value = getattr(layer, name, 1)
-            if not isinstance(value, int) or value < 1:
+            if not _at_least(value, 1):
                 refuse(f"{name} is {value}; allowed: 1 or more")
     match layer:
         case Conv():
-            if layer.padding is not None and layer.padding < 0:
+            if layer.padding is not None and not _at_least(layer.padding, 0):
                 refuse(f"padding is {layer.padding}; allowed: 0 or more")
+            if layer.batch_norm not in (True, False):
+                refuse(f"batch_norm is {layer.batch_norm!r}; allowed: true, false")
             if layer.activation not in get_args(Activation):
                 allowed = ", ".join(get_args(Activation))
                 refuse(f"activation is {layer.activation!r}; allowed: {allowed}")
@@ -193,8 +204,8 @@ def _check(number: int, layer: Layer, before: Extent, found: Sequence[Extent]) -
                     "the square of its stride"
                 )
         case Route():
-            if not layer.layers:
-                refuse("names no layers")
+            if not layer.layers or not all(isinstance(k, int) for k in layer.layers):
+                refuse(f"names {layer.layers}; expected numbers of layers")
             for named, source in zip(layer.layers, sources_of(number, layer), strict=True):
                 if not 0 <= source < number:
                     refuse(f"names layer {named}; allowed: 0 … {number - 1}, or {-number} … -1")
@@ -202,10 +213,48 @@ def _check(number: int, layer: Layer, before: Extent, found: Sequence[Extent]) -
             if len(strides) > 1:
                 refuse(f"joins layers of different strides, {sorted(strides)} px")
         case Dropout():
-            if not 0 <= layer.probability < 1:
+            if not (isinstance(layer.probability, int | float) and 0 <= layer.probability < 1):
                 refuse(f"probability is {layer.probability}; allowed: 0 … below 1")
         case _:
             pass
+
+
+def check_sizes(layers: Sequence[Layer], size_hw: tuple[int, int]) -> None:
+    """Refuse layers whose maps do not fit together at a size of the network input; builds nothing.
+
+    Args:
+        layers: that `extents` accepts.
+        size_hw: of the network input, px.
+
+    Raises:
+        InputError: a map of no cells, a reorg that cuts one, a route over different ones; names
+            the layer.
+    """
+    sizes: list[tuple[int, int]] = []
+    for number, layer in enumerate(layers):
+        height, width = sizes[-1] if sizes else size_hw
+        where = f"layer {number} ({_NAMES[type(layer)]}) at {size_hw[1]} x {size_hw[0]} px: "
+        match layer:
+            case Conv():
+                padding = layer.size // 2 if layer.padding is None else layer.padding
+                add = 2 * padding - layer.size + layer.stride
+                sizes.append(((height + add) // layer.stride, (width + add) // layer.stride))
+            case Pool():
+                sizes.append((-(-height // layer.stride), -(-width // layer.stride)))
+            case Reorg():
+                if height % layer.stride or width % layer.stride:
+                    raise InputError(f"{where}cuts a map of {width} x {height} cells")
+                sizes.append((height // layer.stride, width // layer.stride))
+            case Route():
+                found = {sizes[k] for k in sources_of(number, layer)}
+                if len(found) > 1:
+                    maps = " and ".join(f"{w} x {h}" for h, w in sorted(found))
+                    raise InputError(f"{where}joins maps of {maps} cells")
+                sizes.append(found.pop())
+            case Dropout():
+                sizes.append((height, width))
+        if min(sizes[-1]) < 1:
+            raise InputError(f"{where}leaves no cells of {width} x {height}")
 
 
 def sources_of(number: int, route: Route) -> list[int]:

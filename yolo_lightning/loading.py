@@ -18,7 +18,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> DetectorModule
         device: where its weights go.
 
     Raises:
-        InputError: no such file, or not a checkpoint of this program.
+        InputError: no such file, not a checkpoint of this program and version, or no such device.
     """
     checkpoint = read_checkpoint(path)
     kinds: dict[str, type[DetectorModule] | type[ClassifierModule]]
@@ -26,7 +26,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> DetectorModule
     kind = kinds.get(str(checkpoint.get("module")))
     if kind is None:
         raise InputError(f"{path}: holds a {checkpoint.get('module')}; allowed: {', '.join(kinds)}")
-    module = kind(**checkpoint["hyper_parameters"])
-    module.load_state_dict(checkpoint["state_dict"])
-    module.eval().to(device)
+    try:
+        module = kind(**checkpoint["hyper_parameters"])
+        module.load_state_dict(checkpoint["state_dict"])
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a checkpoint of this version ({reason})") from None
+    try:
+        module.eval().to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
     return module

@@ -47,8 +47,8 @@ def sgd(
     """
     inside = {id(parameter) for parameter in trunk}
     rest = [p for p in module.parameters() if id(p) not in inside]
-    # two groups whatever the factor is, so that resuming may change it; a frozen trunk is no group
-    groups = [(rest, 1.0), *([(trunk, rates.trunk_factor)] if rates.trunk_factor else [])]
+    # two groups whatever the factor is, so that a resumed run may freeze the trunk or thaw it
+    groups = [(rest, 1.0), (trunk, rates.trunk_factor)]
     # the fused kernel walks 29 million class weights once instead of four times; under mixed
     # precision it cannot be clipped
     fused = not module.trainer.gradient_clip_val
@@ -67,8 +67,7 @@ def keep_recipe_rates(module: pl.LightningModule, rates: Rates) -> None:
     """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
     scheduler = module.lr_schedulers()
     assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-    factors = (1.0, rates.trunk_factor)[: len(scheduler.base_lrs)]
-    scheduler.base_lrs = [rates.learning_rate * factor for factor in factors]
+    scheduler.base_lrs = [rates.learning_rate * factor for factor in (1.0, rates.trunk_factor)]
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
         group.update(
             lr=rate * rates.schedule(scheduler.last_epoch),

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,6 +108,9 @@ def _from_checkpoint(
 
     loaded: list[int] = []
     fresh: list[int] = []
+    # a checkpoint that was imported from partial weights holds nothing learned from there on
+    filled = checkpoint.get("darknet", {}).get("fresh_from", 10**6)
+    theirs = {name: value for name, value in theirs.items() if _layer_of(name) < filled}
     for number, _ in blocks_of(network.body):
         names = [name for name in own if name.startswith(f"body.{number}.")]
         if not fresh and all(n in theirs and theirs[n].shape == own[n].shape for n in names):
@@ -134,6 +138,12 @@ def _from_checkpoint(
     if unused:
         values = sum(theirs[name].numel() for name in unused)
         report.left_over.append(f"{values:,} values: {', '.join(_parts(unused))}")
+
+
+def _layer_of(name: str) -> int:
+    """Return the number of the layer that a tensor belongs to; the last convolution comes last."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "body" else 10**6 - 1
 
 
 def _take_rows(
@@ -178,25 +188,28 @@ def _take_rows(
 def _from_darknet(
     network: YOLOv2 | Classifier, path: str | Path, trunk_length: int, report: Report
 ) -> None:
-    """Fill as much as the file's length proves to be there: the whole network, its body, its trunk.
+    """Fill as much as the file's length proves to be there.
 
-    A file says nothing about its layers. What remains behind a body or a trunk has to be nothing,
-    or the 1x1 convolution to classes (and boxes) that stood on it.
+    A file says nothing about its layers. It may hold the whole network, end between two layers, or
+    hold a body or a trunk and the 1x1 convolution to classes (and boxes) that stood on it.
     """
     weights = read_weights(path)
     blocks = blocks_of(network.body)
     trunk = [(k, block) for k, block in blocks if k < trunk_length]
     last = last_conv(network)
-    for part in (blocks, trunk):
+    ends = np.cumsum([_size(block) for _, block in blocks]).tolist()
+    count = len(weights.values)
+    parts = [blocks[: ends.index(count) + 1]] if count in ends else []
+    for part in (*parts, blocks, trunk):
         wanted = sum(_size(block) for _, block in part)
         rest = len(weights.values) - wanted
-        whole = part is blocks and rest == sum(t.numel() for t in last)
+        whole = len(part) == len(blocks) and rest == sum(t.numel() for t in last)
         width = part[-1][1].conv.out_channels
         if whole or (rest >= 0 and rest % (width + 1) == 0):
             break
     else:
-        parts = {"its body": blocks, "its trunk": trunk}
-        sizes = [f"{name} {sum(_size(b) for _, b in p):,}" for name, p in parts.items()]
+        named = {"its body": blocks, "its trunk": trunk}
+        sizes = [f"{name} {sum(_size(b) for _, b in p):,}" for name, p in named.items()]
         raise InputError(
             f"model.pretrained {path}: {len(weights.values):,} values; the network has "
             f"{sum(_size(b) for _, b in blocks) + sum(t.numel() for t in last):,}, "

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from yolo_lightning.errors import InputError, nearest
 
+MOST_LEVELS = 200
+"""The authors' tree has 17; the table of paths grows with the deepest one."""
+
 Row = tuple[str, str, str]
 """A node as key, parent's key (``-`` at the top), name."""
 
@@ -31,7 +34,8 @@ class WordTree:
         paths: int64 (K, D), a node and its ancestors, the node first; -1 as padding.
 
     Raises:
-        InputError: no nodes, a key twice, an unknown parent, a cycle; names the row.
+        InputError: no nodes, a key twice, an unknown parent, a cycle, more than 200 levels; names
+            the row or the node.
 
     Source: YOLO9000, section 4, "Hierarchical classification".
     """
@@ -287,6 +291,14 @@ def segment_log_softmax(logits: Tensor, segments: Tensor, count: int) -> Tensor:
     return shifted - total.clamp(min=torch.finfo(total.dtype).tiny).log().gather(-1, segments)
 
 
+def _is_cycle(parents: list[int], start: int) -> bool:
+    seen, node = set(), start
+    while node >= 0 and node not in seen:
+        seen.add(node)
+        node = parents[node]
+    return node >= 0
+
+
 def _paths(parents: list[int], keys: Sequence[str], origin: str) -> Tensor:
     """Return the table of ancestors, refusing cycles."""
     paths: list[list[int]] = []
@@ -294,8 +306,11 @@ def _paths(parents: list[int], keys: Sequence[str], origin: str) -> Tensor:
         path = [start]
         while parents[path[-1]] >= 0:
             path.append(parents[path[-1]])
-            if len(path) > len(parents):
-                raise InputError(f"{origin}: node {keys[start]!r} hangs in a cycle of parents")
+            if len(path) > MOST_LEVELS:
+                what = "in a cycle of parents" if _is_cycle(parents, start) else "too deep"
+                raise InputError(
+                    f"{origin}: node {keys[start]!r} hangs {what}; allowed: {MOST_LEVELS} levels"
+                )
         paths.append(path)
     depth = max(len(path) for path in paths)
     return torch.tensor([path + [-1] * (depth - len(path)) for path in paths])

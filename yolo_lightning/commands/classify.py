@@ -19,7 +19,12 @@ from yolo_lightning.datamodules.source import read_image as decode
 from yolo_lightning.errors import InputError
 from yolo_lightning.loading import load
 
-MOST_BYTES = 2**30
+MOST_BYTES = 2**28
+"""Of a decoded image: 89 million pixels."""
+
+MOST_SIDE = 8192
+"""Of a network input, px; thin images reach it when their shorter side is fitted."""
+
 GREY = 0.5
 
 
@@ -34,9 +39,11 @@ def read_image(path: Path) -> Tensor:
     """
     try:
         pixels = libstb.imread(str(path), channels=3, orient=True, max_bytes=MOST_BYTES)
+    except libstb.LimitError as error:
+        raise UnreadableSample(f"{path}: too large ({error})") from None
     except (OSError, ValueError, libstb.Error):
         pixels = decode(path)  # a format that it does not know, such as WebP
-    return torch.tensor(pixels).permute(2, 0, 1).float() / 255
+    return torch.tensor(pixels).permute(2, 0, 1).float().div_(255)
 
 
 def resized(image: Tensor, size_hw: tuple[int, int], how: str) -> Tensor:
@@ -48,6 +55,9 @@ def resized(image: Tensor, size_hw: tuple[int, int], how: str) -> Tensor:
         how: ``letterbox`` fits the whole image into a grey frame, as the original program does;
             ``shorter-side`` scales the shorter side to the network's and keeps all of the image;
             ``crop`` takes the middle of that, as validation does.
+
+    Raises:
+        UnreadableSample: an image too thin for its shorter side to be fitted.
     """
     height, width = image.shape[1:]
     if how == "letterbox":
@@ -56,6 +66,8 @@ def resized(image: Tensor, size_hw: tuple[int, int], how: str) -> Tensor:
         scale = max(size_hw[0] / height, size_hw[1] / width)
         new_height = max(size_hw[0], int(height * scale))
         new_width = max(size_hw[1], int(width * scale))
+    if max(new_height, new_width) > MOST_SIDE:
+        raise UnreadableSample(f"{width} x {height} px is too thin for {how}; letterbox takes it")
     # corners on corners, as the original program interpolates
     small = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)
     if how == "letterbox":
@@ -170,10 +182,7 @@ def main(argv: Sequence[str]) -> None:
     if options.image_size is not None and (options.image_size < 32 or options.image_size % 32):
         raise InputError(f"--image-size is {options.image_size}; allowed: multiples of 32")
     paths = list(images_in(options.images))
-    try:
-        module = load(options.checkpoint, options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    module = load(options.checkpoint, options.device)
     if not isinstance(module, ClassifierModule):
         raise InputError(f"{options.checkpoint}: holds a detector; classify takes a classifier")
     size = options.image_size or module.hparams["image_size"]
@@ -182,10 +191,11 @@ def main(argv: Sequence[str]) -> None:
     for path in paths:
         try:
             image = read_image(path)
+            found = classify(module, image, size_hw, options.resize, options.top or 5)
         except UnreadableSample as error:
-            unreadable.append(str(error))
+            text = str(error)
+            unreadable.append(text if str(path) in text else f"{path}: {text}")
             continue
-        found = classify(module, image, size_hw, options.resize, options.top or 5)
         if options.json:
             results.append({"image": str(path), **found})
         else:

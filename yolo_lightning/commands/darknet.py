@@ -70,10 +70,10 @@ def import_model(
             f"{weights.path}, byte {weights.header_bytes + 4 * total}: {found - total} values "
             f"after the last layer; expected {total} in all, found {found}"
         )
-    notes = []
+    notes, filled = [], len(shapes)
     if found < total:
-        name = _first_missing(weights, shapes)
-        notes.append(f"partial weights: {name} and all that follows is fresh")
+        filled = _filled_layers(weights, shapes)
+        notes.append(f"partial weights: {shapes[filled][0]} and all that follows is fresh")
     module = _build(description, tree)
     reader = WeightsReader(weights)
     for _, block in blocks_of(module.network.body):
@@ -81,25 +81,30 @@ def import_model(
             reader.fill(block)
     if reader.remaining:
         fill_last_conv(module.network, reader)
-    if isinstance(module, DetectorModule):
+    beside: dict[str, Any] = {
+        "images_seen": weights.images_seen,
+        "options": description.options,
+    }
+    if filled < len(shapes):
+        beside["fresh_from"] = int(shapes[filled][0].removeprefix("layer "))
+    elif isinstance(module, DetectorModule):
         module.boxed.fill_(True)
-    beside = {"images_seen": weights.images_seen, "options": description.options}
     return module.eval(), beside, notes
 
 
-def _first_missing(weights: Weights, shapes: Sequence[tuple[str, int]]) -> str:
-    """Return the first layer that partial weights leave out; they end between two layers."""
-    found, filled = len(weights.values), 0
-    for name, count in shapes:
-        if found < filled + count:
-            if found > filled or not filled:
+def _filled_layers(weights: Weights, shapes: Sequence[tuple[str, int]]) -> int:
+    """Return how many convolutions partial weights fill; they end between two layers."""
+    found, start = len(weights.values), 0
+    for number, (name, count) in enumerate(shapes):
+        if found < start + count:
+            if found > start or not start:
                 raise InputError(
-                    f"{weights.path}, byte {weights.header_bytes + 4 * filled}: {name} takes "
-                    f"{count} values, found {found - filled}; the network has "
+                    f"{weights.path}, byte {weights.header_bytes + 4 * start}: {name} takes "
+                    f"{count} values, found {found - start}; the network has "
                     f"{sum(n for _, n in shapes)}: the file is truncated, or of another network"
                 )
-            return name
-        filled += count
+            return number
+        start += count
     raise AssertionError("nothing is missing")
 
 
@@ -173,18 +178,13 @@ def tree_for(
         place = f"; {description.tree_file!r} is not here" if description.tree_file else ""
         raise InputError(f"the classes of this network form a tree{place}: name its file by --tree")
     if tree_path is not None:
-        tree = read_tree(tree_path, names)
-        if len(tree) != description.classes:
-            raise InputError(
-                f"{tree_path}: {len(tree)} nodes, yet the network has {description.classes} classes"
-            )
-        return tree
+        return read_tree(tree_path, names, description.classes)
     if names is None:
         names = list(description.names) or [f"class {k}" for k in range(description.classes)]
     else:
-        names = _first(names, description.classes, names_path)
+        names = _lines_for(description, names, names_path)
     if keys_path is not None:
-        keys = _first(read_names(keys_path), description.classes, keys_path)
+        keys = _lines_for(description, read_names(keys_path), keys_path)
     else:
         counts = Counter(names)
         # names may recur (two kinds of crane); keys may not
@@ -194,10 +194,13 @@ def tree_for(
     )
 
 
-def _first(lines: list[str], count: int, path: str | Path | None) -> list[str]:
-    """Return as many lines as there are classes; Darknet's lists may go on, ImageNet's does."""
-    if len(lines) < count:
-        raise InputError(f"{path}: {len(lines)} lines, yet the network has {count} classes")
+def _lines_for(description: Description, lines: list[str], path: str | Path | None) -> list[str]:
+    """Return a line a class; a classifier's list may go on, since ImageNet's does."""
+    count, found = description.classes, len(lines)
+    if found < count or (found > count and description.region is not None):
+        raise InputError(f"{path}: {found} lines, yet the network has {count} classes")
+    if found > count:
+        print(f"{path}: {found} lines; the first {count} name the classes")
     return lines[:count]
 
 
@@ -247,7 +250,10 @@ def describe_module(
 
 
 def export_model(
-    module: DetectorModule | ClassifierModule, beside: dict[str, Any], stem: Path
+    module: DetectorModule | ClassifierModule,
+    beside: dict[str, Any],
+    stem: Path,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write `.cfg`, `.weights`, `.names` and, for a tree, `.tree`; return what was written.
 
@@ -255,7 +261,8 @@ def export_model(
     the model's own differs.
 
     Raises:
-        InputError: something that Darknet has no word for; nothing is written then.
+        InputError: something that Darknet has no word for, or a file that exists already; nothing
+            is written then.
     """
     description = describe_module(module, beside)
     order = darknet_order(module.tree)
@@ -280,6 +287,9 @@ def export_model(
             writers[".labels"] = lambda path: write_names(path, keys)
     else:
         writers[".tree"] = lambda path: write_tree(path, module.tree, order)
+    existing = [path for path in (stem.with_name(stem.name + x) for x in writers) if path.exists()]
+    if existing and not overwrite:
+        raise InputError(f"{existing[0]} exists; --overwrite replaces it")
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     with tempfile.TemporaryDirectory(dir=stem.parent) as folder:
@@ -324,16 +334,21 @@ def _import(options: argparse.Namespace) -> None:
     )
     module, beside, notes = import_model(description, options.weights, tree)
     output = Path(options.output)
+    if output.is_dir() or not output.name:
+        raise InputError(f"--output {options.output!r} is a folder; expected a file to write")
     output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = output.with_name(output.name + ".fresh")
-    torch.save(checkpoint_of(module, beside), fresh)
-    os.replace(fresh, output)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        fresh = Path(folder) / "fresh.ckpt"
+        torch.save(checkpoint_of(module, beside), fresh)
+        os.replace(fresh, output)
     kind = "detector" if isinstance(module, DetectorModule) else "classifier"
     values = sum(count for _, count in _shapes(description))
     print(
         f"{output}: {kind} of {len(tree)} classes, {len(description.layers) + 1} layers, "
         f"{values:,} values, trained on {beside['images_seen']:,} images"
     )
+    if tree_path is not None and not description.needs_tree:
+        notes.append("the .cfg names no tree: its softmax was over all classes, now over siblings")
     if description.left_out:
         notes.append(f"not used here: {', '.join(description.left_out)}")
     for note in notes:
@@ -346,8 +361,15 @@ def _export(options: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(options.checkpoint)
     module = load(options.checkpoint)
     stem = Path(options.output)
-    for path in export_model(module, checkpoint.get("darknet", {}), stem):
+    if stem.suffix in (".cfg", ".weights", ".names", ".tree"):
+        stem = stem.with_suffix("")
+    if not stem.name:
+        raise InputError(f"--output {options.output!r}: expected a path without its ending")
+    for path in export_model(module, checkpoint.get("darknet", {}), stem, options.overwrite):
         print(path)
+    blanks = [key for key in module.tree.keys if len(key.split()) > 1]
+    if blanks and stem.with_name(f"{stem.name}.tree").is_file():
+        print(f"  blanks in {len(blanks)} keys became underscores, such as in {blanks[0]!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -369,6 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter = actions.add_parser("export", help="write .cfg, .weights, .names and .tree")
     exporter.add_argument("checkpoint", help="trained or imported")
     exporter.add_argument("--output", required=True, help="path of the files without their endings")
+    exporter.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser
 
 
@@ -383,4 +406,7 @@ def main(argv: Sequence[str]) -> None:
         hint = nearest(argv[0], actions) or f"allowed: {', '.join(actions)}"
         raise InputError(f"darknet {argv[0]!r}; {hint}")
     options = _parser().parse_args(list(argv))
-    (_import if options.action == "import" else _export)(options)
+    try:
+        (_import if options.action == "import" else _export)(options)
+    except OSError as error:
+        raise InputError(f"--output {options.output!r}: {error.strerror}") from None
