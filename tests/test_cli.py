@@ -237,7 +237,7 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
         (["--trainer.precision=bf16-true"], ["allowed: 32-true, 16-mixed, bf16-mixed"]),
         (["--trainer.accumulate_grad_batches=3"], ["val_check_interval is 2", "accumulate"]),
         (["--model.learning_rate=-1"], ["model.learning_rate is -1", "allowed: 0 or more"]),
-        (["--model.head_channels=0"], ["model.head_channels is 0; allowed: 1 or more"]),
+        (["--model.head_channels=-1"], ["model.head_channels is -1; allowed: 0 or more"]),
         (["--data.num_workers=-1"], ["data.num_workers is -1; allowed: 0 or more"]),
         (["--ckpt_path=none.ckpt"], ["--ckpt_path 'none.ckpt': no such file"]),
         (["--weights_only=false"], ["weights_only"]),
@@ -388,7 +388,7 @@ def test_what_boxes_teach_follows_the_recipe_on_resuming(workplace):
     boxed = {run.model.tree.names[k] for k in run.model.boxed.nonzero().flatten().tolist()}
     assert boxed == {"rhombus"}
     square = run.model.tree.node("square")
-    assert run.model.tree.names[run.model.boxed_ancestors[square]] == "quadrilateral"
+    assert run.model.tree.names[run.model.boxed_ancestors()[square]] == "quadrilateral"
 
 
 def test_a_lost_store_costs_neither_training_nor_testing(workplace):

@@ -26,7 +26,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.recipe_errors import readable
 from yolo_lightning.tracking import RunLogger
 
-_ARCHITECTURE = ("trunk", "head_channels", "passthrough_channels", "reorg")
+_NETWORK = ("trunk", "head_channels", "passthrough_channels", "reorg")
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
@@ -102,7 +102,7 @@ class RecipeCLI(LightningCLI):
         checkpoint = read_checkpoint(path)
         with tempfile.TemporaryDirectory() as folder:
             held = Path(folder) / "checkpoint.yaml"
-            model = _model_of(checkpoint, args)
+            model = _model_of(checkpoint, config, args)
             held.write_text(yaml.safe_dump({"model": model}))
             below = [args[0], "--config", str(held), *args[1:]]
             self.config = _parse(parser, below)
@@ -241,20 +241,20 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return files
 
 
-def _model_of(checkpoint: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
+def _model_of(checkpoint: dict[str, Any], config: Namespace, args: Sequence[str]) -> dict[str, Any]:
     """Return the model that a checkpoint describes, as a recipe would.
 
-    A recipe that says anything about the network says all of it: half of one network and half of
-    another is none.
+    Where the recipe names another trunk, the checkpoint says nothing about the network: the head
+    of one on the trunk of another is neither.
     """
     name = checkpoint.get("module", "DetectorModule")
     values = dict(checkpoint["hyper_parameters"])
-    said = {arg.removeprefix("--model.").split("=")[0] for arg in args}
+    named = any(arg.startswith(("--model.trunk", "--model.init_args.trunk")) for arg in args)
     for recipe in RecipeParser.recipes:
         model = (yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}).get("model") or {}
-        said |= set(model.get("init_args") or {})
-    if said & set(_ARCHITECTURE):
-        values = {key: value for key, value in values.items() if key not in _ARCHITECTURE}
+        named |= "trunk" in (model.get("init_args") or {})
+    if named and config.model.init_args.get("trunk") != values.get("trunk"):
+        values = {key: value for key, value in values.items() if key not in _NETWORK}
     return {"class_path": f"yolo_lightning.{name}", "init_args": values}
 
 

@@ -3,7 +3,9 @@
 A flat list of classes is a tree of one level, so YOLOv2 and YOLO9000 share every line.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -65,7 +67,7 @@ class WordTree:
         self._members: list[list[int]] = [[] for _ in range(self.group_count)]
         for node, group in enumerate(self.groups.tolist()):
             self._members[group].append(node)
-        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._on_device: dict[torch.device, _Tables] = {}
 
     def _parent_of(self, row: Row, number: int, origin: str) -> int:
         if row[1] == "-":
@@ -173,30 +175,47 @@ class WordTree:
         node = paths.gather(1, first[:, None]).squeeze(1)
         return torch.where(hit.any(dim=1), node, -1)
 
-    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (groups, paths) on `device`, copied there once."""
+    def _tables(self, device: torch.device) -> "_Tables":
+        """Return the index tables on `device`, made there once."""
         if device not in self._on_device:
-            self._on_device[device] = (self.groups.to(device), self.paths.to(device))
+            self._on_device[device] = _Tables.of(self.parents, self.groups, device)
         return self._on_device[device]
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Return conditional log-probabilities log P(node | parent), (…, K) like `logits`.
 
         Each group is normalised about its own maximum, so groups whose logits lie far apart lose
-        no digits.
+        no digits. A group of one node is certain: 0, with a gradient of exactly 0.
         """
-        groups, _ = self._tensors(logits.device)
-        return segment_log_softmax(logits, groups.expand_as(logits), self.group_count)
+        if self.group_count == 1 and self.paths.shape[1] == 1:
+            return logits.log_softmax(dim=-1)  # a flat list
+        return self._conditional(logits).t().reshape(logits.shape)
+
+    def _conditional(self, logits: Tensor) -> Tensor:
+        """Return log P(node | parent) with the nodes along the rows, (K, …).
+
+        A softmax over a few siblings then runs over whole rows of boxes.
+        """
+        tables = self._tables(logits.device)
+        rows = logits.reshape(-1, len(self)).t().contiguous()
+        parts = rows.index_select(0, tables.in_sizes).split([n.numel() for n in tables.by_size])
+        done = [
+            part.unflatten(0, nodes.shape).log_softmax(dim=1).flatten(0, 1)
+            for part, nodes in zip(parts, tables.by_size, strict=True)
+        ]
+        return torch.cat(done).index_select(0, tables.from_sizes)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Return absolute log-probabilities log P(node), (…, K): sums along the paths."""
-        _, paths = self._tensors(logits.device)
-        conditional = self.log_softmax(logits)
-        padded = torch.cat([conditional, conditional.new_zeros(*conditional.shape[:-1], 1)], dim=-1)
-        total = conditional
-        for ancestor in paths.unbind(dim=1)[1:]:  # index -1 reads the appended zero
-            total = total + padded[..., ancestor]
-        return total
+        tables = self._tables(logits.device)
+        if len(tables.by_level) == 1:
+            return self.log_softmax(logits)
+        conditional = self._conditional(logits)
+        levels = [conditional.index_select(0, tables.by_level[0])]
+        for nodes, parents in zip(tables.by_level[1:], tables.parent_in_level[1:], strict=True):
+            above = levels[-1].index_select(0, parents)
+            levels.append(above + conditional.index_select(0, nodes))
+        return torch.cat(levels).index_select(0, tables.from_levels).t().reshape(logits.shape)
 
     def path_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return -log P(label), float (M,): the cross-entropies summed along each label's path.
@@ -205,8 +224,7 @@ class WordTree:
             logits: float (M, K).
             labels: int64 (M,), nodes; nothing below a label is touched.
         """
-        _, paths = self._tensors(logits.device)
-        path = paths[labels]
+        path = self.paths.to(labels.device)[labels]
         picked = self.log_softmax(logits).gather(1, path.clamp(min=0))
         return -(picked * (path >= 0)).sum(dim=1)
 
@@ -222,27 +240,26 @@ class WordTree:
 
         Source: YOLO9000, section 4, "Hierarchical classification".
         """
-        probs = self.log_probs(logits).exp()
-        groups, _ = self._tensors(logits.device)
-        best = probs.new_full((len(probs), self.group_count), -1.0)
-        index = groups.expand_as(probs)
-        best = best.scatter_reduce(1, index, probs, "amax")
-        # a node leads its group where it reaches the group's maximum; the first such node counts
-        parents = self.parents.to(logits.device)
-        order = torch.arange(len(self), device=logits.device).expand_as(probs)
-        leads = probs == best.gather(1, index)
-        leader = torch.full_like(best, len(self), dtype=torch.long).scatter_reduce(
-            1, index, order.masked_fill(~leads, len(self)), "amin"
-        )
-        child_group = torch.full((len(self) + 1,), -1, dtype=torch.long, device=logits.device)
-        child_group[parents] = groups  # index -1: the top level's group
-        node = leader[:, child_group[-1]]
-        for _ in range(self.paths.shape[1] - 1):
-            group = child_group[node]
-            child = leader.gather(1, group.clamp(min=0)[:, None]).squeeze(1)
-            deeper = (group >= 0) & (probs.gather(1, child[:, None]).squeeze(1) >= threshold)
-            node = torch.where(deeper, child, node)
-        return node, probs.gather(1, node[:, None]).squeeze(1)
+        tables = self._tables(logits.device)
+        log_threshold = math.log(threshold) if threshold > 0 else -math.inf
+        node = torch.full((len(logits),), -1, device=logits.device)
+        total = logits.new_zeros(len(logits))
+        active = torch.arange(len(logits), device=logits.device)
+        group = torch.full_like(active, int(tables.group_below[-1]))
+        while len(active):
+            # only the siblings that the path leads to are looked at
+            siblings = tables.members[group, : int(tables.sizes[group].max())]
+            picked = logits.flatten()[active[:, None] * len(self) + siblings.clamp(min=0)]
+            picked = picked.masked_fill(siblings < 0, -torch.inf).log_softmax(dim=1)
+            best, place = picked.max(dim=1)
+            child = siblings.gather(1, place[:, None]).squeeze(1)
+            below = total[active] + best
+            deeper = (below >= log_threshold) | (node[active] < 0)
+            active, child = active[deeper], child[deeper]
+            node[active], total[active] = child, below[deeper]
+            group = tables.group_below[child]
+            active, group = active[group >= 0], group[group >= 0]
+        return node, total.exp()
 
     def path_rows(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what P(label) depends on: the sibling groups along each label's path.
@@ -272,6 +289,63 @@ class WordTree:
             nodes.to(labels.device),
             levels.to(labels.device),
             on_path.bool().to(labels.device),
+        )
+
+
+@dataclass
+class _Tables:
+    """What prediction looks up; nodes of equal group size, and of equal level, lie together.
+
+    Attributes:
+        by_size: a table (groups, size) of nodes for each size that groups have.
+        in_sizes, from_sizes: (K,) the nodes of those one after the other, and where each is.
+        by_level: the nodes of each level of the tree.
+        parent_in_level: where the parents of a level's nodes are in the level above.
+        from_levels: (K,) where each node is in the levels, one after the other.
+        members: (G, largest size) the nodes of each group, -1 as padding.
+        sizes: (G,) how many these are.
+        group_below: (K + 1,) the group of each node's children, -1 for leaves; last the top's.
+    """
+
+    by_size: list[Tensor]
+    in_sizes: Tensor
+    from_sizes: Tensor
+    by_level: list[Tensor]
+    parent_in_level: list[Tensor]
+    from_levels: Tensor
+    members: Tensor
+    sizes: Tensor
+    group_below: Tensor
+
+    @classmethod
+    def of(cls, parents: Tensor, groups: Tensor, device: torch.device) -> "_Tables":
+        sizes = torch.bincount(groups)
+        order = groups.argsort(stable=True)
+        split = order.split(sizes.tolist())
+        members = torch.nn.utils.rnn.pad_sequence(list(split), True, -1)
+        by_size = [members[sizes == size, :size] for size in sizes.unique().tolist()]
+        group_below = torch.full((len(parents) + 1,), -1)
+        group_below[parents] = groups  # index -1: the top's
+        levels: list[Tensor] = []
+        places: list[Tensor] = []
+        place = torch.zeros(len(parents), dtype=torch.long)
+        above = torch.tensor([-1])
+        while len(level := torch.isin(parents, above).nonzero().flatten()):
+            places.append(place[parents[level]])
+            place[level] = torch.arange(len(level))
+            levels.append(level)
+            above = level
+        in_sizes = torch.cat([nodes.flatten() for nodes in by_size])
+        return cls(
+            [nodes.to(device) for nodes in by_size],
+            in_sizes.to(device),
+            in_sizes.argsort().to(device),
+            [level.to(device) for level in levels],
+            [place.to(device) for place in places],
+            torch.cat(levels).argsort().to(device),
+            members.to(device),
+            sizes.to(device),
+            group_below.to(device),
         )
 
 
