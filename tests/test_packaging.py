@@ -86,6 +86,9 @@ def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
     assert "yolo_lightning/datamodules/combined.py" in names
     assert "yolo_lightning/callbacks/multi_scale.py" in names
     assert "yolo_lightning/py.typed" in names
+    assert "yolo_lightning/wordnet_nouns.xz" in names
+    assert "yolo_lightning/wordnet_licence.txt" in names
+    assert "yolo_lightning/reviewed_labels.tsv" in names
     code = (
         "import yolo_lightning.datamodules as d, yolo_lightning.callbacks as c; "
         "from yolo_lightning import CombinedDataModule, DetectorModule, WordTree; print(d.__file__)"
@@ -177,7 +180,7 @@ def imports_of(file: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "yolo_lightning"}
 
 
-LEAVES = {"errors", "version", "batches", "boxes", "wordtree", "wordnet", "treebuild"}
+LEAVES = {"errors", "version", "batches", "boxes", "wordtree", "wordnet", "treebuild", "labels"}
 CORE = {
     "layers", "darknet19", "yolov2", "losses", "metrics", "evaluation", "schedules", "optimization",
     "pictures", "tracking", "checkpoints", "darknet_files", "darknet_models", "pretrained",

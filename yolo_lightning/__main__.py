@@ -14,6 +14,7 @@ COMMANDS = {
     "test": ("yolo_lightning.cli", "measure a checkpoint on the recipe's test images"),
     "classify": ("yolo_lightning.commands.classify", "name what images show"),
     "darknet": ("yolo_lightning.commands.darknet", "Darknet's files to a checkpoint and back"),
+    "wordtree": ("yolo_lightning.commands.wordtree", "build a tree of classes, and look at it"),
     "quickstart": (
         "yolo_lightning.commands.quickstart",
         "train jointly and on boxes alone, and compare",

@@ -18,7 +18,7 @@ MOST_LEVELS = 200
 """The authors' tree has 17; the table of paths grows with the deepest one."""
 
 Row = tuple[str, str, str]
-"""A node as key, parent's key (``-`` at the top), name."""
+"""A node as key, parent's key (``-`` at the top), name; several names with `` | `` between."""
 
 
 class WordTree:
@@ -57,7 +57,9 @@ class WordTree:
                 )
             index[row[0]] = number
         self.keys = tuple(row[0] for row in self.rows)
-        self.names = tuple(row[2] for row in self.rows)
+        # a node may be called several things: what each dataset calls it
+        self._called = [row[2].split(" | ") for row in self.rows]
+        self.names = tuple(names[0] for names in self._called)
         self._index = index
         parents = [self._parent_of(row, number, origin) for number, row in enumerate(self.rows)]
         self.parents = torch.tensor(parents)
@@ -144,7 +146,7 @@ class WordTree:
         """
         if label in self._index:
             return self._index[label]
-        found = [number for number, name in enumerate(self.names) if name == label]
+        found = [number for number, names in enumerate(self._called) if label in names]
         if len(found) == 1:
             return found[0]
         place = f"{where}: " if where else ""

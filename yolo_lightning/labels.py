@@ -1,0 +1,98 @@
+"""From a dataset's names to WordNet's synsets: found, listed where ambiguous, never guessed."""
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+from yolo_lightning.errors import InputError
+from yolo_lightning.wordnet import is_wnid, wordnet
+
+_TABLE = Path(__file__).with_name("reviewed_labels.tsv")
+
+MOST_SENSES = 8
+
+
+@cache
+def reviewed() -> dict[str, dict[str, str]]:
+    """Return wnids by table (``coco``, ``voc``, ``ilsvrc_det``) and name, checked by eye."""
+    tables: dict[str, dict[str, str]] = {}
+    for line in _TABLE.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            table, name, wnid, _ = line.split("\t")
+            tables.setdefault(table, {})[name] = wnid
+    return tables
+
+
+def table_of(names: Iterable[str]) -> str | None:
+    """Return the reviewed table whose dataset has these names: all of its classes, and no other.
+
+    A few names of a dataset prove nothing: a folder `mouse` beside a folder `cat` may hold animals.
+    """
+    found = set(names)
+    for table, meanings in reviewed().items():
+        if found <= set(meanings) and {meanings[n] for n in found} == set(meanings.values()):
+            return table
+    return None
+
+
+def resolve(
+    names: Iterable[str],
+    meanings: Mapping[str, str] | None = None,
+    table: str | None = None,
+    where: str = "",
+) -> dict[str, str]:
+    """Return the wnid of each name.
+
+    A name's meaning is the one that `meanings` gives, else the one of the reviewed table, else the
+    wnid that it is, else the only synset of that word.
+
+    Args:
+        names: of one dataset.
+        meanings: wnids, unambiguous words, or keys of one's own, by name.
+        table: of the reviewed ones; the one whose classes these are where None.
+        where: names the dataset in messages.
+
+    Raises:
+        InputError: all names that are unknown or mean several things, with what they may mean.
+    """
+    wanted = sorted(set(names))
+    given = dict(meanings or {})
+    known = reviewed()
+    if table is not None and table not in known:
+        raise InputError(f"table {table!r}; allowed: {', '.join(known)}")
+    chosen = known.get(table or table_of(wanted) or "", {})
+    found: dict[str, str] = {}
+    trouble: list[str] = []
+    for name in wanted:
+        if name in given:
+            found[name] = _meant(given[name], name, trouble)
+        elif name in chosen:
+            found[name] = chosen[name]
+        else:
+            found[name] = _meant(name, name, trouble)
+    if trouble:
+        place = f"{where}: " if where else ""
+        raise InputError(place + "\n  ".join(trouble))
+    return found
+
+
+def _meant(word: str, name: str, trouble: list[str]) -> str:
+    """Return the wnid that a word means; says in `trouble` why there is none."""
+    table = wordnet()
+    if is_wnid(word):
+        if word not in table:
+            trouble.append(f"{name!r}: {word} is no noun of WordNet 3.0")
+        return word
+    senses = table.senses(word)
+    if len(senses) == 1:
+        return senses[0]
+    if senses:
+        listed = "\n    ".join(table.describe(wnid) for wnid in senses[:MOST_SENSES])
+        more = f"\n    … and {len(senses) - MOST_SENSES} more" if len(senses) > MOST_SENSES else ""
+        trouble.append(
+            f"{name!r} means several things; say which one in the mapping:\n    {listed}{more}"
+        )
+    else:
+        hint = table.nearest(word)
+        trouble.append(f"{name!r} is no noun of WordNet 3.0 {hint}".rstrip())
+    return ""
