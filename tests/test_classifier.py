@@ -22,6 +22,7 @@ from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.layers import to_plain
 from yolo_lightning.pretrained import load_pretrained
+from yolo_lightning.treemetrics import KINDS
 from yolo_lightning.wordtree import Row
 from yolo_lightning.yolov2 import YOLOv2, detector_layers
 
@@ -101,8 +102,9 @@ def test_figures_by_hand(monkeypatch):
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     module._trainer = type("T", (), {"state": type("S", (), {"fn": "fit"})})()
-    probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.9, 0.1, 0.0]])
-    monkeypatch.setattr(module, "leaf_probs", lambda images: probs)
+    # columns: pet, cat, dog, car
+    probs = [[0.8, 0.6, 0.4, 0.2], [0.3, 0.4, 0.6, 0.7], [0.9, 0.6, 0.4, 0.1], [0.9, 0.9, 0.1, 0.1]]
+    monkeypatch.setattr(module, "forward", lambda images: torch.tensor(probs).log())
     # leaves: cat, dog, car; the third label is inside the tree, the fourth image is padding
     labels, ids = torch.tensor([1, 2, 0, 2]), torch.tensor([0, 1, 2, -1])
     module.validation_step(ClassificationBatch(torch.zeros(4, 3, 8, 8), ids, labels), 0)
@@ -110,6 +112,13 @@ def test_figures_by_hand(monkeypatch):
     assert float(logged["val/top1"]) == 0.5
     assert float(logged["val/top5"]) == 1
     assert module.per_class == {"cat": 1.0, "dog": 0.0}
+    # the cat is named pet (0.48 is below a half), the dog a car, the pet a cat
+    kinds = {name: float(logged[f"val/{name}"]) for name in KINDS}
+    assert kinds == pytest.approx(
+        {"right": 1 / 3, "not_specific_enough": 1 / 3, "wrong_leaf": 0, "wrong_branch": 1 / 3}
+    )
+    assert logged["val/depth1"] == pytest.approx(2 / 3)
+    assert logged["val/depth2"] == pytest.approx(1 / 2)
 
 
 def test_a_classifier_trains_on_labels_alone(folders, capsys, write_voc):

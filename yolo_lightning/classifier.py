@@ -17,6 +17,7 @@ from yolo_lightning.layers import to_plain
 from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
 from yolo_lightning.pretrained import load_pretrained
 from yolo_lightning.schedules import Schedule
+from yolo_lightning.treemetrics import TreeAccuracy
 from yolo_lightning.wordtree import WordTree
 
 MOST_LOGGED = 100
@@ -75,6 +76,7 @@ class ClassifierModule(pl.LightningModule):
             leaves, top_k=min(5, leaves), average="micro", ignore_index=-1
         )
         self.by_label = MulticlassStatScores(leaves, average=None, ignore_index=-1)
+        self.along_tree = TreeAccuracy(self.tree)
         self.per_class: dict[str, float] = {}
         self.save_hyperparameters(
             {
@@ -141,21 +143,21 @@ class ClassifierModule(pl.LightningModule):
         self.log_dict(settings, batch_size=len(batch))
         return loss
 
-    @torch.no_grad()
-    def leaf_probs(self, images: Tensor) -> Tensor:
-        """Return P(leaf), float (B, leaves), of uint8 or float images (B, 3, H, W)."""
-        return self.tree.log_probs(self(images).float())[:, self.tree.leaves].exp()
-
     def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
-        """Count leaves that are right; images labelled with an internal node tell nothing here."""
-        probs = self.leaf_probs(batch.images)
+        """Count what is right: leaves for leaf labels, and along the path for any label."""
+        logits = self(batch.images).float()
+        probs = self.tree.log_probs(logits)[:, self.tree.leaves].exp()
         if probs.shape[1] == 1:
             probs = torch.cat([probs, torch.zeros_like(probs)], dim=1)
         numbers = self._leaf_number.to(batch.labels.device)[batch.labels.clamp(min=0)]
         # padding of distributed evaluation counts for nothing
-        labels = torch.where((batch.sample_ids >= 0) & (batch.labels >= 0), numbers, -1)
+        real = (batch.sample_ids >= 0) & (batch.labels >= 0)
         for metric in (self.top1, self.top5, self.by_label):
-            metric.update(probs, labels)
+            metric.update(probs, torch.where(real, numbers, -1))
+        if self.tree.paths.shape[1] > 1:
+            named, _ = self.tree.most_specific(logits, threshold=0.5)
+            deepest, _ = self.tree.most_specific(logits, threshold=0.0)
+            self.along_tree.update(named, deepest, torch.where(real, batch.labels, -1))
 
     def test_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
         """Count leaves that are right."""
@@ -170,7 +172,7 @@ class ClassifierModule(pl.LightningModule):
         self._log_accuracies("test")
 
     def _log_accuracies(self, stage: str) -> None:
-        """Log top-1 and top-5 over the leaves, and each leaf's own accuracy."""
+        """Log top-1 and top-5 over the leaves, each leaf's own, and accuracy along the tree."""
         figures = {"top1": self.top1.compute(), "top5": self.top5.compute()}
         keys = [self.tree.keys[node] for node in self.tree.leaves.tolist()]
         # a row a leaf: hits, false alarms, rejections, misses, images
@@ -178,10 +180,12 @@ class ClassifierModule(pl.LightningModule):
         self.per_class = {
             key: row[0] / row[4] for key, row in zip(keys, counts, strict=True) if row[4]
         }
-        for metric in (self.top1, self.top5, self.by_label):
+        along = self.along_tree.compute() if self.tree.paths.shape[1] > 1 else {}
+        for metric in (self.top1, self.top5, self.by_label, self.along_tree):
             metric.reset()
         for name, value in figures.items():
             self.log(f"{stage}/{name}", value.to(self.device), prog_bar=True, sync_dist=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in along.items()}, sync_dist=True)
         if len(keys) <= MOST_LOGGED:
             each = {f"{stage}/top1/{key}": value for key, value in self.per_class.items()}
             self.log_dict(each, sync_dist=True)
