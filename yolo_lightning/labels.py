@@ -90,9 +90,18 @@ def _meant(word: str, name: str, trouble: list[str]) -> str:
         listed = "\n    ".join(table.describe(wnid) for wnid in senses[:MOST_SENSES])
         more = f"\n    … and {len(senses) - MOST_SENSES} more" if len(senses) > MOST_SENSES else ""
         trouble.append(
-            f"{name!r} means several things; say which one in the mapping:\n    {listed}{more}"
+            f"{name!r} means several things; say which one in the mapping{_hint(name)}:"
+            f"\n    {listed}{more}"
         )
     else:
         hint = table.nearest(word)
-        trouble.append(f"{name!r} is no noun of WordNet 3.0 {hint}".rstrip())
+        trouble.append(f"{name!r} is no noun of WordNet 3.0{_hint(name)} {hint}".rstrip())
     return ""
+
+
+def _hint(name: str) -> str:
+    """Return what reviewed tables mean by a name."""
+    said = [
+        f"{table} {meanings[name]}" for table, meanings in reviewed().items() if name in meanings
+    ]
+    return f" (of the reviewed tables: {', '.join(said)})" if said else ""
