@@ -2,7 +2,9 @@
 
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
+import cv2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from yolo_lightning.darknet_models import COCO_NAMES, VOC_NAMES
 from yolo_lightning.errors import InputError
 from yolo_lightning.labels import resolve, reviewed, table_of
 from yolo_lightning.treebuild import build
+from yolo_lightning.treeplot import depth_for, layout
 from yolo_lightning.wordnet import LICENCE, TABLE, WordNet, wordnet
 from yolo_lightning.wordtree import WordTree
 
@@ -236,6 +239,19 @@ def test_two_names_for_one_thing_meet_in_one_node(place):
     assert tree.names == ("couch",)
 
 
+def test_a_dataset_s_name_is_no_other_node_s(place):
+    # WordNet says car first for both
+    automobile, railway = "n02958343", "n02959942"
+    (place / "d.yaml").write_text(f"car: {automobile}\n")
+    (place / "a.names").write_text("car\n")
+    (place / "w.txt").write_text(railway + "\n")
+    rows = built("--names", "a.names", "--mapping", "d.yaml", "--wnids", "w.txt")
+    assert {row[0]: row[2] for row in rows if row[0] in (automobile, railway)} == {
+        automobile: "car", railway: "railcar",
+    }  # fmt: skip
+    assert WordTree.read("tree.tsv").node("car") == [row[0] for row in rows].index(automobile)
+
+
 def test_the_most_frequent_synsets_then_the_detection_labels(place):
     (place / "counts.csv").write_text(
         "wnid,count\nn02391049,5\nn02439033,9\nn02503517,9\nn04507155,1\n"
@@ -255,6 +271,42 @@ def test_darknet_s_form_goes_both_ways(place):
     from yolo_lightning.commands.wordtree import read
 
     assert read("t.tree").rows == rows
+
+
+def test_plots_show_every_node_once(place, capsys):
+    (place / "h.yaml").write_text("thing:\n  car: [taxi, van]\n  cup:\nanimal: [cat]\n")
+    (place / "boxes.names").write_text("car\ncat\n")
+    (place / "labels.names").write_text("taxi\nvan\ncat\n")
+    built("--hierarchy", "h.yaml")
+    data = ["--detection", "boxes.names", "--classification", "labels.names"]
+    assert main(["wordtree", "plot", "tree.tsv", "--output", "t.svg", *data]) == 0
+    assert "t.svg: 3 of 3 levels" in capsys.readouterr().out
+    root = ElementTree.parse("t.svg").getroot()
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    names = ["thing", "animal", "car", "cup", "cat", "taxi", "van"]
+    legend = ["boxes: 1", "image labels: 2", "both: 1", "neither: 3"]
+    assert sorted(str(t) for t in texts) == sorted([*names, *legend])
+    circles = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(circles) == len(names) + len(legend)
+    places = [(c.get("cx"), c.get("cy")) for c in circles]
+    assert len(set(places)) == len(places)
+    assert main(["wordtree", "plot", "tree.tsv", "--output", "t.png", "--depth", "1"]) == 0
+    picture = cv2.imread("t.png")
+    assert picture is not None
+    assert (picture != 255).any(axis=2).mean() > 0.001
+    assert main(["wordtree", "plot", "tree.tsv", "--output", "t.gif"]) == 2
+    assert "allowed endings: .svg, .png" in capsys.readouterr().err
+
+
+def test_large_trees_are_drawn_as_deep_as_they_stay_readable():
+    tree = build(IN1K)
+    assert depth_for(tree) == tree.paths.shape[1]
+    assert depth_for(tree, 300) < tree.paths.shape[1]
+    levels = (tree.paths >= 0).sum(dim=1)
+    assert int((levels <= depth_for(tree, 300)).sum()) <= 300
+    drawing = layout(tree, {}, depth_for(tree, 300))
+    assert len(drawing.dots) <= 300
+    assert any("(+" in text[-1] for text in drawing.texts)
 
 
 @pytest.mark.parametrize(

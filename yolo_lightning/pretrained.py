@@ -62,14 +62,18 @@ def load_pretrained(
     Args:
         network: filled in place.
         tree: of the network.
-        path: a Darknet `.weights` file, or one of our checkpoints.
+        path: a Darknet `.weights` file, or one of our checkpoints; of a run that averaged its
+            weights, the averaged ones.
         trunk_length: how many of the network's layers are its trunk.
 
     Raises:
         InputError: no such file, or nothing in it fits.
     """
     if not Path(path).expanduser().is_file():
-        raise InputError(f"model.pretrained {str(path)!r} not found (working folder: {Path.cwd()})")
+        raise InputError(
+            f"model.pretrained {str(path)!r} not found (working folder: {Path.cwd()}); "
+            "null starts from random weights"
+        )
     report = Report(str(path), values=sum(t.numel() for t in _learned(network).values()))
     if is_checkpoint(path):
         _from_checkpoint(network, tree, path, report)

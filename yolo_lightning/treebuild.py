@@ -132,9 +132,13 @@ def _rows(parents: Mapping[str, str], names: Mapping[str, str]) -> list[Row]:
         order.extend(children.get(node, []))
     table = wordnet() if any(is_wnid(node) for node in order) else None
 
+    # what a dataset calls a class is that class and no other: car is COCO's, not the railway's
+    taken = {name for label in names.values() for name in label.split(" | ")}
+
     def name(node: str) -> str:
         if node in names or table is None or node not in table:
             return names.get(node, node)
-        return table.name(node)
+        words = table.lemmas(node)
+        return next((word for word in words if word not in taken), f"{words[0]} ({node})")
 
     return [(node, parents[node], name(node)) for node in order]

@@ -24,6 +24,7 @@ from yolo_lightning.datamodules.source import IMAGE_SUFFIXES
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.labels import resolve, reviewed
 from yolo_lightning.treebuild import ENTITY, build
+from yolo_lightning.treeplot import MOST_NODES, depth_for, layout, save
 from yolo_lightning.wordnet import is_wnid
 from yolo_lightning.wordtree import WordTree
 
@@ -355,11 +356,33 @@ def _show(options: argparse.Namespace) -> None:
     print(render(tree, counts, node, options.depth, sys.stdout.isatty()))
 
 
+def _plot(options: argparse.Namespace) -> None:
+    tree = read(options.tree)
+    depth = options.depth if options.depth is not None else depth_for(tree)
+    if depth < 1:
+        raise InputError(f"--depth is {options.depth}; allowed: 1 or more")
+    labelled: dict[int, set[str]] = {}
+    for kind in ("detection", "classification"):
+        for place in getattr(options, kind):
+            for label in labels_in(place):
+                labelled.setdefault(tree.node(label, place), set()).add(kind)
+    kinds = {node: "both" if len(k) > 1 else next(iter(k)) for node, k in labelled.items()}
+    counts = Counter(kinds.values())
+    counts["neither"] = len(tree) - sum(counts.values())
+    words = {
+        "detection": "boxes", "classification": "image labels", "both": "both",
+        "neither": "neither",
+    }  # fmt: skip
+    legend = {kind: f"{words[kind]}: {counts[kind]}" for kind in words if counts[kind]}
+    save(layout(tree, kinds, depth), legend, Path(options.output))
+    print(f"{options.output}: {min(depth, tree.paths.shape[1])} of {tree.paths.shape[1]} levels")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning wordtree", description="Build a tree of classes, and look at it."
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="build|show")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="build|show|plot")
     builder = actions.add_parser("build", help="write a tree over the labels of datasets")
     builder.add_argument("--output", required=True, help="tree.tsv, or Darknet's NAME.tree")
     builder.add_argument("--wnids", action="append", default=[], help="a wnid a line")
@@ -384,16 +407,26 @@ def _parser() -> argparse.ArgumentParser:
     shower.add_argument(
         "--data", action="append", default=[], help="a dataset whose labels are counted"
     )
+    plotter = actions.add_parser("plot", help="draw a tree")
+    plotter.add_argument("tree", help="tree.tsv, or Darknet's NAME.tree")
+    plotter.add_argument("--output", required=True, help="NAME.svg or NAME.png")
+    plotter.add_argument(
+        "--depth", type=int, help=f"levels to draw; as many as {MOST_NODES} nodes have"
+    )
+    for kind in ("detection", "classification"):
+        plotter.add_argument(
+            f"--{kind}", action="append", default=[], help="a dataset whose labels are coloured"
+        )
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `wordtree build` or `wordtree show`.
+    """Run `wordtree build`, `show` or `plot`.
 
     Raises:
         InputError: whatever is wrong with the input; nothing is written then.
     """
-    actions = {"build": _build, "show": _show}
+    actions = {"build": _build, "show": _show, "plot": _plot}
     if argv and not argv[0].startswith("-") and argv[0] not in actions:
         hint = nearest(argv[0], actions) or f"allowed: {', '.join(actions)}"
         raise InputError(f"wordtree {argv[0]!r}; {hint}")
