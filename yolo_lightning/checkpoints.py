@@ -33,17 +33,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_kind(checkpoint: dict[str, Any], kind: str) -> None:
-    """Refuse a checkpoint of another module.
+def refuse_other_model(
+    checkpoint: dict[str, Any], kind: str, parts: dict[str, tuple[list[Any], list[Any]]]
+) -> None:
+    """Refuse a checkpoint of another module, or of one with other parts.
+
+    Args:
+        checkpoint: to be loaded.
+        kind: name of the module's class.
+        parts: the module's own value and the checkpoint's, by name.
 
     Raises:
-        InputError: names both.
+        InputError: names what differs.
     """
     if checkpoint.get("module") != kind:
         raise InputError(
             f"the checkpoint holds a {checkpoint.get('module', 'module of an older version')}, "
             f"the recipe names a {kind}; for its trunk alone, name it in model.pretrained"
         )
+    for name, (own, theirs) in parts.items():
+        if own != theirs:
+            raise InputError(
+                f"{name} differs from the checkpoint's: "
+                f"{first_difference(own, theirs, 'the recipe', 'the checkpoint')}"
+            )
 
 
 def same_data_tree(trainer: Any, tree: WordTree) -> None:

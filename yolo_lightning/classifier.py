@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from yolo_lightning.batches import ClassificationBatch, unit_range
-from yolo_lightning.checkpoints import check_kind, first_difference, same_data_tree
+from yolo_lightning.checkpoints import refuse_other_model, same_data_tree
 from yolo_lightning.darknet19 import Classifier, trunk_layers
 from yolo_lightning.errors import InputError
 from yolo_lightning.layers import to_plain
@@ -212,18 +212,10 @@ class ClassifierModule(pl.LightningModule):
         Raises:
             InputError: names what differs.
         """
-        check_kind(checkpoint, type(self).__name__)
         theirs = checkpoint["hyper_parameters"]
-        for name, own, other in (
-            ("tree", self.hparams["tree"], theirs["tree"]),
-            (
-                "trunk",
-                to_plain(self.network.body.layers),
-                to_plain(trunk_layers(theirs["trunk"])),
-            ),
-        ):
-            if own != other:
-                raise InputError(
-                    f"model.{name} differs from the checkpoint's: "
-                    f"{first_difference(own, other, 'the recipe', 'the checkpoint')}"
-                )
+        own = to_plain(self.network.body.layers)
+        parts = {
+            "model.tree": (self.hparams["tree"], theirs["tree"]),
+            "model.trunk": (own, to_plain(trunk_layers(theirs["trunk"]))),
+        }
+        refuse_other_model(checkpoint, type(self).__name__, parts)

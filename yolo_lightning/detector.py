@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
-from yolo_lightning.checkpoints import check_kind, first_difference, same_data_tree
+from yolo_lightning.checkpoints import refuse_other_model, same_data_tree
 from yolo_lightning.darknet19 import trunk_layers
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation import DetectionEvaluation, Detections
@@ -334,22 +334,16 @@ class DetectorModule(pl.LightningModule):
         Raises:
             InputError: names what differs.
         """
-        check_kind(checkpoint, type(self).__name__)
         theirs = checkpoint["hyper_parameters"]
-        for name in ("tree", "anchors_wh_cell"):
-            own = self.hparams[name]
-            if theirs[name] != own:
-                raise InputError(
-                    f"model.{name} differs from the checkpoint's: "
-                    f"{first_difference(own, theirs[name], 'the recipe', 'the checkpoint')}"
-                )
-        layers = to_plain(_layers_of(theirs))
-        if layers != to_plain(self.network.body.layers):
-            own_layers = to_plain(self.network.body.layers)
-            raise InputError(
-                "the model's layers differ from the checkpoint's: "
-                f"{first_difference(own_layers, layers, 'the recipe', 'the checkpoint')}"
-            )
+        parts = {
+            f"model.{name}": (self.hparams[name], theirs[name])
+            for name in ("tree", "anchors_wh_cell")
+            if name in theirs  # a classifier's has no anchors, and is refused as such
+        }
+        if "head_channels" in theirs:
+            own = to_plain(self.network.body.layers)
+            parts["the network's list of layers"] = (own, to_plain(_layers_of(theirs)))
+        refuse_other_model(checkpoint, type(self).__name__, parts)
 
 
 def _layers_of(hparams: dict[str, Any]) -> tuple[Layer, ...]:

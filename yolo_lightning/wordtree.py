@@ -180,7 +180,7 @@ class WordTree:
     def _tables(self, device: torch.device) -> "_Tables":
         """Return the index tables on `device`, made there once."""
         if device not in self._on_device:
-            self._on_device[device] = _Tables.of(self.parents, self.groups, device)
+            self._on_device[device] = _Tables.of(self, device)
         return self._on_device[device]
 
     def log_softmax(self, logits: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class WordTree:
             logits: float (M, K).
             labels: int64 (M,), nodes; nothing below a label is touched.
         """
-        path = self.paths.to(labels.device)[labels]
+        path = self._tables(labels.device).paths[labels]
         picked = self.log_softmax(logits).gather(1, path.clamp(min=0))
         return -(picked * (path >= 0)).sum(dim=1)
 
@@ -299,6 +299,7 @@ class _Tables:
     """What prediction looks up; nodes of equal group size, and of equal level, lie together.
 
     Attributes:
+        paths: (K, D), of the tree.
         by_size: a table (groups, size) of nodes for each size that groups have.
         in_sizes, from_sizes: (K,) the nodes of those one after the other, and where each is.
         by_level: the nodes of each level of the tree.
@@ -309,6 +310,7 @@ class _Tables:
         group_below: (K + 1,) the group of each node's children, -1 for leaves; last the top's.
     """
 
+    paths: Tensor
     by_size: list[Tensor]
     in_sizes: Tensor
     from_sizes: Tensor
@@ -320,7 +322,8 @@ class _Tables:
     group_below: Tensor
 
     @classmethod
-    def of(cls, parents: Tensor, groups: Tensor, device: torch.device) -> "_Tables":
+    def of(cls, tree: WordTree, device: torch.device) -> "_Tables":
+        parents, groups = tree.parents, tree.groups
         sizes = torch.bincount(groups)
         order = groups.argsort(stable=True)
         split = order.split(sizes.tolist())
@@ -339,6 +342,7 @@ class _Tables:
             above = level
         in_sizes = torch.cat([nodes.flatten() for nodes in by_size])
         return cls(
+            tree.paths.to(device),
             [nodes.to(device) for nodes in by_size],
             in_sizes.to(device),
             in_sizes.argsort().to(device),
