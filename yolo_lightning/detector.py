@@ -222,21 +222,25 @@ class DetectorModule(pl.LightningModule):
             score_threshold: 0…1, of objectness x P(node).
         """
         return [
-            self._named(image, size, images.shape[-2:], nodes, score_threshold)
+            self._named(image, self._probs(image), size, images.shape[-2:], nodes, score_threshold)
             for image, size in zip(
                 self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
             )
         ]
 
+    def _probs(self, image: Candidates) -> Tensor:
+        return self.tree.log_probs(image.logits).exp()
+
     def _named(
         self,
         image: Candidates,
+        probs: Tensor,
         size_hw_orig: tuple[int, int],
         size_hw: torch.Size,
         nodes: Tensor,
         threshold: float,
     ) -> Detections:
-        scores = image.objectness[:, None] * self.tree.log_probs(image.logits)[:, nodes].exp()
+        scores = image.objectness[:, None] * probs[:, nodes]
         box, column = _best_pairs(scores, threshold)
         boxes = _original_px(image.boxes_cxcywh_norm, size_hw_orig, size_hw)[box]
         kept = batched_nms(boxes, scores[box, column], column, self.iou_threshold)
@@ -297,12 +301,12 @@ class DetectorModule(pl.LightningModule):
         images = self._candidates(batch.images, SCORE_THRESHOLD)
         for k, (image, size) in enumerate(zip(images, batch.sizes_hw_orig.tolist(), strict=True)):
             truth = _original_px(batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0], size, size_hw)
-            fine = self._named(image, size, size_hw, evaluation.nodes, SCORE_THRESHOLD)
-            coarse = (
-                self._named(image, size, size_hw, evaluation.coarse_nodes, SCORE_THRESHOLD)
-                if evaluation.has_levels
-                else None
-            )
+            probs = self._probs(image)
+            fine = self._named(image, probs, size, size_hw, evaluation.nodes, SCORE_THRESHOLD)
+            coarse = None
+            if evaluation.has_levels:
+                nodes = evaluation.coarse_nodes
+                coarse = self._named(image, probs, size, size_hw, nodes, SCORE_THRESHOLD)
             evaluation.update(batch, k, truth, fine, coarse)
 
     def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
