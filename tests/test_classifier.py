@@ -101,7 +101,6 @@ def test_figures_by_hand(monkeypatch):
     logged: dict[str, Any] = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
-    module._trainer = type("T", (), {"state": type("S", (), {"fn": "fit"})})()
     # columns: pet, cat, dog, car
     probs = [[0.8, 0.6, 0.4, 0.2], [0.3, 0.4, 0.6, 0.7], [0.9, 0.6, 0.4, 0.1], [0.9, 0.9, 0.1, 0.1]]
     monkeypatch.setattr(module, "forward", lambda images: torch.tensor(probs).log())

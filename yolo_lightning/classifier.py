@@ -189,8 +189,6 @@ class ClassifierModule(pl.LightningModule):
         if len(keys) <= MOST_LOGGED:
             each = {f"{stage}/top1/{key}": value for key, value in self.per_class.items()}
             self.log_dict(each, sync_dist=True)
-        if self.trainer.state.fn in ("validate", "test"):
-            rank_zero_only(print)(f"\n{self.table()}")
 
     def table(self) -> str:
         """Return the accuracy of each class as text, the worst first."""

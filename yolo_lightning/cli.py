@@ -181,6 +181,15 @@ class RecipeCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
+    def after_validate(self) -> None:
+        """Print the figures of each class."""
+        if self.trainer.is_global_zero and hasattr(self.model, "table"):
+            print(f"\n{self.model.table()}")
+
+    def after_test(self) -> None:
+        """Print the figures of each class."""
+        self.after_validate()
+
     def after_fit(self) -> None:
         """Assert that training went as far as the recipe says.
 

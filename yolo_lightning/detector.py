@@ -325,8 +325,10 @@ class DetectorModule(pl.LightningModule):
         for name, value in self.evaluation.compute(self.boxed).items():
             # equal on every rank: the mean changes nothing, and all may monitor it
             self.log(f"{stage}/{name}", value, prog_bar=name.startswith("AP50"), sync_dist=True)
-        if self.trainer.state.fn in ("validate", "test") and self.evaluation.per_class:
-            rank_zero_only(print)(f"\n{self.evaluation.table()}")
+
+    def table(self) -> str:
+        """Return the newest figures of each class as text."""
+        return self.evaluation.table()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which module the checkpoint is of."""
