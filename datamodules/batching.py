@@ -1,7 +1,7 @@
 """From plans to batches: read, augment, collate."""
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -9,14 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.datamodules.images import Image, UnreadableSample
 from yolo_lightning.datamodules.sampler import BatchPlan
-from yolo_lightning.datamodules.source import (
-    DetectionSample,
-    DetectionSource,
-    Image,
-    ImageLabelSource,
-    UnreadableSample,
-)
+from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, ImageLabelSource
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
@@ -27,7 +22,14 @@ from yolo_lightning.datamodules.transforms import (
 from yolo_lightning.errors import InputError
 
 Batch = DetectionBatch | ClassificationBatch
-Read = TypeVar("Read")
+Read = TypeVar("Read", covariant=True)
+
+
+class _Readable(Protocol[Read]):
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, least_side: int | None = None) -> Read: ...
+
 
 _TRIES = 20
 
@@ -69,16 +71,8 @@ class JointDataset(Dataset[Batch]):
     def _detection_sample(self, index: int, number: int, faults: list[str]) -> DetectionSample:
         source = self.detection
         assert source is not None, "the order holds no detection batches without a source"
-        sample = _read_or_next(source.read, index, len(source), faults)
-        easy = ~sample.difficult
-        sample = DetectionSample(
-            sample.image,
-            sample.boxes_xyxy_px[easy],
-            sample.labels[easy],
-            sample.difficult[easy],
-            sample.faults,
-        )
-        sample = letterbox_sample(sample, self.canvas_size)
+        sample = _read_or_next(source, index, self.canvas_size, faults)
+        sample = letterbox_sample(sample.chosen(~sample.difficult), self.canvas_size)
         if self.detection_augmentation is None:
             return sample
         return self.detection_augmentation(sample, _seed(self.seed, 0, number, index))
@@ -86,7 +80,10 @@ class JointDataset(Dataset[Batch]):
     def _labelled_image(self, index: int, number: int, faults: list[str]) -> tuple[Image, int]:
         source = self.classification
         assert source is not None, "the order holds no classification batches without a source"
-        image, node = _read_or_next(source.read, index, len(source), faults)
+        least = self.canvas_size
+        if self.classification_augmentation is not None:
+            least = self.classification_augmentation.longest_side(least)
+        image, node = _read_or_next(source, index, least, faults)
         if self.classification_augmentation is None:
             return letterbox(image, self.canvas_size)[0], node
         seed = _seed(self.seed, 1, number, index)
@@ -105,7 +102,7 @@ class EvaluationDataset(Dataset[Batch]):
         for position in positions:
             index = position % len(self.source)
             try:
-                sample = self.source.read(index)
+                sample = self.source.read(index, self.image_size)
             except UnreadableSample as error:
                 # evaluation never puts another image in the place of one that it cannot read
                 faults.append(f"{error}; left out of the evaluation")
@@ -114,7 +111,7 @@ class EvaluationDataset(Dataset[Batch]):
                 boxes = np.zeros((0, 4), dtype=np.float32)
                 sample = DetectionSample(blank, boxes, empty, empty.astype(np.bool_))
                 position = len(self.source)
-            sizes.append(sample.image.shape[:2])
+            sizes.append(sample.size_hw_orig)
             ids.append(position if position < len(self.source) else -1)
             samples.append(letterbox_sample(sample, self.image_size))
         batch = collate_detection(samples)
@@ -134,7 +131,7 @@ class LabelEvaluationDataset(Dataset[Batch]):
         images, labels, ids, faults = [], [], [], []
         for position in positions:
             try:
-                image, node = self.source.read(position % len(self.source))
+                image, node = self.source.read(position % len(self.source), self.image_size)
             except UnreadableSample as error:
                 faults.append(f"{error}; left out of the evaluation")
                 image, node = np.zeros((self.image_size, self.image_size, 3), np.uint8), 0
@@ -178,11 +175,12 @@ def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def _read_or_next(read: Callable[[int], Read], index: int, size: int, faults: list[str]) -> Read:
+def _read_or_next(source: _Readable[Read], index: int, least_side: int, faults: list[str]) -> Read:
     """Return a sample, or the next readable one in its place; says so in `faults`."""
+    size = len(source)
     for offset in range(min(size, _TRIES)):
         try:
-            return read((index + offset) % size)
+            return source.read((index + offset) % size, least_side)
         except UnreadableSample as error:
             faults.append(f"{error}; the next image stands in")
     raise InputError(f"no readable image among {min(size, _TRIES)} in a row: {faults[-1]}")
@@ -204,6 +202,7 @@ def collate_detection(samples: list[DetectionSample]) -> DetectionBatch:
     boxes = torch.zeros(count, slots, 4)
     labels = torch.full((count, slots), -1)
     difficult = torch.zeros(count, slots, dtype=torch.bool)
+    crowd = torch.zeros_like(difficult)
     unit = np.array([width, height, width, height], dtype=np.float32)
     for row, sample in enumerate(samples):
         n = len(sample.labels)
@@ -212,7 +211,8 @@ def collate_detection(samples: list[DetectionSample]) -> DetectionBatch:
         boxes[row, :n] = torch.from_numpy(centre_size)
         labels[row, :n] = torch.from_numpy(sample.labels)
         difficult[row, :n] = torch.from_numpy(sample.difficult)
+        crowd[row, :n] = torch.from_numpy(sample.crowd)
     sizes = torch.tensor([[height, width]] * count)
     ids = torch.zeros(count, dtype=torch.long)
     faults = [fault for sample in samples for fault in sample.faults]
-    return DetectionBatch(images, ids, boxes, labels, difficult, sizes, faults=faults)
+    return DetectionBatch(images, ids, boxes, labels, difficult, crowd, sizes, faults=faults)

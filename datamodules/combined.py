@@ -19,6 +19,8 @@ from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrd
 from yolo_lightning.datamodules.source import (
     DetectionSource,
     ImageLabelSource,
+    SeveralDetection,
+    SeveralImageLabels,
 )
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
@@ -36,8 +38,9 @@ class CombinedDataModule(pl.LightningDataModule):
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        detection: images with boxes; None trains a classifier on labels alone.
-        classification: images with labels; None trains on boxes alone.
+        detection: images with boxes, a list for several sources; None trains a classifier on labels
+            alone.
+        classification: images with labels, a list for several sources; None trains on boxes alone.
         validation: what ``validate``, and ``fit`` in between, measure on.
         test: what ``test`` measures on; `validation` by default.
         detection_batch_size: images in a detection batch, over *all* ranks.
@@ -60,8 +63,8 @@ class CombinedDataModule(pl.LightningDataModule):
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
-        detection: DetectionSource | None = None,
-        classification: ImageLabelSource | None = None,
+        detection: DetectionSource | list[DetectionSource] | None = None,
+        classification: ImageLabelSource | list[ImageLabelSource] | None = None,
         validation: DetectionSource | ImageLabelSource | None = None,
         test: DetectionSource | ImageLabelSource | None = None,
         detection_batch_size: int = 64,
@@ -79,7 +82,12 @@ class CombinedDataModule(pl.LightningDataModule):
         if detection is None and classification is None:
             raise InputError("data.detection and data.classification: name at least one of them")
         self.tree = WordTree.of(tree)
-        self.detection, self.classification = detection, classification
+        self.detection = SeveralDetection(detection) if isinstance(detection, list) else detection
+        self.classification = (
+            SeveralImageLabels(classification)
+            if isinstance(classification, list)
+            else classification
+        )
         self.validation = validation
         self.test = validation if test is None else test
         self.batch_sizes = (detection_batch_size, classification_batch_size)

@@ -1,58 +1,141 @@
-"""Image labels from one folder per class."""
+"""Image labels from one folder per class, or from a table of paths and labels."""
 
+import csv
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from yolo_lightning.datamodules.source import (
-    IMAGE_SUFFIXES,
-    Image,
-    ImageLabelSource,
-    existing_folder,
-    read_image,
-)
+from yolo_lightning.datamodules.annotated import Listing, inside
+from yolo_lightning.datamodules.images import IMAGE_SUFFIXES, is_image
+from yolo_lightning.datamodules.index import Parsed
+from yolo_lightning.datamodules.labelled import LabelledImages, label_index
+from yolo_lightning.datamodules.source import existing_file, existing_folder
 from yolo_lightning.errors import InputError
-from yolo_lightning.wordtree import WordTree
+
+_HEADS = ("path", "image", "file", "filename", "file_name", "image_path", "imageid")
 
 
-class ImageFolder(ImageLabelSource):
+class ImageFolder(LabelledImages):
     """Images in ``root/<class>/``, at any depth below it; a class is a key or a name of the tree.
 
     Args:
         root: the folder that holds one folder per class.
+        mapping: nodes by folder name, where these are called otherwise in the tree.
+
+    Raises:
+        InputError: on `bind`: no folder, no class folder, no image, or a class that is not in the
+            tree.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, mapping: dict[str, str] | None = None) -> None:
+        super().__init__(mapping)
         self.root = root
-        self.faults: list[str] = []
+        self.name = f"image folder {root}"
 
-    def bind(self, tree: WordTree) -> None:
-        """List the files and map folder names to nodes.
+    def _key(self) -> tuple[Path, dict[str, Any]]:
+        return existing_folder(self.root, "image folder"), {}
 
-        Raises:
-            InputError: no folder, no class folder, no image, or a class that is not in the tree.
-        """
-        root = existing_folder(self.root, "image folder")
+    def _parse(self) -> Parsed:
+        """List the files of every class folder."""
+        root = existing_folder(self.root, "image folder").absolute()
         folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
         if not folders:
             raise InputError(f"image folder: {self.root!r} holds no class folders")
-        self.paths: list[Path] = []
-        labels: list[int] = []
+        images: list[str] = []
+        labels: list[str] = []
+        faults: list[str] = []
+        watched: list[Path] = [root]
         for folder in folders:
-            node = tree.node(folder.name, f"image folder {folder}")
-            files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            files = list(images_below(folder, watched))
             if not files:
-                self.faults.append(f"{folder}: no images")
-            self.paths.extend(files)
-            labels.extend([node] * len(files))
-        if not self.paths:
+                faults.append(f"{folder}: no images")
+            images.extend(os.path.relpath(file, root) for file in files)
+            labels.extend([folder.name] * len(files))
+        if not images:
             raise InputError(f"image folder: {self.root!r} holds no images {IMAGE_SUFFIXES}")
-        self.labels = np.array(labels, dtype=np.int64)
+        origins = {folder.name: f"image folder {folder}" for folder in folders}
+        used = {name: origins[name] for name in dict.fromkeys(labels)}
+        return label_index(root, images, labels, used, faults, watched)
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.paths)
 
-    def read(self, index: int) -> tuple[Image, int]:
-        """Return one image and its node."""
-        return read_image(self.paths[index]), int(self.labels[index])
+class LabelCSV(LabelledImages):
+    """A table of image paths and labels; a head such as ``path,label`` is recognised.
+
+    Args:
+        file: the table; columns are parted by commas, semicolons or tabs.
+        root: folder that the paths are relative to; the table's own by default.
+        mapping: nodes by label, where these are called otherwise in the tree.
+        allow_outside: whether paths may lead out of that folder.
+
+    Raises:
+        InputError: on `bind`: a missing file, a line without a path and a label, no images, or a
+            label that is not in the tree.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        root: str | None = None,
+        mapping: dict[str, str] | None = None,
+        allow_outside: bool = False,
+    ) -> None:
+        super().__init__(mapping)
+        self.file, self.root, self.allow_outside = file, root, allow_outside
+        self.name = f"table {file}"
+
+    def _key(self) -> tuple[Path, dict[str, Any]]:
+        file = existing_file(self.file, "table of labels").absolute()
+        return file.parent, {"file": file.name, "root": self.root, "outside": self.allow_outside}
+
+    def _parse(self) -> Parsed:
+        """Read the table; images that are missing are skipped and named."""
+        file = existing_file(self.file, "table of labels").absolute()
+        root = existing_folder(self.root or file.parent, "folder of images").absolute()
+        images: list[str] = []
+        labels: list[str] = []
+        origins: dict[str, str] = {}
+        faults: list[str] = []
+        listing = Listing()
+        for number, (path, label) in _rows(file):
+            where = f"{file}:{number}"
+            image = inside(path, root, self.allow_outside, where)
+            if not listing.has(root / image):
+                faults.append(f"{where}: {image} is missing, skipped")
+                continue
+            origins.setdefault(label, where)
+            images.append(image)
+            labels.append(label)
+        return label_index(root, images, labels, origins, faults, [file, *listing.folders])
+
+
+def _rows(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yield line numbers, paths and labels."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text ({error})") from None
+    first = lines[0] if lines else ""
+    mark = next((mark for mark in ("\t", ";") if mark in first), ",")
+    for number, row in enumerate(csv.reader(lines, delimiter=mark), start=1):
+        if not row or (number == 1 and row[0].strip().lower() in _HEADS):
+            continue
+        if len(row) < 2 or not row[0].strip() or not row[1].strip():
+            raise InputError(f"{file}:{number}: expected path{mark}label; found {mark.join(row)!r}")
+        yield number, (row[0].strip(), row[1].strip())
+
+
+def images_below(folder: Path, watched: list[Path]) -> Iterator[Path]:
+    """Yield the images in a folder and all below it, links followed once; say what was listed."""
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        watched.append(Path(place))
+        for name in sorted(names):
+            if not name.startswith(".") and is_image(Path(name)):
+                yield Path(place) / name

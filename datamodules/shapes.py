@@ -1,20 +1,15 @@
 """Generated images of geometric shapes: data that needs no download."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from yolo_lightning.datamodules.source import (
-    DetectionSample,
-    DetectionSource,
-    Image,
-    ImageLabelSource,
-)
+from yolo_lightning.datamodules.images import Image
+from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, ImageLabelSource
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.wordtree import WordTree
 
@@ -216,6 +211,7 @@ class ShapesDetection(DetectionSource):
         self.length, self.classes, self.seed = length, _checked(classes), seed
         self.objects, self.radii, self.image_size = objects, radii, image_size
         self.faults: list[str] = []
+        self.name = "shapes"
 
     def bind(self, tree: WordTree) -> None:
         """Map each shape's synset to its node."""
@@ -225,12 +221,12 @@ class ShapesDetection(DetectionSource):
         """Return the number of different images."""
         return self.length
 
-    @property
-    def nodes(self) -> Tensor:
-        """int64, sorted: the nodes of the drawn classes."""
-        return torch.tensor(sorted(self._nodes.values()))
+    def node_counts(self) -> dict[int, Counter[str]]:
+        """Return the nodes of the drawn classes; how often each comes is left to chance."""
+        share = self.length * sum(self.objects) // 2 // len(self.classes)
+        return {node: Counter({name: share}) for name, node in self._nodes.items()}
 
-    def read(self, index: int) -> DetectionSample:
+    def read(self, index: int, least_side: int | None = None) -> DetectionSample:
         """Draw image `index`."""
         rng = np.random.default_rng((self.seed, 0, index))
         count = int(rng.integers(self.objects[0], self.objects[1] + 1))
@@ -262,6 +258,7 @@ class ShapesImageLabels(ImageLabelSource):
         self.length, self.classes, self.seed = length, _checked(classes), seed
         self.radii, self.image_size = radii, image_size
         self.faults: list[str] = []
+        self.name = "shapes"
 
     def bind(self, tree: WordTree) -> None:
         """Map each shape's synset to its node."""
@@ -271,7 +268,15 @@ class ShapesImageLabels(ImageLabelSource):
         """Return the number of different images."""
         return self.length
 
-    def read(self, index: int) -> tuple[Image, int]:
+    def node_counts(self) -> dict[int, Counter[str]]:
+        """Return how many images each drawn class has."""
+        share, rest = divmod(self.length, len(self.classes))
+        return {
+            node: Counter({name: share + (k < rest)})
+            for k, (name, node) in enumerate(zip(self.classes, self._nodes, strict=True))
+        }
+
+    def read(self, index: int, least_side: int | None = None) -> tuple[Image, int]:
         """Draw image `index`."""
         rng = np.random.default_rng((self.seed, 1, index))
         which = index % len(self.classes)

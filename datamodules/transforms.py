@@ -1,6 +1,7 @@
 """Augmentation and letterboxing. All use of albumentations is in this file."""
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolo_lightning.boxes import letterbox_geometry
-from yolo_lightning.datamodules.source import DetectionSample, Image
+from yolo_lightning.datamodules.images import Image
+from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.errors import InputError
 
 GREY = 127
@@ -59,7 +61,7 @@ def letterbox_sample(sample: DetectionSample, size: int) -> DetectionSample:
     image, x_scale, y_scale, left, top = letterbox(sample.image, size)
     scale = np.array([x_scale, y_scale] * 2, dtype=np.float32)
     boxes = sample.boxes_xyxy_px * scale + np.array([left, top] * 2, dtype=np.float32)
-    return DetectionSample(image, boxes, sample.labels, sample.difficult, sample.faults)
+    return replace(sample, image=image, boxes_xyxy_px=boxes)
 
 
 class _Colour:
@@ -128,9 +130,7 @@ class DetectionAugmentation:
         out = self._pipeline(image=sample.image, bboxes=boxes[rows], row=rows)
         kept = np.asarray(out["row"], dtype=np.int64)
         moved: NDArray[np.float32] = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
-        return DetectionSample(
-            out["image"], moved, sample.labels[kept], sample.difficult[kept], sample.faults
-        )
+        return replace(sample.chosen(kept), image=out["image"], boxes_xyxy_px=moved)
 
 
 class ClassificationAugmentation:
@@ -169,6 +169,7 @@ class ClassificationAugmentation:
             )
         if not 0 < aspect <= 1:
             raise InputError(f"augmentation: aspect is {aspect}; allowed: above 0 up to 1 (none)")
+        self._longest = high
         self._scale = A.SmallestMaxSize(list(range(low, high + 1)), area_for_downscale="image")
         self._turn = A.Affine(
             scale={"x": (aspect, 1 / aspect), "y": (1.0, 1.0)},
@@ -178,6 +179,10 @@ class ClassificationAugmentation:
         )
         self._rest = (A.HorizontalFlip(p=flip), _Colour(hue, saturation, exposure).transform)
         self._pipelines: dict[int, A.Compose] = {}
+
+    def longest_side(self, size: int) -> int:
+        """Return the largest length that an image's shorter side is scaled to, px."""
+        return max(size, self._longest)
 
     def __call__(self, image: Image, size: int, seed: int) -> Image:
         """Return the augmented image, (size, size, 3); `seed` alone decides every draw."""

@@ -1,46 +1,79 @@
-"""Boxes from Pascal VOC annotations."""
+"""Boxes from Pascal VOC annotations, and from ImageNet's, which are written alike."""
 
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
-from yolo_lightning.datamodules.source import (
-    IMAGE_SUFFIXES,
-    DetectionSample,
-    DetectionSource,
-    existing_folder,
-    read_image,
-    unique_nodes,
-)
+from yolo_lightning.datamodules.annotated import AnnotatedImages, Annotations, Listing
+from yolo_lightning.datamodules.images import is_image
+from yolo_lightning.datamodules.index import Parsed
+from yolo_lightning.datamodules.source import existing_folder
 from yolo_lightning.errors import InputError
-from yolo_lightning.wordtree import WordTree
 
 _ANNOTATION_FOLDERS = ("Annotations", "annotations")
 _IMAGE_FOLDERS = ("JPEGImages", "images")
 
 
-@dataclass
-class _Annotation:
-    image: Path
-    size_wh: tuple[int, int]
-    boxes_xyxy_px: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    difficult: NDArray[np.bool_]
+class _XMLFolder(AnnotatedImages):
+    """One XML file an image."""
+
+    from_one = True
+    """Whether pixels count from 1 and the last one is included, as VOC has it."""
+
+    def _files(self, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+        """Return XML files and the folders that hold their images."""
+        raise NotImplementedError
+
+    def _parse(self) -> Parsed:
+        """Parse every XML file."""
+        root, listing = self._key()[0].absolute(), Listing()
+        about = Annotations(root, lambda image, number: f"{files[image]}: object {number}")
+        pairs = self._files(about.faults, listing)
+        files: list[Path] = []
+        for file, folder in pairs:
+            document = _document(file, about.faults)
+            if document is None:
+                continue
+            image = _image_of(file, folder, document, listing)
+            if image is None:
+                about.faults.append(f"{file}: its image is missing, skipped")
+                continue
+            files.append(file)
+            self._add(about, document, str(image), file)
+        return about.finish([*(file for file, _ in pairs), *listing.folders])
+
+    def _add(self, about: Annotations, document: ET.Element, image: str, file: Path) -> None:
+        width, height = (
+            _integer(document.findtext(f"size/{side}")) for side in ("width", "height")
+        )
+        if not (width and height):
+            about.faults.append(
+                f"{file}: gives the size as {width} x {height}, the image's own holds"
+            )
+        about.add_image(image, (width, height) if width and height else (0, 0))
+        for number, item in enumerate(document.iter("object"), start=1):
+            name = item.findtext("name", "").strip()
+            if not name:
+                about.faults.append(f"{file}: object {number} has no name, skipped")
+                continue
+            box = _box_of(item, self.from_one)
+            about.add_box(box, name, number, item.findtext("difficult", "0").strip() == "1")
 
 
-class VOCFolder(DetectionSource):
+class VOCFolder(_XMLFolder):
     """A folder with Pascal VOC XML files.
 
     Found by themselves: ``Annotations`` and ``JPEGImages`` (or ``annotations`` and ``images``)
     with ``ImageSets/Main/<split>.txt``; a folder per split; XML files beside their images.
 
     Args:
-        root: the folder, such as ``VOCdevkit/VOC2007``.
+        root: the folder, such as ``VOCdevkit/VOC2007``, or ``VOCdevkit`` with `years`.
         split: name of an image set or of a folder; None reads all XML files of `root`.
+        years: such as [2007, 2012]: folders ``VOC<year>`` of `root`, all of whose images are taken.
+        mapping: nodes by the names in the XML, where these are called otherwise in the tree.
 
     Objects marked difficult are left out of training, as in the original program; evaluation
     neither asks for them nor punishes their detection.
@@ -49,140 +82,166 @@ class VOCFolder(DetectionSource):
         InputError: on `bind`: a missing folder or split, a label that is not in the tree.
     """
 
-    def __init__(self, root: str, split: str | None = None) -> None:
-        self.root, self.split = root, split
-        self.faults: list[str] = []
+    def __init__(
+        self,
+        root: str,
+        split: str | None = None,
+        years: list[int] | None = None,
+        mapping: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(mapping)
+        self.root, self.split, self.years = root, split, years
+        self.name = f"VOC {root}" + (f" ({split})" if split else "")
 
-    def bind(self, tree: WordTree) -> None:
-        """Parse every XML file and map its names to nodes."""
-        self.faults = []
-        files, images = self._files()
-        found = [self._parse(file, images, tree) for file in files]
-        self.annotations = [annotation for annotation in found if annotation is not None]
-        if not self.annotations:
-            raise InputError(
-                f"VOC folder: no annotated images in {self.root!r}, split {self.split!r}"
-            )
-        self._nodes = unique_nodes([annotation.labels for annotation in self.annotations])
-
-    def _files(self) -> tuple[list[Path], Path | None]:
-        """Return the XML files and, where they are kept apart, the folder of images."""
+    def _key(self) -> tuple[Path, dict[str, Any]]:
         root = existing_folder(self.root, "VOC folder")
+        return root, {"split": self.split, "years": self.years}
+
+    def _files(self, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+        root = existing_folder(self.root, "VOC folder").absolute()
+        if self.years is None:
+            years = sorted(f.name for f in root.glob("VOC[0-9]*") if (f / "Annotations").is_dir())
+            if years:
+                raise InputError(
+                    f"VOC folder {self.root!r} holds {', '.join(years)}: name one as root, or say "
+                    f"years: [{years[0].removeprefix('VOC')}, …]"
+                )
+            return self._of(root, faults, listing)
+        found = []
+        for year in self.years:
+            folder = existing_folder(root / f"VOC{year}", "VOC year")
+            found += self._of(folder, faults, listing)
+        return found
+
+    def _of(self, root: Path, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+        """Return the XML files of a folder or a year, and the folder of their images."""
         sets = root / "ImageSets" / "Main"
         names: list[str] | None = None
         if self.split is not None and (sets / f"{self.split}.txt").is_file():
+            listing.names(sets)
             lines = (sets / f"{self.split}.txt").read_text(encoding="utf-8").splitlines()
             names = [line.split()[0] for line in lines if line.strip()]
         elif self.split is not None:
             if not (root / self.split).is_dir():
                 choices = sorted(f.stem for f in sets.glob("*.txt")) if sets.is_dir() else []
-                choices += sorted(f.name for f in root.iterdir() if f.is_dir())
+                folders = (f.name for f in root.iterdir() if f.is_dir())
+                choices += sorted(name for name in folders if not name.startswith("."))
                 raise InputError(
                     f"VOC folder {self.root!r}: no split {self.split!r}; "
                     f"found: {', '.join(choices)}"
                 )
             root = root / self.split
         xml_folder = next((root / n for n in _ANNOTATION_FOLDERS if (root / n).is_dir()), root)
-        images = next((root / n for n in _IMAGE_FOLDERS if (root / n).is_dir()), None)
+        images = next((root / n for n in _IMAGE_FOLDERS if (root / n).is_dir()), xml_folder)
+        there = listing.names(xml_folder)
         if names is None:
-            return sorted(xml_folder.glob("*.xml")), images
-        missing = [name for name in names if not (xml_folder / f"{name}.xml").is_file()]
-        self.faults += [f"{xml_folder / name}.xml: listed but missing, skipped" for name in missing]
+            names = sorted({n.removesuffix(".xml") for n in there.values() if n.endswith(".xml")})
+        missing = [name for name in names if f"{name}.xml" not in there]
+        faults += [f"{xml_folder / name}.xml: listed but missing, skipped" for name in missing]
         gone = set(missing)
-        return [xml_folder / f"{name}.xml" for name in names if name not in gone], images
+        return [(xml_folder / f"{name}.xml", images) for name in names if name not in gone]
 
-    def _parse(self, file: Path, images: Path | None, tree: WordTree) -> _Annotation | None:
-        """Read one XML file; None where it or its image cannot be used."""
-        try:
-            document = ET.parse(file).getroot()
-        except (ET.ParseError, OSError) as error:
-            self.faults.append(f"{file}: not readable XML ({error}), skipped")
-            return None
-        image = _image_of(file, images, document.findtext("filename", ""))
-        if image is None:
-            self.faults.append(f"{file}: its image is missing, skipped")
-            return None
-        width, height = (
-            _integer(document.findtext(f"size/{side}")) for side in ("width", "height")
-        )
-        if not (width and height):
-            self.faults.append(
-                f"{file}: gives the size as {width} x {height}, the image's own holds"
+
+class ILSVRCDetection(_XMLFolder):
+    """ImageNet's boxes, in the folders that its archives unpack to; names are wnids.
+
+    Args:
+        root: the folder with ``Annotations`` and ``Data`` (and ``ImageSets``).
+        split: such as ``train`` or ``val``: a folder below, or a list in ``ImageSets``.
+        challenge: ``DET``, 200 classes, or ``CLS-LOC``, 1,000.
+        mapping: nodes by wnid, where the tree has other keys.
+
+    Raises:
+        InputError: on `bind`: a missing folder or split, a label that is not in the tree.
+    """
+
+    from_one = False
+
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        challenge: str = "DET",
+        mapping: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(mapping)
+        self.root, self.split, self.challenge = root, split, challenge
+        self.name = f"ILSVRC {challenge} {root} ({split})"
+
+    def _key(self) -> tuple[Path, dict[str, Any]]:
+        root = existing_folder(self.root, "ILSVRC folder")
+        return root, {"split": self.split, "challenge": self.challenge}
+
+    def _files(self, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+        root = existing_folder(self.root, "ILSVRC folder").absolute()
+        below = root / "Annotations" / self.challenge
+        data = root / "Data" / self.challenge
+        listed = root / "ImageSets" / self.challenge / f"{self.split}.txt"
+        if (below / self.split).is_dir():
+            xml = sorted(
+                Path(folder) / name
+                for folder in _folders_below(below / self.split)
+                for name in set(listing.names(folder).values())
+                if name.endswith(".xml")
             )
-        boxes, labels, difficult = [], [], []
-        for number, item in enumerate(document.iter("object"), start=1):
-            box = _box_of(item)
-            if box is None:
-                self.faults.append(f"{file}: object {number} has no usable box, skipped")
-                continue
-            boxes.append(box)
-            labels.append(tree.node(item.findtext("name", "").strip(), str(file)))
-            difficult.append(item.findtext("difficult", "0").strip() == "1")
-        return _Annotation(
-            image,
-            (width, height),
-            np.array(boxes, dtype=np.float32).reshape(-1, 4),
-            np.array(labels, dtype=np.int64),
-            np.array(difficult, dtype=np.bool_),
-        )
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.annotations)
-
-    @property
-    def nodes(self) -> Tensor:
-        """int64, sorted: the nodes that boxes are labelled with."""
-        return self._nodes
-
-    def read(self, index: int) -> DetectionSample:
-        """Return one sample, its boxes clipped to the image."""
-        annotation = self.annotations[index]
-        image = read_image(annotation.image)
-        height, width = image.shape[:2]
-        faults = []
-        if all(annotation.size_wh) and annotation.size_wh != (width, height):
-            stated = " x ".join(map(str, annotation.size_wh))
-            faults.append(f"{annotation.image}: is {width} x {height}, its XML says {stated}")
-        boxes = annotation.boxes_xyxy_px.clip(0, [width, height, width, height])
-        whole = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= 1
-        if not whole.all():
-            faults.append(f"{annotation.image}: {int((~whole).sum())} boxes outside it, skipped")
-        return DetectionSample(
-            image,
-            boxes[whole].astype(np.float32),
-            annotation.labels[whole],
-            annotation.difficult[whole],
-            faults,
-        )
+        elif listed.is_file():
+            listing.names(listed.parent)
+            lines = listed.read_text(encoding="utf-8").splitlines()
+            split = self.split.partition("_")[0]
+            xml = [below / split / f"{line.split()[0]}.xml" for line in lines if line.strip()]
+            missing = [file for file in xml if not listing.has(file)]
+            faults += [f"{file}: listed but missing, skipped" for file in missing]
+            gone = set(missing)
+            xml = [file for file in xml if file not in gone]
+        else:
+            choices = sorted(f.name for f in below.iterdir()) if below.is_dir() else []
+            raise InputError(
+                f"ILSVRC folder {self.root!r}: no split {self.split!r} in Annotations/"
+                f"{self.challenge} or ImageSets/{self.challenge}; found: {', '.join(choices)}"
+            )
+        return [(file, data / file.parent.relative_to(below)) for file in xml]
 
 
-def _image_of(file: Path, images: Path | None, filename: str) -> Path | None:
+def _folders_below(folder: Path) -> list[Path]:
+    return [folder, *sorted(f for f in folder.rglob("*") if f.is_dir())]
+
+
+def _document(file: Path, faults: list[str]) -> ET.Element | None:
+    try:
+        return ET.parse(file).getroot()
+    except (ET.ParseError, OSError, ValueError) as error:
+        faults.append(f"{file}: not readable XML ({error}), skipped")
+        return None
+
+
+def _image_of(file: Path, folder: Path, document: ET.Element, listing: Listing) -> Path | None:
     """Return the image that an XML file describes: by its own name, else by the name inside."""
-    folder = images or file.parent
-    candidates = [folder / (file.stem + suffix) for suffix in IMAGE_SUFFIXES]
-    candidates += [folder / (file.stem + suffix.upper()) for suffix in IMAGE_SUFFIXES]
-    if filename:
-        candidates.append(folder / Path(filename.replace("\\", "/")).name)
-    return next((path for path in candidates if path.is_file()), None)
+    there = listing.names(folder)
+    inner = Path(document.findtext("filename", "").replace("\\", "/")).name
+    for name in (there.get(f"{file.stem}.jpg"), there.get(inner), there.get(file.stem)):
+        if name is not None and is_image(Path(name)):
+            return folder / name
+    same = (n for n in there.values() if is_image(Path(n)) and Path(n).stem == file.stem)
+    name = next(same, None)
+    return folder / name if name is not None else None
 
 
 def _integer(text: str | None) -> int:
     try:
         return int(float(text or 0))
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0
 
 
-def _box_of(item: ET.Element) -> list[float] | None:
-    """Return x1, y1, x2, y2 in px; VOC counts pixels from 1 and includes the last one."""
+def _box_of(item: ET.Element, from_one: bool) -> Sequence[float]:
+    """Return x1, y1, x2, y2 in px; NaN where there is no box."""
     try:
         x1, y1, x2, y2 = (
             float(item.findtext(f"bndbox/{side}") or "nan")
             for side in ("xmin", "ymin", "xmax", "ymax")
         )
     except ValueError:
-        return None
-    box = [x1 - 1, y1 - 1, x2, y2]
-    usable = np.isfinite(box).all() and x2 > x1 and y2 > y1
-    return box if usable else None
+        return [np.nan] * 4
+    if not from_one or x2 <= x1 or y2 <= y1:
+        return [x1, y1, x2, y2]
+    return [x1 - 1, y1 - 1, x2, y2]

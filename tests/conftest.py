@@ -34,6 +34,14 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not outside
 
 
+@pytest.fixture(autouse=True, scope="session")
+def indices_in_a_folder_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is indexed of read-only data out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder of its own, with the recipes at hand as a user has them."""

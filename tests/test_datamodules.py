@@ -124,7 +124,7 @@ def test_voc_layouts_are_found(tmp_path, write_voc, layout):
         (tmp_path / "ImageSets/Main/train.txt").write_text("a\n\n")
     source = VOCFolder(str(tmp_path), split="train")
     source.bind(FRUIT)
-    assert [annotation.image.stem for annotation in source.annotations] == ["a"]
+    assert [source.image_path(k).stem for k in range(len(source))] == ["a"]
 
 
 def test_voc_repairs_and_names_what_is_wrong(tmp_path, write_voc):
@@ -138,16 +138,16 @@ def test_voc_repairs_and_names_what_is_wrong(tmp_path, write_voc):
     (tmp_path / "broken.xml").write_text("<annotation><object>")
     source = VOCFolder(str(tmp_path))
     source.bind(FRUIT)
-    samples = {a.image.stem: source.read(k) for k, a in enumerate(source.annotations)}
+    samples = {source.image_path(k).stem: source.read(k) for k in range(len(source))}
     said = "\n".join(source.faults)
     assert "zero.xml: gives the size as 0 x 0" in said
-    assert "empty box.xml: object 1 has no usable box" in said
+    assert "empty box.xml: object 1 has no area, skipped" in said
     assert "gone.xml: its image is missing" in said
     assert "broken.xml: not readable XML" in said
     assert samples["lies"].boxes_xyxy_px.tolist() == [[0, 0, 64, 40]]
-    assert "is 64 x 48, its XML says 500 x 300" in samples["lies"].faults[0]
+    assert "is 64 x 48, its annotation says 500 x 300" in samples["lies"].faults[0]
     assert len(samples["outside"].labels) == 0
-    assert "1 boxes outside it" in samples["outside"].faults[0]
+    assert "outside.xml: object 1 lies outside the image, skipped" in said
     assert samples["hard"].difficult.tolist() == [True]
     assert len(samples) == 5
 
@@ -156,7 +156,10 @@ def test_voc_bad_input_is_named(tmp_path, write_voc):
     with pytest.raises(InputError, match="VOC folder: folder '.*nowhere' not found"):
         VOCFolder(str(tmp_path / "nowhere")).bind(FRUIT)
     file = write_voc(tmp_path / "train", "a", [("appel", 1, 1, 9, 9)])
-    with pytest.raises(InputError, match=f"{file}: label 'appel' is not in the tree; did you mean"):
+    with pytest.raises(
+        InputError,
+        match=f"{file}: object 1: label 'appel' is not in the tree; did you mean 'apple'\\?",
+    ):
         VOCFolder(str(tmp_path), "train").bind(FRUIT)
     with pytest.raises(InputError, match="no split 'val'; found: train"):
         VOCFolder(str(tmp_path), "val").bind(FRUIT)
@@ -178,7 +181,7 @@ def test_image_folder_reads_classes_at_any_depth(tmp_path):
 def test_image_folder_bad_input_is_named(tmp_path):
     with pytest.raises(InputError, match="holds no class folders"):
         ImageFolder(str(tmp_path)).bind(FRUIT)
-    (tmp_path / "cherry").mkdir()
+    write_image(tmp_path / "cherry" / "x.png")
     with pytest.raises(
         InputError, match="label 'cherry' is not in the tree; allowed: apple, banana"
     ):
@@ -377,7 +380,7 @@ def test_difficult_objects_are_evaluated_but_not_trained(tmp_path, write_voc):
 
 
 def test_exif_orientation_is_honoured(tmp_path):
-    from yolo_lightning.datamodules.source import read_image
+    from yolo_lightning.datamodules.images import read_image
 
     image = np.zeros((40, 80, 3), dtype=np.uint8)
     image[:, :20] = 255
@@ -389,8 +392,9 @@ def test_exif_orientation_is_honoured(tmp_path):
     )
     file = Path(tmp_path / "turned.jpg")
     file.write_bytes(bytes(jpeg[:2]) + exif + bytes(jpeg[2:]))
-    turned = read_image(file)
+    turned, size_hw = read_image(file)
     assert turned.shape == (80, 40, 3)
+    assert size_hw == (80, 40)
     assert turned[:18].mean() > 230
 
 

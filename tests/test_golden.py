@@ -30,6 +30,7 @@ def detection_batch(
         boxes,
         labels,
         torch.zeros_like(labels, dtype=torch.bool),
+        torch.zeros_like(labels, dtype=torch.bool),
         torch.ones(count, 2, dtype=torch.long),
         images_seen=images_seen,
     )

@@ -195,7 +195,7 @@ ALLOWED |= {
     "recipe_errors": {"errors"},
     "__init__": {"version", "errors", "wordtree", "loading", "datamodules", *MODULES},
     "__main__": {"errors", "__init__"},
-    "cli": LEAVES | CORE | {"recipe_errors", "callbacks"},
+    "cli": LEAVES | CORE | {"recipe_errors", "callbacks", "datamodules"},
     "datamodules": LEAVES | {"datamodules"},
     "callbacks": {"batches", "errors", "tracking", "callbacks"},
     "commands": LEAVES | CORE | MODULES | {"cli", "callbacks", "datamodules", "loading"},

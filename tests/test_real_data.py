@@ -15,7 +15,8 @@ pytestmark = pytest.mark.data
 
 def test_fruit_reads_every_image_and_names_the_37_sizes_of_zero(real_data):
     tree = WordTree.flat(["apple", "banana", "orange"])
-    boxes, faults = [], []
+    boxes: list[tuple[int, int]] = []
+    faults: list[str] = []
     for split in ("train", "test"):
         source = VOCFolder(str(real_data / "fruit_abo"), split)
         source.bind(tree)

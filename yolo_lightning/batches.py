@@ -69,12 +69,14 @@ class DetectionBatch(_Batch):
         boxes_cxcywh_norm: float32 (B, M, 4), relative to the network input, 0…1; zeros as padding.
         labels: int64 (B, M), tree nodes; -1 as padding.
         difficult: bool (B, M), objects that evaluation neither asks for nor punishes.
+        crowd: bool (B, M), those of `difficult` that are regions of a crowd.
         sizes_hw_orig: int64 (B, 2), height and width of the image file, px.
     """
 
     boxes_cxcywh_norm: Tensor
     labels: Tensor
     difficult: Tensor
+    crowd: Tensor
     sizes_hw_orig: Tensor
 
 

@@ -102,7 +102,7 @@ class ClassifierModule(pl.LightningModule):
         if getattr(data, "detection", None) is not None:
             raise InputError("data.detection: a classifier trains on labels alone; leave it out")
         for name in ("validation", "test"):
-            if hasattr(type(getattr(data, name, None)), "nodes"):
+            if hasattr(getattr(data, name, None), "shapes_wh_px"):
                 raise InputError(f"data.{name}: a classifier is measured on images with labels")
         check_trainer(self.trainer)
         if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:

@@ -151,7 +151,7 @@ class DetectorModule(pl.LightningModule):
             raise InputError("data.detection: a detector needs images with boxes; name some")
         for name in ("validation", "test"):
             source = getattr(self._datamodule, name, None)
-            if source is not None and not hasattr(type(source), "nodes"):
+            if source is not None and not hasattr(source, "shapes_wh_px"):
                 raise InputError(f"data.{name}: a detector is measured on images with boxes")
         check_trainer(self.trainer)
         if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:

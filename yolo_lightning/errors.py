@@ -13,5 +13,5 @@ class InputError(ValueError):
 
 def nearest(word: str, allowed: Iterable[str], count: int = 3) -> str:
     """Return a hint such as ``did you mean 'apple' or 'apples'?``, empty where nothing is near."""
-    found = difflib.get_close_matches(word, list(allowed), n=count, cutoff=0.6)
+    found = difflib.get_close_matches(word, list(dict.fromkeys(allowed)), n=count, cutoff=0.6)
     return f"did you mean {' or '.join(repr(name) for name in found)}?" if found else ""

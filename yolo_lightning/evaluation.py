@@ -130,10 +130,11 @@ class DetectionEvaluation(nn.Module):
         """Add image k of a batch; `coarse` where there are two levels."""
         image, real = int(batch.sample_ids[k]), batch.labels[k] >= 0
         labels, difficult = batch.labels[k][real], batch.difficult[k][real]
-        _add(self.fine, image, fine, truth_xyxy_orig_px, labels, difficult)
+        flags = (difficult, batch.crowd[k][real])
+        _add(self.fine, image, fine, truth_xyxy_orig_px, labels, flags)
         if coarse is None or image < 0:
             return
-        _add(self.coarse, image, coarse, truth_xyxy_orig_px, self.coarse_of[labels], difficult)
+        _add(self.coarse, image, coarse, truth_xyxy_orig_px, self.coarse_of[labels], flags)
         easy = ~difficult
         self.names.update(coarse, fine, self.coarse_of, truth_xyxy_orig_px[easy], labels[easy])
 
@@ -200,8 +201,8 @@ def _add(
     found: Detections,
     truth: Tensor,
     labels: Tensor,
-    difficult: Tensor,
+    flags: tuple[Tensor, Tensor],
 ) -> None:
     metric.update(
-        image, found.boxes_xyxy_orig_px, found.labels, found.scores, truth, labels, difficult
+        image, found.boxes_xyxy_orig_px, found.labels, found.scores, truth, labels, *flags
     )

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 _IMAGE, _LABEL, _SCORE, _FLAG, _BOX = 0, 1, 2, 3, slice(4, 8)
 _COLUMNS = 8
+_CROWD = 2
 
 MAX_DETECTIONS = 100
 _LARGEST_AREA = 1e10
@@ -47,6 +48,7 @@ class BoxAveragePrecision(Metric):
         truth_xyxy_orig_px: Tensor,
         truth_labels: Tensor,
         truth_difficult: Tensor,
+        truth_crowd: Tensor | None = None,
     ) -> None:
         """Add one image.
 
@@ -58,6 +60,8 @@ class BoxAveragePrecision(Metric):
             truth_xyxy_orig_px: float (M, 4).
             truth_labels: int64 (M,).
             truth_difficult: bool (M,), neither asked for nor punished.
+            truth_crowd: bool (M,), those of them that are regions of a crowd: any number of
+                detections may lie in one, as far as they are covered by it.
         """
         if image_id < 0:
             return
@@ -65,9 +69,10 @@ class BoxAveragePrecision(Metric):
         self.detections.append(
             _table(image_id, boxes_xyxy_orig_px[best], labels[best], _SCORE, scores[best])
         )
-        self.truths.append(
-            _table(image_id, truth_xyxy_orig_px, truth_labels, _FLAG, truth_difficult)
-        )
+        flags = truth_difficult.int()
+        if truth_crowd is not None:
+            flags = torch.where(truth_crowd, _CROWD, flags)
+        self.truths.append(_table(image_id, truth_xyxy_orig_px, truth_labels, _FLAG, flags))
 
     def compute(self) -> dict[int, dict[str, float]]:
         """Return ``{node: {"AP": …, "AP50": …}}`` for every class that has a truth, 0…1."""
@@ -96,7 +101,7 @@ def average_precision(
     """Return AP (IoU 0.50…0.95) and AP50 of every class with at least one truth.
 
     Args:
-        truths: (N, 8) rows of image, class, 0, difficult, x1, y1, x2, y2.
+        truths: (N, 8) rows of image, class, 0, flag (1 difficult, 2 crowd), x1, y1, x2, y2.
         detections: (M, 8) rows of image, class, score, 0, x1, y1, x2, y2.
     """
     # imported here: it takes a second, and training starts without it
@@ -154,7 +159,7 @@ def _annotations(rows: NDArray[np.float64]) -> list[dict[str, Any]]:
             # difficult truths lie outside the range of areas: matched by plain IoU, yet not counted
             "area": 10 * _LARGEST_AREA if row[_FLAG] else size[0] * size[1],
             "score": row[_SCORE],
-            "iscrowd": 0,
+            "iscrowd": int(row[_FLAG] == _CROWD),
         }
         for number, (row, size) in enumerate(zip(rows, sizes, strict=True), start=1)
     ]

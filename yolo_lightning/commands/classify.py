@@ -14,8 +14,8 @@ from torch import Tensor
 
 from yolo_lightning.boxes import letterbox_geometry
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.datamodules.source import IMAGE_SUFFIXES, UnreadableSample
-from yolo_lightning.datamodules.source import read_image as decode
+from yolo_lightning.datamodules.images import IMAGE_SUFFIXES, UnreadableSample
+from yolo_lightning.datamodules.images import read_image as decode
 from yolo_lightning.errors import InputError
 from yolo_lightning.loading import load
 
@@ -42,7 +42,7 @@ def read_image(path: Path) -> Tensor:
     except libstb.LimitError as error:
         raise UnreadableSample(f"{path}: too large ({error})") from None
     except (OSError, ValueError, libstb.Error):
-        pixels = decode(path)  # a format that it does not know, such as WebP
+        pixels, _ = decode(path)  # a format that it does not know, such as WebP
     return torch.tensor(pixels).permute(2, 0, 1).float().div_(255)
 
 

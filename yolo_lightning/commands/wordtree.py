@@ -20,7 +20,7 @@ from yolo_lightning.darknet_files import (
     write_names,
     write_tree,
 )
-from yolo_lightning.datamodules.source import IMAGE_SUFFIXES
+from yolo_lightning.datamodules.images import IMAGE_SUFFIXES
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.labels import resolve, reviewed
 from yolo_lightning.treebuild import ENTITY, build
