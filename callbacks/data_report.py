@@ -1,4 +1,4 @@
-"""What was repaired or skipped in the data, counted and named."""
+"""What the data teaches, and what was repaired or skipped in it."""
 
 from collections import Counter
 from typing import Any
@@ -12,7 +12,7 @@ _SHOWN = 10
 
 
 class DataReport(pl.Callback):
-    """Collect the faults of sources and batches; name them when training or evaluation ends."""
+    """Tell before training what each class learns from, and at the end what was faulty."""
 
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
@@ -55,6 +55,12 @@ class DataReport(pl.Callback):
     ) -> None:
         """Collect."""
         self._collect(batch)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print what each class will learn from."""
+        report = getattr(trainer.datamodule, "vocabulary_report", None)  # type: ignore[attr-defined]
+        if report is not None and trainer.is_global_zero:
+            print(report())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the report."""

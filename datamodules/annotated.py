@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from yolo_lightning.datamodules.images import UnreadableSample, read_header, read_image
+from yolo_lightning.datamodules.images import Header, UnreadableSample, read_header, read_image
 from yolo_lightning.datamodules.index import Index, Parsed, cached, pack
 from yolo_lightning.datamodules.source import DetectionSample, DetectionSource
 from yolo_lightning.errors import InputError
@@ -267,6 +267,14 @@ class AnnotatedImages(DetectionSource):
         """Return where a sample's image is."""
         opened = self.open()
         return Path(opened.facts["root"]) / opened.text("images", index)
+
+    def readable(self, index: int) -> Header:
+        """Return what the file of a sample says about its image.
+
+        Raises:
+            UnreadableSample: it is missing, or no image.
+        """
+        return read_header(self.image_path(index))
 
     def image_name(self, index: int) -> str:
         """Return the path of a sample's image."""

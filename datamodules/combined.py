@@ -26,6 +26,7 @@ from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
 )
+from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError
 from yolo_lightning.wordtree import WordTree
 
@@ -140,6 +141,17 @@ class CombinedDataModule(pl.LightningDataModule):
         sources = (self.detection, self.classification, self.validation, self.test)
         unique = {id(s): s for s in sources if s is not None and id(s) in self._bound}
         return [fault for source in unique.values() for fault in source.faults]
+
+    def vocabulary_report(self) -> str:
+        """Return which names met, which labels are coarser, and what each class learns from."""
+        uses_labels = self.ratio or self.detection is None
+        boxes = self.detection.node_counts() if self.detection is not None else {}
+        images = (
+            self.classification.node_counts()
+            if self.classification is not None and uses_labels
+            else {}
+        )
+        return vocabulary_report(self.tree, boxes, images)
 
     @property
     def boxed_nodes(self) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.annotated import nodes_of
-from yolo_lightning.datamodules.images import Image, read_image
+from yolo_lightning.datamodules.images import Header, Image, read_header, read_image
 from yolo_lightning.datamodules.index import Index, Parsed, cached, pack
 from yolo_lightning.datamodules.source import ImageLabelSource
 from yolo_lightning.errors import InputError
@@ -79,6 +79,14 @@ class LabelledImages(ImageLabelSource):
         """Return where an image is."""
         opened = self.open()
         return Path(opened.facts["root"]) / opened.text("images", index)
+
+    def readable(self, index: int) -> Header:
+        """Return what the file of a sample says about its image.
+
+        Raises:
+            UnreadableSample: it is missing, or no image.
+        """
+        return read_header(self.image_path(index))
 
     def image_name(self, index: int) -> str:
         """Return the path of an image."""

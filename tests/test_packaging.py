@@ -180,11 +180,14 @@ def imports_of(file: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "yolo_lightning"}
 
 
-LEAVES = {"errors", "version", "batches", "boxes", "wordtree", "wordnet", "treebuild", "labels"}
+LEAVES = {
+    "errors", "version", "batches", "boxes", "wordtree", "wordnet", "treebuild", "labels",
+    "anchors",
+}  # fmt: skip
 CORE = {
     "layers", "darknet19", "yolov2", "losses", "metrics", "evaluation", "schedules", "optimization",
     "pictures", "tracking", "checkpoints", "treemetrics", "treeplot", "darknet_files",
-    "darknet_models", "pretrained",
+    "darknet_models", "pretrained", "plots",
 }  # fmt: skip
 MODULES = {"detector", "classifier"}
 ALLOWED = dict.fromkeys(LEAVES, LEAVES) | dict.fromkeys(CORE, LEAVES | CORE)

@@ -82,11 +82,11 @@ def test_a_few_names_of_a_dataset_are_not_the_dataset():
 
 def test_all_trouble_is_told_at_once():
     with pytest.raises(InputError) as caught:
-        resolve(["crane", "rackoon", "n99999999", "zebra"], where="birds")
+        resolve(["crane", "rackoon", "n99999999", "zebra"], where=lambda name: "birds")
     text = str(caught.value)
     assert text.startswith("birds: 'crane' means several things")
     assert f"{CRANE} crane: large long-necked wading bird" in text
-    assert "'rackoon' is no noun of WordNet 3.0 did you mean" in text
+    assert "birds: 'rackoon' is no noun of WordNet 3.0; did you mean" in text
     assert "'n99999999': n99999999 is no noun" in text
     assert "zebra" not in text
 
@@ -319,9 +319,16 @@ def test_large_trees_are_drawn_as_deep_as_they_stay_readable():
         ({}, ["--names", "gone"], "'gone' not found"),
         ({"h.csv": "a,b\na,c\n"}, ["--hierarchy", "h.csv"], "h.csv:2: 'a' lies under 'b' already"),
         ({"h.csv": "a\n"}, ["--hierarchy", "h.csv"], "h.csv:1: expected child,parent"),
-        ({"h.csv": "a,b\nb,a\n"}, ["--hierarchy", "h.csv"], "cycle of parents: a under b under a"),
-        ({"h.csv": "a,qqq\n"}, ["--hierarchy", "h.csv"], "the hierarchy: 'qqq' is no noun"),
-        ({"h.yaml": "a: [\n"}, ["--hierarchy", "h.yaml"], "h.yaml: not YAML"),
+        ({"h.csv": "a,b\nb,a\n"}, ["--hierarchy", "h.csv"], "h.csv:2: a cycle of parents: a under"),
+        ({"h.yaml": "a:\n- b\n- a: [b]\n"}, ["--hierarchy", "h.yaml"], "h.yaml:3: 'a' lies under"),
+        ({"h.yaml": "x: [b]\ny: [b]\n"}, ["--hierarchy", "h.yaml"], "h.yaml:2: 'b' lies under 'x'"),
+        ({"h.yaml": "x: 1\nx: 2\n"}, ["--hierarchy", "h.yaml"], "h.yaml:2: 'x' lies under '1'"),
+        ({"h.yaml": "a: &a\n- *a\n"}, ["--hierarchy", "h.yaml"], "h.yaml: nested more than"),
+        ({"n": "zebra\nlove\n"}, ["--names", "n", "--root", "n00001930"], "n:2: 'love'"),
+        ({"n": "zebra\ncrane\n"}, ["--names", "n"], "n:2: 'crane' means several things"),
+        ({"m.csv": "a,b\na,c\n", "n": "a\n"}, ["--names", "n", "--mapping", "m.csv"], "m.csv:2: "),
+        ({"h.csv": "a,qqq\n"}, ["--hierarchy", "h.csv"], "parent 'qqq': 'qqq' is no noun"),
+        ({"h.yaml": "a: [\n"}, ["--hierarchy", "h.yaml"], "h.yaml:2: not YAML"),
         ({"h.yaml": ""}, ["--hierarchy", "h.yaml"], "h.yaml: holds no classes"),
         ({"m.yaml": "[a]\n", "n": "a\n"}, ["--names", "n", "--mapping", "m.yaml"], "expected li"),
         ({"x.json": "{}"}, ["--detection", "x.json"], "not a COCO annotation file"),

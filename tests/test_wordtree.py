@@ -123,9 +123,9 @@ def test_shapes_tree_has_wordnet_keys_and_depth():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a\t-\tx\na\t-\ty\n", "row 2: key 'a' stands in row 1"),
-        ("a\tb\tx\nb\ta\ty\n", "cycle"),
-        ("apple\t-\tx\nb\taple\ty\n", "unknown parent 'aple' did you mean 'apple'"),
+        ("a\t-\tx\na\t-\ty\n", "tree.tsv:2: key 'a' stands in line 1 already"),
+        ("# x\na\tb\tx\nb\ta\ty\n", "tree.tsv:2: node 'a' hangs in a cycle of parents: a under b"),
+        ("apple\t-\tx\nb\taple\ty\n", "tree.tsv:2: node 'b' has the unknown parent 'aple'; did"),
         ("a\t-\n", "tree.tsv:1: expected three tab-separated fields"),
         ("# only a comment\n", "has no classes"),
     ],

@@ -1,10 +1,10 @@
 """From a dataset's names to WordNet's synsets: found, listed where ambiguous, never guessed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.wordnet import is_wnid, wordnet
 
 _TABLE = Path(__file__).with_name("reviewed_labels.tsv")
@@ -39,7 +39,8 @@ def resolve(
     names: Iterable[str],
     meanings: Mapping[str, str] | None = None,
     table: str | None = None,
-    where: str = "",
+    where: Callable[[str], str] = str,
+    own: Iterable[str] = (),
 ) -> dict[str, str]:
     """Return the wnid of each name.
 
@@ -50,7 +51,8 @@ def resolve(
         names: of one dataset.
         meanings: wnids, unambiguous words, or keys of one's own, by name.
         table: of the reviewed ones; the one whose classes these are where None.
-        where: names the dataset in messages.
+        where: says of a name in which file, and line, it stands.
+        own: classes of one's own, which a name that is unknown may be meant to be.
 
     Raises:
         InputError: all names that are unknown or mean several things, with what they may mean.
@@ -65,23 +67,23 @@ def resolve(
     trouble: list[str] = []
     for name in wanted:
         if name in given:
-            found[name] = _meant(given[name], name, trouble)
+            found[name] = _meant(given[name], name, where(name), trouble, own)
         elif name in chosen:
             found[name] = chosen[name]
         else:
-            found[name] = _meant(name, name, trouble)
+            found[name] = _meant(name, name, where(name), trouble, own)
     if trouble:
-        place = f"{where}: " if where else ""
-        raise InputError(place + "\n  ".join(trouble))
+        raise InputError("\n  ".join(trouble))
     return found
 
 
-def _meant(word: str, name: str, trouble: list[str]) -> str:
+def _meant(word: str, name: str, where: str, trouble: list[str], own: Iterable[str]) -> str:
     """Return the wnid that a word means; says in `trouble` why there is none."""
     table = wordnet()
+    place = f"{where}: " if where != name else ""
     if is_wnid(word):
         if word not in table:
-            trouble.append(f"{name!r}: {word} is no noun of WordNet 3.0")
+            trouble.append(f"{place}{name!r}: {word} is no noun of WordNet 3.0")
         return word
     senses = table.senses(word)
     if len(senses) == 1:
@@ -90,12 +92,16 @@ def _meant(word: str, name: str, trouble: list[str]) -> str:
         listed = "\n    ".join(table.describe(wnid) for wnid in senses[:MOST_SENSES])
         more = f"\n    … and {len(senses) - MOST_SENSES} more" if len(senses) > MOST_SENSES else ""
         trouble.append(
-            f"{name!r} means several things; say which one in the mapping{_hint(name)}:"
+            f"{place}{name!r} means several things; say which one in the mapping{_hint(name)}:"
             f"\n    {listed}{more}"
         )
     else:
-        hint = table.nearest(word)
-        trouble.append(f"{name!r} is no noun of WordNet 3.0{_hint(name)} {hint}".rstrip())
+        hint = nearest(word.replace("_", " ").lower(), [o.lower() for o in own])
+        hint = f"{hint} (of your own classes)" if hint else table.nearest(word)
+        said = f"{place}{name!r} is no noun of WordNet 3.0{_hint(name)}"
+        trouble.append(
+            f"{said}; {hint or 'say what it means in a mapping, or where it hangs in a hierarchy'}"
+        )
     return ""
 
 

@@ -48,6 +48,19 @@ def build(
     return WordTree(_rows(parents, names or {}), "the tree")
 
 
+def lies_below(wnid: str, root: str) -> bool:
+    """Tell whether a synset is the root or has a path to it; true where one of them is none."""
+    table, open_ends, seen = wordnet(), [wnid], set()
+    while open_ends:
+        at = open_ends.pop()
+        if at == root or at not in table or root not in table:
+            return True
+        if at not in seen:
+            seen.add(at)
+            open_ends.extend(table.hypernyms(at))
+    return False
+
+
 def _refuse_cycles(own: Mapping[str, str]) -> None:
     for key in sorted(own):
         path = [key]

@@ -4,7 +4,7 @@ A flat list of classes is a tree of one level, so YOLOv2 and YOLO9000 share ever
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,6 +28,7 @@ class WordTree:
         rows: one (key, parent's key or ``-``, name) a node. Keys are unique (wnids, or names of
             one's own); names need not be: 585 of the 9,418 in the authors' tree recur.
         origin: where the rows come from, for messages.
+        lines: the line that each row stands in, where they come from a file.
 
     Attributes:
         keys, names: str, a node each.
@@ -42,18 +43,28 @@ class WordTree:
     Source: YOLO9000, section 4, "Hierarchical classification".
     """
 
-    def __init__(self, rows: Iterable[Sequence[str]], origin: str = "the tree") -> None:
+    def __init__(
+        self,
+        rows: Iterable[Sequence[str]],
+        origin: str = "the tree",
+        lines: Sequence[int] | None = None,
+    ) -> None:
         self.rows: list[Row] = [cast(Row, tuple(str(part) for part in row)) for row in rows]
         if not self.rows:
-            raise InputError(f"{origin} has no classes")
+            raise InputError(f"{origin} has no classes; expected at least one")
+
+        def where(number: int) -> str:
+            return f"{origin}:{lines[number]}" if lines else f"{origin}, row {number + 1}"
+
         index: dict[str, int] = {}
         for number, row in enumerate(self.rows):
             if len(row) != 3:
-                raise InputError(f"{origin}, row {number + 1}: expected key, parent, name: {row}")
+                raise InputError(f"{where(number)}: expected key, parent, name: {row}")
             if row[0] in index:
                 raise InputError(
-                    f"{origin}, row {number + 1}: key {row[0]!r} stands in row "
-                    f"{index[row[0]] + 1} already"
+                    f"{where(number)}: key {row[0]!r} stands in {'line' if lines else 'row'} "
+                    f"{lines[index[row[0]]] if lines else index[row[0]] + 1} already; a class has "
+                    "one row and one parent: take one out, or give it another key"
                 )
             index[row[0]] = number
         self.keys = tuple(row[0] for row in self.rows)
@@ -61,9 +72,9 @@ class WordTree:
         self._called = [row[2].split(" | ") for row in self.rows]
         self.names = tuple(names[0] for names in self._called)
         self._index = index
-        parents = [self._parent_of(row, number, origin) for number, row in enumerate(self.rows)]
+        parents = [self._parent_of(row, where(number)) for number, row in enumerate(self.rows)]
         self.parents = torch.tensor(parents)
-        self.paths = _paths(parents, self.keys, origin)
+        self.paths = _paths(parents, self.keys, where)
         _, self.groups = torch.unique(self.parents, return_inverse=True)
         self.group_count = int(self.groups.max()) + 1
         self._members: list[list[int]] = [[] for _ in range(self.group_count)]
@@ -71,14 +82,14 @@ class WordTree:
             self._members[group].append(node)
         self._on_device: dict[torch.device, _Tables] = {}
 
-    def _parent_of(self, row: Row, number: int, origin: str) -> int:
+    def _parent_of(self, row: Row, where: str) -> int:
         if row[1] == "-":
             return -1
         if row[1] not in self._index:
             hint = nearest(row[1], self._index)
             raise InputError(
-                f"{origin}, row {number + 1}: node {row[0]!r} "
-                f"has the unknown parent {row[1]!r} {hint}"
+                f"{where}: node {row[0]!r} has the unknown parent {row[1]!r}; "
+                f"{hint or 'add a row for it, or - for the top'}"
             )
         return self._index[row[1]]
 
@@ -97,7 +108,7 @@ class WordTree:
         file = Path(path)
         if not file.is_file():
             raise InputError(f"tree file {str(path)!r} not found (working folder: {Path.cwd()})")
-        rows = []
+        rows, numbers = [], []
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
@@ -112,7 +123,8 @@ class WordTree:
                     f"(key, parent's key or '-', name), found {line!r}"
                 )
             rows.append([part.strip() for part in parts])
-        return cls(rows, origin=str(path))
+            numbers.append(number)
+        return cls(rows, str(path), numbers)
 
     @classmethod
     def of(
@@ -379,7 +391,15 @@ def _is_cycle(parents: list[int], start: int) -> bool:
     return node >= 0
 
 
-def _paths(parents: list[int], keys: Sequence[str], origin: str) -> Tensor:
+def _ring(parents: list[int], start: int, keys: Sequence[str]) -> str:
+    path = [start]
+    while parents[path[-1]] not in path:
+        path.append(parents[path[-1]])
+    ring = [*path[path.index(parents[path[-1]]) :], parents[path[-1]]]
+    return " under ".join(keys[node] for node in ring)
+
+
+def _paths(parents: list[int], keys: Sequence[str], where: Callable[[int], str]) -> Tensor:
     """Return the table of ancestors, refusing cycles."""
     paths: list[list[int]] = []
     for start in range(len(parents)):
@@ -387,9 +407,14 @@ def _paths(parents: list[int], keys: Sequence[str], origin: str) -> Tensor:
         while parents[path[-1]] >= 0:
             path.append(parents[path[-1]])
             if len(path) > MOST_LEVELS:
-                what = "in a cycle of parents" if _is_cycle(parents, start) else "too deep"
+                if _is_cycle(parents, start):
+                    raise InputError(
+                        f"{where(start)}: node {keys[start]!r} hangs in a cycle of parents: "
+                        f"{_ring(parents, start, keys)}; give one of them another parent, or -"
+                    )
                 raise InputError(
-                    f"{origin}: node {keys[start]!r} hangs {what}; allowed: {MOST_LEVELS} levels"
+                    f"{where(start)}: node {keys[start]!r} hangs too deep; allowed: "
+                    f"{MOST_LEVELS} levels"
                 )
         paths.append(path)
     depth = max(len(path) for path in paths)

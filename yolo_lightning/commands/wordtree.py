@@ -1,18 +1,19 @@
 """`yolo-lightning wordtree`: build a tree of classes, and look at it."""
 
 import argparse
-import csv
-import json
 import os
 import sys
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from yolo_lightning.commands.tree_inputs import (
+    labels_in,
+    read_hierarchy,
+    read_mapping,
+    top_labels,
+    tree_of,
+)
 from yolo_lightning.darknet_files import (
     darknet_order,
     read_names,
@@ -20,221 +21,12 @@ from yolo_lightning.darknet_files import (
     write_names,
     write_tree,
 )
-from yolo_lightning.datamodules.images import IMAGE_SUFFIXES
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.labels import resolve, reviewed
-from yolo_lightning.treebuild import ENTITY, build
+from yolo_lightning.labels import reviewed
+from yolo_lightning.treebuild import ENTITY
 from yolo_lightning.treeplot import MOST_NODES, depth_for, layout, save
 from yolo_lightning.wordnet import is_wnid
 from yolo_lightning.wordtree import WordTree
-
-ALIAS = " | "
-
-
-def labels_in(place: str) -> Counter[str]:
-    """Return the labels of a dataset and how many objects or images have each.
-
-    Args:
-        place: a COCO JSON, a folder with Pascal VOC XML files, a folder with one folder a class, or
-            a text with a name a line.
-
-    Raises:
-        InputError: none of these, or one without labels.
-    """
-    path = Path(place).expanduser()
-    if path.is_dir():
-        found = _labels_of_xml(path) or _labels_of_folders(path)
-    elif path.suffix == ".json":
-        found = _labels_of_coco(path)
-    else:
-        found = Counter(read_names(path))
-    if not found:
-        raise InputError(f"{place}: no labels; expected class folders with images or VOC XML files")
-    return found
-
-
-def _labels_of_xml(folder: Path) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for file in folder.rglob("*.xml"):
-        try:
-            names = [item.findtext("name", "") for item in ET.parse(file).iter("object")]
-        except ET.ParseError:
-            continue  # training names it and leaves it out
-        found.update(name.strip() for name in names if name.strip())
-    return found
-
-
-def _labels_of_folders(folder: Path) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.name.startswith("."):
-            images = sum(p.suffix.lower() in IMAGE_SUFFIXES for p in child.rglob("*"))
-            found.update({child.name: images} if images else {})
-    return found
-
-
-def _labels_of_coco(path: Path) -> Counter[str]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        names = {item["id"]: str(item["name"]) for item in data["categories"]}
-        counts = Counter(names.get(item["category_id"]) for item in data.get("annotations", []))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a COCO annotation file ({error!r})") from None
-    return Counter({name: counts.get(name, 0) for name in names.values()})
-
-
-def read_hierarchy(place: str) -> dict[str, str]:
-    """Return the parent of each class of one's own: a class, a word of WordNet, or ``-``.
-
-    Args:
-        place: YAML, where what is nested lies below, and ``bengal: domestic cat`` hangs a class
-            under a word; or CSV of child and parent.
-
-    Raises:
-        InputError: missing, malformed, or a class with two parents; names the line where it can.
-    """
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise InputError(f"hierarchy {place!r} not found (working folder: {Path.cwd()})")
-    text = path.read_text(encoding="utf-8")
-    parents: dict[str, str] = {}
-
-    def put(child: str, parent: str, where: str) -> None:
-        child, parent = child.strip(), parent.strip() or "-"
-        if not child:
-            raise InputError(f"{where}: expected a class and its parent")
-        if parents.get(child, parent) != parent:
-            raise InputError(
-                f"{where}: {child!r} lies under {parents[child]!r} already, and now under "
-                f"{parent!r}; a class has one parent"
-            )
-        parents[child] = parent
-
-    if path.suffix == ".csv":
-        for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-            if not row or row[0].startswith("#") or [c.strip() for c in row] == ["child", "parent"]:
-                continue
-            if len(row) != 2:
-                raise InputError(f"{path}:{number}: expected child,parent; found {','.join(row)!r}")
-            put(row[0], row[1], f"{path}:{number}")
-    else:
-        try:
-            nested = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-        for child, parent in _nested(nested, "-", str(path)):
-            put(child, parent, str(path))
-    if not parents:
-        raise InputError(f"{path}: holds no classes")
-    return parents
-
-
-def _nested(node: Any, parent: str, where: str) -> Iterable[tuple[str, str]]:
-    """Yield child and parent from nested YAML; aliases that contain themselves end in an error."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if isinstance(value, str):  # bengal: domestic cat
-                yield str(key), value
-            else:
-                yield str(key), parent
-                yield from _nested(value, str(key), where)
-    elif isinstance(node, list):
-        for item in node:
-            if isinstance(item, Mapping | list):
-                yield from _nested(item, parent, where)
-            else:
-                yield str(item), parent
-    elif node is not None:
-        raise InputError(f"{where}: {node!r} stands alone; expected a list or classes below it")
-
-
-def read_mapping(place: str) -> dict[str, str]:
-    """Return what names mean: lines of ``name: meaning`` (YAML) or ``name,meaning`` (CSV)."""
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise InputError(f"mapping {place!r} not found (working folder: {Path.cwd()})")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        rows = [row for row in csv.reader(text.splitlines()) if row and not row[0].startswith("#")]
-        bad = next((row for row in rows if len(row) != 2), None)
-        if bad is not None:
-            raise InputError(f"{path}: expected name,meaning; found {','.join(bad)!r}")
-        return {name.strip(): meaning.strip() for name, meaning in rows}
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise InputError(f"{path}: expected lines such as mouse: n03793489")
-    return {str(name): meaning for name, meaning in found.items()}
-
-
-def tree_of(
-    datasets: Mapping[str, Iterable[str]],
-    hierarchy: Mapping[str, str] | None = None,
-    meanings: Mapping[str, str] | None = None,
-    table: str | None = None,
-    root: str = ENTITY,
-) -> WordTree:
-    """Return the tree over the labels of several datasets; equal meanings share a node.
-
-    Args:
-        datasets: labels by the name of the dataset.
-        hierarchy: parents of classes of one's own: another one, a word or wnid, or ``-``.
-        meanings: what names mean, where WordNet knows several things or none.
-        table: of the reviewed meanings, see `resolve`.
-        root: wnid above the tree.
-
-    Raises:
-        InputError: names without a meaning, all of them, and whatever `build` refuses.
-    """
-    own = dict(hierarchy or {})
-    own_parents: dict[str, str] = {}
-    words = {parent for parent in own.values() if parent != "-" and parent not in own}
-    found = resolve(words, meanings, where="the hierarchy")
-    for child, parent in own.items():
-        own_parents[child] = found.get(parent, parent)
-    keys: dict[str, set[str]] = {}
-    for dataset, labels in datasets.items():
-        outside = [label for label in labels if label not in own]
-        for label, key in {
-            **{label: label for label in labels if label in own},
-            **resolve(outside, meanings, table, where=dataset),
-        }.items():
-            keys.setdefault(key, set()).add(label)
-    names = {key: ALIAS.join(sorted(labels)) for key, labels in keys.items() if labels != {key}}
-    return build([*keys, *own_parents], own_parents, names, root)
-
-
-def top_labels(counts_path: str, number: int) -> list[str]:
-    """Return the wnids with most images, of an ImageNet folder or a CSV of wnid and count.
-
-    Raises:
-        InputError: neither of these, or a line that is no wnid and count; names the line.
-    """
-    path = Path(counts_path).expanduser()
-    if number < 1:
-        raise InputError(f"--top is {number}; allowed: 1 or more")
-    if path.is_dir():
-        counts = _labels_of_folders(path)
-        bad = next((name for name in counts if not is_wnid(name)), None)
-        if bad is not None:
-            raise InputError(f"{path}: folder {bad!r} is no wnid")
-    else:
-        counts = Counter()
-        for line, row in enumerate(csv.reader(_lines(path)), start=1):
-            if not row or row == ["wnid", "count"]:
-                continue
-            if len(row) != 2 or not is_wnid(row[0].strip()) or not row[1].strip().isdigit():
-                raise InputError(f"{path}:{line}: expected wnid,count; found {','.join(row)!r}")
-            counts[row[0].strip()] += int(row[1])
-    return sorted(counts, key=lambda wnid: (-counts[wnid], wnid))[:number]
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise InputError(f"{str(path)!r}: no such file or folder (working folder: {Path.cwd()})")
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def write(tree: WordTree, output: str) -> None:
