@@ -80,3 +80,29 @@ def test_padding_counts_nowhere():
     means = figures.compute(torch.zeros(5, dtype=torch.bool))
     assert means["name_accuracy"] != means["name_accuracy"]  # nothing was found: NaN
     assert figures.per_class == {}
+
+
+def test_mistakes_of_found_objects_are_told_apart():
+    figures = evaluation([2, 3, 4], boxed=[0, 1])
+    # (label, called, leaf at the end of the path): right, a cat and no more, Manx for Bengal, a pug
+    cases = [(2, 2, 2), (2, 0, 2), (2, 3, 3), (2, 4, 4)]
+    for number, (label, called, leaf) in enumerate(cases):
+        batch = detection_batch(torch.zeros(1, 2, 4), torch.tensor([[label, -1]]))
+        batch.sample_ids += number
+        # the second box lies on the object too, with a lower score; the third one elsewhere
+        named = found((HERE, called, 0.9), (HERE, 2, 0.5), (THERE, 4, 0.4))
+        deepest = torch.tensor([leaf, 2, 4])
+        figures.update_tree(batch, 0, torch.tensor([HERE]), named, deepest)
+    missed = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[3]]))
+    figures.update_tree(missed, 0, torch.tensor([THERE]), found((HERE, 3, 0.9)), torch.tensor([3]))
+    padding = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[3]]))
+    padding.sample_ids[:] = -1
+    figures.update_tree(padding, 0, torch.tensor([HERE]), found((HERE, 3, 0.9)), torch.tensor([3]))
+    hard = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[3]]))
+    hard.difficult[:] = True
+    figures.update_tree(hard, 0, torch.tensor([HERE]), found((HERE, 3, 0.9)), torch.tensor([3]))
+    means = figures.compute(torch.zeros(5, dtype=torch.bool))
+    kinds = ("right", "not_specific_enough", "wrong_leaf", "wrong_branch")
+    assert [means[kind] for kind in kinds] == [0.25] * 4
+    assert (means["depth1"], means["depth2"]) == (0.75, 0.5)
+    assert "of the objects found: depth1 0.750, depth2 0.500, right 0.250" in figures.table()

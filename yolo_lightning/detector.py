@@ -14,7 +14,7 @@ from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
 from yolo_lightning.checkpoints import refuse_other_model, same_data_tree
 from yolo_lightning.darknet19 import trunk_layers
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation import DetectionEvaluation, Detections
+from yolo_lightning.evaluation import FOUND_SCORE, DetectionEvaluation, Detections
 from yolo_lightning.layers import Layer, ReorgKind, to_plain
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
@@ -265,18 +265,30 @@ class DetectorModule(pl.LightningModule):
         Source: YOLO9000, section 4; boxes suppress each other whatever their label, since the
         same object may be named at two levels.
         """
-        found = []
-        for image, size in zip(
-            self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
-        ):
-            labels, probs = self.tree.most_specific(image.logits, tree_threshold)
-            scores = image.objectness * probs
-            sure = scores > score_threshold
-            boxes = _original_px(image.boxes_cxcywh_norm, size, images.shape[-2:])[sure]
-            labels, scores = labels[sure], scores[sure]
-            kept = batched_nms(boxes, scores, torch.zeros_like(labels), self.iou_threshold)
-            found.append(Detections(boxes[kept], labels[kept], scores[kept]))
-        return found
+        return [
+            self._described(image, size, images.shape[-2:], score_threshold, tree_threshold)[0]
+            for image, size in zip(
+                self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
+            )
+        ]
+
+    def _described(
+        self,
+        image: Candidates,
+        size_hw_orig: tuple[int, int],
+        size_hw: torch.Size,
+        score_threshold: float,
+        tree_threshold: float,
+    ) -> tuple[Detections, Tensor]:
+        """Return one label a box, and which of the candidates these boxes are."""
+        labels, probs = self.tree.most_specific(image.logits, tree_threshold)
+        scores = image.objectness * probs
+        sure = (scores > score_threshold).nonzero().flatten()
+        boxes = _original_px(image.boxes_cxcywh_norm[sure], size_hw_orig, size_hw)
+        same = torch.zeros_like(sure)
+        kept = batched_nms(boxes, scores[sure], same, self.iou_threshold)
+        rows = sure[kept]
+        return Detections(boxes[kept], labels[rows], scores[rows]), rows
 
     def _candidates(self, images: Tensor, threshold: float) -> list[Candidates]:
         output = self.network(unit_range(images))
@@ -308,6 +320,10 @@ class DetectorModule(pl.LightningModule):
                 nodes = evaluation.coarse_nodes
                 coarse = self._named(image, probs, size, size_hw, nodes, SCORE_THRESHOLD)
             evaluation.update(batch, k, truth, fine, coarse)
+            if evaluation.has_depth:
+                named, rows = self._described(image, size, size_hw, FOUND_SCORE, 0.5)
+                deepest, _ = self.tree.most_specific(image.logits[rows], 0.0)
+                evaluation.update_tree(batch, k, truth, named, deepest)
 
     def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Collect detections and truths."""

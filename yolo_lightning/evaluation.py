@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.boxes import pairwise_iou
 from yolo_lightning.metrics import BoxAveragePrecision
+from yolo_lightning.treemetrics import TreeAccuracy
 from yolo_lightning.wordtree import WordTree
 
 FOUND_SCORE, FOUND_IOU = 0.25, 0.5
@@ -86,6 +87,9 @@ class DetectionEvaluation(nn.Module):
     Where the images are labelled more finely than training boxes were (breeds, where boxes say
     cat), the level that boxes taught is measured too.
 
+    Along a tree of several levels, what found objects are called is compared with what they are:
+    right, not specific enough, the wrong leaf of the right branch, or the wrong branch.
+
     Args:
         tree: the classes.
 
@@ -93,13 +97,16 @@ class DetectionEvaluation(nn.Module):
         per_class: the newest figures by key: AP50, AP and, where there are two levels, how many
             objects were found and how many of these got their name.
         per_coarse_class: AP50 and AP at the level that boxes taught.
+        along_tree_figures: accuracy by depth and the kinds of mistakes, see `TreeAccuracy`.
     """
 
     def __init__(self, tree: WordTree) -> None:
         super().__init__()
         self.tree = tree
         self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
-        self.names = NameAccuracy(len(tree))
+        self.names, self.along_tree = NameAccuracy(len(tree)), TreeAccuracy(tree)
+        self.has_depth = tree.paths.shape[1] > 1
+        self.along_tree_figures: dict[str, float] = {}
         self.per_class: dict[str, dict[str, float]] = {}
         self.per_coarse_class: dict[str, dict[str, float]] = {}
 
@@ -111,7 +118,7 @@ class DetectionEvaluation(nn.Module):
             boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a
                 label that boxes carry; -1 where none is.
         """
-        for metric in (self.fine, self.coarse, self.names):
+        for metric in (self.fine, self.coarse, self.names, self.along_tree):
             metric.reset()
         self.nodes = nodes
         own = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
@@ -138,12 +145,41 @@ class DetectionEvaluation(nn.Module):
         easy = ~difficult
         self.names.update(coarse, fine, self.coarse_of, truth_xyxy_orig_px[easy], labels[easy])
 
+    def update_tree(
+        self,
+        batch: DetectionBatch,
+        k: int,
+        truth_xyxy_orig_px: Tensor,
+        named: Detections,
+        deepest: Tensor,
+    ) -> None:
+        """Add what the objects of image k are called; those that no box lies on have no name.
+
+        Args:
+            batch: holds the image.
+            k: its place.
+            truth_xyxy_orig_px: float (M, 4).
+            named: one label a box, as specific as the model is sure.
+            deepest: int64 (N,), the leaf at the end of each box's most probable path.
+        """
+        if int(batch.sample_ids[k]) < 0 or not len(named.labels):
+            return
+        real = batch.labels[k] >= 0
+        easy = ~batch.difficult[k][real]
+        labels = batch.labels[k][real][easy]
+        over = pairwise_iou(truth_xyxy_orig_px[easy], named.boxes_xyxy_orig_px) >= FOUND_IOU
+        found = over.any(dim=1)
+        # boxes stand by descending score: the first one names the object
+        first = over.int().argmax(dim=1)[found]
+        self.along_tree.update(named.labels[first], deepest[first], labels[found])
+
     def compute(self, boxed: Tensor) -> dict[str, float]:
         """Return the means, 0…1, and keep the figures of each class.
 
         ``AP50`` and ``AP`` over all classes asked for; ``_boxed`` and ``_unboxed`` over those that
         had boxes in training and those that had not; ``_coarse`` at the level that boxes taught;
-        ``name_accuracy`` of the objects found at that level.
+        ``name_accuracy`` of the objects found at that level; ``depth1`` … and the kinds of
+        mistakes along a tree, shares of the objects found.
 
         Args:
             boxed: bool (K,), the classes that training boxes were labelled with.
@@ -151,7 +187,9 @@ class DetectionEvaluation(nn.Module):
         fine = self.fine.compute()
         coarse = self.coarse.compute() if self.has_levels else {}
         named = self.names.compute() if self.has_levels else {}
-        for metric in (self.fine, self.coarse, self.names):
+        along = self.along_tree.compute() if self.has_depth else {}
+        self.along_tree_figures = along if any(along.values()) else {}  # nothing was found
+        for metric in (self.fine, self.coarse, self.names, self.along_tree):
             metric.reset()
         self.per_class = {self.tree.keys[node]: dict(row) for node, row in fine.items()}
         self.per_coarse_class = {self.tree.keys[node]: dict(row) for node, row in coarse.items()}
@@ -175,7 +213,7 @@ class DetectionEvaluation(nn.Module):
         if self.has_levels:
             found, right = (sum(pair[k] for pair in named.values()) for k in (0, 1))
             figures["name_accuracy"] = right / found if found else math.nan
-        return figures
+        return figures | self.along_tree_figures
 
     def table(self) -> str:
         """Return the figures of each class as text."""
@@ -192,6 +230,9 @@ class DetectionEvaluation(nn.Module):
             lines.append("as boxes say:")
         for key, row in self.per_coarse_class.items():
             lines.append(f"  {names[key]:<{width - 2}}{row['AP50']:>8.3f}{row['AP']:>8.3f}")
+        if self.along_tree_figures:
+            said = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.along_tree_figures.items()]
+            lines.append(f"of the objects found: {', '.join(said)}")
         return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ from yolo_lightning.layers import extents
 from yolo_lightning.treebuild import ENTITY
 from yolo_lightning.wordtree import WordTree
 
+ANCHORS = 5
 BATCH, PASSES, LEAST_STEPS, MOST_STEPS = 16, 60, 600, 80_000
 _READ, _SHOWN = 64, 10
 _LEARNING_RATES = {"darknet19": 0.001}
@@ -243,7 +244,8 @@ def _anchors(options: argparse.Namespace, found: Found, network: Mapping[str, An
     held = network.get("anchors_wh_cell")
     if held is not None:
         return [list(pair) for pair in held], average_iou(boxes, np.array(held))
-    priors = as_yaml_values(cluster(boxes, options.num_anchors))
+    most = len(np.unique(boxes, axis=0))
+    priors = as_yaml_values(cluster(boxes, options.num_anchors or min(ANCHORS, most)))
     return priors, average_iou(boxes, np.array(priors))
 
 
@@ -331,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", default=ENTITY, help="wnid above the tree (entity)")
     parser.add_argument("--flat", action="store_true", help="no hierarchy: names side by side")
     parser.add_argument("--image-size", type=int, default=416, help="px, a multiple of 32 (416)")
-    parser.add_argument("--num-anchors", type=int, default=5, help="priors a cell (5)")
+    parser.add_argument("--num-anchors", type=int, help=f"priors a cell ({ANCHORS})")
     parser.add_argument("--trunk", default="tiny_darknet", help=f"{', '.join(TRUNKS)}")
     parser.add_argument("--pretrained", help="Darknet's .weights, or a checkpoint to go on from")
     return parser
