@@ -15,9 +15,10 @@ from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, 
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
+    Resize,
     centre_crop,
+    fit_sample,
     letterbox,
-    letterbox_sample,
 )
 from yolo_lightning.errors import InputError
 
@@ -44,10 +45,11 @@ class JointDataset(Dataset[Batch]):
         augmentations: tuple[DetectionAugmentation | None, ClassificationAugmentation | None],
         canvas_size: int,
         seed: int,
+        resize: Resize = "letterbox",
     ) -> None:
         self.detection, self.classification = detection, classification
         self.detection_augmentation, self.classification_augmentation = augmentations
-        self.canvas_size, self.seed = canvas_size, seed
+        self.canvas_size, self.seed, self.resize = canvas_size, seed, resize
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         """Return the batch that a plan names."""
@@ -72,10 +74,11 @@ class JointDataset(Dataset[Batch]):
         source = self.detection
         assert source is not None, "the order holds no detection batches without a source"
         sample = _read_or_next(source, index, self.canvas_size, faults)
-        sample = letterbox_sample(sample.chosen(~sample.difficult), self.canvas_size)
+        sample = sample.chosen(~sample.difficult)
         if self.detection_augmentation is None:
-            return sample
-        return self.detection_augmentation(sample, _seed(self.seed, 0, number, index))
+            return fit_sample(sample, self.canvas_size, self.resize)
+        seed = _seed(self.seed, 0, number, index)
+        return self.detection_augmentation(sample, self.canvas_size, seed, self.resize)
 
     def _labelled_image(self, index: int, number: int, faults: list[str]) -> tuple[Image, int]:
         source = self.classification
@@ -91,10 +94,12 @@ class JointDataset(Dataset[Batch]):
 
 
 class EvaluationDataset(Dataset[Batch]):
-    """Letterboxed images, boxes in the network input; padding has the sample id -1."""
+    """Whole images, boxes in the network input; padding has the sample id -1."""
 
-    def __init__(self, source: DetectionSource, image_size: int) -> None:
-        self.source, self.image_size = source, image_size
+    def __init__(
+        self, source: DetectionSource, image_size: int, resize: Resize = "letterbox"
+    ) -> None:
+        self.source, self.image_size, self.resize = source, image_size, resize
 
     def __getitem__(self, positions: list[int]) -> DetectionBatch:
         """Return the images at these positions; those past the end stand in as padding."""
@@ -113,7 +118,7 @@ class EvaluationDataset(Dataset[Batch]):
                 position = len(self.source)
             sizes.append(sample.size_hw_orig)
             ids.append(position if position < len(self.source) else -1)
-            samples.append(letterbox_sample(sample, self.image_size))
+            samples.append(fit_sample(sample, self.image_size, self.resize))
         batch = collate_detection(samples)
         batch.sizes_hw_orig, batch.sample_ids = torch.tensor(sizes), torch.tensor(ids)
         batch.faults = [*batch.faults, *faults]

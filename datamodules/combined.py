@@ -25,6 +25,7 @@ from yolo_lightning.datamodules.source import (
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
+    Resize,
 )
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError
@@ -53,6 +54,8 @@ class CombinedDataModule(pl.LightningDataModule):
             shrinks them on the device. `image_size` by default.
         steps_per_epoch: batches of an epoch; by default one pass of the detection source with its
             interleaved classification batches, or of the classification source alone.
+        resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`, each
+            side by itself, as the original program trained.
         detection_augmentation, classification_augmentation: none where None.
         num_workers: loader processes of each rank.
         seed: chooses order and augmentation; the batch of a step depends on nothing else.
@@ -74,6 +77,7 @@ class CombinedDataModule(pl.LightningDataModule):
         image_size: int = 416,
         canvas_size: int | None = None,
         steps_per_epoch: int | None = None,
+        resize: Resize = "letterbox",
         detection_augmentation: DetectionAugmentation | None = None,
         classification_augmentation: ClassificationAugmentation | None = None,
         num_workers: int = 2,
@@ -116,7 +120,7 @@ class CombinedDataModule(pl.LightningDataModule):
         if classification is None:
             self.ratio = Fraction(0)
         self.image_size, self.canvas_size = image_size, canvas_size or image_size
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.resize = steps_per_epoch, resize
         self.augmentations = (detection_augmentation, classification_augmentation)
         self.num_workers, self.seed = num_workers, seed
         self._bound: set[int] = set()
@@ -198,7 +202,12 @@ class CombinedDataModule(pl.LightningDataModule):
         steps = self.steps_per_epoch or order.steps_per_pass
         sampler = AlternatingBatchSampler(order, steps, steps_trained, rank, world_size)
         dataset = JointDataset(
-            self.detection, self.classification, self.augmentations, self.canvas_size, self.seed
+            self.detection,
+            self.classification,
+            self.augmentations,
+            self.canvas_size,
+            self.seed,
+            self.resize,
         )
         return ResumableLoader(dataset, sampler, self.num_workers)
 
@@ -223,7 +232,7 @@ class CombinedDataModule(pl.LightningDataModule):
         has_boxes = isinstance(source, DetectionSource)
         share = max(1, self.batch_sizes[0 if has_boxes else 1] // world)
         dataset: Dataset[Batch] = (
-            EvaluationDataset(source, self.image_size)
+            EvaluationDataset(source, self.image_size, self.resize)
             if isinstance(source, DetectionSource)
             else LabelEvaluationDataset(source, self.image_size)
         )

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Literal, get_args
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -16,32 +17,48 @@ from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.errors import InputError
 
 GREY = 127
+_LEAST_SEEN, _PLACED_SIZES = 0.2, (0.25, 2.0)
 
 
-def letterbox(image: Image, size: int) -> tuple[Image, float, float, float, float]:
+Resize = Literal["letterbox", "stretch"]
+"""How an image becomes square: whole on grey, or its sides scaled each by itself."""
+
+Geometry = Literal["crop", "place"]
+
+
+def letterbox(
+    image: Image, size: int, size_hw_orig: tuple[int, int] | None = None
+) -> tuple[Image, float, float, float, float]:
     """Scale an image to fit a grey square, centred.
 
     Args:
         image: uint8 (H, W, 3).
         size: side of the square, px.
+        size_hw_orig: height and width of the file's own image, where decoding shrank it.
 
     Returns:
         The square, and how image px map to it: x scale, y scale, left and top margin, px.
     """
     height, width = image.shape[:2]
-    new_height, new_width, top, left = letterbox_geometry((height, width), (size, size))
+    new_height, new_width, top, left = letterbox_geometry(
+        size_hw_orig or (height, width), (size, size)
+    )
     top, left = int(top), int(left)
-    if (height, width) != (new_height, new_width):
-        shrinks = new_width < width
-        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        image = np.asarray(
-            cv2.resize(image, (new_width, new_height), interpolation=method), np.uint8
-        )
+    image = _resized(image, new_width, new_height)
     if (new_height, new_width) != (size, size):
         canvas = np.full((size, size, 3), GREY, dtype=np.uint8)
         canvas[top : top + new_height, left : left + new_width] = image
         image = canvas
     return image, new_width / width, new_height / height, left, top
+
+
+def _resized(image: Image, width: int, height: int) -> Image:
+    """Scale each side by itself."""
+    old_height, old_width = image.shape[:2]
+    if (old_height, old_width) == (height, width):
+        return image
+    method = cv2.INTER_AREA if width < old_width else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8)
 
 
 def centre_crop(image: Image, size: int) -> Image:
@@ -56,12 +73,53 @@ def centre_crop(image: Image, size: int) -> Image:
     return np.asarray(cv2.resize(square, (size, size), interpolation=method), np.uint8)
 
 
-def letterbox_sample(sample: DetectionSample, size: int) -> DetectionSample:
-    """Letterbox an image together with its boxes."""
-    image, x_scale, y_scale, left, top = letterbox(sample.image, size)
-    scale = np.array([x_scale, y_scale] * 2, dtype=np.float32)
-    boxes = sample.boxes_xyxy_px * scale + np.array([left, top] * 2, dtype=np.float32)
-    return replace(sample, image=image, boxes_xyxy_px=boxes)
+def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox") -> DetectionSample:
+    """Make an image square, its boxes along with it."""
+    height, width = sample.image.shape[:2]
+    if resize == "stretch":
+        image = _resized(sample.image, size, size)
+        x_scale, y_scale, left, top = size / width, size / height, 0.0, 0.0
+    else:
+        image, x_scale, y_scale, left, top = letterbox(sample.image, size, sample.size_hw_orig)
+    boxes = sample.boxes_xyxy_px * np.array([x_scale, y_scale] * 2) + np.array([left, top] * 2)
+    return replace(sample, image=image, boxes_xyxy_px=boxes.astype(np.float32))
+
+
+def look_at(
+    sample: DetectionSample, window_xyxy_px: NDArray[np.float64], size: int
+) -> DetectionSample:
+    """Return what a window shows of an image, stretched to a square; grey where it shows none.
+
+    Args:
+        sample: boxes inside the image.
+        window_xyxy_px: float (4,), corners in px of the image; may reach beyond it.
+        size: side of the square, px.
+
+    Returns:
+        The sample; boxes are clipped to the square, and those go that keep less than a fifth of
+        their area or less than a pixel.
+    """
+    canvas = np.full((size, size, 3), GREY, dtype=np.uint8)
+    height, width = sample.image.shape[:2]
+    low, high = window_xyxy_px[:2], window_xyxy_px[2:]
+    scale = size / (high - low)
+    # whole pixels on both sides: boxes follow these, not the window
+    seen = np.array([np.floor(low).clip(0), np.minimum(np.ceil(high), [width, height])], np.int64)
+    place = np.round((seen - low) * scale).clip(0, size).astype(np.int64)
+    shown, filled = seen[1] - seen[0], place[1] - place[0]
+    boxes = sample.boxes_xyxy_px.astype(np.float64)
+    if shown.min() > 0 and filled.min() > 0:
+        part = sample.image[seen[0][1] : seen[1][1], seen[0][0] : seen[1][0]]
+        canvas[place[0][1] : place[1][1], place[0][0] : place[1][0]] = _resized(part, *filled)
+        boxes = (boxes - np.tile(seen[0], 2)) * np.tile(filled / shown, 2) + np.tile(place[0], 2)
+    else:
+        boxes[:] = 0  # the image lies beside the window
+    clipped = boxes.clip(0, size)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    whole = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    kept = (sides.min(axis=1, initial=np.inf) >= 1) & (sides.prod(axis=1) >= _LEAST_SEEN * whole)
+    boxes_xyxy_px = clipped[kept].astype(np.float32)
+    return replace(sample.chosen(np.asarray(kept)), image=canvas, boxes_xyxy_px=boxes_xyxy_px)
 
 
 class _Colour:
@@ -83,16 +141,20 @@ class _Colour:
 
 
 class DetectionAugmentation:
-    """Random crop or padding, flip and colour, for images with boxes.
-
-    The letterboxed image is moved and scaled, each side by itself; what leaves the frame is cut
-    off, what is laid bare is grey. A box that keeps less than a fifth of its area goes.
+    """Random window, flip and colour, for images with boxes.
 
     Args:
-        jitter: the frame's sides vary by 1 ± jitter and its place by ± jitter, relative.
+        jitter: how much the window's sides (`crop`) or the image's (`place`) vary, relative.
         flip: probability of a horizontal flip.
         hue: largest turn of the hue, 1 is the whole circle.
         saturation, exposure: largest factors; their inverses are the smallest.
+        geometry: `crop`, the paper's random crops: each side of the image moves in or out by up to
+            `jitter`, what is laid bare is grey, and what is seen is fitted as evaluation fits it;
+            `place`, the original program's: sides change by up to `jitter`, and the whole image
+            lies at a random place, at a quarter to twice the network's size.
+
+    Raises:
+        InputError: a value out of range.
 
     Source: YOLO9000, section 3, "Training for detection"; figures of the released configurations.
     """
@@ -104,33 +166,61 @@ class DetectionAugmentation:
         hue: float = 0.1,
         saturation: float = 1.5,
         exposure: float = 1.5,
+        geometry: Geometry = "crop",
     ) -> None:
-        if not 0 <= jitter < 1:
-            raise InputError(f"augmentation: jitter is {jitter}; allowed: 0 (none) up to below 1")
-        geometry = A.Affine(
-            scale={"x": (1 - jitter, 1 + jitter), "y": (1 - jitter, 1 + jitter)},
-            translate_percent={"x": (-jitter, jitter), "y": (-jitter, jitter)},
-            fill=GREY,
-            p=float(jitter > 0),
-        )
+        most = 0.5 if geometry == "crop" else 1.0  # two sides may meet
+        if not 0 <= jitter < most:
+            raise InputError(
+                f"augmentation: jitter is {jitter}; allowed: 0 (none) up to below {most}"
+            )
+        if geometry not in get_args(Geometry):
+            raise InputError(
+                f"augmentation: geometry is {geometry!r}; allowed: {', '.join(get_args(Geometry))}"
+            )
+        self._jitter, self._geometry = jitter, geometry
         self._pipeline = A.Compose(
-            [A.HorizontalFlip(p=flip), geometry, _Colour(hue, saturation, exposure).transform],
-            bbox_params=A.BboxParams(
-                "pascal_voc", ["row"], clip=True, min_visibility=0.2, min_width=1, min_height=1
-            ),
+            [A.HorizontalFlip(p=flip), _Colour(hue, saturation, exposure).transform],
+            bbox_params=A.BboxParams("pascal_voc", ["row"], clip=True),
             seed=0,
         )
 
-    def __call__(self, sample: DetectionSample, seed: int) -> DetectionSample:
-        """Return the augmented sample; `seed` alone decides every draw."""
-        size = np.array([sample.image.shape[1], sample.image.shape[0]] * 2)
-        boxes = sample.boxes_xyxy_px.clip(0, size)
-        rows = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= 1)
+    def __call__(
+        self, sample: DetectionSample, size: int, seed: int, resize: Resize = "letterbox"
+    ) -> DetectionSample:
+        """Return the augmented sample, (size, size, 3); `seed` alone decides every draw."""
+        height, width = sample.image.shape[:2]
+        boxes = sample.boxes_xyxy_px.clip(0, [width, height, width, height])
+        sample = replace(sample, boxes_xyxy_px=boxes)
+        sample = sample.chosen(np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1)))
+        sample = look_at(sample, self.window(width, height, seed, resize), size)
         self._pipeline.set_random_seed(seed)
-        out = self._pipeline(image=sample.image, bboxes=boxes[rows], row=rows)
+        rows = np.arange(len(sample.labels))
+        out = self._pipeline(image=sample.image, bboxes=sample.boxes_xyxy_px, row=rows)
         kept = np.asarray(out["row"], dtype=np.int64)
         moved: NDArray[np.float32] = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
         return replace(sample.chosen(kept), image=out["image"], boxes_xyxy_px=moved)
+
+    def window(self, width: int, height: int, seed: int, resize: Resize) -> NDArray[np.float64]:
+        """Return which part of an image is seen: corners, px, perhaps beyond it."""
+        rng, size_wh = np.random.default_rng(seed), np.array([width, height], dtype=np.float64)
+        if self._geometry == "place":
+            return self._placed(rng, size_wh)
+        moves = rng.uniform(-self._jitter, self._jitter, (2, 2)) * size_wh
+        low, high = moves[0], size_wh + moves[1]
+        if resize == "letterbox":
+            centre, side = (low + high) / 2, (high - low).max()
+            low, high = centre - side / 2, centre + side / 2
+        return np.concatenate([low, high])
+
+    def _placed(
+        self, rng: np.random.Generator, size_wh: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        width, height = size_wh * (1 + rng.uniform(-self._jitter, self._jitter, 2))
+        # relative to the square: the longer side is a quarter to twice as long
+        longer = rng.uniform(*_PLACED_SIZES)
+        placed = longer * np.array([min(1.0, width / height), min(1.0, height / width)])
+        start = rng.uniform(0, 1, 2) * (1 - placed)
+        return np.concatenate([-start, 1 - start]) * np.tile(size_wh / placed, 2)
 
 
 class ClassificationAugmentation:

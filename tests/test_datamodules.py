@@ -21,7 +21,7 @@ from yolo_lightning.datamodules import (
 )
 from yolo_lightning.datamodules.shapes import SHAPES, _draw, _place
 from yolo_lightning.datamodules.source import DetectionSample
-from yolo_lightning.datamodules.transforms import centre_crop, letterbox, letterbox_sample
+from yolo_lightning.datamodules.transforms import centre_crop, fit_sample, letterbox
 from yolo_lightning.errors import InputError
 from yolo_lightning.wordtree import WordTree
 
@@ -210,14 +210,14 @@ def test_letterbox_keeps_aspect_and_moves_boxes_along():
     assert square.shape == (64, 64, 3)
     assert (square[:16] == 127).all()
     assert (square[48:] == 127).all()
-    moved = letterbox_sample(sample_with([[30, 10, 60, 20]], (50, 100)), 64)
+    moved = fit_sample(sample_with([[30, 10, 60, 20]], (50, 100)), 64)
     np.testing.assert_allclose(moved.boxes_xyxy_px, [[19.2, 22.4, 38.4, 28.8]], rtol=1e-6)
 
 
 def test_augmentation_is_decided_by_its_seed_alone():
     augment = DetectionAugmentation(jitter=0.3)
-    sample = letterbox_sample(sample_with([[10, 10, 50, 40], [60, 5, 95, 55]]), 96)
-    first, other, again = (augment(sample, seed) for seed in (1, 2, 1))
+    sample = fit_sample(sample_with([[10, 10, 50, 40], [60, 5, 95, 55]]), 96)
+    first, other, again = (augment(sample, 96, seed) for seed in (1, 2, 1))
     assert np.array_equal(first.image, again.image)
     assert np.array_equal(first.boxes_xyxy_px, again.boxes_xyxy_px)
     assert not np.array_equal(first.image, other.image)
@@ -254,15 +254,18 @@ def test_the_middle_of_an_image():
     assert centre_crop(image[:, :40], 64).shape == (64, 64, 3)
 
 
-def test_augmented_boxes_follow_their_object_and_stay_inside():
-    image = np.zeros((96, 96, 3), dtype=np.uint8)
+@pytest.mark.parametrize("geometry", ["crop", "place"])
+@pytest.mark.parametrize("resize", ["letterbox", "stretch"])
+def test_augmented_boxes_follow_their_object_and_stay_inside(geometry, resize):
+    image = np.zeros((96, 144, 3), dtype=np.uint8)
     image[30:60, 40:80] = 255
     box = np.array([[40, 30, 80, 60]], dtype=np.float32)
     sample = DetectionSample(image, box, np.array([4]), np.array([False]))
-    augment = DetectionAugmentation(jitter=0.3, hue=0, saturation=1, exposure=1)
+    augment = DetectionAugmentation(0.3, hue=0, saturation=1, exposure=1, geometry=geometry)
     moved = 0
     for seed in range(60):
-        out = augment(sample, seed)
+        out = augment(sample, 96, seed, resize)
+        assert out.image.shape == (96, 96, 3)
         if not len(out.labels):
             continue
         x1, y1, x2, y2 = out.boxes_xyxy_px[0]
@@ -280,14 +283,17 @@ def test_degenerate_boxes_crash_no_augmentation():
     augment = DetectionAugmentation(jitter=0.3)
     boxes = [[10, 10, 10, 30], [-20, -20, 500, 500], [95, 58, 140, 90], [5, 5, 30, 30]]
     for seed in range(40):
-        out = augment(sample_with(boxes), seed)
+        out = augment(sample_with(boxes), 96, seed)
         assert len(out.boxes_xyxy_px) == len(out.labels) == len(out.difficult)
         assert 0 not in out.labels
-    nothing = augment(sample_with([]), 0)
+    nothing = augment(sample_with([]), 96, 0)
     assert nothing.boxes_xyxy_px.shape == (0, 4)
 
 
-@pytest.mark.parametrize("options", [{"jitter": 1.5}, {"saturation": 0.5}, {"hue": 0.9}])
+@pytest.mark.parametrize(
+    "options",
+    [{"jitter": 1.5}, {"jitter": 0.5}, {"saturation": 0.5}, {"hue": 0.9}, {"geometry": "turn"}],
+)
 def test_augmentation_out_of_range_is_refused(options):
     with pytest.raises(InputError, match="allowed"):
         DetectionAugmentation(**options)
@@ -454,7 +460,7 @@ def test_batches_move_and_keep_what_is_no_tensor():
 
 
 def test_truths_come_back_from_the_letterbox_where_they_were(tmp_path, write_voc):
-    from yolo_lightning.detector import _original_px
+    from yolo_lightning.detector import original_px
 
     write_voc(tmp_path, "a", [("apple", 21, 31, 60, 70), ("apple", 1, 1, 333, 500)], (333, 500))
     source = VOCFolder(str(tmp_path))
@@ -464,6 +470,6 @@ def test_truths_come_back_from_the_letterbox_where_they_were(tmp_path, write_voc
     (batch,) = list(data.val_dataloader())
     assert isinstance(batch, DetectionBatch)
     height, width = batch.sizes_hw_orig[0].tolist()
-    boxes = _original_px(batch.boxes_cxcywh_norm[0, :2], (height, width), batch.images.shape[-2:])
+    boxes = original_px(batch.boxes_cxcywh_norm[0, :2], (height, width), batch.images.shape[-2:])
     expected = torch.tensor([[20.0, 30, 60, 70], [0, 0, 333, 500]])
     torch.testing.assert_close(boxes, expected, atol=1e-3, rtol=0)

@@ -1,7 +1,7 @@
 """The LightningModule of the detector and the YOLO9000 joint loss."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -56,6 +56,8 @@ class DetectorModule(pl.LightningModule):
         schedule: factor of the learning rate at each optimizer step.
         loss: scales and rules of the loss.
         iou_threshold: of non-maximum suppression.
+        resize: how images become square: `letterbox`, whole on grey, or `stretch`, each side by
+            itself; training sets it to the data's.
 
     Raises:
         InputError: an unknown trunk or anchors that are not positive pairs; on loading a
@@ -83,6 +85,7 @@ class DetectorModule(pl.LightningModule):
         schedule: Schedule | None = None,
         loss: LossSettings | None = None,
         iou_threshold: float = 0.45,
+        resize: Literal["letterbox", "stretch"] = "letterbox",
     ) -> None:
         super().__init__()
         anchors = torch.tensor([list(pair) for pair in anchors_wh_cell], dtype=torch.float32)
@@ -131,6 +134,7 @@ class DetectorModule(pl.LightningModule):
                 "trunk_factor": trunk_factor,
                 "loss": asdict(self.loss),
                 "iou_threshold": iou_threshold,
+                "resize": resize,
             },
             logger=False,
         )
@@ -147,6 +151,7 @@ class DetectorModule(pl.LightningModule):
         """
         same_data_tree(self.trainer, self.tree)
         data = self._datamodule
+        self.hparams["resize"] = getattr(data, "resize", self.hparams["resize"])
         if stage == "fit" and hasattr(data, "detection") and data.detection is None:
             raise InputError("data.detection: a detector needs images with boxes; name some")
         for name in ("validation", "test"):
@@ -216,7 +221,7 @@ class DetectorModule(pl.LightningModule):
         """Return every (box, node) pair whose score passes the threshold, after suppression.
 
         Args:
-            images: uint8 or float (B, 3, H, W), letterboxed.
+            images: uint8 or float (B, 3, H, W), fitted as the module's `resize` says.
             sizes_hw_orig: int64 (B, 2), px of the original images.
             nodes: int64 (L,), the classes asked for.
             score_threshold: 0…1, of objectness x P(node).
@@ -242,7 +247,7 @@ class DetectorModule(pl.LightningModule):
     ) -> Detections:
         scores = image.objectness[:, None] * probs[:, nodes]
         box, column = _best_pairs(scores, threshold)
-        boxes = _original_px(image.boxes_cxcywh_norm, size_hw_orig, size_hw)[box]
+        boxes = self._original_px(image.boxes_cxcywh_norm, size_hw_orig, size_hw)[box]
         kept = batched_nms(boxes, scores[box, column], column, self.iou_threshold)
         return Detections(boxes[kept], nodes[column[kept]], scores[box[kept], column[kept]])
 
@@ -257,7 +262,7 @@ class DetectorModule(pl.LightningModule):
         """Return one label a box: the most specific node that is still probable.
 
         Args:
-            images: uint8 or float (B, 3, H, W), letterboxed.
+            images: uint8 or float (B, 3, H, W), fitted as the module's `resize` says.
             sizes_hw_orig: int64 (B, 2), px of the original images.
             score_threshold: 0…1, of objectness x P(node).
             tree_threshold: 0…1, of P(node), down to which the tree is descended.
@@ -284,7 +289,7 @@ class DetectorModule(pl.LightningModule):
         labels, probs = self.tree.most_specific(image.logits, tree_threshold)
         scores = image.objectness * probs
         sure = (scores > score_threshold).nonzero().flatten()
-        boxes = _original_px(image.boxes_cxcywh_norm[sure], size_hw_orig, size_hw)
+        boxes = self._original_px(image.boxes_cxcywh_norm[sure], size_hw_orig, size_hw)
         same = torch.zeros_like(sure)
         kept = batched_nms(boxes, scores[sure], same, self.iou_threshold)
         rows = sure[kept]
@@ -293,6 +298,11 @@ class DetectorModule(pl.LightningModule):
     def _candidates(self, images: Tensor, threshold: float) -> list[Candidates]:
         output = self.network(unit_range(images))
         return candidates(output, self.network.anchors_wh_cell, threshold)
+
+    def _original_px(
+        self, boxes_cxcywh_norm: Tensor, size_hw_orig: tuple[int, int], size_hw: torch.Size
+    ) -> Tensor:
+        return original_px(boxes_cxcywh_norm, size_hw_orig, size_hw, self.hparams["resize"])
 
     def on_validation_epoch_start(self) -> None:
         """Look up which classes the images are labelled with."""
@@ -312,7 +322,8 @@ class DetectorModule(pl.LightningModule):
         size_hw, evaluation = batch.images.shape[-2:], self.evaluation
         images = self._candidates(batch.images, SCORE_THRESHOLD)
         for k, (image, size) in enumerate(zip(images, batch.sizes_hw_orig.tolist(), strict=True)):
-            truth = _original_px(batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0], size, size_hw)
+            boxes = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
+            truth = self._original_px(boxes, size, size_hw)
             probs = self._probs(image)
             fine = self._named(image, probs, size, size_hw, evaluation.nodes, SCORE_THRESHOLD)
             coarse = None
@@ -387,11 +398,26 @@ def _best_pairs(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return row, column
 
 
-def _original_px(
-    boxes_cxcywh_norm: Tensor, size_hw_orig: tuple[int, int], size_hw: torch.Size
+def original_px(
+    boxes_cxcywh_norm: Tensor,
+    size_hw_orig: tuple[int, int],
+    size_hw: torch.Size,
+    resize: str = "letterbox",
 ) -> Tensor:
-    """Map boxes from a letterboxed network input to px of the original image, clipped to it."""
+    """Map boxes from the network input to px of the original image, clipped to it.
+
+    Args:
+        boxes_cxcywh_norm: float (N, 4), 0…1 of the network input.
+        size_hw_orig: height and width of the image file, px.
+        size_hw: of the network input, px.
+        resize: how the image was fitted, `letterbox` or `stretch`.
+
+    Returns:
+        float (N, 4), corners.
+    """
     height, width = size_hw_orig
-    boxes = unletterbox(boxes_cxcywh_norm, (height, width), (size_hw[0], size_hw[1]))
+    boxes = boxes_cxcywh_norm
+    if resize == "letterbox":
+        boxes = unletterbox(boxes, (height, width), (size_hw[0], size_hw[1]))
     corners = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height] * 2)
     return torch.minimum(corners.clamp(min=0), boxes.new_tensor([width, height] * 2))
