@@ -73,7 +73,10 @@ class JointDataset(Dataset[Batch]):
     def _detection_sample(self, index: int, number: int, faults: list[str]) -> DetectionSample:
         source = self.detection
         assert source is not None, "the order holds no detection batches without a source"
-        sample = _read_or_next(source, index, self.canvas_size, faults)
+        least = self.canvas_size
+        if self.detection_augmentation is not None:
+            least = self.detection_augmentation.longest_side(least)
+        sample = _read_or_next(source, index, least, faults)
         sample = sample.chosen(~sample.difficult)
         if self.detection_augmentation is None:
             return fit_sample(sample, self.canvas_size, self.resize)

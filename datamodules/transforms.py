@@ -67,10 +67,7 @@ def centre_crop(image: Image, size: int) -> Image:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
-    if side == size:
-        return square
-    method = cv2.INTER_AREA if size < side else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(square, (size, size), interpolation=method), np.uint8)
+    return _resized(square, size, size)
 
 
 def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox") -> DetectionSample:
@@ -178,6 +175,7 @@ class DetectionAugmentation:
                 f"augmentation: geometry is {geometry!r}; allowed: {', '.join(get_args(Geometry))}"
             )
         self._jitter, self._geometry = jitter, geometry
+        self._zoom = _PLACED_SIZES[1] if geometry == "place" else 1 / (1 - 2 * jitter)
         self._pipeline = A.Compose(
             [A.HorizontalFlip(p=flip), _Colour(hue, saturation, exposure).transform],
             bbox_params=A.BboxParams("pascal_voc", ["row"], clip=True),
@@ -199,6 +197,10 @@ class DetectionAugmentation:
         kept = np.asarray(out["row"], dtype=np.int64)
         moved: NDArray[np.float32] = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
         return replace(sample.chosen(kept), image=out["image"], boxes_xyxy_px=moved)
+
+    def longest_side(self, size: int) -> int:
+        """Return the length that an image is drawn at, at most, in a square of `size` px."""
+        return int(size * self._zoom)
 
     def window(self, width: int, height: int, seed: int, resize: Resize) -> NDArray[np.float64]:
         """Return which part of an image is seen: corners, px, perhaps beyond it."""
