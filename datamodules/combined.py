@@ -201,7 +201,25 @@ class CombinedDataModule(pl.LightningDataModule):
         order = self.order
         steps = self.steps_per_epoch or order.steps_per_pass
         sampler = AlternatingBatchSampler(order, steps, steps_trained, rank, world_size)
-        dataset = JointDataset(
+        return ResumableLoader(self._training_dataset(), sampler, self.num_workers)
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return what a rank reads at a step; `setup` comes before.
+
+        Args:
+            step: number of the batch since training began.
+            rank: the process.
+            world_size: how many there are.
+
+        Raises:
+            InputError: a global batch that the ranks cannot share equally.
+        """
+        order = self.order
+        AlternatingBatchSampler(order, 1, lambda: step, rank, world_size)  # refuses unequal shares
+        return self._training_dataset()[order.plan(step, rank, world_size)]
+
+    def _training_dataset(self) -> JointDataset:
+        return JointDataset(
             self.detection,
             self.classification,
             self.augmentations,
@@ -209,7 +227,6 @@ class CombinedDataModule(pl.LightningDataModule):
             self.seed,
             self.resize,
         )
-        return ResumableLoader(dataset, sampler, self.num_workers)
 
     def val_dataloader(self) -> "ResumableLoader | list[Any]":
         """Return the loader of validation images, none where the recipe names none."""

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.boxes import cxcywh_to_xyxy
 from yolo_lightning.errors import InputError
 
 Image = NDArray[np.uint8]
@@ -15,6 +17,10 @@ Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 _FONT, _FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+_COLOURS: tuple[Colour, ...] = (
+    (255, 140, 0), (64, 160, 255), (120, 200, 80), (220, 90, 160), (250, 210, 60), (150, 110, 230),
+    (70, 200, 200), (230, 80, 60),
+)  # fmt: skip
 
 
 def draw_boxes(
@@ -41,13 +47,42 @@ def draw_boxes(
     for (x1, y1, _, _), caption, colour in zip(corners.tolist(), captions, colours, strict=True):
         (width, height), _ = cv2.getTextSize(caption, _FONT, _FONT_SCALE, 1)
         left = max(0, min(x1, size[0] - width - 4))
-        top = max(0, y1 - height - 5)
-        cv2.rectangle(canvas, (left, top), (left + width + 4, top + height + 5), colour, -1)
-        dark = sum(colour) < 380
-        ink = (255, 255, 255) if dark else (0, 0, 0)
-        place = (left + 2, top + height + 1)
-        cv2.putText(canvas, caption, place, _FONT, _FONT_SCALE, ink, 1, cv2.LINE_AA)
+        _write(canvas, caption, (left, max(0, y1 - height - 5)), colour)
     return canvas
+
+
+def batch_picture(batch: DetectionBatch | ClassificationBatch, names: Sequence[str]) -> Image:
+    """Return the images of a batch, with their boxes and labels.
+
+    Args:
+        batch: uint8 images.
+        names: of the tree's nodes.
+    """
+    images = batch.images.permute(0, 2, 3, 1).numpy()
+    scale = max(1, 224 // images.shape[1])
+    drawn = []
+    for k, image in enumerate(images):
+        boxes, labels = np.zeros((0, 4), np.float32), []
+        if isinstance(batch, DetectionBatch):
+            real = batch.labels[k] >= 0
+            corners = cxcywh_to_xyxy(batch.boxes_cxcywh_norm[k][real]) * images.shape[1]
+            boxes, labels = corners.numpy(), batch.labels[k][real].tolist()
+        colours = [_COLOURS[label % len(_COLOURS)] for label in labels]
+        shown = draw_boxes(image, boxes, [names[label] for label in labels], colours, scale)
+        if isinstance(batch, ClassificationBatch):
+            _write(shown, names[int(batch.labels[k])], (2, 2), (255, 255, 255))
+        drawn.append(shown)
+    return grid(drawn, min(6, len(drawn)))
+
+
+def _write(canvas: Image, text: str, place: tuple[int, int], colour: Colour) -> None:
+    """Write a text on a ground of its own, its left upper corner at `place`."""
+    (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)
+    left, top = place
+    cv2.rectangle(canvas, (left, top), (left + width + 4, top + height + 5), colour, -1)
+    ink = (255, 255, 255) if sum(colour) < 380 else (0, 0, 0)
+    start = (left + 2, top + height + 1)
+    cv2.putText(canvas, text, start, _FONT, _FONT_SCALE, ink, 1, cv2.LINE_AA)
 
 
 def grid(images: Sequence[Image], columns: int, legend: str = "") -> Image:

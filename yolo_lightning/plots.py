@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from yolo_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 COLOURS = ("#1f77d0", "#f08c00", "#2a9d3a", "#c2337e", "#7a5cc9", "#8c6d4f", "#16a0a8", "#9a9a9a")
 TEXT, LINE = "#404040", "#d8d8d8"
 _PANELS_WIDE, _DPI = 3, 150
+_MOST_BARS, _FEW_BARS = 30, 5
 
 
 @dataclass
@@ -102,6 +106,89 @@ def save_priors(pictures: Mapping[str, PriorsPicture], path: Path) -> None:
     for axes, (name, picture) in zip(grid, pictures.items(), strict=False):
         _draw_priors(axes, name, picture)
     _save(figure, path)
+
+
+@dataclass
+class LabelsPicture:
+    """What a picture of a dataset's labels shows.
+
+    Attributes:
+        classes: objects, or images, by name.
+        boxes_wh_norm: float (M, 2), relative to their images; none for images with labels alone.
+        centres_norm: float (M, 2), 0…1.
+        objects_per_image: int (N,).
+        sizes_wh_px: int (N, 2), of the images.
+    """
+
+    classes: Mapping[str, int]
+    boxes_wh_norm: NDArray[Any]
+    centres_norm: NDArray[Any]
+    objects_per_image: NDArray[Any]
+    sizes_wh_px: NDArray[Any]
+
+
+def save_labels(picture: LabelsPicture, path: Path) -> None:
+    """Draw how often classes are, and how large, where and how many their boxes.
+
+    Args:
+        picture: what to draw.
+        path: of the PNG file; its folder is made.
+
+    Raises:
+        InputError: no matplotlib, or a place that cannot be written.
+    """
+    has_boxes = len(picture.boxes_wh_norm) > 0
+    figure = _figure(12.0 if has_boxes else 8.0, 6.4 if has_boxes else 3.2)
+    panels = figure.subplots(2, 3).ravel() if has_boxes else figure.subplots(1, 2).ravel()
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=TEXT, labelsize=8)
+    _draw_classes(panels[0], picture.classes)
+    _scatter(panels[1], picture.sizes_wh_px, "image sizes, px", "width", "height")
+    if has_boxes:
+        _density(panels[2], picture.centres_norm, "centres of boxes")
+        panels[2].invert_yaxis()
+        _density(panels[3], picture.boxes_wh_norm, "box sizes, relative to the image")
+        panels[3].set_xlabel("width", fontsize=8, color=TEXT)
+        panels[3].set_ylabel("height", fontsize=8, color=TEXT)
+        aspect = np.log2(picture.boxes_wh_norm[:, 0] / picture.boxes_wh_norm[:, 1].clip(1e-6))
+        panels[4].hist(aspect.clip(-3, 3), bins=40, color=COLOURS[0])
+        panels[4].set_xticks(range(-3, 4), ["1:8", "1:4", "1:2", "1:1", "2:1", "4:1", "8:1"])
+        panels[4].set_title("aspect of boxes, width to height", fontsize=10, color=TEXT)
+        counts = np.bincount(picture.objects_per_image)
+        panels[5].bar(range(len(counts)), counts, color=COLOURS[0])
+        panels[5].xaxis.get_major_locator().set_params(integer=True)
+        panels[5].set_title("objects in an image", fontsize=10, color=TEXT)
+    _save(figure, path)
+
+
+def _draw_classes(axes: "Axes", classes: Mapping[str, int]) -> None:
+    ranked = sorted(classes.items(), key=lambda item: -item[1])
+    shown = ranked[:_MOST_BARS]
+    axes.bar(range(len(shown)), [count for _, count in shown], color=COLOURS[0])
+    title = "classes" if len(shown) == len(ranked) else f"{len(shown)} of {len(ranked)} classes"
+    axes.set_title(title, fontsize=10, color=TEXT)
+    axes.set_xticks(range(len(shown)), [name[:18] for name, _ in shown], rotation=90, fontsize=7)
+    if len(shown) <= _FEW_BARS:
+        axes.set_xticks(range(len(shown)), [name[:18] for name, _ in shown], rotation=0)
+
+
+def _scatter(axes: "Axes", values: NDArray[Any], title: str, x: str, y: str) -> None:
+    axes.scatter(values[:, 0], values[:, 1], s=8, alpha=0.3, color=COLOURS[0], linewidths=0)
+    axes.set_title(title, fontsize=10, color=TEXT)
+    axes.set_xlabel(x, fontsize=8, color=TEXT)
+    axes.set_ylabel(y, fontsize=8, color=TEXT)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+
+
+def _density(axes: "Axes", values_norm: NDArray[Any], title: str) -> None:
+    bins = np.linspace(0, 1, 41)
+    counts, _, _ = np.histogram2d(values_norm[:, 0], values_norm[:, 1], bins=(bins, bins))
+    axes.imshow(
+        np.sqrt(counts.T), origin="lower", extent=(0, 1, 0, 1), cmap="Blues", aspect="equal"
+    )
+    axes.set_title(title, fontsize=10, color=TEXT)
 
 
 def _draw_priors(axes: "Axes", name: str, picture: PriorsPicture) -> None:
