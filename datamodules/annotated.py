@@ -107,7 +107,7 @@ class Raw:
 
 def finish(raw: Raw, about: Annotations, watched: list[Path]) -> Parsed:
     """Clean the boxes and return the index."""
-    _look_up_sizes(raw, about.root)
+    _look_up_sizes(raw, about)
     kept = _clean(raw, about)
     counts = np.bincount(raw.image_of[kept], minlength=len(raw.images))
     arrays = {
@@ -129,20 +129,33 @@ def finish(raw: Raw, about: Annotations, watched: list[Path]) -> Parsed:
     return Parsed(Index(arrays, facts), watched)
 
 
-def _look_up_sizes(raw: Raw, root: Path) -> None:
+def _look_up_sizes(raw: Raw, about: Annotations) -> None:
     """Fill sizes that no annotation tells from the files, where these can be read."""
-    unknown = np.flatnonzero(raw.sizes_wh.min(axis=1, initial=1) <= 0)
+    doubted = raw.sizes_wh.min(axis=1, initial=1) <= 0
+    if not about.normalised:  # a box over the edge: is it the box or the size that is wrong?
+        far = np.maximum(raw.boxes_xyxy[:, :2], raw.boxes_xyxy[:, 2:])
+        over = (far > raw.sizes_wh[raw.image_of] + _NOISE_PX).any(axis=1)
+        doubted[raw.image_of[over]] = True
+    unknown = np.flatnonzero(doubted)
 
     def size(number: int) -> tuple[int, int]:
         try:
-            height, width = read_header(root / raw.images[number]).size_hw
+            height, width = read_header(about.root / raw.images[number]).size_hw
         except UnreadableSample:
             return 0, 0
         return width, height
 
     if len(unknown):
         with ThreadPoolExecutor(8) as pool:
-            raw.sizes_wh[unknown] = list(pool.map(size, unknown.tolist()))
+            stated = raw.sizes_wh[unknown].tolist()
+            found = list(pool.map(size, unknown.tolist()))
+        for number, said, true in zip(unknown.tolist(), stated, found, strict=True):
+            if all(said) and all(true) and tuple(said) != true:
+                about.faults.append(
+                    f"{about.root / raw.images[number]}: is {true[0]} x {true[1]}, its annotation "
+                    f"says {said[0]} x {said[1]}"
+                )
+            raw.sizes_wh[number] = true if all(true) else said
 
 
 def _clean(raw: Raw, about: Annotations) -> NDArray[np.bool_]:
@@ -360,14 +373,19 @@ def inside(path: str, root: Path, allow_outside: bool, where: str) -> str:
     if ".." not in path and not os.path.isabs(path):
         return path
     whole = os.path.normpath(os.path.join(root, path))
-    if whole.startswith(os.path.join(root, "")):
-        return os.path.relpath(whole, root)
+    if within(whole, root):
+        return os.path.relpath(whole, os.path.normpath(root))
     if allow_outside:
         return whole
     raise InputError(
         f"{where}: path {path!r} leaves the dataset's folder {str(root)!r}; if that is meant, set "
         "allow_outside: true"
     )
+
+
+def within(path: str | Path, root: Path) -> bool:
+    """Tell whether a path lies below a folder; links are not followed."""
+    return os.path.normpath(path).startswith(os.path.join(os.path.normpath(root), ""))
 
 
 class Listing:

@@ -53,7 +53,11 @@ class COCOJson(AnnotatedImages):
 
     def _key(self) -> tuple[Path, dict[str, Any]]:
         self._file = existing_file(self.annotations, "COCO annotations").absolute()
-        images = existing_folder(self.images, "COCO images") if self.images is not None else ""
+        images = (
+            existing_folder(self.images, "COCO images").absolute()
+            if self.images is not None
+            else ""
+        )
         return self._file.parent, {
             "file": self._file.name,
             "images": str(images),
@@ -100,7 +104,9 @@ class COCOJson(AnnotatedImages):
             image_of[order],
             _corners(known)[order],
             np.array([classes[item["category_id"]] for item in known], np.int32)[order],
-            np.array([n if isinstance(n, int) else 0 for n in numbers], np.int64)[order],
+            np.array(
+                [n if isinstance(n, int) and abs(n) < 2**63 else 0 for n in numbers], np.int64
+            )[order],
             np.zeros(len(known), np.bool_),
             np.array([bool(item.get("iscrowd")) for item in known], np.bool_)[order],
         )
@@ -159,6 +165,8 @@ def _images_beside(file: Path, data: dict[str, Any], listing: Listing) -> Path:
     places = [file.parent, file.parent / "images", above / name, above / "images" / name,
               above / "images", above]  # fmt: skip
     wanted = [item.get("file_name") for item in data["images"][:20]]
+    # an absolute path is found from anywhere; it tells of no folder unless all are such
+    wanted = [w for w in wanted if isinstance(w, str) and not os.path.isabs(w)] or wanted
     for place in places:
         if any(isinstance(w, str) and listing.has(place / w) for w in wanted):
             return place

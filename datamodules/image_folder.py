@@ -86,7 +86,8 @@ class LabelCSV(LabelledImages):
 
     def _key(self) -> tuple[Path, dict[str, Any]]:
         file = existing_file(self.file, "table of labels").absolute()
-        return file.parent, {"file": file.name, "root": self.root, "outside": self.allow_outside}
+        root = str(Path(self.root).expanduser().absolute()) if self.root is not None else None
+        return file.parent, {"file": file.name, "root": root, "outside": self.allow_outside}
 
     def _parse(self) -> Parsed:
         """Read the table; images that are missing are skipped and named."""
@@ -128,9 +129,10 @@ def _rows(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
 def images_below(folder: Path, watched: list[Path]) -> Iterator[Path]:
     """Yield the images in a folder and all below it, links followed once; say what was listed."""
     seen: set[str] = set()
+    start = os.path.realpath(folder)
     for place, below, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:
+        if real in seen or (real != start and start.startswith(os.path.join(real, ""))):
             below.clear()
             continue
         seen.add(real)

@@ -15,6 +15,7 @@ from yolo_lightning.errors import InputError
 
 _KAGGLE = "LOC_val_solution.csv"
 _SYNSETS = ("imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "val_synsets.txt")
+_META = "meta.mat"
 _DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
 _NUMBER = re.compile(r"_(\d{8})$")
 
@@ -52,7 +53,8 @@ class ImageNet(LabelledImages):
 
     def _key(self) -> tuple[Path, dict[str, Any]]:
         root = existing_folder(self.root, "ImageNet")
-        return root, {"split": self.split, "labels": self.labels}
+        labels = Path(self.labels).expanduser().absolute() if self.labels is not None else None
+        return root, {"split": self.split, "labels": str(labels)}
 
     def _parse(self) -> Parsed:
         """List wnid folders, or one folder of images and its labels."""
@@ -67,7 +69,7 @@ class ImageNet(LabelledImages):
         faults: list[str] = []
         if loose:
             file, wnids = self._labels_of(root, loose, faults)
-            watched.append(file)
+            watched += [file, file.parent / _META]
             images = [str((folder / name).relative_to(root)) for name in loose if name in wnids]
             labels = [wnids[name] for name in loose if name in wnids]
             origins = dict.fromkeys(labels, str(file))
@@ -94,7 +96,7 @@ class ImageNet(LabelledImages):
         else:
             lines = file.read_text(encoding="utf-8").split()
             if file.name == _DEVKIT:
-                wnid_of = _devkit_wnids(file.parent / "meta.mat")
+                wnid_of = _devkit_wnids(file.parent / _META)
                 lines = [wnid_of.get(int(line), "") for line in lines]
             numbers = [_NUMBER.search(Path(name).stem) for name in names]
             ranks = [int(n.group(1)) - 1 if n else k for k, n in enumerate(numbers)]

@@ -71,10 +71,12 @@ def _header(file: IO[bytes], path: Path) -> Header:
         with Pillow.open(file) as image:
             width, height = image.size
             kind = str(image.format)
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            exif = Pillow.Exif()  # not image.getexif(): a PNG's decodes it, and XMP counts there
+            exif.load(image.info.get("exif") or b"")
+            turned = exif.get(_ORIENTATION) in _TURNED
     except Pillow.DecompressionBombError:
         raise UnreadableSample(
-            f"{path}: claims more than {2 * MOST_PIXELS // 1_000_000} million pixels"
+            f"{path}: claims more than {MOST_PIXELS // 1_000_000} million pixels"
         ) from None
     except Exception:  # Pillow's readers raise whatever a broken header makes them stumble over
         raise UnreadableSample(f"{path}: not a readable image") from None

@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,12 +103,13 @@ def cached(root: Path, key: Mapping[str, Any], parse: Callable[[], Parsed]) -> I
     kept = _load_fresh(folder / name)
     if kept is not None:
         return kept
+    started = time.time_ns()
     parsed = parse()
     watched = [str(path) for path in parsed.watched]
     arrays = {
         **parsed.index.arrays,
         **pack("watched", watched),
-        "stamps": np.array([_stamp(path) for path in watched], np.int64).reshape(-1, 2),
+        "stamps": np.array([_stamp(path, started) for path in watched], np.int64).reshape(-1, 2),
     }
     try:
         save(folder / name, Index(arrays, parsed.index.facts))
@@ -133,12 +135,17 @@ def _cache_folder(root: Path) -> Path | None:
     return None
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    """Return size and time of the last change, -1 where there is nothing."""
+def _stamp(path: str, before_ns: int | None = None) -> tuple[int, int]:
+    """Return size and time of the last change, -1 where there is nothing.
+
+    What was changed after `before_ns`, while it was being read, gets a stamp that nothing has.
+    """
     try:
         found = os.stat(path)
     except OSError:
         return -1, -1
+    if before_ns is not None and found.st_mtime_ns > before_ns:
+        return -2, -2
     return found.st_size, found.st_mtime_ns
 
 
@@ -146,7 +153,7 @@ def _load_fresh(file: Path) -> Index | None:
     """Return a kept index; None where it is missing, broken, of another version, or stale."""
     try:
         index = load(file)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     stamps = index["stamps"].tolist()
     fresh = all(list(_stamp(index.text("watched", k))) == stamp for k, stamp in enumerate(stamps))

@@ -38,6 +38,8 @@ def detection_source(place: str, split: str | None = None) -> AnnotatedImages:
             return YOLOText(place, split or "train")
     elif (path / "Annotations" / "DET").is_dir():
         return ILSVRCDetection(place, split or "train")
+    elif (path / "Annotations" / "CLS-LOC").is_dir():
+        return ILSVRCDetection(place, split or "train", "CLS-LOC")
     else:
         found = _detection_folder(path, place, split)
         if found is not None:
@@ -68,6 +70,7 @@ def _detection_folder(path: Path, place: str, split: str | None) -> AnnotatedIma
     coco = [file for file in files if is_coco(file)]
     if len(coco) > 1:
         named = [file for file in coco if (split or "train") in file.stem]
+        named = [file for file in named if file.stem.startswith("instances")] or named
         if len(named) != 1:
             listed = ", ".join(str(file) for file in coco)
             raise InputError(f"{place}: several COCO files; name one of {listed}")
@@ -94,7 +97,7 @@ def label_source(place: str) -> LabelledImages:
     if path.is_file():
         if path.suffix in (".csv", ".tsv"):
             return LabelCSV(place)
-    elif (path / "Data" / "CLS-LOC").is_dir():
+    elif (path / "Data" / "CLS-LOC").is_dir() or next(path.glob("train/n" + "[0-9]" * 8), None):
         return ImageNet(place)
     elif any(next(images_below(f, []), None) for f in path.iterdir() if f.is_dir()):
         return ImageFolder(place)

@@ -23,7 +23,9 @@ class _XMLFolder(AnnotatedImages):
     from_one = True
     """Whether pixels count from 1 and the last one is included, as VOC has it."""
 
-    def _files(self, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+    def _files(
+        self, faults: list[str], listing: Listing, lists: list[Path]
+    ) -> list[tuple[Path, Path]]:
         """Return XML files and the folders that hold their images."""
         raise NotImplementedError
 
@@ -31,7 +33,8 @@ class _XMLFolder(AnnotatedImages):
         """Parse every XML file."""
         root, listing = self._key()[0].absolute(), Listing()
         about = Annotations(root, lambda image, number: f"{files[image]}: object {number}")
-        pairs = self._files(about.faults, listing)
+        lists: list[Path] = []
+        pairs = self._files(about.faults, listing, lists)
         files: list[Path] = []
         for file, folder in pairs:
             document = _document(file, about.faults)
@@ -43,7 +46,7 @@ class _XMLFolder(AnnotatedImages):
                 continue
             files.append(file)
             self._add(about, document, str(image), file)
-        return about.finish([*(file for file, _ in pairs), *listing.folders])
+        return about.finish([*lists, *(file for file, _ in pairs), *listing.folders])
 
     def _add(self, about: Annotations, document: ET.Element, image: str, file: Path) -> None:
         width, height = (
@@ -97,7 +100,9 @@ class VOCFolder(_XMLFolder):
         root = existing_folder(self.root, "VOC folder")
         return root, {"split": self.split, "years": self.years}
 
-    def _files(self, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+    def _files(
+        self, faults: list[str], listing: Listing, lists: list[Path]
+    ) -> list[tuple[Path, Path]]:
         root = existing_folder(self.root, "VOC folder").absolute()
         if self.years is None:
             years = sorted(f.name for f in root.glob("VOC[0-9]*") if (f / "Annotations").is_dir())
@@ -106,19 +111,22 @@ class VOCFolder(_XMLFolder):
                     f"VOC folder {self.root!r} holds {', '.join(years)}: name one as root, or say "
                     f"years: [{years[0].removeprefix('VOC')}, …]"
                 )
-            return self._of(root, faults, listing)
+            return self._of(root, faults, listing, lists)
         found = []
         for year in self.years:
             folder = existing_folder(root / f"VOC{year}", "VOC year")
-            found += self._of(folder, faults, listing)
+            found += self._of(folder, faults, listing, lists)
         return found
 
-    def _of(self, root: Path, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+    def _of(
+        self, root: Path, faults: list[str], listing: Listing, lists: list[Path]
+    ) -> list[tuple[Path, Path]]:
         """Return the XML files of a folder or a year, and the folder of their images."""
         sets = root / "ImageSets" / "Main"
         names: list[str] | None = None
         if self.split is not None and (sets / f"{self.split}.txt").is_file():
             listing.names(sets)
+            lists.append(sets / f"{self.split}.txt")
             lines = (sets / f"{self.split}.txt").read_text(encoding="utf-8").splitlines()
             names = [line.split()[0] for line in lines if line.strip()]
         elif self.split is not None:
@@ -172,7 +180,9 @@ class ILSVRCDetection(_XMLFolder):
         root = existing_folder(self.root, "ILSVRC folder")
         return root, {"split": self.split, "challenge": self.challenge}
 
-    def _files(self, faults: list[str], listing: Listing) -> list[tuple[Path, Path]]:
+    def _files(
+        self, faults: list[str], listing: Listing, lists: list[Path]
+    ) -> list[tuple[Path, Path]]:
         root = existing_folder(self.root, "ILSVRC folder").absolute()
         below = root / "Annotations" / self.challenge
         data = root / "Data" / self.challenge
@@ -186,6 +196,7 @@ class ILSVRCDetection(_XMLFolder):
             )
         elif listed.is_file():
             listing.names(listed.parent)
+            lists.append(listed)
             lines = listed.read_text(encoding="utf-8").splitlines()
             split = self.split.partition("_")[0]
             xml = [below / split / f"{line.split()[0]}.xml" for line in lines if line.strip()]
@@ -218,12 +229,12 @@ def _image_of(file: Path, folder: Path, document: ET.Element, listing: Listing) 
     """Return the image that an XML file describes: by its own name, else by the name inside."""
     there = listing.names(folder)
     inner = Path(document.findtext("filename", "").replace("\\", "/")).name
-    for name in (there.get(f"{file.stem}.jpg"), there.get(inner), there.get(file.stem)):
+    for name in (there.get(f"{file.stem}.jpg"), there.get(file.stem)):
         if name is not None and is_image(Path(name)):
             return folder / name
     same = (n for n in there.values() if is_image(Path(n)) and Path(n).stem == file.stem)
-    name = next(same, None)
-    return folder / name if name is not None else None
+    name = next(same, there.get(inner))
+    return folder / name if name is not None and is_image(Path(name)) else None
 
 
 def _integer(text: str | None) -> int:
@@ -242,6 +253,6 @@ def _box_of(item: ET.Element, from_one: bool) -> Sequence[float]:
         )
     except ValueError:
         return [np.nan] * 4
-    if not from_one or x2 <= x1 or y2 <= y1:
+    if not from_one:
         return [x1, y1, x2, y2]
-    return [x1 - 1, y1 - 1, x2, y2]
+    return [x1 - (x1 < x2), y1 - (y1 < y2), x2 - (x2 < x1), y2 - (y2 < y1)]

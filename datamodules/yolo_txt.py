@@ -1,12 +1,19 @@
 """Boxes from Darknet's and Ultralytics' text files: a line an object, relative to the image."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from yolo_lightning.datamodules.annotated import AnnotatedImages, Annotations, Listing, inside
+from yolo_lightning.datamodules.annotated import (
+    AnnotatedImages,
+    Annotations,
+    Listing,
+    inside,
+    within,
+)
 from yolo_lightning.datamodules.images import is_image
 from yolo_lightning.datamodules.index import Parsed
 from yolo_lightning.errors import InputError
@@ -55,6 +62,7 @@ class YOLOText(AnnotatedImages):
             "file": path.name,
             "split": self.split,
             "names": self.names,
+            "from": str(Path.cwd()) if path.is_file() else "",  # lists may be relative to it
             "outside": self.allow_outside,
         }
 
@@ -86,6 +94,7 @@ class YOLOText(AnnotatedImages):
             if given is None:
                 inner = folder / "data.yaml"
                 given = _description(inner).get("names") if inner.is_file() else None
+                watched.append(inner)
         if isinstance(given, str):
             file = Path(given).expanduser()
             file = file if file.is_absolute() or file.is_file() else folder / file
@@ -95,7 +104,11 @@ class YOLOText(AnnotatedImages):
             lines = file.read_text(encoding="utf-8").splitlines()
             given = [line.strip() for line in lines if line.strip()]
         if isinstance(given, dict):
-            given = [str(given.get(k, k)) for k in range(max(given, default=-1) + 1)]
+            try:
+                by_number = {int(k): name for k, name in given.items()}
+            except (TypeError, ValueError):
+                raise InputError(f"{self.name}: names are numbered 0, 1, …: {given}") from None
+            given = [by_number.get(k, k) for k in range(max(by_number, default=-1) + 1)]
         if not isinstance(given, list) or not given:
             looked = ", ".join((*_NAME_FILES, "*.names", "data.yaml"))
             raise InputError(
@@ -113,7 +126,7 @@ class YOLOText(AnnotatedImages):
         faults: list[str],
     ) -> list[str]:
         """Return the images of the split, relative to the dataset's folder where they lie in it."""
-        places = [path]
+        places, set_folder = [path], folder
         if description:
             named = description.get(
                 self.split, description.get("valid" if self.split == "val" else "")
@@ -125,6 +138,7 @@ class YOLOText(AnnotatedImages):
                 )
             base = Path(description.get("path") or "").expanduser()
             bases = [folder / base, Path.cwd() / base, folder, Path.cwd()]
+            set_folder = next((place for place in bases if place.is_dir()), folder)
             places = [
                 _existing(str(place), bases, self.name)
                 for place in (named if isinstance(named, list) else [named])
@@ -133,6 +147,12 @@ class YOLOText(AnnotatedImages):
             tries = [path / "images" / self.split, path / self.split / "images", path / "images",
                      path / self.split, path]  # fmt: skip
             places = [next(place for place in tries if place.is_dir())]
+            above = path / "images" if places[0] == path / "images" else path
+            splits = [n for n in ("train", "val", "valid", "test") if (above / n).is_dir()]
+            if places[0] in (path, path / "images") and splits:
+                raise InputError(
+                    f"{self.name}: no split {self.split!r}; found: {', '.join(splits)}"
+                )
         found: list[str] = []
         for place in places:
             if place.is_dir():
@@ -142,14 +162,20 @@ class YOLOText(AnnotatedImages):
             for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
                 if not line.strip():
                     continue
-                base = place.parent if line.strip().startswith("./") else folder
-                image = inside(
-                    str(base / line.strip()), folder, self.allow_outside, f"{place}:{number}"
+                where, text = f"{place}:{number}", line.strip()
+                tries = (
+                    [place.parent] if text.startswith("./") else [folder, set_folder, Path.cwd()]
                 )
+                wholes = [Path(os.path.normpath(base / text)) for base in tries]
+                whole = next((file for file in wholes if listing.has(file)), wholes[0])
+                home = next((top for top in (folder, set_folder) if within(whole, top)), folder)
+                image = inside(str(whole), home, self.allow_outside, where)
+                if home != folder and not os.path.isabs(image):
+                    image = str(whole)
                 if listing.has(folder / image):
                     found.append(image)
                 else:
-                    faults.append(f"{place}:{number}: {image} is missing, skipped")
+                    faults.append(f"{where}: {image} is missing, skipped")
         return found
 
 
@@ -184,7 +210,9 @@ def _existing(place: str, bases: list[Path], name: str) -> Path:
 
 
 def _images_below(place: Path, folder: Path, listing: Listing) -> list[str]:
-    folders = [place, *sorted(f for f in place.rglob("*") if f.is_dir())]
+    below = (f for f in place.rglob("*") if f.is_dir())
+    shown = (f for f in below if not any(p[:1] == "." for p in f.relative_to(place).parts))
+    folders = [place, *sorted(shown)]
     files = (f / name for f in folders for name in sorted(set(listing.names(f).values())))
     inner = [file for file in files if is_image(file)]
     return [str(f.relative_to(folder)) if f.is_relative_to(folder) else str(f) for f in inner]
@@ -228,9 +256,11 @@ def _add_lines(about: Annotations, file: Path, names: list[str]) -> None:
 
 def _box_of(values: list[float]) -> list[float]:
     """Return corners, 0 … 1; NaN where the numbers are no box."""
+    if not all(map(math.isfinite, values)):
+        return [math.nan] * 4
     if len(values) >= 6 and len(values) % 2 == 0:  # a polygon
         return [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]
-    if len(values) not in (4, 5) or not all(map(math.isfinite, values)):
+    if len(values) not in (4, 5):
         return [math.nan] * 4
     x, y, width, height = values[:4]
     return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]

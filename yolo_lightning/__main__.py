@@ -16,6 +16,7 @@ COMMANDS = {
     "check-data": ("yolo_lightning.commands.check_data", "read all of a dataset and report"),
     "anchors": ("yolo_lightning.commands.anchors", "cluster the boxes of a dataset into priors"),
     "batch": ("yolo_lightning.commands.batch", "show what a training step reads"),
+    "benchmark": ("yolo_lightning.commands.benchmark", "measure how fast a dataset is read"),
     "classify": ("yolo_lightning.commands.classify", "name what images show"),
     "darknet": ("yolo_lightning.commands.darknet", "Darknet's files to a checkpoint and back"),
     "wordtree": ("yolo_lightning.commands.wordtree", "build a tree of classes, and look at it"),
