@@ -5,15 +5,40 @@ if __name__ != "yolo_lightning.datamodules":
         f"this folder was imported as {__name__!r}; import it as 'yolo_lightning.datamodules'"
     )
 
-from yolo_lightning.datamodules.coco import COCOJson
-from yolo_lightning.datamodules.combined import CombinedDataModule
-from yolo_lightning.datamodules.image_folder import ImageFolder, LabelCSV
-from yolo_lightning.datamodules.imagenet import ImageNet
-from yolo_lightning.datamodules.shapes import ShapesDetection, ShapesImageLabels
-from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
-from yolo_lightning.datamodules.transforms import ClassificationAugmentation, DetectionAugmentation
-from yolo_lightning.datamodules.voc import ILSVRCDetection, VOCFolder
-from yolo_lightning.datamodules.yolo_txt import YOLOText
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from yolo_lightning.datamodules.coco import COCOJson
+    from yolo_lightning.datamodules.combined import CombinedDataModule
+    from yolo_lightning.datamodules.image_folder import ImageFolder, LabelCSV
+    from yolo_lightning.datamodules.imagenet import ImageNet
+    from yolo_lightning.datamodules.shapes import ShapesDetection, ShapesImageLabels
+    from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
+    from yolo_lightning.datamodules.transforms import (
+        ClassificationAugmentation,
+        DetectionAugmentation,
+    )
+    from yolo_lightning.datamodules.voc import ILSVRCDetection, VOCFolder
+    from yolo_lightning.datamodules.yolo_txt import YOLOText
+
+# imported on first use: what only reads annotations needs neither Lightning nor albumentations
+_HOME = {
+    "COCOJson": "coco",
+    "ClassificationAugmentation": "transforms",
+    "CombinedDataModule": "combined",
+    "DetectionAugmentation": "transforms",
+    "DetectionSource": "source",
+    "ILSVRCDetection": "voc",
+    "ImageFolder": "image_folder",
+    "ImageLabelSource": "source",
+    "ImageNet": "imagenet",
+    "LabelCSV": "image_folder",
+    "ShapesDetection": "shapes",
+    "ShapesImageLabels": "shapes",
+    "VOCFolder": "voc",
+    "YOLOText": "yolo_txt",
+}
 
 __all__ = [
     "COCOJson",
@@ -31,3 +56,13 @@ __all__ = [
     "VOCFolder",
     "YOLOText",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -195,8 +195,8 @@ def _read_or_next(source: _Readable[Read], index: int, least_side: int, faults: 
 
 
 def _stack(images: list[Image]) -> Tensor:
-    """Return uint8 (B, 3, H, W)."""
-    return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+    """Return uint8 (B, 3, H, W), channels last in memory, as networks here want them."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def collate_detection(samples: list[DetectionSample]) -> DetectionBatch:

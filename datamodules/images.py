@@ -108,14 +108,16 @@ def read_image(path: Path, least_side: int | None = None) -> tuple[Image, tuple[
     except OSError as error:
         raise _unreadable(path, error) from None
     header = _header(io.BytesIO(data.data), path)
-    flag = cv2.IMREAD_COLOR_BGR
+    flag = cv2.IMREAD_COLOR_RGB
     if least_side is not None and header.kind == "JPEG":
         shorter = min(header.size_hw)
         flag = next((f for factor, f in _REDUCED if shorter >= factor * least_side), flag)
     image = cv2.imdecode(data, flag)
     if image is None:
         raise UnreadableSample(f"{path}: broken or cut off, cannot be decoded")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image), np.uint8), header.size_hw
+    if flag != cv2.IMREAD_COLOR_RGB:  # there is no reduced decoding to RGB
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return np.asarray(image, np.uint8), header.size_hw
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableSample:
