@@ -51,14 +51,17 @@ def draw_boxes(
     return canvas
 
 
-def batch_picture(batch: DetectionBatch | ClassificationBatch, names: Sequence[str]) -> Image:
+def batch_picture(
+    batch: DetectionBatch | ClassificationBatch, names: Sequence[str], most: int | None = None
+) -> Image:
     """Return the images of a batch, with their boxes and labels.
 
     Args:
         batch: uint8 images.
         names: of the tree's nodes.
+        most: images to draw, from the first on; all where None.
     """
-    images = batch.images.permute(0, 2, 3, 1).numpy()
+    images = batch.images[:most].permute(0, 2, 3, 1).numpy()
     scale = max(1, 224 // images.shape[1])
     drawn = []
     for k, image in enumerate(images):

@@ -21,7 +21,7 @@ from yolo_lightning.pictures import batch_picture, save
 from yolo_lightning.plots import LabelsPicture, save_labels
 
 _PARTS = ("detection", "classification", "validation", "test")
-_SHOWN, _CLASSES = 10, 20
+_SHOWN, _CLASSES, _DRAWN = 10, 20, 12
 
 
 def datamodule_of(place: str, overrides: Sequence[str]) -> tuple[CombinedDataModule, bool]:
@@ -127,7 +127,7 @@ def _pictures(data: CombinedDataModule, folder: Path) -> list[tuple[str, Path]]:
     kinds = {order.plan(step).kind: step for step in reversed(range(order.steps_per_pass + 1))}
     for kind, step in sorted(kinds.items(), reverse=True):
         file = folder / f"{kind}-batch.jpg"
-        save(file, batch_picture(data.batch(step), data.tree.names))
+        save(file, batch_picture(data.batch(step), data.tree.names, _DRAWN))
         found.append((f"{kind}, step {step}, as augmented", file))
     return found
 

@@ -1,0 +1,376 @@
+"""Images of every kind: decoded, turned upright, shrunk, or refused and replaced."""
+
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
+
+from tests.miniatures import HEIGHT, WIDTH, bound, data_of, picture, plain, save, write
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.datamodules import ImageFolder, LabelCSV, VOCFolder, YOLOText, annotated
+from yolo_lightning.datamodules.images import UnreadableSample, read_header, read_image
+from yolo_lightning.errors import InputError
+
+# --- broken images
+
+
+def bomb(path: Path) -> Path:
+    """Write a whole PNG of 20,000 x 20,000 px, one bit each: 50 kB for 1.2 GB once decoded."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    deflate = zlib.compressobj(1)
+    rows = bytes(2501 * 1000)
+    packed = b"".join(deflate.compress(rows) for _ in range(20)) + deflate.flush()
+    head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    parts = [chunk(b"IHDR", head), chunk(b"IDAT", packed), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+def cut_off(path: Path, share: float = 0.6, **options: Any) -> Path:
+    data = save(path, np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8), **options)
+    whole = data.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    return path
+
+
+BAD = {
+    "cut-off JPEG": lambda folder: cut_off(folder / "bad.jpg"),
+    "almost whole JPEG": lambda folder: cut_off(folder / "bad.jpg", 0.98),
+    "cut-off progressive JPEG": lambda folder: cut_off(folder / "bad.jpg", progressive=True),
+    "cut-off PNG": lambda folder: cut_off(folder / "bad.png"),
+    "cut-off BMP": lambda folder: cut_off(folder / "bad.bmp"),
+    "cut-off WebP": lambda folder: cut_off(folder / "bad.webp"),
+    "zero bytes": lambda folder: write(folder / "bad.jpg", ""),
+    "text": lambda folder: write(folder / "bad.jpg", "<html>404 not found</html>\n" * 50),
+    "bomb": lambda folder: bomb(folder / "bad.png"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_broken_image_is_refused_by_name(tmp_path, kind):
+    file = BAD[kind](tmp_path)
+    with pytest.raises(UnreadableSample) as caught:
+        read_image(file)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_broken_image_is_replaced_by_the_next_in_training(tmp_path, kind):
+    folder = tmp_path / "images"
+    plain(folder / "a.png", 40)
+    bad = BAD[kind](folder)
+    plain(folder / "c.png", 200)
+    for name in ("a", "bad", "c"):
+        write(tmp_path / "labels" / f"{name}.txt", f"{int(name == 'c')} 0.5 0.5 0.5 0.5\n")
+    table = f"images/a.png,apple\nimages/{bad.name},apple\nimages/c.png,banana\n"
+    data = data_of(
+        detection=YOLOText(str(tmp_path), names=["apple", "banana"]),
+        classification=LabelCSV(str(write(tmp_path / "table.csv", table))),
+        detection_batch_size=3,
+        classification_batch_size=3,
+    )
+    batches = list(data.train_dataloader())
+    assert [type(batch) for batch in batches] == [DetectionBatch, ClassificationBatch]
+    for batch in batches:
+        rows = {number: row for row, number in enumerate(batch.sample_ids.tolist())}
+        assert sorted(rows) == [0, 1, 2]
+        middle = batch.images[:, 0, 32, 32]
+        assert middle[[rows[0], rows[1], rows[2]]].tolist() == [40, 200, 200]
+        labels = batch.labels.reshape(3, -1)[:, 0]
+        assert labels[[rows[0], rows[1], rows[2]]].tolist() == [0, 1, 1]
+        (fault,) = batch.faults
+        assert fault.startswith(f"{bad}: ")
+        assert fault.endswith("; the next image stands in")
+
+
+def test_a_broken_image_counts_for_nothing_in_the_evaluation_of_labels(tmp_path):
+    plain(tmp_path / "apple/a.png", 40)
+    bad = write(tmp_path / "apple/b.jpg", "")
+    plain(tmp_path / "banana/c.png", 200)
+    source = ImageFolder(str(tmp_path))
+    data = data_of(classification=source, validation=source, classification_batch_size=3)
+    (batch,) = list(data.val_dataloader())
+    assert isinstance(batch, ClassificationBatch)
+    assert batch.sample_ids.tolist() == [0, -1, 2]
+    assert batch.faults == [f"{bad}: not a readable image; left out of the evaluation"]
+
+
+def test_an_image_that_went_after_it_was_indexed_is_replaced(tmp_path):
+    plain(tmp_path / "apple/a.png", 40)
+    gone = plain(tmp_path / "banana/b.png", 200)
+    data = data_of(classification=ImageFolder(str(tmp_path)), classification_batch_size=2)
+    gone.unlink()
+    (batch,) = list(data.train_dataloader())
+    assert batch.labels.tolist() == [0, 0]
+    assert batch.faults == [
+        f"{gone}: cannot be read (No such file or directory); the next image stands in"
+    ]
+
+
+def test_training_stops_where_no_image_can_be_read(tmp_path):
+    for k in range(3):
+        write(tmp_path / f"apple/{k}.jpg", "")
+    data = data_of(classification=ImageFolder(str(tmp_path)), classification_batch_size=1)
+    with pytest.raises(InputError, match=r"no readable image among 3 in a row: .*\.jpg: not a"):
+        list(data.train_dataloader())
+
+
+def must_not_decode(*args: Any, **options: Any) -> None:
+    raise AssertionError("decoded")
+
+
+def test_a_bomb_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", must_not_decode)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", must_not_decode)
+    file = bomb(tmp_path / "bomb.png")
+    for read in (read_header, read_image):
+        with pytest.raises(UnreadableSample, match=r"bomb\.png: .* million"):
+            read(file)
+
+
+def test_a_refusal_for_size_names_the_limit_that_holds(tmp_path):
+    file = bomb(tmp_path / "bomb.png")
+    data = bytearray(file.read_bytes())
+    data[16:24] = struct.pack(">II", 14_000, 14_000)  # 196 million: above 178, below twice that
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    file.write_bytes(bytes(data))
+    with pytest.raises(UnreadableSample, match="more than 17[89] million"):
+        read_image(file)
+
+
+# --- what is decoded
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp"])
+def test_a_header_is_read_without_decoding(tmp_path, monkeypatch, suffix):
+    file = save(tmp_path / f"a.{suffix}")
+    for kind in (ImageFile.ImageFile, PngImagePlugin.PngImageFile):
+        monkeypatch.setattr(kind, "load", must_not_decode)
+    assert read_header(file).size_hw == (HEIGHT, WIDTH)
+
+
+def alpha() -> Any:
+    """Return an image whose right half is transparent."""
+    opacity = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
+    opacity[:, WIDTH // 2 :] = 0
+    return np.concatenate([picture(), opacity], axis=2)
+
+
+def grey_of(image: Any) -> Any:
+    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+
+
+SIXTEEN = np.repeat(np.array([[0x0000, 0x1234, 0x80FF, 0xFFFF]], np.uint16), 4, axis=0)
+SIXTEEN_RGB = np.stack([SIXTEEN, SIXTEEN[:, ::-1], SIXTEEN // 2], axis=-1)
+
+
+def sixteen(path: Path, pixels: Any) -> Path:
+    assert cv2.imwrite(str(path), pixels[..., ::-1] if pixels.ndim == 3 else pixels)
+    return path
+
+
+GOOD: dict[str, tuple[Any, Any, float]] = {
+    "JPEG": (lambda folder: save(folder / "a.jpg"), picture(), 12),
+    "grey JPEG": (lambda f: save(f / "a.jpg", Image.fromarray(picture()).convert("L")),
+                  grey_of(picture()), 12),
+    "CMYK JPEG": (lambda f: save(f / "a.jpg", Image.fromarray(picture()).convert("CMYK")),
+                  picture(), 12),
+    "16-bit PNG": (lambda folder: sixteen(folder / "a.png", SIXTEEN_RGB), SIXTEEN_RGB / 257, 1),
+    "16-bit grey PNG": (lambda folder: sixteen(folder / "a.png", SIXTEEN),
+                        np.repeat(SIXTEEN[..., None] / 257, 3, axis=2), 1),
+    "palette PNG": (lambda f: save(f / "a.png", Image.fromarray(picture()).quantize(16)),
+                    picture(), 1),
+    "transparent palette PNG": (
+        lambda f: save(f / "a.png", Image.fromarray(picture()).quantize(16), transparency=0),
+        picture(), 1),
+    "PNG with alpha": (lambda folder: save(folder / "a.png", alpha()), picture(), 0),
+    "WebP": (lambda folder: save(folder / "a.webp", lossless=True), picture(), 0),
+    "WebP with alpha": (lambda f: save(f / "a.webp", alpha(), lossless=True, exact=True),
+                        picture(), 0),
+    "BMP": (lambda folder: save(folder / "a.bmp"), picture(), 0),
+    "1 x 1 JPEG": (lambda folder: plain(folder / "a.jpg", 90, 1, 1), np.full((1, 1, 3), 90), 1),
+    "1 x 1 PNG": (lambda folder: plain(folder / "a.png", 90, 1, 1), np.full((1, 1, 3), 90), 0),
+    "PNG called .jpg": (lambda f: save(f / "b.png").rename(f / "a.jpg"), picture(), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_an_odd_image_becomes_rgb(tmp_path, kind):
+    make, expected, tolerance = GOOD[kind]
+    image, size_hw = read_image(make(tmp_path))
+    assert image.dtype == np.uint8
+    assert image.shape == expected.shape
+    assert size_hw == expected.shape[:2]
+    assert np.abs(image.astype(float) - expected).max() <= tolerance
+
+
+def test_a_cmyk_image_is_what_pillow_makes_of_it(tmp_path):
+    inks = np.zeros((48, 64, 4), np.uint8)
+    inks[:24], inks[24:] = (200, 30, 90, 60), (10, 120, 250, 5)
+    file = save(tmp_path / "a.jpg", Image.frombytes("CMYK", (64, 48), inks.tobytes()))
+    with Image.open(file) as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    assert np.abs(read_image(file)[0].astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_an_odd_image_serves_in_training(tmp_path, kind):
+    make, expected, tolerance = GOOD[kind]
+    (tmp_path / "apple").mkdir()
+    make(tmp_path / "apple")
+    data = data_of(
+        classification=ImageFolder(str(tmp_path)),
+        classification_batch_size=1,
+        image_size=32,
+    )
+    (batch,) = list(data.train_dataloader())
+    assert batch.faults == []
+    top = (32 - 32 * expected.shape[0] // expected.shape[1]) // 2  # grey of the letterbox
+    corner = batch.images[0, :, top + 1, 1].numpy()
+    assert np.abs(corner - expected[0, 0]).max() <= max(tolerance, 1)
+
+
+# --- orientation
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_turned_upright(tmp_path, orientation, suffix):
+    file = save(tmp_path / f"a.{suffix}", exif=exif_of(orientation))
+    with Image.open(file) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB")).astype(int)
+    turned = orientation >= 5
+    image, size_hw = read_image(file)
+    assert size_hw == ((WIDTH, HEIGHT) if turned else (HEIGHT, WIDTH))
+    assert read_header(file).size_hw == size_hw
+    assert image.shape[:2] == size_hw
+    assert np.abs(image - expected).max() < 12
+
+
+def test_a_turned_jpeg_is_turned_when_it_is_shrunk_too(tmp_path):
+    image, size_hw = read_image(save(tmp_path / "a.jpg", exif=exif_of(6)), least_side=12)
+    assert size_hw == (64, 48)
+    assert image.shape == (16, 12, 3)
+    # a quarter clockwise: what was below on the left is above on the left now
+    assert np.abs(image[2, 2].astype(int) - (60, 60, 220)).max() < 12
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_size_and_pixels_agree_on_an_orientation_that_only_xmp_tells(tmp_path, suffix):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    image, size_hw = read_image(save(tmp_path / f"a.{suffix}", xmp=xmp))
+    assert image.shape[:2] == size_hw
+
+
+def test_boxes_lie_on_the_upright_image_in_training_and_evaluation(tmp_path):
+    upright = np.full((64, 32, 3), 20, np.uint8)
+    upright[8:24, 16:28] = 240
+    # shown after a quarter clockwise
+    save(tmp_path / "images/a.jpg", np.rot90(upright).copy(), exif=exif_of(6))
+    write(tmp_path / "labels/a.txt", f"0 {22 / 32} {16 / 64} {12 / 32} {16 / 64}\n")
+    source = YOLOText(str(tmp_path), names=["apple"])
+    data = data_of(detection=source, validation=source, detection_batch_size=1)
+    assert source.read(0).size_hw_orig == (64, 32)
+    assert [sizes.tolist() for sizes in source.shapes_wh_px()] == [[[12, 16]], [[32, 64]]]
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        (batch,) = list(loader)
+        assert isinstance(batch, DetectionBatch)
+        # 64 x 32 in 64 x 64: 16 px of grey at the left
+        expected = torch.tensor([(16 + 22) / 64, 16 / 64, 12 / 64, 16 / 64])
+        torch.testing.assert_close(batch.boxes_cxcywh_norm[0, 0], expected)
+        assert batch.images[0, :, 9:23, 33:43].min() > 225
+        assert batch.images[0, :, 27:60, 17:47].max() < 35
+    assert batch.sizes_hw_orig.tolist() == [[64, 32]]
+
+
+# --- large JPEGs are decoded at a part of their size
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A JPEG of 1600 x 1200 px that is darker towards the upper left."""
+    across = np.linspace(20, 220, 1600)[None, :, None] * np.linspace(0.5, 1, 1200)[:, None, None]
+    image = np.broadcast_to(across, (1200, 1600, 3)).astype(np.uint8)
+    return save(tmp_path_factory.mktemp("large") / "a.jpg", image.copy())
+
+
+@pytest.mark.parametrize(
+    ("least_side", "expected"),
+    [
+        (None, (1200, 1600)),
+        (601, (1200, 1600)),
+        (600, (600, 800)),
+        (301, (600, 800)),
+        (300, (300, 400)),
+        (151, (300, 400)),
+        (150, (150, 200)),
+        (10, (150, 200)),
+    ],
+)
+def test_a_large_jpeg_is_shrunk_as_far_as_is_allowed(large, least_side, expected):
+    image, size_hw = read_image(large, least_side)
+    assert image.shape[:2] == expected
+    assert size_hw == (1200, 1600)
+    whole = cv2.resize(read_image(large)[0], expected[::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(whole.astype(int) - image).mean() < 2
+
+
+def test_only_jpegs_are_shrunk(tmp_path):
+    for suffix in ("png", "webp", "bmp"):
+        assert read_image(plain(tmp_path / f"a.{suffix}", 9, 80, 80), 10)[0].shape == (80, 80, 3)
+
+
+def test_boxes_follow_an_image_that_was_shrunk(large, tmp_path, write_voc):
+    write_voc(tmp_path, "a", [("apple", 401, 301, 1200, 900)], (8, 8), (1600, 1200))
+    shutil.copy(large, tmp_path / "a.jpg")
+    source = bound(VOCFolder(str(tmp_path)))
+    for least_side, scale in ((None, 1), (600, 2), (300, 4)):
+        sample = source.read(0, least_side)
+        assert sample.image.shape == (1200 // scale, 1600 // scale, 3)
+        assert sample.size_hw_orig == (1200, 1600)
+        expected = np.array([[400, 300, 1200, 900]]) / scale
+        assert sample.boxes_xyxy_px.tolist() == expected.tolist()
+        assert sample.faults == []
+
+
+def test_shrinking_moves_no_box_of_a_batch(tmp_path, monkeypatch):
+    # sides that nothing divides: the worst case of rounding
+    ramp = np.broadcast_to(np.linspace(0, 255, 1601)[None, :, None], (1203, 1601, 3))
+    save(tmp_path / "images/a.jpg", ramp.astype(np.uint8))
+    write(tmp_path / "labels/a.txt", "0 0.5 0.5 1 1\n1 0.2 0.7 0.1 0.05\n")
+    source = YOLOText(str(tmp_path), names=["apple", "banana"])
+    data = data_of(detection=source, validation=source, detection_batch_size=1, image_size=288)
+    sides: list[int] = []
+
+    def batches(shrink: bool) -> list[Any]:
+        def read(path: Path, least_side: int | None = None) -> Any:
+            found = read_image(path, least_side if shrink else None)
+            sides.append(found[0].shape[1])
+            return found
+
+        monkeypatch.setattr(annotated, "read_image", read)
+        return [next(iter(loader)) for loader in (data.train_dataloader(), data.val_dataloader())]
+
+    shrunk, whole = batches(True), batches(False)
+    assert sides == [401, 401, 1601, 1601]
+    for a, b in zip(shrunk, whole, strict=True):
+        torch.testing.assert_close(a.boxes_cxcywh_norm, b.boxes_cxcywh_norm, atol=0.5 / 288, rtol=0)
+        assert (a.images.float() - b.images.float()).abs().mean() < 2
+    assert shrunk[1].sizes_hw_orig.tolist() == whole[1].sizes_hw_orig.tolist() == [[1203, 1601]]
