@@ -40,8 +40,8 @@ class Sparse(ShapesDetection):
 
     empty = set()
 
-    def read(self, index):
-        sample = super().read(index)
+    def read(self, index, least_side=None):
+        sample = super().read(index, least_side)
         if index not in self.empty:
             return sample
         return DetectionSample(sample.image, sample.boxes_xyxy_px[:0], sample.labels[:0],
