@@ -98,10 +98,12 @@ def test_the_most_specific_sure_node_scores_objectness_times_its_own_probability
 def test_classes_are_looked_at_only_above_the_objectness_threshold(model, images, monkeypatch):
     looked: list[int] = []
     most_specific = model.tree.most_specific
-    monkeypatch.setattr(
-        model.tree, "most_specific",
-        lambda logits, threshold: looked.append(len(logits)) or most_specific(logits, threshold),
-    )  # fmt: skip
+
+    def noted(logits: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+        looked.append(len(logits))
+        return most_specific(logits, threshold)
+
+    monkeypatch.setattr(model.tree, "most_specific", noted)
     objectness = [o for o, _ in every_box(model, images)]
     middle = float(torch.cat(objectness).median())
     model.describe(images, SIZES, score_threshold=middle)
