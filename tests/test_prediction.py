@@ -101,7 +101,8 @@ def test_classes_are_looked_at_only_above_the_objectness_threshold(model, images
 
     def noted(logits: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
         looked.append(len(logits))
-        return most_specific(logits, threshold)
+        nodes, probs = most_specific(logits, threshold)
+        return nodes, probs
 
     monkeypatch.setattr(model.tree, "most_specific", noted)
     objectness = [o for o, _ in every_box(model, images)]

@@ -19,6 +19,8 @@ COLOURS = {
 }
 LINE = "#c8c8c8"
 MOST_NODES = 1500
+LEAST_SIDE, MOST_SIDE = 2400, 6000
+_READABLE, _SPREAD = 12.0, 0.7
 
 
 @dataclass
@@ -26,13 +28,15 @@ class Drawing:
     """What a picture shows, in px, centre of the tree at 0, 0.
 
     Attributes:
-        lines: x1, y1, x2, y2 each.
+        lines: x1, y1, x2, y2 each; they run outwards.
+        arcs: radius, first and last angle each, radians clockwise; a ring's part over siblings.
         dots: x, y, radius, colour each.
         texts: x, y, degrees clockwise, whether it ends there, size, colour, words each.
         reach: px from the centre to the edge.
     """
 
     lines: list[tuple[float, float, float, float]] = field(default_factory=list)
+    arcs: list[tuple[float, float, float]] = field(default_factory=list)
     dots: list[tuple[float, float, float, str]] = field(default_factory=list)
     texts: list[tuple[float, float, float, bool, float, str, str]] = field(default_factory=list)
     reach: float = 0.0
@@ -81,9 +85,14 @@ def layout(tree: WordTree, kinds: Mapping[int, str], depth: int) -> Drawing:
         else:
             angle = 2 * math.pi * turned / max(tips, 1)
             turned += 1
-        radius = ring * (level if ends else rings)  # tips stand on the outer ring
+        # tips stand on the outer ring; few branches are as deep, so the upper levels get more room
+        share = max(0, level) / rings if ends else 1.0
+        radius = ring * rings * share**_SPREAD
         x, y = radius * math.cos(angle), radius * math.sin(angle)
-        drawing.lines.extend((x, y, end_x, end_y) for _, end_x, end_y in ends)
+        if radius > 0 and len(ends) > 1:
+            drawing.arcs.append((radius, ends[0][0], ends[-1][0]))
+        for end, end_x, end_y in ends:
+            drawing.lines.append((radius * math.cos(end), radius * math.sin(end), end_x, end_y))
         if node >= 0:
             colour = COLOURS[kinds.get(node, "neither")]
             drawing.dots.append((x, y, max(2.0, size / 4), colour))
@@ -133,6 +142,7 @@ def to_svg(drawing: Drawing, legend: Mapping[str, str]) -> str:
             f'<line x1="{a:.1f}" y1="{b:.1f}" x2="{c:.1f}" y2="{d:.1f}"/>'
             for a, b, c, d in drawing.lines
         ),
+        *(_svg_arc(*arc) for arc in drawing.arcs),
         "</g>",
         *(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" fill="{colour}"/>'
@@ -144,7 +154,8 @@ def to_svg(drawing: Drawing, legend: Mapping[str, str]) -> str:
         parts.append(
             f'<text transform="translate({x:.1f},{y:.1f}) rotate({degrees:.1f})" '
             f'text-anchor="{anchor}" dominant-baseline="central" font-size="{size:.1f}" '
-            f'fill="{colour}">{escape(words)}</text>'
+            f'fill="{colour}" stroke="white" stroke-width="{size / 5:.1f}" '
+            f'paint-order="stroke">{escape(words)}</text>'
         )
     size = reach / 36
     for number, (kind, words) in enumerate(legend.items()):
@@ -157,8 +168,26 @@ def to_svg(drawing: Drawing, legend: Mapping[str, str]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def to_image(drawing: Drawing, legend: Mapping[str, str], side: int = 2400) -> Image.Image:
-    """Return the picture as a square image of this side, px."""
+def _svg_arc(radius: float, first: float, last: float) -> str:
+    (a, b), (c, d) = (
+        (radius * math.cos(angle), radius * math.sin(angle)) for angle in (first, last)
+    )
+    large = int(last - first > math.pi)
+    return (
+        f'<path d="M{a:.1f} {b:.1f}A{radius:.1f} {radius:.1f} 0 {large} 1 {c:.1f} {d:.1f}" '
+        'fill="none"/>'
+    )
+
+
+def side_for(drawing: Drawing) -> int:
+    """Return the side of a square image, px, in which the smallest names can be read."""
+    smallest = min((text[4] for text in drawing.texts), default=_READABLE)
+    return int(min(MOST_SIDE, max(LEAST_SIDE, 2 * drawing.reach * _READABLE / smallest)))
+
+
+def to_image(drawing: Drawing, legend: Mapping[str, str]) -> Image.Image:
+    """Return the picture as a square image."""
+    side = side_for(drawing)
     scale = side / (2 * drawing.reach)
     image = Image.new("RGB", (side, side), "white")
     pen = ImageDraw.Draw(image)
@@ -168,6 +197,10 @@ def to_image(drawing: Drawing, legend: Mapping[str, str], side: int = 2400) -> I
 
     for a, b, c, d in drawing.lines:
         pen.line((at(a), at(b), at(c), at(d)), fill=LINE, width=max(1, round(scale)))
+    for radius, first, last in drawing.arcs:
+        box = (at(-radius), at(-radius), at(radius), at(radius))
+        width = max(1, round(scale))
+        pen.arc(box, math.degrees(first), math.degrees(last), fill=LINE, width=width)
     for x, y, radius, colour in drawing.dots:
         r = max(1.0, radius * scale)
         pen.ellipse((at(x) - r, at(y) - r, at(x) + r, at(y) + r), fill=colour)
@@ -193,7 +226,10 @@ def _paste(
     square = Image.new("RGBA", (2 * width + height, 2 * width + height), (255, 255, 255, 0))
     middle = square.width / 2
     start = middle - (width if ends else 0)
-    ImageDraw.Draw(square).text((start, middle), words, colour, font, anchor="lm")
+    ImageDraw.Draw(square).text(
+        (start, middle), words, colour, font, anchor="lm", stroke_width=size / 10,
+        stroke_fill="white",
+    )  # fmt: skip
     turned = square.rotate(-degrees, Image.Resampling.BICUBIC)
     image.paste(turned, (round(x - middle), round(y - middle)), turned)
 

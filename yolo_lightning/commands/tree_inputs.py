@@ -267,7 +267,8 @@ def tree_of(
                     f"the rest: it does not lie below {wordnet().describe(root)}; choose a higher "
                     "--root, or take it out"
                 )
-    names = {key: ALIAS.join(sorted(labels)) for key, labels in keys.items() if labels != {key}}
+    said = {key: labels - {key} for key, labels in keys.items()}  # keys are known as they are
+    names = {key: ALIAS.join(sorted(labels)) for key, labels in said.items() if labels}
     return build([*keys, *own_parents], own_parents, names, root)
 
 
