@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,18 +10,21 @@ import pytest
 from yolo_lightning import metrics
 from yolo_lightning.metrics import COCO_FIGURES, coco_evaluation, voc_average_precision
 
-A, B, C = [0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 150, 150]
+Box = tuple[float, float, float, float]
+A: Box = (0, 0, 10, 10)
+B: Box = (20, 20, 40, 40)
+C: Box = (50, 50, 150, 150)
 
 
-def truth(image: int, label: int, box: list[float], flag: int = 0) -> list[float]:
-    return [image, label, 0, flag, *box]
+def truth(image: int, label: int, box: Box, flag: int = 0, area: float = 0) -> list[float]:
+    return [image, label, area, flag, *box]
 
 
-def found(image: int, label: int, score: float, box: list[float]) -> list[float]:
+def found(image: int, label: int, score: float, box: Box) -> list[float]:
     return [image, label, score, 0, *box]
 
 
-def rows(*items: list[float]) -> np.ndarray:
+def rows(*items: list[float]) -> Any:
     return np.array(items, dtype=np.float64).reshape(-1, 8)
 
 
@@ -39,11 +43,18 @@ def test_sizes_have_figures_of_their_own():
     assert figures["AP"] == figures["AP50"] == pytest.approx(67 / 101)
 
 
+def test_a_stated_area_decides_about_the_size():
+    truths = rows(truth(0, 0, C, area=900))  # an outline that fills a tenth of its box
+    figures = coco_evaluation(truths, rows(found(0, 0, 0.9, C))).figures
+    assert figures["AP_small"] == pytest.approx(1)
+    assert figures["AP_large"] == -1
+
+
 def test_a_crowd_takes_any_number_of_detections():
-    inside = [[0, 0, 10, 10], [20, 20, 30, 30], [60, 60, 70, 70]]
-    truths = rows(truth(0, 0, [0, 0, 100, 100], flag=2), truth(0, 0, [200, 200, 240, 240]))
+    inside: list[Box] = [(0, 0, 10, 10), (20, 20, 30, 30), (60, 60, 70, 70)]
+    truths = rows(truth(0, 0, (0, 0, 100, 100), flag=2), truth(0, 0, (200, 200, 240, 240)))
     boxes = [found(0, 0, 0.9 - k / 10, box) for k, box in enumerate(inside)]
-    said = rows(*boxes, found(0, 0, 0.1, [200, 200, 240, 240]))
+    said = rows(*boxes, found(0, 0, 0.1, (200, 200, 240, 240)))
     assert coco_evaluation(truths, said).figures["AP50"] == pytest.approx(1)
     truths[0, 3] = 1  # a difficult object is matched by plain IoU, and these boxes are small in it
     assert coco_evaluation(truths, said).figures["AP50"] < 0.3
@@ -89,8 +100,8 @@ def test_voc_takes_the_best_precision_at_each_recall_and_beyond(points, expected
 
 
 def test_voc_asks_for_the_truth_that_is_overlapped_most_taken_or_not():
-    near = [1, 0, 11, 10]  # IoU with A 9/11, with `aside` more than a half
-    aside = [4, 0, 14, 10]
+    near: Box = (1, 0, 11, 10)  # IoU with A 9/11, with `aside` more than a half
+    aside: Box = (4, 0, 14, 10)
     truths = rows(truth(0, 0, A), truth(0, 0, aside))
     said = rows(found(0, 0, 0.9, A), found(0, 0, 0.8, near))
     # COCO would give the second one the truth that is free
@@ -107,9 +118,9 @@ def test_voc_neither_asks_for_difficult_objects_nor_punishes_them():
 
 
 def test_voc_at_an_overlap_of_exactly_the_threshold():
-    half = [0, 0, 10, 5]
+    half: Box = (0, 0, 10, 5)
     assert voc_average_precision(rows(truth(0, 0, A)), rows(found(0, 0, 1, half)))[0] == 1
-    less = rows(found(0, 0, 1, [0, 0, 10, 4.99]))
+    less = rows(found(0, 0, 1, (0, 0, 10, 4.99)))
     assert voc_average_precision(rows(truth(0, 0, A)), less)[0] == 0
 
 
@@ -144,7 +155,7 @@ def test_coco_s_twelve_numbers_are_the_official_ones(real_data):
 
 @pytest.mark.data
 def test_voc_s_eight_numbers_are_the_known_ones(real_data):
-    def boxes(folder: Path) -> np.ndarray:
+    def boxes(folder: Path) -> Any:
         lines = [
             (int(file.stem), line.split()[1:])
             for file in sorted(folder.glob("*.txt"))

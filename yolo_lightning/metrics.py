@@ -144,8 +144,8 @@ def coco_evaluation(truths: NDArray[np.float64], detections: NDArray[np.float64]
     """Evaluate boxes as COCO does, over the classes that have a truth.
 
     Args:
-        truths: (N, 8) rows of image, class, area (0 for the box's own), flag (1 difficult, 2 crowd),
-            x1, y1, x2, y2.
+        truths: (N, 8) rows of image, class, area in square px (0 for the box's own), flag
+            (1 difficult, 2 crowd), x1, y1, x2, y2.
         detections: (M, 8) rows of image, class, score, 0, x1, y1, x2, y2.
     """
     classes = sorted({int(label) for label in truths[truths[:, _FLAG] == 0, _LABEL]})
@@ -210,8 +210,9 @@ def _evaluated(
         "images": [{"id": image + 1} for image in images.tolist()],
         "categories": [{"id": label, "name": str(label)} for label in classes],
     }
-    ground_truth = COCO({**head, "annotations": _annotations(truths)})
-    found = COCO({**head, "annotations": _annotations(detections)})
+    sizes = truths[:, _SCORE]  # COCO's own evaluation takes those of the outlines
+    ground_truth = COCO({**head, "annotations": _annotations(truths, sizes)})
+    found = COCO({**head, "annotations": _annotations(detections, np.zeros(len(detections)))})
     evaluation = COCOeval_faster(ground_truth, found, iouType="bbox", print_function=_silent)
     evaluation.params.catIds = classes
     evaluation.params.areaRng = [list(bounds) for bounds in _AREAS.values()]
@@ -264,9 +265,8 @@ def _voc_hits(
     """Return 1 for hits, 0 for misses, -1 for what does not count; detections by falling score."""
     hits = np.zeros(len(detections), dtype=np.int64)
     taken = np.zeros(len(truths), dtype=np.bool_)
-    rows_of = {
-        image: np.flatnonzero(truths[:, _IMAGE] == image) for image in set(truths[:, _IMAGE])
-    }
+    images = truths[:, _IMAGE]
+    rows_of = {image: np.flatnonzero(images == image) for image in np.unique(images).tolist()}
     boxes = torch.from_numpy(truths[:, _BOX])
     for number, detection in enumerate(detections):
         rows = rows_of.get(detection[_IMAGE])
@@ -298,11 +298,12 @@ def _silent(*_: object) -> None:
     """Print nothing."""
 
 
-def _annotations(rows: NDArray[np.float64]) -> list[dict[str, Any]]:
+def _annotations(rows: NDArray[np.float64], areas: NDArray[np.float64]) -> list[dict[str, Any]]:
     """Return COCO annotations; ids and images count from 1, since 0 means none to the matcher."""
     sizes = rows[:, 6:8] - rows[:, 4:6]
     # difficult truths lie outside the range of areas: matched by plain IoU, yet not counted
-    areas = np.where(rows[:, _FLAG] == 1, 10 * _LARGEST_AREA, sizes.prod(axis=1))
+    areas = np.where(areas > 0, areas, sizes.prod(axis=1))
+    areas = np.where(rows[:, _FLAG] == 1, 10 * _LARGEST_AREA, areas)
     columns = zip(
         (rows[:, _IMAGE].astype(np.int64) + 1).tolist(),
         rows[:, _LABEL].astype(np.int64).tolist(),
