@@ -163,6 +163,30 @@ def test_any_step_is_what_training_reads_there(place, capsys):
     assert picture.shape[0] == size * scale + 12
 
 
+def test_several_sources_stand_in_a_recipe_as_a_list(place, capsys, write_voc):
+    write_voc(place / "more", "m", [("chat", 1, 1, 20, 20)])
+    kind = "yolo_lightning.datamodules."
+    listed = RECIPE.replace(
+        "detection: {class_path: yolo_lightning.datamodules.VOCFolder, init_args: {root: boxes}}",
+        f"detection:\n      - {{class_path: {kind}VOCFolder, init_args: {{root: boxes}}}}\n"
+        f"      - class_path: {kind}VOCFolder\n"
+        "        init_args: {root: more, mapping: {chat: cat}}",
+    )
+    (place / "listed.yaml").write_text(listed)
+    override = ["--data.detection_batch_size=12", "--trainer.devices=1"]
+    assert main(["batch", "listed.yaml", *override]) == 0
+    out = capsys.readouterr().out
+    assert "12 images, detection" in out
+    assert out.count("/more/m.jpg") == 2  # two passes over five and one images
+    assert main(["check-data", "listed.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "detection: VOC boxes: 5 images" in out
+    assert "detection: VOC more: 1 images" in out
+    assert "names that met: cat = chat (cat)" in out
+    short = ["--trainer.max_steps=2", "--data.num_workers=0", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config", "listed.yaml", *override, *short]) == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
