@@ -68,8 +68,12 @@ def test_one_level_is_measured_once():
     assert not figures.has_levels
     add(figures, [HERE], [0], found((HERE, 0, 0.9)), None)
     means = figures.compute(torch.tensor([True, True, False, False, False]))
-    assert set(means) == {"AP50", "AP", "AP50_boxed", "AP_boxed"}
+    ours = {"AP50", "AP", "AP50_boxed", "AP_boxed"}
+    # one small box: COCO has nothing to say of medium and large ones
+    assert set(means) - ours == {"AP75", "AP_small", "AR_1", "AR_10", "AR_100", "AR_small"}
+    assert means["AP75"] == means["AR_1"] == 1
     assert "as boxes say" not in figures.table()
+    assert "COCO's numbers: AP 1.000, AP50 1.000, AP75 1.000, AP_small 1.000" in figures.table()
 
 
 def test_padding_counts_nowhere():

@@ -176,10 +176,10 @@ class DetectionEvaluation(nn.Module):
     def compute(self, boxed: Tensor) -> dict[str, float]:
         """Return the means, 0…1, and keep the figures of each class.
 
-        ``AP50`` and ``AP`` over all classes asked for; ``_boxed`` and ``_unboxed`` over those that
-        had boxes in training and those that had not; ``_coarse`` at the level that boxes taught;
-        ``name_accuracy`` of the objects found at that level; ``depth1`` … and the kinds of
-        mistakes along a tree, shares of the objects found.
+        ``AP50``, ``AP`` and the others of COCO's twelve numbers over all classes asked for;
+        ``_boxed`` and ``_unboxed`` over those that had boxes in training and those that had not;
+        ``_coarse`` at the level that boxes taught; ``name_accuracy`` of the objects found at that
+        level; ``depth1`` … and the kinds of mistakes along a tree, shares of the objects found.
 
         Args:
             boxed: bool (K,), the classes that training boxes were labelled with.
@@ -213,7 +213,9 @@ class DetectionEvaluation(nn.Module):
         if self.has_levels:
             found, right = (sum(pair[k] for pair in named.values()) for k in (0, 1))
             figures["name_accuracy"] = right / found if found else math.nan
-        return figures | self.along_tree_figures
+        # the means are there already; COCO writes -1 where there is nothing to say
+        sizes = {k: v for k, v in self.fine.figures.items() if k not in figures and v >= 0}
+        return figures | sizes | self.along_tree_figures
 
     def table(self) -> str:
         """Return the figures of each class as text."""
@@ -230,6 +232,8 @@ class DetectionEvaluation(nn.Module):
             lines.append("as boxes say:")
         for key, row in self.per_coarse_class.items():
             lines.append(f"  {names[key]:<{width - 2}}{row['AP50']:>8.3f}{row['AP']:>8.3f}")
+        numbers = [f"{k} {v:.3f}" for k, v in self.fine.figures.items() if v >= 0]
+        lines.append(f"COCO's numbers: {', '.join(numbers) or 'nothing to measure'}")
         if self.along_tree_figures:
             said = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.along_tree_figures.items()]
             lines.append(f"of the objects found: {', '.join(said)}")

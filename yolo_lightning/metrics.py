@@ -37,10 +37,14 @@ with 1, 10 and 100 detections an image, and by size."""
 
 
 class BoxAveragePrecision(Metric):
-    """COCO average precision per class, in px of the original images.
+    """COCO average precision, in px of the original images.
 
     Images with the id -1, the padding of distributed evaluation, are left out. Ranks that saw no
     image take part in the synchronisation all the same.
+
+    Attributes:
+        figures: COCO's twelve numbers when `compute` was last called, by `COCO_FIGURES`; -1 where
+            there is nothing to say.
     """
 
     full_state_update = False
@@ -49,6 +53,7 @@ class BoxAveragePrecision(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.figures: dict[str, float] = {}
         self.add_state("truths", default=[], dist_reduce_fx="cat")
         self.add_state("detections", default=[], dist_reduce_fx="cat")
         self.reset()
@@ -95,9 +100,10 @@ class BoxAveragePrecision(Metric):
         self.truths.append(_table(image_id, truth_xyxy_orig_px, truth_labels, _FLAG, flags))
 
     def compute(self) -> dict[int, dict[str, float]]:
-        """Return ``{node: {"AP": …, "AP50": …}}`` for every class that has a truth, 0…1."""
-        truths = _joined(self.truths)
-        return average_precision(truths, _joined(self.detections)) if len(truths) else {}
+        """Return AP, AP50 and AP75, 0…1, by node, for every class that has a truth."""
+        evaluation = coco_evaluation(_joined(self.truths), _joined(self.detections))
+        self.figures = evaluation.figures
+        return evaluation.per_class
 
 
 def _table(image_id: int, boxes: Tensor, labels: Tensor, column: int, values: Tensor) -> Tensor:
@@ -113,18 +119,6 @@ def _table(image_id: int, boxes: Tensor, labels: Tensor, column: int, values: Te
 def _joined(state: list[Tensor] | Tensor) -> NDArray[np.float64]:
     joined = state if isinstance(state, Tensor) else torch.cat(state)
     return np.asarray(joined.cpu().numpy(), dtype=np.float64)
-
-
-def average_precision(
-    truths: NDArray[np.float64], detections: NDArray[np.float64]
-) -> dict[int, dict[str, float]]:
-    """Return AP (IoU 0.50…0.95) and AP50 of every class with at least one truth.
-
-    Args:
-        truths: (N, 8) rows of image, class, 0, flag (1 difficult, 2 crowd), x1, y1, x2, y2.
-        detections: (M, 8) rows of image, class, score, 0, x1, y1, x2, y2.
-    """
-    return coco_evaluation(truths, detections).per_class
 
 
 @dataclass
