@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from yolo_lightning.datamodules.images import Header, UnreadableSample, read_header, read_image
+from yolo_lightning.datamodules.images import (
+    Header,
+    UnreadableSample,
+    is_image,
+    read_header,
+    read_image,
+)
 from yolo_lightning.datamodules.index import Index, Parsed, cached, pack
 from yolo_lightning.datamodules.source import DetectionSample, DetectionSource
 from yolo_lightning.errors import InputError
@@ -182,7 +186,7 @@ def _clean(raw: Raw, about: Annotations) -> NDArray[np.bool_]:
     over = np.maximum(high - edge, -low) * (sizes if about.normalised else 1)
     tell(kept & (over > _NOISE_PX).any(axis=1), "reaches over the edge, clipped")
     boxes[:, :2], boxes[:, 2:] = low.clip(0), np.minimum(high, edge)
-    again: Any = kept & ~raw.crowd & _repeated(raw, kept)
+    again: Any = _repeated(raw, kept)
     tell(again, "stands there twice, one skipped")
     for row, what in sorted(found):
         where = about.place(int(raw.image_of[row]), int(raw.numbers[row]))
@@ -191,13 +195,14 @@ def _clean(raw: Raw, about: Annotations) -> NDArray[np.bool_]:
 
 
 def _repeated(raw: Raw, kept: Any) -> NDArray[np.bool_]:
-    """Return which objects equal an earlier one of the same image."""
+    """Return which objects equal another one of the same image that stays; crowds never do."""
     columns = [raw.image_of, raw.classes, *raw.boxes_xyxy.view(np.uint32).T]
     key = np.zeros(len(kept), dtype=np.uint64)
     for column in columns:
         key = (key ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         key ^= key >> np.uint64(29)
-    rows = np.flatnonzero(kept)
+    rows = np.flatnonzero(kept & ~raw.crowd)
+    rows = rows[np.argsort(raw.difficult[rows], kind="stable")]  # of two, the easy one stays
     _, first = np.unique(key[rows], return_index=True)
     again = np.zeros(len(kept), dtype=np.bool_)
     again[rows] = True
@@ -271,11 +276,6 @@ class AnnotatedImages(DetectionSource):
         """Return by node how many objects each name gives it."""
         return self._counts
 
-    @property
-    def nodes(self) -> Tensor:
-        """int64, sorted: the nodes that boxes are labelled with."""
-        return torch.tensor(sorted(self._counts), dtype=torch.long)
-
     def image_path(self, index: int) -> Path:
         """Return where a sample's image is."""
         opened = self.open()
@@ -302,7 +302,7 @@ class AnnotatedImages(DetectionSource):
         boxes = np.array(opened["boxes_xyxy"][first:last])
         stated = tuple(opened["sizes_wh"][index].tolist())
         faults = []
-        if all(stated) and stated != (width, height):
+        if all(stated) and stated != (width, height) and not opened.facts["normalised"]:
             said = f"{stated[0]} x {stated[1]}"
             faults.append(f"{path}: is {width} x {height}, its annotation says {said}")
         if opened.facts["normalised"]:
@@ -392,23 +392,31 @@ class Listing:
     """Which files there are, each folder listed once."""
 
     def __init__(self) -> None:
-        self._folders: dict[str, dict[str, str]] = {}
+        self._folders: dict[str, dict[str, None]] = {}
+        self._images: dict[str, dict[str, str]] = {}
 
-    def names(self, folder: Path) -> dict[str, str]:
-        """Return the files of a folder by name, and by name without its ending."""
+    def names(self, folder: Path) -> dict[str, None]:
+        """Return the names of a folder's files, ascending; a set that keeps its order."""
         key = str(folder)
         if key not in self._folders:
             try:
-                found = sorted(os.listdir(folder))
+                self._folders[key] = dict.fromkeys(sorted(os.listdir(folder)))
             except OSError:
-                found = []
-            by_stem = {os.path.splitext(name)[0]: name for name in reversed(found)}
-            self._folders[key] = by_stem | {name: name for name in found}
+                self._folders[key] = {}
         return self._folders[key]
 
     def has(self, path: Path) -> bool:
         """Tell whether there is such a file."""
         return path.name in self.names(path.parent)
+
+    def image(self, folder: Path, stem: str) -> str | None:
+        """Return the name of a folder's image by its name without the ending; .jpg comes first."""
+        key = str(folder)
+        if key not in self._images:
+            images = [name for name in self.names(folder) if is_image(Path(name))]
+            images.sort(key=lambda name: not name.endswith(".jpg"))
+            self._images[key] = {os.path.splitext(name)[0]: name for name in reversed(images)}
+        return self._images[key].get(stem)
 
     @property
     def folders(self) -> list[Path]:

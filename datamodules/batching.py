@@ -1,5 +1,6 @@
 """From plans to batches: read, augment, collate."""
 
+import math
 from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
@@ -32,7 +33,7 @@ class _Readable(Protocol[Read]):
     def read(self, index: int, least_side: int | None = None) -> Read: ...
 
 
-_TRIES = 20
+_GOLDEN, _TOLD = 0.618, 20
 
 
 class JointDataset(Dataset[Batch]):
@@ -184,14 +185,21 @@ def _seed(*key: int) -> int:
 
 
 def _read_or_next(source: _Readable[Read], index: int, least_side: int, faults: list[str]) -> Read:
-    """Return a sample, or the next readable one in its place; says so in `faults`."""
+    """Return a sample, or another readable one in its place; says so in `faults`.
+
+    Stand-ins come from all over the source: neighbours are often of one class, and broken together.
+    """
     size = len(source)
-    for offset in range(min(size, _TRIES)):
+    stride = max(1, round(size * _GOLDEN))
+    while math.gcd(stride, size) > 1:
+        stride += 1  # coprime: every sample is tried before any is tried again
+    for number in range(size):
         try:
-            return source.read((index + offset) % size, least_side)
+            return source.read((index + number * stride) % size, least_side)
         except UnreadableSample as error:
-            faults.append(f"{error}; the next image stands in")
-    raise InputError(f"no readable image among {min(size, _TRIES)} in a row: {faults[-1]}")
+            if number < _TOLD:
+                faults.append(f"{error}; another image stands in")
+    raise InputError(f"no readable image among {size}: {faults[-1]}")
 
 
 def _stack(images: list[Image]) -> Tensor:

@@ -121,9 +121,14 @@ class COCOJson(AnnotatedImages):
     ) -> list[dict[str, Any]]:
         """Return the annotations of known images and categories."""
         found = [item for item in data["annotations"] if item.get("image_id") in places]
-        strays = len(data["annotations"]) - len(found)
-        if strays:
-            faults.append(f"{self._file}: {strays} annotations of images not used, skipped")
+        if len(found) < len(data["annotations"]):
+            listed = {item.get("id") for item in data["images"]}
+            faults += [
+                f"{self._file}: annotation {item.get('id')} belongs to no image "
+                f"({item.get('image_id')!r}), skipped"
+                for item in data["annotations"]
+                if item.get("image_id") not in listed
+            ]
         known = [item for item in found if item.get("category_id") in categories]
         if len(known) < len(found):
             faults += [

@@ -27,9 +27,30 @@ from yolo_lightning.datamodules.transforms import (
     DetectionAugmentation,
     Resize,
 )
-from yolo_lightning.datamodules.vocabulary import vocabulary_report
+from yolo_lightning.datamodules.vocabulary import (
+    Counts,
+    vocabulary_report,
+    vocabulary_table,
+)
 from yolo_lightning.errors import InputError
 from yolo_lightning.wordtree import WordTree
+
+Evaluated = DetectionSource | ImageLabelSource | list[DetectionSource | ImageLabelSource] | None
+
+
+def _joined(given: Any) -> Any:
+    """Return a list of sources of one kind as one source.
+
+    Raises:
+        InputError: both kinds in one list, or an empty list.
+    """
+    if not isinstance(given, list):
+        return given
+    if all(isinstance(source, DetectionSource) for source in given):
+        return SeveralDetection(given)
+    if all(isinstance(source, ImageLabelSource) for source in given):
+        return SeveralImageLabels(given)
+    raise InputError("a list of sources holds images with boxes and images with labels; part them")
 
 
 class CombinedDataModule(pl.LightningDataModule):
@@ -69,8 +90,8 @@ class CombinedDataModule(pl.LightningDataModule):
         tree: str | list[str] | list[tuple[str, str, str]],
         detection: DetectionSource | list[DetectionSource] | None = None,
         classification: ImageLabelSource | list[ImageLabelSource] | None = None,
-        validation: DetectionSource | ImageLabelSource | None = None,
-        test: DetectionSource | ImageLabelSource | None = None,
+        validation: Evaluated = None,
+        test: Evaluated = None,
         detection_batch_size: int = 64,
         classification_batch_size: int = 64,
         classification_batches_per_detection_batch: float = 1,
@@ -87,14 +108,10 @@ class CombinedDataModule(pl.LightningDataModule):
         if detection is None and classification is None:
             raise InputError("data.detection and data.classification: name at least one of them")
         self.tree = WordTree.of(tree)
-        self.detection = SeveralDetection(detection) if isinstance(detection, list) else detection
-        self.classification = (
-            SeveralImageLabels(classification)
-            if isinstance(classification, list)
-            else classification
-        )
-        self.validation = validation
-        self.test = validation if test is None else test
+        self.detection = _joined(detection)
+        self.classification = _joined(classification)
+        self.validation = _joined(validation)
+        self.test = self.validation if test is None else _joined(test)
         self.batch_sizes = (detection_batch_size, classification_batch_size)
         ratio = classification_batches_per_detection_batch
         for name, value in (
@@ -138,6 +155,8 @@ class CombinedDataModule(pl.LightningDataModule):
             if source is not None and id(source) not in self._bound:
                 source.bind(self.tree)
                 self._bound.add(id(source))
+        if stage == "fit" and self.detection is not None and not len(self.detection.nodes):
+            raise InputError(f"data.detection: {self.detection.name} holds no box to learn from")
 
     @property
     def source_faults(self) -> list[str]:
@@ -148,14 +167,18 @@ class CombinedDataModule(pl.LightningDataModule):
 
     def vocabulary_report(self) -> str:
         """Return which names met, which labels are coarser, and what each class learns from."""
+        return vocabulary_report(self.tree, *self._counts())
+
+    def vocabulary_table(self) -> list[dict[str, object]]:
+        """Return for every class what labels it with boxes and with images."""
+        return vocabulary_table(self.tree, *self._counts())
+
+    def _counts(self) -> tuple[Counts, Counts]:
+        """Return what boxes and what image labels training learns from, by node and name."""
         uses_labels = self.ratio or self.detection is None
         boxes = self.detection.node_counts() if self.detection is not None else {}
-        images = (
-            self.classification.node_counts()
-            if self.classification is not None and uses_labels
-            else {}
-        )
-        return vocabulary_report(self.tree, boxes, images)
+        labels = self.classification if uses_labels else None
+        return boxes, labels.node_counts() if labels is not None else {}
 
     @property
     def boxed_nodes(self) -> Tensor:

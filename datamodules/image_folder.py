@@ -101,6 +101,11 @@ class LabelCSV(LabelledImages):
         for number, (path, label) in _rows(file):
             where = f"{file}:{number}"
             image = inside(path, root, self.allow_outside, where)
+            place = root / image
+            if not listing.has(place):
+                # tables of competitions leave the ending out
+                name = listing.image(place.parent, place.name)
+                image = image if name is None else str(Path(image).with_name(name))
             if not listing.has(root / image):
                 faults.append(f"{where}: {image} is missing, skipped")
                 continue

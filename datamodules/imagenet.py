@@ -26,7 +26,7 @@ class ImageNet(LabelledImages):
     Folders of wnids hold their images (``train/n01440764/…``). Where images lie in one folder
     (``val/ILSVRC2012_val_00000001.JPEG``), their labels come from Kaggle's
     ``LOC_val_solution.csv``, a list with a wnid for each image in order, or the development kit;
-    these are looked for in `root` and the folders up to two levels below it.
+    these are looked for in `root`, up to two levels below it, and up to two above it.
 
     Args:
         root: the folder with ``train`` and ``val``, or with ``Data/CLS-LOC``.
@@ -62,7 +62,8 @@ class ImageNet(LabelledImages):
         places = [root / self.split, root / "Data" / "CLS-LOC" / self.split]
         folder = next((place for place in places if place.is_dir()), None)
         if folder is None:
-            choices = ", ".join(sorted(f.name for f in root.iterdir() if f.is_dir()))
+            folders = (f.name for f in root.iterdir() if f.is_dir() and f.name[:1] != ".")
+            choices = ", ".join(sorted(folders))
             raise InputError(f"ImageNet {self.root!r}: no split {self.split!r}; found: {choices}")
         watched = [root, folder]
         loose = sorted(name for name in os.listdir(folder) if is_image(Path(name)))
@@ -92,12 +93,16 @@ class ImageNet(LabelledImages):
         file = self._label_file(root)
         if file.suffix == ".csv":
             rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
-            by_stem = {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
+            by_stem = {
+                Path(row[0]).stem: row[1].split()[0]
+                for row in rows
+                if len(row) > 1 and row[1].strip()
+            }
         else:
-            lines = file.read_text(encoding="utf-8").split()
+            lines = [line.split()[-1] for line in _lines(file)]
             if file.name == _DEVKIT:
                 wnid_of = _devkit_wnids(file.parent / _META)
-                lines = [wnid_of.get(int(line), "") for line in lines]
+                lines = [wnid_of.get(line, "") for line in lines]
             numbers = [_NUMBER.search(Path(name).stem) for name in names]
             ranks = [int(n.group(1)) - 1 if n else k for k, n in enumerate(numbers)]
             if max(ranks) >= len(lines):
@@ -117,7 +122,7 @@ class ImageNet(LabelledImages):
         if start.is_file():
             return start
         if start.is_dir():
-            patterns = ("", "*/", "*/*/")
+            patterns = ("", "*/", "*/*/", *(["../", "../../"] if self.labels is None else []))
             for name in wanted:
                 for pattern in patterns:
                     for file in sorted(start.glob(pattern + name)):
@@ -128,12 +133,16 @@ class ImageNet(LabelledImages):
         )
 
 
-def _devkit_wnids(meta: Path) -> dict[int, str]:
-    """Return wnids by the development kit's own numbers."""
+def _lines(file: Path) -> list[str]:
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _devkit_wnids(meta: Path) -> dict[str, str]:
+    """Return wnids by the development kit's own numbers, as it writes them."""
     from scipy.io import loadmat
 
     try:
         synsets = loadmat(str(meta), squeeze_me=True)["synsets"]
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
+    except Exception as error:  # scipy raises classes of its own for damaged files
         raise InputError(f"{meta}: not the development kit's list of synsets ({error})") from None

@@ -195,7 +195,10 @@ def load(file: Path) -> Index:
         length = source.read(8)
         if len(length) < 8:
             raise ValueError(f"{file}: cut off")
-        head = json.loads(source.read(struct.unpack("<q", length)[0]))
+        head_length = struct.unpack("<q", length)[0]
+        if not 0 < head_length <= file.stat().st_size:
+            raise ValueError(f"{file}: cut off")
+        head = json.loads(source.read(head_length))
         start = -(-source.tell() // _ALIGNMENT) * _ALIGNMENT
     if head["version"] != VERSION:
         raise ValueError(f"{file}: of version {head['version']}")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from yolo_lightning.datamodules.annotated import AnnotatedImages
 from yolo_lightning.datamodules.images import UnreadableSample, read_image
 from yolo_lightning.datamodules.labelled import LabelledImages
-from yolo_lightning.datamodules.source import Source, _Several
+from yolo_lightning.datamodules.source import Several, Source
 from yolo_lightning.errors import InputError
 from yolo_lightning.wordtree import WordTree
 
@@ -130,7 +130,7 @@ def _percentiles(values: NDArray[Any]) -> dict[str, float]:
 
 def parts_of(source: Source) -> list[Source]:
     """Return the sources that a source is made of."""
-    return list(source.sources) if isinstance(source, _Several) else [source]
+    return list(source.sources) if isinstance(source, Several) else [source]
 
 
 def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -> Report:
@@ -211,6 +211,11 @@ def _read_all(
 ) -> None:
     """Decode every image, with all cores; an image that two labels share is read twice."""
     count = len(source)
+    stated = (
+        source.open()["sizes_wh"].tolist()
+        if isinstance(source, AnnotatedImages) and not source.open().facts["normalised"]
+        else []
+    )
     sizes = []
     for index, (digest, width, height, fault) in enumerate(_read_files(source, workers)):
         path = Path(source.image_name(index))
@@ -220,6 +225,9 @@ def _read_all(
             report.unreadable.append(fault)
         else:
             sizes.append((width, height))
+            if stated and all(stated[index]) and stated[index] != [width, height]:
+                said = f"{stated[index][0]} x {stated[index][1]}"
+                report.faults.append(f"{path}: is {width} x {height}, its annotation says {said}")
         if sys.stderr.isatty() and (index % 50 == 0 or index == count - 1):
             end = "\n" if index == count - 1 else ""
             print(f"\r{report.name}: {index + 1} of {count}", end=end, file=sys.stderr, flush=True)

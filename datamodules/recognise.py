@@ -15,6 +15,8 @@ DETECTION_LAYOUTS = (
     "COCO JSON; a folder with Pascal VOC XML files; YOLO text (data.yaml, .data, or images/ beside "
     "labels/); ILSVRC folders"
 )
+_HELD_OUT = {"validation": ("val", "valid", "validation"), "test": ("test",)}
+_SPLITS = {"train", "val", "valid", "validation", "test"}
 LABEL_LAYOUTS = "a folder with one folder of images per class; ImageNet's; a CSV of path,label"
 
 
@@ -67,9 +69,10 @@ def _detection_folder(path: Path, place: str, split: str | None) -> AnnotatedIma
         if next(folder.glob("*.xml"), None):
             return VOCFolder(place, split or "train")
     files = [*sorted(path.glob("*.json")), *sorted(path.glob("annotations/*.json"))]
+    files += sorted((path / (split or "train")).glob("*.json"))
     coco = [file for file in files if is_coco(file)]
     if len(coco) > 1:
-        named = [file for file in coco if (split or "train") in file.stem]
+        named = [file for file in coco if (split or "train") in f"{file.parent.name}/{file.stem}"]
         named = [file for file in named if file.stem.startswith("instances")] or named
         if len(named) != 1:
             listed = ", ".join(str(file) for file in coco)
@@ -80,6 +83,30 @@ def _detection_folder(path: Path, place: str, split: str | None) -> AnnotatedIma
     if (path / "labels").is_dir() or next(path.rglob("labels"), None):
         return YOLOText(place, split or "train")
     return None
+
+
+def held_out(place: str, trained: AnnotatedImages) -> dict[str, AnnotatedImages]:
+    """Return the parts of a dataset that its layout sets apart, by what a recipe calls them.
+
+    Parts that hold images which are trained on are left out: VOC's `val` lies within `trainval`.
+
+    Args:
+        place: as for `detection_source`.
+        trained: the part that is trained on.
+    """
+    used = {trained.image_name(k) for k in range(len(trained))}
+    found: dict[str, AnnotatedImages] = {}
+    for part, splits in _HELD_OUT.items():
+        for split in splits:
+            try:
+                source = detection_source(place, split)
+                names = {source.image_name(k) for k in range(len(source))}
+            except InputError:
+                continue  # this layout has no such part
+            if names and not names & used:
+                found[part] = source
+                break
+    return found
 
 
 def label_source(place: str) -> LabelledImages:
@@ -99,6 +126,12 @@ def label_source(place: str) -> LabelledImages:
             return LabelCSV(place)
     elif (path / "Data" / "CLS-LOC").is_dir() or next(path.glob("train/n" + "[0-9]" * 8), None):
         return ImageNet(place)
+    elif (path / "train").is_dir() and {f.name for f in _shown_folders(path)} <= _SPLITS:
+        return label_source(str(path / "train"))
     elif any(next(images_below(f, []), None) for f in path.iterdir() if f.is_dir()):
         return ImageFolder(place)
     raise InputError(f"{place}: no images with labels recognised; known: {LABEL_LAYOUTS}")
+
+
+def _shown_folders(path: Path) -> list[Path]:
+    return [f for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")]

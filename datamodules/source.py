@@ -137,7 +137,7 @@ class ImageLabelSource(Source):
 S = TypeVar("S", DetectionSource, ImageLabelSource)
 
 
-class _Several(Generic[S]):
+class Several(Generic[S]):
     """Sources of one kind, one after the other."""
 
     name = "several sources"
@@ -177,7 +177,7 @@ class _Several(Generic[S]):
         return source.image_name(place)
 
 
-class SeveralDetection(_Several[DetectionSource], DetectionSource):
+class SeveralDetection(Several[DetectionSource], DetectionSource):
     """Detection sources, one after the other."""
 
     def read(self, index: int, least_side: int | None = None) -> DetectionSample:
@@ -191,7 +191,7 @@ class SeveralDetection(_Several[DetectionSource], DetectionSource):
         return np.concatenate(boxes), np.concatenate(images)
 
 
-class SeveralImageLabels(_Several[ImageLabelSource], ImageLabelSource):
+class SeveralImageLabels(Several[ImageLabelSource], ImageLabelSource):
     """Image-label sources, one after the other."""
 
     def read(self, index: int, least_side: int | None = None) -> tuple[Image, int]:

@@ -120,7 +120,11 @@ def look_at(
 
 
 class _Colour:
-    """Hue, saturation and exposure, drawn within factors."""
+    """Hue, saturation and exposure, drawn within factors.
+
+    Deviation: factors are uniform between a factor's inverse and itself, where the original program
+    draws one above 1 and inverts it half of the time; saturation mixes with grey, not in HSV.
+    """
 
     def __init__(self, hue: float, saturation: float, exposure: float) -> None:
         for name, factor in (("saturation", saturation), ("exposure", exposure)):
@@ -135,6 +139,11 @@ class _Colour:
             hue=(-hue, hue),
             p=float(hue > 0 or saturation > 1 or exposure > 1),
         )
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"augmentation: {name} is {value}; allowed: 0 … 1")
 
 
 class DetectionAugmentation:
@@ -165,6 +174,7 @@ class DetectionAugmentation:
         exposure: float = 1.5,
         geometry: Geometry = "crop",
     ) -> None:
+        _check_probability("flip", flip)
         most = 0.5 if geometry == "crop" else 1.0  # two sides may meet
         if not 0 <= jitter < most:
             raise InputError(
@@ -259,6 +269,9 @@ class ClassificationAugmentation:
                 f"augmentation: shorter_side is {list(shorter_side)}; allowed: two lengths in px, "
                 "the smaller one first"
             )
+        _check_probability("flip", flip)
+        if not 0 <= degrees <= 180:
+            raise InputError(f"augmentation: degrees is {degrees}; allowed: 0 (none) … 180")
         if not 0 < aspect <= 1:
             raise InputError(f"augmentation: aspect is {aspect}; allowed: above 0 up to 1 (none)")
         self._longest = high

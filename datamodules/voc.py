@@ -143,7 +143,7 @@ class VOCFolder(_XMLFolder):
         images = next((root / n for n in _IMAGE_FOLDERS if (root / n).is_dir()), xml_folder)
         there = listing.names(xml_folder)
         if names is None:
-            names = sorted({n.removesuffix(".xml") for n in there.values() if n.endswith(".xml")})
+            names = [name.removesuffix(".xml") for name in there if name.endswith(".xml")]
         missing = [name for name in names if f"{name}.xml" not in there]
         faults += [f"{xml_folder / name}.xml: listed but missing, skipped" for name in missing]
         gone = set(missing)
@@ -191,7 +191,7 @@ class ILSVRCDetection(_XMLFolder):
             xml = sorted(
                 Path(folder) / name
                 for folder in _folders_below(below / self.split)
-                for name in set(listing.names(folder).values())
+                for name in listing.names(folder)
                 if name.endswith(".xml")
             )
         elif listed.is_file():
@@ -227,14 +227,11 @@ def _document(file: Path, faults: list[str]) -> ET.Element | None:
 
 def _image_of(file: Path, folder: Path, document: ET.Element, listing: Listing) -> Path | None:
     """Return the image that an XML file describes: by its own name, else by the name inside."""
-    there = listing.names(folder)
-    inner = Path(document.findtext("filename", "").replace("\\", "/")).name
-    for name in (there.get(f"{file.stem}.jpg"), there.get(file.stem)):
-        if name is not None and is_image(Path(name)):
-            return folder / name
-    same = (n for n in there.values() if is_image(Path(n)) and Path(n).stem == file.stem)
-    name = next(same, there.get(inner))
-    return folder / name if name is not None and is_image(Path(name)) else None
+    name = listing.image(folder, file.stem)
+    if name is not None:
+        return folder / name
+    inner = folder / Path(document.findtext("filename", "").replace("\\", "/")).name
+    return inner if is_image(inner) and listing.has(inner) else None
 
 
 def _integer(text: str | None) -> int:

@@ -20,12 +20,15 @@ def vocabulary_report(tree: WordTree, boxes: Counts, images: Counts) -> str:
         images: labelled images by node and name.
     """
     both = boxes.keys() & images.keys()
-    rest = len(tree) - len(boxes.keys() | images.keys())
+    labelled = boxes.keys() | images.keys()
+    through = len(_labelled_below(tree, boxes, images) - labelled)
+    rest = len(tree) - len(labelled) - through
     counts = [
         f"{len(boxes.keys() - both)} from boxes",
         f"{len(images.keys() - both)} from image labels",
         f"{len(both)} from both",
-        f"{rest} from neither",
+        f"{through} from below",
+        f"{rest} from nothing",
     ]
     lines = [f"Classes: {len(tree)}; they learn {', '.join(counts)}"]
     lines += _about("from both", (tree.names[node] for node in sorted(both)))
@@ -35,6 +38,32 @@ def vocabulary_report(tree: WordTree, boxes: Counts, images: Counts) -> str:
         lines += _about("image labels are coarser", _above(tree, images, boxes))
         lines += _about("no box on the way up", _unguided(tree, boxes, images))
     return "\n".join(lines)
+
+
+def vocabulary_table(tree: WordTree, boxes: Counts, images: Counts) -> list[dict[str, object]]:
+    """Return a row for every class: what labels it with boxes and with images, and what lies below.
+
+    Args:
+        tree: the classes.
+        boxes: objects by node and name.
+        images: labelled images by node and name.
+    """
+    below = _labelled_below(tree, boxes, images)
+    return [
+        {
+            "key": tree.keys[node],
+            "name": tree.names[node],
+            "boxes": dict(boxes.get(node, {})),
+            "images": dict(images.get(node, {})),
+            "labelled_below": node in below,
+        }
+        for node in range(len(tree))
+    ]
+
+
+def _labelled_below(tree: WordTree, boxes: Counts, images: Counts) -> set[int]:
+    """Return the nodes that lie on the way to a label; its loss trains them too."""
+    return {at for node in (*boxes, *images) for at in tree.paths[node].tolist()[1:] if at >= 0}
 
 
 def _about(what: str, found: Iterable[str]) -> list[str]:

@@ -213,7 +213,7 @@ def _images_below(place: Path, folder: Path, listing: Listing) -> list[str]:
     below = (f for f in place.rglob("*") if f.is_dir())
     shown = (f for f in below if not any(p[:1] == "." for p in f.relative_to(place).parts))
     folders = [place, *sorted(shown)]
-    files = (f / name for f in folders for name in sorted(set(listing.names(f).values())))
+    files = (f / name for f in folders for name in listing.names(f))
     inner = [file for file in files if is_image(file)]
     return [str(f.relative_to(folder)) if f.is_relative_to(folder) else str(f) for f in inner]
 

@@ -17,7 +17,7 @@ from tests.miniatures import (
     write_coco,
 )
 from yolo_lightning.batches import DetectionBatch
-from yolo_lightning.datamodules import COCOJson, VOCFolder, YOLOText
+from yolo_lightning.datamodules import COCOJson, ImageFolder, VOCFolder, YOLOText
 from yolo_lightning.errors import InputError
 
 Box = list[float]
@@ -164,9 +164,9 @@ def test_coco_annotations_of_nothing_known_are_skipped_and_named(tmp_path):
     assert len(source) == 1
     assert source.read(0).boxes_xyxy_px.tolist() == [GOOD_BOX]
     assert sorted(source.faults) == [
-        f"{file}: 2 annotations of images not used, skipped",
         f"{file}: annotation 2 has the unknown category 1, skipped",
         f"{file}: annotation 3 (a.jpg) stands there twice, one skipped",
+        f"{file}: annotation 5 belongs to no image (77), skipped",
         f"{file}: annotation 6 has the unknown category None, skipped",
         f"{file}: image 5 stands there twice, one skipped",
         f"{file}: image 6: {tmp_path / 'gone.jpg'} is missing, skipped",
@@ -402,7 +402,25 @@ def test_a_dataset_without_a_single_object_serves(tmp_path):
     plain(tmp_path / "images/a.jpg")
     write(tmp_path / "labels/a.txt", "")
     source = YOLOText(str(tmp_path), names=["apple"])
-    data = data_of(detection=source, validation=source, detection_batch_size=1)
+    labelled = plain(tmp_path / "labelled/apple/b.jpg").parent.parent
+    data = data_of(classification=ImageFolder(str(labelled)), validation=source)
     assert source.nodes.tolist() == []
-    (batch,) = list(data.train_dataloader())
+    (batch,) = list(data.val_dataloader())
     assert batch.labels.tolist() == [[-1] * 8]
+    with pytest.raises(InputError, match="data.detection: YOLO .* holds no box to learn from"):
+        data_of(detection=source)
+
+
+def test_a_crowd_and_a_difficult_object_cost_no_other_object(tmp_path, write_voc):
+    plain(tmp_path / "a.jpg")
+    crowd = {**GOOD_COCO, "id": 2, "iscrowd": 1}
+    file = write_coco(tmp_path / "ann.json", [crowd, GOOD_COCO])
+    sample = bound(COCOJson(str(file))).read(0)
+    assert sample.crowd.tolist() == [True, False]
+    write_voc(tmp_path / "voc", "v", [("apple", 1, 1, 9, 9)], difficult=1)
+    xml = tmp_path / "voc/v.xml"
+    text = xml.read_text()
+    hard = text[text.index("<object>") : text.index("</annotation>")]
+    easy = hard.replace(">1</diff", ">0</diff")
+    xml.write_text(text.replace("</annotation>", f"{easy}</annotation>"))
+    assert bound(VOCFolder(str(tmp_path / "voc"))).read(0).difficult.tolist() == [False]

@@ -365,7 +365,7 @@ def test_an_unreadable_image_is_replaced_counted_and_named(tmp_path, write_voc):
     assert isinstance(batch, DetectionBatch)
     assert (batch.labels >= 0).sum(1).tolist() == [1, 1, 1]
     (fault,) = batch.faults
-    assert "b.jpg: not a readable image; the next image stands in" in fault
+    assert "b.jpg: not a readable image; another image stands in" in fault
     (evaluated,) = list(data.val_dataloader())
     assert sorted(evaluated.sample_ids.tolist()) == [-1, 0, 2]
     assert "left out of the evaluation" in evaluated.faults[0]

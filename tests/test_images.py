@@ -66,7 +66,7 @@ def test_a_broken_image_is_refused_by_name(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_broken_image_is_replaced_by_the_next_in_training(tmp_path, kind):
+def test_another_image_stands_in_for_a_broken_one_in_training(tmp_path, kind):
     folder = tmp_path / "images"
     plain(folder / "a.png", 40)
     bad = BAD[kind](folder)
@@ -86,12 +86,12 @@ def test_a_broken_image_is_replaced_by_the_next_in_training(tmp_path, kind):
         rows = {number: row for row, number in enumerate(batch.sample_ids.tolist())}
         assert sorted(rows) == [0, 1, 2]
         middle = batch.images[:, 0, 32, 32]
-        assert middle[[rows[0], rows[1], rows[2]]].tolist() == [40, 200, 200]
+        assert middle[[rows[0], rows[1], rows[2]]].tolist() == [40, 40, 200]
         labels = batch.labels.reshape(3, -1)[:, 0]
-        assert labels[[rows[0], rows[1], rows[2]]].tolist() == [0, 1, 1]
+        assert labels[[rows[0], rows[1], rows[2]]].tolist() == [0, 0, 1]
         (fault,) = batch.faults
         assert fault.startswith(f"{bad}: ")
-        assert fault.endswith("; the next image stands in")
+        assert fault.endswith("; another image stands in")
 
 
 def test_a_broken_image_counts_for_nothing_in_the_evaluation_of_labels(tmp_path):
@@ -114,7 +114,7 @@ def test_an_image_that_went_after_it_was_indexed_is_replaced(tmp_path):
     (batch,) = list(data.train_dataloader())
     assert batch.labels.tolist() == [0, 0]
     assert batch.faults == [
-        f"{gone}: cannot be read (No such file or directory); the next image stands in"
+        f"{gone}: cannot be read (No such file or directory); another image stands in"
     ]
 
 
@@ -122,8 +122,20 @@ def test_training_stops_where_no_image_can_be_read(tmp_path):
     for k in range(3):
         write(tmp_path / f"apple/{k}.jpg", "")
     data = data_of(classification=ImageFolder(str(tmp_path)), classification_batch_size=1)
-    with pytest.raises(InputError, match=r"no readable image among 3 in a row: .*\.jpg: not a"):
+    with pytest.raises(InputError, match=r"no readable image among 3: .*\.jpg: not a"):
         list(data.train_dataloader())
+
+
+def test_a_class_that_is_broken_as_a_whole_stops_nothing(tmp_path):
+    for k in range(40):
+        write(tmp_path / f"apple/{k:02}.jpg", "")
+        plain(tmp_path / f"banana/{k:02}.png", 1 + k)
+    data = data_of(classification=ImageFolder(str(tmp_path)), classification_batch_size=16)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 5
+    assert all((batch.labels == 1).all() for batch in batches)
+    stood_in = {int(v) for batch in batches for v in batch.images[:, 0, 32, 32]}
+    assert len(stood_in) == 40  # not the same neighbour for all of them
 
 
 def must_not_decode(*args: Any, **options: Any) -> None:

@@ -124,7 +124,8 @@ def test_init_writes_a_recipe_with_what_it_found(place, capsys, write_voc):
     recipe = yaml.safe_load((place / "my/own.yaml").read_text())
     data, model = recipe["data"]["init_args"], recipe["model"]["init_args"]
     assert data["detection"]["init_args"] == {"root": "set", "split": "train"}
-    assert data["validation"]["init_args"] == {"root": "set", "split": "test"}
+    assert data["test"]["init_args"] == {"root": "set", "split": "test"}
+    assert data["validation"] is None
     assert data["classification"]["class_path"].endswith("ImageFolder")
     # letterboxed from 64 px to 160 px, in cells of 16 px
     expected = np.array([[15, 35], [33, 25]]) * 160 / 64 / 16
@@ -173,3 +174,36 @@ def test_flat_takes_names_as_they_are(place, write_voc):
     data = recipe["data"]["init_args"]
     assert data["classification"] is None
     assert data["classification_batches_per_detection_batch"] == 0
+
+
+def test_no_image_is_trained_on_and_validated_on(place, write_voc):
+    for k in range(6):
+        box = ("zebra", 1, 1, 30, 20 + k)
+        write_voc(place / "set/Annotations", f"i{k}", [box], images="../JPEGImages")
+    sets = place / "set/ImageSets/Main"
+    sets.mkdir(parents=True)
+    (sets / "trainval.txt").write_text("i0\ni1\ni2\ni3\n")
+    (sets / "val.txt").write_text("i1\ni3\n")
+    (sets / "test.txt").write_text("i4\ni5\n")
+    assert main(["init", "--detection", "set", "--output", "own.yaml"]) == 0
+    data = yaml.safe_load((place / "own.yaml").read_text())["data"]["init_args"]
+    assert data["detection"]["init_args"]["split"] == "trainval"
+    assert data["validation"] is None
+    assert data["test"]["init_args"]["split"] == "test"
+
+
+@pytest.mark.parametrize("name", ["2007", "on", "my data"])
+def test_any_name_of_a_folder_makes_a_recipe_that_parses(place, write_voc, name):
+    write_voc(place / name, "a", [("zebra", 1, 1, 33, 25), ("zebra", 1, 1, 20, 30)])
+    assert main(["init", "--detection", name, "--output", f"{name}.yaml"]) == 0
+    assert main(["batch", f"{name}.yaml", "--output", "p.png"]) == 0
+    recipe = yaml.safe_load((place / f"{name}.yaml").read_text())
+    assert recipe["trainer"]["default_root_dir"] == f"outputs/{name}"
+
+
+def test_a_recipe_follows_the_trunk_that_it_starts_from(place, write_voc, capsys):
+    write_voc(place / "set", "a", [("zebra", 1, 1, 33, 25)])
+    argv = ["init", "--detection", "set", "--trunk", "darknet19", "--output"]
+    assert main([*argv, "large.yaml"]) == 0
+    model = yaml.safe_load((place / "large.yaml").read_text())["model"]["init_args"]
+    assert (model["head_channels"], model["learning_rate"]) == (1024, 0.001)

@@ -60,6 +60,15 @@ def test_a_crowd_takes_any_number_of_detections():
     assert coco_evaluation(truths, said).figures["AP50"] < 0.3
 
 
+def test_any_number_of_detections_on_a_difficult_object_counts_for_nothing():
+    near: Box = (1, 0, 11, 10)
+    truths = rows(truth(0, 0, A, flag=1), truth(0, 0, B))
+    said = rows(found(0, 0, 0.9, A), found(0, 0, 0.8, near), found(0, 0, 0.7, B))
+    assert coco_evaluation(truths, said).figures["AP50"] == pytest.approx(1)
+    said[1, 1] = 5  # of another class it is a mistake, though of a class that nobody asks for
+    assert coco_evaluation(truths, said).figures["AP50"] == pytest.approx(1)
+
+
 def test_parts_of_the_classes_give_what_all_at_once_give(monkeypatch):
     rng = np.random.default_rng(0)
     low = rng.uniform(0, 80, (60, 2))

@@ -31,7 +31,8 @@ def test_the_report_tells_who_learns_from_what():
         saw={"saw": 2},
     )  # fmt: skip
     assert vocabulary_report(TREE, boxes, images).splitlines() == [
-        "Classes: 7; they learn 1 from boxes, 4 from image labels, 1 from both, 1 from neither",
+        "Classes: 7; they learn 1 from boxes, 4 from image labels, 1 from both, 1 from below, "
+        "0 from nothing",
         "  from both: cat",
         "  names that met: cat = kitty (cat)",
         "  boxes are coarser: cat over Bengal, Manx",
@@ -44,7 +45,7 @@ def test_thousands_of_classes_stay_a_few_lines():
     tree = WordTree.flat([f"c{k:04}" for k in range(3000)])
     all_of_them = {k: Counter({f"c{k:04}": 1}) for k in range(3000)}
     report = vocabulary_report(tree, all_of_them, all_of_them)
-    assert "0 from boxes, 0 from image labels, 3000 from both, 0 from neither" in report
+    assert "0 from boxes, 0 from image labels, 3000 from both, 0 from below" in report
     assert report.splitlines()[1].endswith("c0006, c0007, … and 2992 more")
     assert len(report) < 400
 

@@ -110,4 +110,5 @@ def _hint(name: str) -> str:
     said = [
         f"{table} {meanings[name]}" for table, meanings in reviewed().items() if name in meanings
     ]
-    return f" (of the reviewed tables: {', '.join(said)})" if said else ""
+    first = said[0].split()[0] if said else ""
+    return f" (of the reviewed tables: {', '.join(said)}; --table {first} takes it)" if said else ""

@@ -20,7 +20,7 @@ _CROWD = 2
 MAX_DETECTIONS = 100
 _LARGEST_AREA = 1e10
 _MOST_DETECTIONS = (1, 10, MAX_DETECTIONS)
-_MOST_ROWS = 50_000
+_MOST_ROWS, _EXCUSED = 50_000, 0.5
 _AREAS = {
     "all": (0, _LARGEST_AREA),
     "small": (0, 32**2),
@@ -137,6 +137,9 @@ class CocoEvaluation:
 def coco_evaluation(truths: NDArray[np.float64], detections: NDArray[np.float64]) -> CocoEvaluation:
     """Evaluate boxes as COCO does, over the classes that have a truth.
 
+    Difficult truths are neither asked for nor punished, as in Pascal VOC's evaluation at an IoU of
+    a half: however many detections overlap one of them most, none counts.
+
     Args:
         truths: (N, 8) rows of image, class, area in square px (0 for the box's own), flag
             (1 difficult, 2 crowd), x1, y1, x2, y2.
@@ -145,6 +148,7 @@ def coco_evaluation(truths: NDArray[np.float64], detections: NDArray[np.float64]
     classes = sorted({int(label) for label in truths[truths[:, _FLAG] == 0, _LABEL]})
     if not classes:
         return CocoEvaluation(dict.fromkeys(COCO_FIGURES, -1.0), {})
+    truths, detections = _without_difficult(truths, detections)
     collecting = gc.isenabled()
     gc.disable()  # hundreds of thousands of annotations, none of them in a ring
     try:
@@ -175,6 +179,26 @@ def coco_evaluation(truths: NDArray[np.float64], detections: NDArray[np.float64]
     return CocoEvaluation(dict(zip(COCO_FIGURES, figures, strict=True)), per_class)
 
 
+def _without_difficult(
+    truths: NDArray[np.float64], detections: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Leave out difficult truths, and the detections that overlap one of them most, by a half."""
+    hard = truths[:, _FLAG] == 1
+    kept = np.ones(len(detections), dtype=np.bool_)
+    for image, label in np.unique(truths[hard][:, [_IMAGE, _LABEL]], axis=0).tolist():
+        rows, own = (
+            np.flatnonzero((table[:, _IMAGE] == image) & (table[:, _LABEL] == label))
+            for table in (detections, truths)
+        )
+        boxes, others = (
+            torch.from_numpy(table[:, _BOX]) for table in (detections[rows], truths[own])
+        )
+        over = pairwise_iou(boxes, others).numpy()
+        best = over.argmax(axis=1)
+        kept[rows] = ~(hard[own][best] & (over.max(axis=1) >= _EXCUSED))
+    return truths[~hard], detections[kept]
+
+
 def _class_parts(
     classes: list[int], truths: NDArray[np.float64], detections: NDArray[np.float64]
 ) -> Iterator[list[int]]:
@@ -193,7 +217,7 @@ def _class_parts(
 def _evaluated(
     truths: NDArray[np.float64], detections: NDArray[np.float64], classes: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return precision (IoU, recall, class, area, detections) and recall (the same without it)."""
+    """Return precision (IoU, recall, class, area, detections) and recall (without that)."""
     # imported here: it takes a second, and training starts without it
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -295,9 +319,7 @@ def _silent(*_: object) -> None:
 def _annotations(rows: NDArray[np.float64], areas: NDArray[np.float64]) -> list[dict[str, Any]]:
     """Return COCO annotations; ids and images count from 1, since 0 means none to the matcher."""
     sizes = rows[:, 6:8] - rows[:, 4:6]
-    # difficult truths lie outside the range of areas: matched by plain IoU, yet not counted
     areas = np.where(areas > 0, areas, sizes.prod(axis=1))
-    areas = np.where(rows[:, _FLAG] == 1, 10 * _LARGEST_AREA, areas)
     columns = zip(
         (rows[:, _IMAGE].astype(np.int64) + 1).tolist(),
         rows[:, _LABEL].astype(np.int64).tolist(),

@@ -66,7 +66,7 @@ def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str
     Raises:
         InputError: nothing there, no boxes, or an option of a recipe beside a dataset.
     """
-    size, cell_px, priors = 416, CELL_PX, None
+    size, cell_px, priors, stretched = 416, CELL_PX, None, False
     if is_recipe(place):
         from yolo_lightning import cli
 
@@ -74,7 +74,7 @@ def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str
         data = run.datamodule
         if data.detection is None:
             raise InputError(f"{place}: names no data.detection, so it has no boxes")
-        source, size = data.detection, data.image_size
+        source, size, stretched = data.detection, data.image_size, data.resize == "stretch"
         source.bind(data.tree)
         cell_px, priors = _grid_of(run.recipe.model.init_args)
     else:
@@ -88,8 +88,8 @@ def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str
     if not len(boxes):
         raise InputError(f"{place}: has no boxes")
     size = image_size or size
-    letterboxed, enlarged = letterboxed_wh(boxes, images, size), shorter_side_wh(boxes, images)
-    return Shapes(letterboxed, enlarged, size, cell_px, priors)
+    fitted = boxes / images * size if stretched else letterboxed_wh(boxes, images, size)
+    return Shapes(fitted, shorter_side_wh(boxes, images), size, cell_px, priors)
 
 
 def _grid_of(model: Any) -> tuple[int, NDArray[np.float64] | None]:

@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning batch",
         description="List and draw what a training step reads; nothing is trained or replayed.",
-        epilog="Any other option overrides the recipe's, such as --data.seed 1.",
+        epilog="Any other option, after the recipe, overrides its values: --data.seed 1.",
+        allow_abbrev=False,
     )
     parser.add_argument("recipe", help="RECIPE.yaml, or the resolved.yaml of a run")
     parser.add_argument("--step", type=int, default=0, help="number of the batch, from 0 (0)")
@@ -57,9 +58,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _processes(recipe: Any) -> int:
-    devices = recipe.trainer.devices  # or auto, or a list
-    count = len(devices) if isinstance(devices, list) else devices
-    return max(1, count if isinstance(count, int) else 1) * int(recipe.trainer.num_nodes)
+    """Return how many processes a recipe starts.
+
+    Raises:
+        InputError: that depends on the machine.
+    """
+    devices = recipe.trainer.devices
+    listed = devices if isinstance(devices, list) else str(devices).split(",")
+    count = len(listed)
+    if count == 1 and not isinstance(devices, list):
+        if not listed[0].isdigit() or not int(listed[0]):
+            raise InputError(
+                f"trainer.devices is {devices!r}, another number on each machine; say how many "
+                "processes: --world-size"
+            )
+        count = int(listed[0])
+    return count * int(recipe.trainer.num_nodes)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -72,8 +86,8 @@ def main(argv: Sequence[str]) -> None:
     run = cli.DataCLI([options.recipe, *overrides])
     data = run.datamodule
     world = _processes(run.recipe) if options.world_size is None else options.world_size
-    if options.step < 0:
-        raise InputError(f"--step is {options.step}; allowed: 0 or more")
+    if not 0 <= options.step < 2**48:
+        raise InputError(f"--step is {options.step}; allowed: 0 or more, below 2^48")
     if world < 1 or not 0 <= options.rank < world:
         raise InputError(f"--rank is {options.rank} of {world}; allowed: 0 … {max(world, 1) - 1}")
     data.setup("fit")

@@ -14,7 +14,7 @@ from yolo_lightning.commands.anchors import is_recipe
 from yolo_lightning.commands.data_page import Part, page
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.datamodules.inspection import Report, inspect, parts_of, same_files
-from yolo_lightning.datamodules.recognise import detection_source, label_source
+from yolo_lightning.datamodules.recognise import detection_source, held_out, label_source
 from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
 from yolo_lightning.errors import InputError
 from yolo_lightning.pictures import batch_picture, save
@@ -25,7 +25,7 @@ _SHOWN, _CLASSES, _DRAWN = 10, 20, 12
 
 
 def datamodule_of(place: str, overrides: Sequence[str]) -> tuple[CombinedDataModule, bool]:
-    """Return the data of a recipe, or a dataset as such data, and whether its tree is given.
+    """Return the data of a recipe, or a dataset as such data, and whether it is a recipe's.
 
     Raises:
         InputError: nothing there, or nothing that is recognised.
@@ -39,14 +39,14 @@ def datamodule_of(place: str, overrides: Sequence[str]) -> tuple[CombinedDataMod
     parts: dict[str, Any] = {}
     try:
         source: Any = detection_source(place)
-        parts["detection"] = source
+        parts = {"detection": source, **held_out(place, source)}
     except InputError as error:
         try:
             source = label_source(place)
         except InputError as other:
             raise InputError(f"{error}; {other}") from None
         parts["classification"] = source
-    names = [name for name, count in source.name_counts().items() if count]
+    names = {n for part in parts.values() for n, count in part.name_counts().items() if count}
     return CombinedDataModule(tree=sorted(names) or ["nothing"], **parts), False
 
 
@@ -64,8 +64,9 @@ def inspected(data: CombinedDataModule) -> list[tuple[str, Report]]:
 
 
 def problems_of(data: CombinedDataModule, reports: Sequence[tuple[str, Report]]) -> list[str]:
-    """Return why training would not start."""
-    found = [report.problem for _, report in reports if report.problem is not None]
+    """Return why training would not start; what only `test` reads does not matter for it."""
+    needed = [(name, report) for name, report in reports if name != "test"]
+    found = [report.problem for _, report in needed if report.problem is not None]
     for part in ("detection", "classification"):
         unreadable = [len(report.unreadable) for name, report in reports if name == part]
         images = [report.images for name, report in reports if name == part]
@@ -91,6 +92,8 @@ def table(reports: Sequence[tuple[str, Report]], twins: Sequence[Sequence[tuple[
         objects = sum(report.classes.values())
         what = f", {objects} boxes" if report.kind == "boxes" else ""
         lines.append(f"{part}: {report.name}: {report.images} images{what}")
+        if report.problem is not None:
+            lines.append(f"  {report.problem}")
         if report.generated:
             lines.append("  drawn when they are read; nothing to check in files")
         for title, key, unit in (
@@ -116,15 +119,18 @@ def table(reports: Sequence[tuple[str, Report]], twins: Sequence[Sequence[tuple[
         across = sum(len({part for part, _ in group}) > 1 for group in twins)
         lines.append(f"{len(twins)} images there more than once, {across} of them in several parts")
         for group in twins[:_SHOWN]:
-            lines.append("  " + " = ".join(f"{path} ({part})" for part, path in group))
+            same = " = ".join(f"{path} ({part})" for part, path in group[:_SHOWN])
+            more = f" = … {len(group)} in all" if len(group) > _SHOWN else ""
+            lines.append(f"  {same}{more}")
     return "\n".join(lines)
 
 
 def _pictures(data: CombinedDataModule, folder: Path) -> list[tuple[str, Path]]:
     """Draw the first augmented batch of each kind."""
     found = []
-    order = data.order
-    kinds = {order.plan(step).kind: step for step in reversed(range(order.steps_per_pass + 1))}
+    order, kinds = data.order, dict[str, int]()
+    for step in range(order.ratio.numerator + order.ratio.denominator):  # one round of both
+        kinds.setdefault(order.plan(step).kind, step)
     for kind, step in sorted(kinds.items(), reverse=True):
         file = folder / f"{kind}-batch.jpg"
         save(file, batch_picture(data.batch(step), data.tree.names, _DRAWN))
@@ -158,8 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning check-data",
         description="Read all images and annotations, and report what is in them.",
-        epilog="Any other option overrides the recipe's. The exit code says whether training would "
-        "start: 0, or 2.",
+        epilog="Any other option, after the recipe, overrides its values. The exit code says "
+        "whether training would start: 0, or 2.",
+        allow_abbrev=False,
     )
     parser.add_argument("place", help="RECIPE.yaml, or a dataset in a usual layout")
     parser.add_argument("--output", help="folder of page and figures (outputs/check-data/NAME)")
@@ -189,6 +196,7 @@ def main(argv: Sequence[str]) -> None:
         "starts": not problems,
         "problems": problems,
         "sources": [{"part": part, **report.to_plain()} for part, report in reports],
+        "classes": data.vocabulary_table() if vocabulary else [],
         "same_files": [[list(pair) for pair in group] for group in twins],
     }
     _write(folder / "report.json", json.dumps(plain, indent=2, ensure_ascii=False) + "\n")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from yolo_lightning.anchors import as_yaml_values, average_iou, cluster, letterboxed_wh
+from yolo_lightning.anchors import as_yaml_values, cluster, letterboxed_wh
 from yolo_lightning.checkpoints import is_checkpoint, read_checkpoint
 from yolo_lightning.commands.tree_inputs import read_hierarchy, read_mapping, tree_of
 from yolo_lightning.commands.wordtree import write
@@ -19,7 +20,7 @@ from yolo_lightning.darknet19 import TRUNKS, trunk_layers
 from yolo_lightning.datamodules.annotated import AnnotatedImages
 from yolo_lightning.datamodules.images import UnreadableSample
 from yolo_lightning.datamodules.labelled import LabelledImages
-from yolo_lightning.datamodules.recognise import detection_source, label_source
+from yolo_lightning.datamodules.recognise import detection_source, held_out, label_source
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.labels import reviewed
@@ -30,8 +31,6 @@ from yolo_lightning.wordtree import WordTree
 ANCHORS = 5
 BATCH, PASSES, LEAST_STEPS, MOST_STEPS = 16, 60, 600, 80_000
 _READ, _SHOWN = 64, 10
-_LEARNING_RATES = {"darknet19": 0.001}
-_HELD_OUT = ("val", "valid", "validation", "test")
 
 _RECIPE = """\
 # {title}
@@ -53,7 +52,7 @@ model:
     tree: {tree}
     trunk: {trunk}  # tiny_darknet for two cores; darknet19 for a GPU
     pretrained: {pretrained}  # Darknet's .weights or a checkpoint to start from; null begins afresh
-    anchors_wh_cell: {anchors}  # average IoU {iou:.3f}; yolo-lightning anchors shows others
+    anchors_wh_cell: {anchors}  # priors; yolo-lightning anchors shows how they fit
     head_channels: {head_channels}
     passthrough_channels: {passthrough_channels}
     reorg: {reorg}  # darknet, for networks that Darknet shall run
@@ -80,6 +79,7 @@ data:
 {detection}
     classification:{classification}
     validation:{validation}
+    test:{test}
     detection_augmentation:
       class_path: yolo_lightning.datamodules.DetectionAugmentation
       init_args: {{jitter: 0.2, flip: 0.5, hue: 0.02, saturation: 1.3, exposure: 1.3}}
@@ -114,7 +114,7 @@ trainer:
   val_check_interval: {every}
   check_val_every_n_epoch: null
   log_every_n_steps: 20
-  default_root_dir: outputs/{stem}
+  default_root_dir: {folder}
   logger:
     class_path: yolo_lightning.tracking.RunLogger
     init_args: {{experiment_name: {stem}}}
@@ -140,34 +140,25 @@ class Found:
     detection: AnnotatedImages
     classification: LabelledImages | None
     validation: AnnotatedImages | None
+    test: AnnotatedImages | None
+
+    def sources(self) -> list[AnnotatedImages | LabelledImages]:
+        """Return those that there are."""
+        every = (self.detection, self.classification, self.validation, self.test)
+        return [source for source in every if source is not None]
 
 
 def _found(options: argparse.Namespace) -> Found:
     """Recognise the datasets, open their indices, and try to read some of their images."""
     detection = detection_source(options.detection)
-    validation = (
-        detection_source(options.validation)
-        if options.validation
-        else _held_out(options.detection, detection)
-    )
+    parts = held_out(options.detection, detection)
+    if options.validation:
+        parts["validation"] = detection_source(options.validation)
     classification = label_source(options.classification) if options.classification else None
-    for source in (detection, classification, validation):
-        if source is not None:
-            _check(source)
-    return Found(detection, classification, validation)
-
-
-def _held_out(place: str, trained: AnnotatedImages) -> AnnotatedImages | None:
-    """Return the part of a dataset that its layout sets apart for validation."""
-    first = trained.image_name(0) if len(trained) else ""
-    for split in _HELD_OUT:
-        try:
-            source = detection_source(place, split)
-            if len(source) and source.image_name(0) != first:
-                return source
-        except InputError:
-            continue  # this layout has no such part
-    return None
+    found = Found(detection, classification, parts.get("validation"), parts.get("test"))
+    for source in found.sources():
+        _check(source)
+    return found
 
 
 def _check(source: AnnotatedImages | LabelledImages) -> None:
@@ -193,9 +184,8 @@ def _check(source: AnnotatedImages | LabelledImages) -> None:
 
 def _tree(options: argparse.Namespace, found: Found) -> WordTree:
     """Return the tree over all names; flat where the user says so."""
-    sources = [s for s in (found.detection, found.classification, found.validation) if s]
     datasets: dict[str, list[str]] = {}
-    for source in sources:
+    for source in found.sources():
         used = [name for name, count in source.name_counts().items() if count]
         datasets.setdefault(source.name, []).extend(used)
     if options.flat:
@@ -214,39 +204,32 @@ def _tree(options: argparse.Namespace, found: Found) -> WordTree:
 
 def _network(options: argparse.Namespace) -> dict[str, Any]:
     """Return the network's options: those of the checkpoint to start from, else the trunk's."""
-    trunk = options.trunk
-    small = trunk != "darknet19"
-    values = {
-        "trunk": trunk,
-        "head_channels": 128 if small else 1024,
-        "passthrough_channels": 64,
-        "reorg": "space_to_depth",
-        "prior_images": 3200,
-    }
-    path = options.pretrained
-    if path is None:
-        return values
-    if not Path(path).expanduser().is_file():
-        raise InputError(f"--pretrained {path!r} not found (working folder: {Path.cwd()})")
-    if is_checkpoint(path):
-        held = read_checkpoint(path)["hyper_parameters"]
-        names = ("trunk", "head_channels", "passthrough_channels", "reorg", "anchors_wh_cell")
-        values |= {name: held[name] for name in names if name in held}
-        if "anchors_wh_cell" in held:
-            values["prior_images"] = 0
+    values: dict[str, Any] = {"trunk": options.trunk, "prior_images": 3200}
+    path, held = options.pretrained, {}
+    if path is not None:
+        if not Path(path).expanduser().is_file():
+            raise InputError(f"--pretrained {path!r} not found (working folder: {Path.cwd()})")
+        if is_checkpoint(path):
+            held = read_checkpoint(path)["hyper_parameters"]
+    values["trunk"] = held.get("trunk", options.trunk)
+    values["head_channels"] = 1024 if values["trunk"] == "darknet19" else 128
+    values |= {"passthrough_channels": 64, "reorg": "space_to_depth"}
+    if "anchors_wh_cell" in held:  # a detector goes on as it is
+        names = ("head_channels", "passthrough_channels", "reorg", "anchors_wh_cell")
+        values |= {name: held[name] for name in names}
+        values["prior_images"] = 0
     return values
 
 
 def _anchors(options: argparse.Namespace, found: Found, network: Mapping[str, Any]) -> Any:
-    """Return priors, in cells, and their average IoU; those of a detector to start from stay."""
-    stride = extents(trunk_layers(network["trunk"]))[-1].stride
-    boxes = letterboxed_wh(*found.detection.shapes_wh_px(), options.image_size) / stride
+    """Return priors, in cells; those of a detector to start from stay."""
     held = network.get("anchors_wh_cell")
     if held is not None:
-        return [list(pair) for pair in held], average_iou(boxes, np.array(held))
+        return [list(pair) for pair in held]
+    stride = extents(trunk_layers(network["trunk"]))[-1].stride
+    boxes = letterboxed_wh(*found.detection.shapes_wh_px(), options.image_size) / stride
     most = len(np.unique(boxes, axis=0))
-    priors = as_yaml_values(cluster(boxes, options.num_anchors or min(ANCHORS, most)))
-    return priors, average_iou(boxes, np.array(priors))
+    return as_yaml_values(cluster(boxes, options.num_anchors or min(ANCHORS, most)))
 
 
 def _source(source: AnnotatedImages | LabelledImages | None, indent: int = 6) -> str:
@@ -263,10 +246,9 @@ def _source(source: AnnotatedImages | LabelledImages | None, indent: int = 6) ->
 
 
 def _plain(value: object) -> str:
-    """Return a value as YAML in one line; what JSON says, YAML understands."""
-    if isinstance(value, str) and value.replace("_", "a").replace("/", "a").isalnum():
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    """Return a value as YAML in one line; texts that YAML would take for something else quoted."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+    return text.removesuffix("...\n").strip()
 
 
 def recipe_of(
@@ -274,7 +256,6 @@ def recipe_of(
 ) -> str:
     """Return the recipe's text."""
     size = options.image_size
-    anchors, iou = _anchors(options, found, network)
     images = len(found.classification) if found.classification is not None else 0
     ratio = min(4, max(1, round(images / len(found.detection)))) if images else 0
     batches = max(1, len(found.detection) // BATCH)
@@ -283,7 +264,7 @@ def recipe_of(
     recipe, stem = Path(options.output), Path(options.output).stem
     counts = sum(found.detection.name_counts().values())
     labelled = _source(found.classification)
-    held_out = _source(found.validation)
+    validation, test = _source(found.validation), _source(found.test)
     return _RECIPE.format(
         title=f"{stem}: boxes{' and image labels' if images else ''} of one's own, one training",
         command=command,
@@ -295,16 +276,16 @@ def recipe_of(
         alternating=f", and {ratio} x {BATCH} with labels after each" if ratio else "",
         trunk=_plain(network["trunk"]),
         pretrained=_plain(options.pretrained),
-        anchors=json.dumps(anchors),
-        iou=iou,
+        anchors=json.dumps(_anchors(options, found, network)),
         head_channels=network["head_channels"],
         passthrough_channels=_plain(network["passthrough_channels"]),
         reorg=network["reorg"],
         prior_images=network["prior_images"],
-        learning_rate=_LEARNING_RATES.get(options.trunk, 0.005),
+        learning_rate=0.001 if network["trunk"] == "darknet19" else 0.005,
         detection=_source(found.detection),
         classification=f"\n{labelled}" if labelled else " null",
-        validation=f"\n{held_out}" if held_out else " null  # images with boxes to measure on",
+        validation=f"\n{validation}" if validation else " null  # images with boxes to measure on",
+        test=f"\n{test}" if test else " null  # validation's where null",
         shorter_side=[int(size * 0.9), int(size * 1.3)],
         ratio=ratio,
         image_size=size,
@@ -314,7 +295,8 @@ def recipe_of(
         passes=steps / batches / (1 + ratio),
         every=max(1, steps // 4),
         stem=_plain(stem),
-        best=_BEST if held_out else "",
+        folder=_plain(f"outputs/{stem}"),
+        best=_BEST if validation else "",
     )
 
 
@@ -365,9 +347,8 @@ def main(argv: Sequence[str]) -> None:
     _checked(options)
     found = _found(options)
     tree = _tree(options, found)
-    for source in (found.detection, found.classification, found.validation):
-        if source is not None:
-            source.bind(tree)
+    for source in found.sources():
+        source.bind(tree)
     boxes = found.detection.node_counts()
     images = found.classification.node_counts() if found.classification is not None else {}
     print(vocabulary_report(tree, boxes, images))

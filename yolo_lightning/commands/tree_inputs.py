@@ -10,7 +10,6 @@ from pathlib import Path
 import yaml
 
 from yolo_lightning.darknet_files import read_names
-from yolo_lightning.datamodules.images import is_image
 from yolo_lightning.datamodules.recognise import detection_source, label_source
 from yolo_lightning.errors import InputError
 from yolo_lightning.labels import resolve
@@ -40,15 +39,24 @@ def labels_in(place: str) -> Counter[str]:
         found = label_source(place).name_counts()
     elif not path.is_dir():
         found = Counter(read_names(path))
-    elif (path / "Data").is_dir() and not (path / "Annotations").is_dir():
-        found = label_source(place).name_counts()
-    elif (path / "labels").is_dir() or (path / "data.yaml").is_file():
-        found = detection_source(place).name_counts()
     else:
-        found = _labels_of_xml(path) or labels_of_folders(path)
+        found = _labels_of_xml(path) or _recognised(place)
     if not found:
         raise InputError(f"{place}: no labels; expected class folders with images or VOC XML files")
     return found
+
+
+def _recognised(place: str) -> Counter[str]:
+    """Return the labels of a folder as training reads it, with boxes or with labels alone."""
+    try:
+        return detection_source(place).name_counts()
+    except InputError as error:
+        if "several COCO files" in str(error):
+            raise
+    try:
+        return label_source(place).name_counts()
+    except InputError:
+        return Counter()
 
 
 def _labels_of_xml(folder: Path) -> Counter[str]:
@@ -59,16 +67,6 @@ def _labels_of_xml(folder: Path) -> Counter[str]:
         except ET.ParseError:
             continue  # training names it and leaves it out
         found.update(name.strip() for name in names if name.strip())
-    return found
-
-
-def labels_of_folders(folder: Path) -> Counter[str]:
-    """Return how many images lie in each class folder, those without any left out."""
-    found: Counter[str] = Counter()
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.name.startswith("."):
-            images = sum(is_image(p) for p in child.rglob("*"))
-            found.update({child.name: images} if images else {})
     return found
 
 
@@ -289,7 +287,7 @@ def top_labels(counts_path: str, number: int) -> list[str]:
     if number < 1:
         raise InputError(f"--top is {number}; allowed: 1 or more")
     if path.is_dir():
-        counts = labels_of_folders(path)
+        counts = label_source(counts_path).name_counts()
         bad = next((name for name in counts if not is_wnid(name)), None)
         if bad is not None:
             raise InputError(f"{path}: folder {bad!r} is no wnid")
