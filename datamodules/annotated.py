@@ -1,9 +1,6 @@
 """Images with boxes in files: annotations are collected, cleaned, indexed, and read."""
 
-import os
-from abc import abstractmethod
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,16 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolo_lightning.datamodules.images import (
-    Header,
     UnreadableSample,
-    is_image,
     read_header,
     read_image,
 )
-from yolo_lightning.datamodules.index import Index, Parsed, cached, pack
+from yolo_lightning.datamodules.index import Index, Parsed, pack
+from yolo_lightning.datamodules.indexed import Indexed
 from yolo_lightning.datamodules.source import DetectionSample, DetectionSource
-from yolo_lightning.errors import InputError
-from yolo_lightning.wordtree import WordTree
 
 _NOISE_PX = 1.0
 """Boxes reach over the edge by rounding; only what is more than this is told."""
@@ -210,88 +204,8 @@ def _repeated(raw: Raw, kept: Any) -> NDArray[np.bool_]:
     return again
 
 
-class AnnotatedImages(DetectionSource):
-    """A detection source over an index; subclasses say where it is and how it is parsed.
-
-    Args:
-        mapping: nodes by the source's own names, where these are called otherwise in the tree.
-    """
-
-    def __init__(self, mapping: dict[str, str] | None) -> None:
-        self.mapping = dict(mapping or {})
-        self.faults = []
-        self._index: Index | None = None
-
-    @abstractmethod
-    def _key(self) -> tuple[Path, dict[str, Any]]:
-        """Return the dataset's folder, and what else the index depends on.
-
-        Raises:
-            InputError: the dataset is missing.
-        """
-
-    @abstractmethod
-    def _parse(self) -> Parsed:
-        """Read the dataset."""
-
-    def open(self) -> Index:
-        """Return the index, made where there is none; needs no tree."""
-        if self._index is None:
-            folder, key = self._key()
-            self._index = cached(folder, {"source": type(self).__name__, **key}, self._parse)
-        return self._index
-
-    def bind(self, tree: WordTree) -> None:
-        """Open the index and map names to nodes.
-
-        Raises:
-            InputError: a missing folder, labels that are not in the tree, no images.
-        """
-        index = self.open()
-        self.faults = list(index.facts["faults"])
-        if not len(index["sizes_wh"]):
-            hint = f": {self.faults[0]}" if self.faults else ""
-            raise InputError(f"{self.name}: no annotated images{hint}")
-        counts = np.bincount(index["classes"], minlength=len(index.facts["names"]))
-        names = index.facts["names"]
-        used = {name: index.facts["origins"][k] for k, name in enumerate(names) if counts[k]}
-        found = nodes_of(used, self.mapping, tree)
-        self._nodes = np.array([found.get(name, -1) for name in names], dtype=np.int64)
-        self._counts: dict[int, Counter[str]] = {}
-        for name, node in found.items():
-            count = int(counts[names.index(name)])
-            self._counts.setdefault(node, Counter())[name] += count
-
-    def name_counts(self) -> Counter[str]:
-        """Return how many objects have each of the source's own names; needs no tree."""
-        index = self.open()
-        counts = np.bincount(index["classes"], minlength=len(index.facts["names"]))
-        return Counter(dict(zip(index.facts["names"], counts.tolist(), strict=True)))
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.open()["sizes_wh"])
-
-    def node_counts(self) -> dict[int, Counter[str]]:
-        """Return by node how many objects each name gives it."""
-        return self._counts
-
-    def image_path(self, index: int) -> Path:
-        """Return where a sample's image is."""
-        opened = self.open()
-        return Path(opened.facts["root"]) / opened.text("images", index)
-
-    def readable(self, index: int) -> Header:
-        """Return what the file of a sample says about its image.
-
-        Raises:
-            UnreadableSample: it is missing, or no image.
-        """
-        return read_header(self.image_path(index))
-
-    def image_name(self, index: int) -> str:
-        """Return the path of a sample's image."""
-        return str(self.image_path(index))
+class AnnotatedImages(Indexed, DetectionSource):
+    """A detection source over an index."""
 
     def read(self, index: int, least_side: int | None = None) -> DetectionSample:
         """Return one sample, its boxes clipped to the image."""
@@ -332,93 +246,3 @@ class AnnotatedImages(DetectionSource):
             boxes *= sizes
         easy = ~(index["difficult"] | index["crowd"]) & (sizes > 0).all(axis=1)
         return boxes[easy], sizes[easy]
-
-
-def nodes_of(
-    origins: Mapping[str, str], mapping: Mapping[str, str], tree: WordTree
-) -> dict[str, int]:
-    """Return the node of each name of a source.
-
-    Args:
-        origins: where each name was met first, by name.
-        mapping: nodes by name, where they are called otherwise in the tree.
-        tree: the classes.
-
-    Raises:
-        InputError: all names that are not in the tree, with where they stand and how to mend it.
-    """
-    found: dict[str, int] = {}
-    trouble: list[str] = []
-    for name, where in origins.items():
-        try:
-            found[name] = tree.node(mapping.get(name, name), where)
-        except InputError as error:
-            trouble.append(str(error))
-    if trouble:
-        raise InputError(
-            "\n  ".join(trouble) + "\n  add what is missing to the tree, or say what it is "
-            "called there: mapping: {label: node} on the source"
-        )
-    return found
-
-
-def inside(path: str, root: Path, allow_outside: bool, where: str) -> str:
-    """Return an annotated path relative to its dataset where it lies in it.
-
-    Links are not followed: what lies behind one in the dataset's folder was put there.
-
-    Raises:
-        InputError: it leaves the folder, and nobody allowed that.
-    """
-    if ".." not in path and not os.path.isabs(path):
-        return path
-    whole = os.path.normpath(os.path.join(root, path))
-    if within(whole, root):
-        return os.path.relpath(whole, os.path.normpath(root))
-    if allow_outside:
-        return whole
-    raise InputError(
-        f"{where}: path {path!r} leaves the dataset's folder {str(root)!r}; if that is meant, set "
-        "allow_outside: true"
-    )
-
-
-def within(path: str | Path, root: Path) -> bool:
-    """Tell whether a path lies below a folder; links are not followed."""
-    return os.path.normpath(path).startswith(os.path.join(os.path.normpath(root), ""))
-
-
-class Listing:
-    """Which files there are, each folder listed once."""
-
-    def __init__(self) -> None:
-        self._folders: dict[str, dict[str, None]] = {}
-        self._images: dict[str, dict[str, str]] = {}
-
-    def names(self, folder: Path) -> dict[str, None]:
-        """Return the names of a folder's files, ascending; a set that keeps its order."""
-        key = str(folder)
-        if key not in self._folders:
-            try:
-                self._folders[key] = dict.fromkeys(sorted(os.listdir(folder)))
-            except OSError:
-                self._folders[key] = {}
-        return self._folders[key]
-
-    def has(self, path: Path) -> bool:
-        """Tell whether there is such a file."""
-        return path.name in self.names(path.parent)
-
-    def image(self, folder: Path, stem: str) -> str | None:
-        """Return the name of a folder's image by its name without the ending; .jpg comes first."""
-        key = str(folder)
-        if key not in self._images:
-            images = [name for name in self.names(folder) if is_image(Path(name))]
-            images.sort(key=lambda name: not name.endswith(".jpg"))
-            self._images[key] = {os.path.splitext(name)[0]: name for name in reversed(images)}
-        return self._images[key].get(stem)
-
-    @property
-    def folders(self) -> list[Path]:
-        """The folders that were looked at."""
-        return [Path(folder) for folder in self._folders]

@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yolo_lightning.datamodules.annotated import (
-    AnnotatedImages,
-    Annotations,
-    Listing,
-    Raw,
-    finish,
-    inside,
-)
+from yolo_lightning.datamodules.annotated import AnnotatedImages, Annotations, Raw, finish
 from yolo_lightning.datamodules.index import Parsed
+from yolo_lightning.datamodules.listing import Listing, inside
 from yolo_lightning.datamodules.source import existing_file, existing_folder
 from yolo_lightning.errors import InputError
 

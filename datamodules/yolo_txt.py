@@ -7,15 +7,10 @@ from typing import Any
 
 import yaml
 
-from yolo_lightning.datamodules.annotated import (
-    AnnotatedImages,
-    Annotations,
-    Listing,
-    inside,
-    within,
-)
+from yolo_lightning.datamodules.annotated import AnnotatedImages, Annotations
 from yolo_lightning.datamodules.images import is_image
 from yolo_lightning.datamodules.index import Parsed
+from yolo_lightning.datamodules.listing import Listing, inside, within
 from yolo_lightning.errors import InputError
 
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")

@@ -123,6 +123,28 @@ def test_what_keeps_training_from_starting_decides_the_exit_code(place, capsys, 
     assert main(["fit", "--config", "recipe.yaml", "--trainer.devices=1"]) == 2
 
 
+def test_weights_to_start_from_and_sizes_are_looked_at_too(place, capsys):
+    assert main(["check-data", "recipe.yaml", "--model.pretrained", "gone.weights"]) == 2
+    assert "model.pretrained 'gone.weights' not found" in capsys.readouterr().err
+    write_image(place / "boxes/b1.jpg", 32, 24)  # annotated at 64 x 48
+    assert main(["check-data", "recipe.yaml"]) == 0
+    assert "b1.jpg: is 32 x 24, its annotation says 64 x 48" in capsys.readouterr().out
+    source = report(place)["sources"][0]
+    assert source["fault_kinds"] == {"sizes that are not the image's": 1}
+    assert [row["name"] for row in report(place)["classes"]] == ["cat", "dog"]
+    assert report(place)["classes"][0]["images"] == {"cat": 3}
+
+
+def test_what_a_folder_sets_apart_is_checked_too(place, capsys, write_voc):
+    write_voc(place / "split/train", "a", [("cat", 1, 1, 9, 9)])
+    write_voc(place / "split/test", "b", [("cat", 1, 1, 9, 9)])
+    (place / "split/test/b.jpg").write_bytes((place / "split/train/a.jpg").read_bytes())
+    assert main(["check-data", "split"]) == 0
+    out = capsys.readouterr().out
+    assert "test: VOC split (test): 1 images" in out
+    assert "1 images there more than once, 1 of them in several parts" in out
+
+
 def test_a_dataset_alone_is_checked_by_its_own_names(place, capsys):
     assert main(["check-data", "named"]) == 0
     assert "classification: image folder named: 3 images" in capsys.readouterr().out

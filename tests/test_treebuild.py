@@ -73,7 +73,7 @@ def test_a_few_names_of_a_dataset_are_not_the_dataset():
     assert table_of(COCO_NAMES) == "coco"
     assert table_of(VOC_NAMES) == "voc"
     assert table_of(["mouse", "zebra"]) is None
-    hint = rf"'mouse' means several things.*\(of the reviewed tables: coco {MOUSE}\):"
+    hint = rf"several things.*\(of the reviewed tables: coco {MOUSE}; --table coco takes it\):"
     with pytest.raises(InputError, match=hint):
         resolve(["mouse", "zebra"])
     assert resolve(["mouse", "zebra"], table="coco")["mouse"] == MOUSE

@@ -24,16 +24,17 @@ _PARTS = ("detection", "classification", "validation", "test")
 _SHOWN, _CLASSES, _DRAWN = 10, 20, 12
 
 
-def datamodule_of(place: str, overrides: Sequence[str]) -> tuple[CombinedDataModule, bool]:
-    """Return the data of a recipe, or a dataset as such data, and whether it is a recipe's.
+def datamodule_of(place: str, overrides: Sequence[str]) -> tuple[CombinedDataModule, Any]:
+    """Return the data of a recipe and the recipe's values, or a dataset as such data, and None.
 
     Raises:
         InputError: nothing there, or nothing that is recognised.
     """
     if is_recipe(place):
-        from yolo_lightning.cli import recipe_data
+        from yolo_lightning.cli import DataCLI
 
-        return recipe_data([place, *overrides]), True
+        run = DataCLI([place, *overrides])
+        return run.datamodule, run.recipe
     if overrides:
         raise InputError(f"{overrides[0]}: {place!r} is no recipe and has no such option")
     parts: dict[str, Any] = {}
@@ -47,7 +48,7 @@ def datamodule_of(place: str, overrides: Sequence[str]) -> tuple[CombinedDataMod
             raise InputError(f"{error}; {other}") from None
         parts["classification"] = source
     names = {n for part in parts.values() for n, count in part.name_counts().items() if count}
-    return CombinedDataModule(tree=sorted(names) or ["nothing"], **parts), False
+    return CombinedDataModule(tree=sorted(names) or ["nothing"], **parts), None
 
 
 def inspected(data: CombinedDataModule) -> list[tuple[str, Report]]:
@@ -63,7 +64,9 @@ def inspected(data: CombinedDataModule) -> list[tuple[str, Report]]:
     return reports
 
 
-def problems_of(data: CombinedDataModule, reports: Sequence[tuple[str, Report]]) -> list[str]:
+def problems_of(
+    data: CombinedDataModule, reports: Sequence[tuple[str, Report]], recipe: Any = None
+) -> list[str]:
     """Return why training would not start; what only `test` reads does not matter for it."""
     needed = [(name, report) for name, report in reports if name != "test"]
     found = [report.problem for _, report in needed if report.problem is not None]
@@ -81,6 +84,9 @@ def problems_of(data: CombinedDataModule, reports: Sequence[tuple[str, Report]])
             data.setup("fit")
         except InputError as error:
             found.append(str(error))
+    weights = recipe.model.init_args.get("pretrained") if recipe is not None else None
+    if weights and not Path(weights).expanduser().is_file():
+        found.append(f"model.pretrained {weights!r} not found (working folder: {Path.cwd()})")
     return list(dict.fromkeys(found))
 
 
@@ -180,12 +186,12 @@ def main(argv: Sequence[str]) -> None:
         InputError: training would not start; names every reason, after all was reported.
     """
     options, overrides = _parser().parse_known_args(list(argv))
-    data, has_tree = datamodule_of(options.place, overrides)
+    data, recipe = datamodule_of(options.place, overrides)
     reports = inspected(data)
     twins = same_files(reports)
     print(table(reports, twins))
-    problems = problems_of(data, reports)
-    vocabulary = data.vocabulary_report() if has_tree and not problems else ""
+    problems = problems_of(data, reports, recipe)
+    vocabulary = data.vocabulary_report() if recipe is not None and not problems else ""
     if vocabulary:
         print(vocabulary)
     name = Path(options.place).resolve().stem
