@@ -1,6 +1,7 @@
 """Dimension clusters by hand, their invariants, and the command in process."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -373,6 +374,18 @@ def test_the_command_hands_options_to_the_recipe(place, capsys):
     assert expected in capsys.readouterr().out
     with pytest.raises(InputError, match=r"--data.x: 'elsewhere' is no recipe"):
         main(["elsewhere", "--data.x", "1"])
+
+
+def test_stretched_images_stretch_their_boxes(place, write_voc, capsys):
+    write_voc(place / "wide", "w", [("thing", 1, 1, 25, 25)], (100, 50))
+    options = ["--data.detection.root", "wide", "--num", "1", "--restarts", "1"]
+    values = []
+    for resize in ("letterbox", "stretch"):
+        main(["recipe.yaml", *options, "--data.resize", resize])
+        line = re.findall(r"anchors_wh_cell: .*", capsys.readouterr().out)[0]
+        values.append(yaml.safe_load(line)["anchors_wh_cell"])
+    # 25 px of 100 px become 24 of 96, 1.5 cells; stretched, 25 of 50 px become 3 cells
+    assert values == [[[1.5, 1.5]], [[1.5, 3.0]]]
 
 
 @pytest.mark.parametrize(
