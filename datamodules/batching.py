@@ -189,17 +189,24 @@ def _read_or_next(source: _Readable[Read], index: int, least_side: int, faults: 
 
     Stand-ins come from all over the source: neighbours are often of one class, and broken together.
     """
-    size = len(source)
-    stride = max(1, round(size * _GOLDEN))
-    while math.gcd(stride, size) > 1:
-        stride += 1  # coprime: every sample is tried before any is tried again
+    size, at, stride = len(source), index, 0
     for number in range(size):
         try:
-            return source.read((index + number * stride) % size, least_side)
+            return source.read(at, least_side)
         except UnreadableSample as error:
             if number < _TOLD:
                 faults.append(f"{error}; another image stands in")
+            stride = stride or _stride(size)
+            at = (at + stride) % size
     raise InputError(f"no readable image among {size}: {faults[-1]}")
+
+
+def _stride(size: int) -> int:
+    """Return a step that reaches every sample before any comes again, each far from the last."""
+    stride = max(1, round(size * _GOLDEN))
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return stride
 
 
 def _stack(images: list[Image]) -> Tensor:

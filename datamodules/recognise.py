@@ -20,6 +20,10 @@ _SPLITS = {"train", "val", "valid", "validation", "test"}
 LABEL_LAYOUTS = "a folder with one folder of images per class; ImageNet's; a CSV of path,label"
 
 
+class SeveralDatasets(InputError):
+    """A folder holds more than one dataset, and nothing tells which is meant."""
+
+
 def detection_source(place: str, split: str | None = None) -> AnnotatedImages:
     """Return the source that reads images with boxes.
 
@@ -30,9 +34,7 @@ def detection_source(place: str, split: str | None = None) -> AnnotatedImages:
     Raises:
         InputError: nothing there, or a layout that is not known.
     """
-    path = Path(place).expanduser()
-    if not path.exists():
-        raise InputError(f"{place!r}: no such file or folder (working folder: {Path.cwd()})")
+    path = _existing(place)
     if path.is_file():
         if path.suffix == ".json":
             return COCOJson(place)
@@ -76,7 +78,7 @@ def _detection_folder(path: Path, place: str, split: str | None) -> AnnotatedIma
         named = [file for file in named if file.stem.startswith("instances")] or named
         if len(named) != 1:
             listed = ", ".join(str(file) for file in coco)
-            raise InputError(f"{place}: several COCO files; name one of {listed}")
+            raise SeveralDatasets(f"{place}: several COCO files; name one of {listed}")
         coco = named
     if coco:
         return COCOJson(str(coco[0]))
@@ -118,9 +120,7 @@ def label_source(place: str) -> LabelledImages:
     Raises:
         InputError: nothing there, or a layout that is not known.
     """
-    path = Path(place).expanduser()
-    if not path.exists():
-        raise InputError(f"{place!r}: no such file or folder (working folder: {Path.cwd()})")
+    path = _existing(place)
     if path.is_file():
         if path.suffix in (".csv", ".tsv"):
             return LabelCSV(place)
@@ -131,6 +131,13 @@ def label_source(place: str) -> LabelledImages:
     elif any(next(images_below(f, []), None) for f in path.iterdir() if f.is_dir()):
         return ImageFolder(place)
     raise InputError(f"{place}: no images with labels recognised; known: {LABEL_LAYOUTS}")
+
+
+def _existing(place: str) -> Path:
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise InputError(f"{place!r}: no such file or folder (working folder: {Path.cwd()})")
+    return path
 
 
 def _shown_folders(path: Path) -> list[Path]:

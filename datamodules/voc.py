@@ -1,6 +1,7 @@
 """Boxes from Pascal VOC annotations, and from ImageNet's, which are written alike."""
 
 import xml.etree.ElementTree as ET
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ class _XMLFolder(AnnotatedImages):
     from_one = True
     """Whether pixels count from 1 and the last one is included, as VOC has it."""
 
+    @abstractmethod
     def _files(
         self, faults: list[str], listing: Listing, lists: list[Path]
     ) -> list[tuple[Path, Path]]:
-        """Return XML files and the folders that hold their images."""
-        raise NotImplementedError
+        """Return XML files and the folders that hold their images; note the lists that say so."""
 
     def _parse(self) -> Parsed:
         """Parse every XML file."""

@@ -13,6 +13,7 @@ from yolo_lightning.datamodules.index import Parsed
 from yolo_lightning.datamodules.listing import Listing, inside, within
 from yolo_lightning.errors import InputError
 
+_SPLITS = ("train", "val", "valid", "test")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 
 
@@ -121,56 +122,67 @@ class YOLOText(AnnotatedImages):
         faults: list[str],
     ) -> list[str]:
         """Return the images of the split, relative to the dataset's folder where they lie in it."""
-        places, set_folder = [path], folder
+        places, homes = [path], [folder]
         if description:
-            named = description.get(
-                self.split, description.get("valid" if self.split == "val" else "")
-            )
-            if not named:
-                choices = [k for k in description if k in ("train", "val", "valid", "test")]
-                raise InputError(
-                    f"{self.name}: no split {self.split!r}; found: {', '.join(choices)}"
-                )
-            base = Path(description.get("path") or "").expanduser()
-            bases = [folder / base, Path.cwd() / base, folder, Path.cwd()]
-            set_folder = next((place for place in bases if place.is_dir()), folder)
-            places = [
-                _existing(str(place), bases, self.name)
-                for place in (named if isinstance(named, list) else [named])
-            ]
+            places, homes = self._described(folder, description)
         elif path.is_dir():
-            tries = [path / "images" / self.split, path / self.split / "images", path / "images",
-                     path / self.split, path]  # fmt: skip
-            places = [next(place for place in tries if place.is_dir())]
-            above = path / "images" if places[0] == path / "images" else path
-            splits = [n for n in ("train", "val", "valid", "test") if (above / n).is_dir()]
-            if places[0] in (path, path / "images") and splits:
-                raise InputError(
-                    f"{self.name}: no split {self.split!r}; found: {', '.join(splits)}"
-                )
+            places = [self._split_folder(path)]
         found: list[str] = []
         for place in places:
             if place.is_dir():
                 found += _images_below(place, folder, listing)
+            else:
+                watched.append(place)
+                found += self._listed(place, homes, listing, faults)
+        return found
+
+    def _described(
+        self, folder: Path, description: dict[str, Any]
+    ) -> tuple[list[Path], list[Path]]:
+        """Return the files and folders of the split, and the folders that its images may lie in."""
+        named = description.get(self.split, description.get("valid" if self.split == "val" else ""))
+        if not named:
+            raise self._no_split([name for name in description if name in _SPLITS])
+        base = Path(description.get("path") or "").expanduser()
+        bases = [folder / base, Path.cwd() / base, folder, Path.cwd()]
+        home = next((place for place in bases if place.is_dir()), folder)
+        listed = named if isinstance(named, list) else [named]
+        return [_existing(str(place), bases, self.name) for place in listed], [folder, home]
+
+    def _split_folder(self, path: Path) -> Path:
+        """Return the folder of the split's images."""
+        tries = [path / "images" / self.split, path / self.split / "images", path / "images",
+                 path / self.split, path]  # fmt: skip
+        place = next(place for place in tries if place.is_dir())
+        above = path / "images" if place == path / "images" else path
+        splits = [name for name in _SPLITS if (above / name).is_dir()]
+        if place in (path, path / "images") and splits:
+            raise self._no_split(splits)
+        return place
+
+    def _no_split(self, found: list[str]) -> InputError:
+        return InputError(f"{self.name}: no split {self.split!r}; found: {', '.join(found)}")
+
+    def _listed(
+        self, place: Path, homes: list[Path], listing: Listing, faults: list[str]
+    ) -> list[str]:
+        """Return the images that a list names; the first home is the dataset's folder."""
+        folder, found = homes[0], []
+        for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
+            text = line.strip()
+            if not text:
                 continue
-            watched.append(place)
-            for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
-                if not line.strip():
-                    continue
-                where, text = f"{place}:{number}", line.strip()
-                tries = (
-                    [place.parent] if text.startswith("./") else [folder, set_folder, Path.cwd()]
-                )
-                wholes = [Path(os.path.normpath(base / text)) for base in tries]
-                whole = next((file for file in wholes if listing.has(file)), wholes[0])
-                home = next((top for top in (folder, set_folder) if within(whole, top)), folder)
-                image = inside(str(whole), home, self.allow_outside, where)
-                if home != folder and not os.path.isabs(image):
-                    image = str(whole)
-                if listing.has(folder / image):
-                    found.append(image)
-                else:
-                    faults.append(f"{where}: {image} is missing, skipped")
+            tries = [place.parent] if text.startswith("./") else [*homes, Path.cwd()]
+            wholes = [Path(os.path.normpath(base / text)) for base in tries]
+            whole = next((file for file in wholes if listing.has(file)), wholes[0])
+            home = next((top for top in homes if within(whole, top)), folder)
+            image = inside(str(whole), home, self.allow_outside, f"{place}:{number}")
+            if home != folder:
+                image = str(whole)
+            if listing.has(folder / image):
+                found.append(image)
+            else:
+                faults.append(f"{place}:{number}: {image} is missing, skipped")
         return found
 
 

@@ -10,7 +10,11 @@ from pathlib import Path
 import yaml
 
 from yolo_lightning.darknet_files import read_names
-from yolo_lightning.datamodules.recognise import detection_source, label_source
+from yolo_lightning.datamodules.recognise import (
+    SeveralDatasets,
+    detection_source,
+    label_source,
+)
 from yolo_lightning.errors import InputError
 from yolo_lightning.labels import resolve
 from yolo_lightning.treebuild import ENTITY, build, lies_below
@@ -50,9 +54,10 @@ def _recognised(place: str) -> Counter[str]:
     """Return the labels of a folder as training reads it, with boxes or with labels alone."""
     try:
         return detection_source(place).name_counts()
-    except InputError as error:
-        if "several COCO files" in str(error):
-            raise
+    except SeveralDatasets:
+        raise
+    except InputError:
+        pass  # no boxes: labels alone, perhaps
     try:
         return label_source(place).name_counts()
     except InputError:
