@@ -345,3 +345,19 @@ def test_bad_input_is_one_message_and_no_file(place, capsys, files, argv, messag
     assert message in said
     assert "Traceback" not in said
     assert not (place / "tree.tsv").exists()
+
+
+def test_a_folder_of_several_datasets_is_refused_and_other_layouts_are_recognised(place, capsys):
+    for name in ("a", "b"):
+        text = '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "zebra"}]}'
+        (place / f"{name}.json").write_text(text)
+    assert main([*BUILD, "--detection", "."]) == 2
+    assert "several COCO files; name one of" in capsys.readouterr().err
+    for part in ("train", "val"):  # the folders are parts, not classes
+        write_image(place / f"parted/{part}/zebra/1.png")
+    assert built("--classification", "parted") == [("n02391049", "-", "zebra")]
+    write_image(place / "text/images/train/1.jpg")
+    (place / "text/labels/train").mkdir(parents=True)
+    (place / "text/labels/train/1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (place / "text/classes.txt").write_text("giraffe\n")
+    assert built("--detection", "text") == [("n02439033", "-", "giraffe")]
