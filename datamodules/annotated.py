@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yolo_lightning.datamodules.images import (
+from yolo_lightning.datamodules.index import Index, Parsed, pack
+from yolo_lightning.datamodules.indexed import Indexed
+from yolo_lightning.datamodules.source import DetectionSample, DetectionSource
+from yolo_lightning.images import (
     UnreadableSample,
     read_header,
     read_image,
 )
-from yolo_lightning.datamodules.index import Index, Parsed, pack
-from yolo_lightning.datamodules.indexed import Indexed
-from yolo_lightning.datamodules.source import DetectionSample, DetectionSource
 
 _NOISE_PX = 1.0
 """Boxes reach over the edge by rounding; only what is more than this is told."""

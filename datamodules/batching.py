@@ -10,18 +10,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.datamodules.images import Image, UnreadableSample
 from yolo_lightning.datamodules.sampler import BatchPlan
 from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, ImageLabelSource
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
-    Resize,
     centre_crop,
     fit_sample,
-    letterbox,
 )
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import Image, Resize, UnreadableSample, fit
 
 Batch = DetectionBatch | ClassificationBatch
 Read = TypeVar("Read", covariant=True)
@@ -92,7 +90,7 @@ class JointDataset(Dataset[Batch]):
             least = self.classification_augmentation.longest_side(least)
         image, node = _read_or_next(source, index, least, faults)
         if self.classification_augmentation is None:
-            return letterbox(image, self.canvas_size)[0], node
+            return fit(image, (self.canvas_size, self.canvas_size))[0], node
         seed = _seed(self.seed, 1, number, index)
         return self.classification_augmentation(image, self.canvas_size, seed), node
 

@@ -25,7 +25,6 @@ from yolo_lightning.datamodules.source import (
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
-    Resize,
 )
 from yolo_lightning.datamodules.vocabulary import (
     Counts,
@@ -33,6 +32,7 @@ from yolo_lightning.datamodules.vocabulary import (
     vocabulary_table,
 )
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import Resize
 from yolo_lightning.wordtree import WordTree
 
 Evaluated = DetectionSource | ImageLabelSource | list[DetectionSource | ImageLabelSource] | None

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.datamodules.images import IMAGE_SUFFIXES, is_image
 from yolo_lightning.datamodules.index import Parsed
 from yolo_lightning.datamodules.labelled import LabelledImages, label_index
 from yolo_lightning.datamodules.listing import Listing, inside
 from yolo_lightning.datamodules.source import existing_file, existing_folder
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import IMAGE_SUFFIXES, is_image
 
 _HEADS = ("path", "image", "file", "filename", "file_name", "image_path", "imageid")
 

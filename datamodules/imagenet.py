@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from yolo_lightning.datamodules.image_folder import images_below
-from yolo_lightning.datamodules.images import is_image
 from yolo_lightning.datamodules.index import Parsed
 from yolo_lightning.datamodules.labelled import LabelledImages, label_index
 from yolo_lightning.datamodules.source import existing_folder
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import is_image
 
 _KAGGLE = "LOC_val_solution.csv"
 _SYNSETS = ("imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "val_synsets.txt")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from yolo_lightning.datamodules.images import Header, read_header
 from yolo_lightning.datamodules.index import Index, Parsed, cached
 from yolo_lightning.datamodules.source import Source
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import Header, read_header
 from yolo_lightning.wordtree import WordTree
 
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from yolo_lightning.datamodules.annotated import AnnotatedImages
-from yolo_lightning.datamodules.images import UnreadableSample, read_image
 from yolo_lightning.datamodules.labelled import LabelledImages
 from yolo_lightning.datamodules.source import Several, Source
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import UnreadableSample, read_image
 from yolo_lightning.wordtree import WordTree
 
 FAULTS = {

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from yolo_lightning.datamodules.images import Image, read_image
 from yolo_lightning.datamodules.index import Index, Parsed, pack
 from yolo_lightning.datamodules.indexed import Indexed
 from yolo_lightning.datamodules.source import ImageLabelSource
+from yolo_lightning.images import Image, read_image
 
 
 class LabelledImages(Indexed, ImageLabelSource):

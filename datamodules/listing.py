@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from yolo_lightning.datamodules.images import is_image
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import is_image
 
 
 def inside(path: str, root: Path, allow_outside: bool, where: str) -> str:

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from yolo_lightning.datamodules.images import Image
 from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, ImageLabelSource
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.images import Image
 from yolo_lightning.wordtree import WordTree
 
 Outline = NDArray[np.float64]

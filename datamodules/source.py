@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from yolo_lightning.datamodules.images import Image
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import Image
 from yolo_lightning.wordtree import WordTree
 
 _DRAWN = 500

@@ -1,4 +1,4 @@
-"""Augmentation and letterboxing. All use of albumentations is in this file."""
+"""Augmentation. All use of albumentations is in this file."""
 
 import os
 from dataclasses import replace
@@ -7,58 +7,17 @@ from typing import Literal, get_args
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from yolo_lightning.boxes import letterbox_geometry
-from yolo_lightning.datamodules.images import Image
 from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import GREY, Image, Resize, fit, scaled
 
-GREY = 127
 _LEAST_SEEN, _PLACED_SIZES = 0.2, (0.25, 2.0)
 
 
-Resize = Literal["letterbox", "stretch"]
-"""How an image becomes square: whole on grey, or its sides scaled each by itself."""
-
 Geometry = Literal["crop", "place"]
-
-
-def letterbox(
-    image: Image, size: int, size_hw_orig: tuple[int, int] | None = None
-) -> tuple[Image, float, float, float, float]:
-    """Scale an image to fit a grey square, centred.
-
-    Args:
-        image: uint8 (H, W, 3).
-        size: side of the square, px.
-        size_hw_orig: height and width of the file's own image, where decoding shrank it.
-
-    Returns:
-        The square, and how image px map to it: x scale, y scale, left and top margin, px.
-    """
-    height, width = image.shape[:2]
-    new_height, new_width, top, left = letterbox_geometry(
-        size_hw_orig or (height, width), (size, size)
-    )
-    top, left = int(top), int(left)
-    image = _resized(image, new_width, new_height)
-    if (new_height, new_width) != (size, size):
-        canvas = np.full((size, size, 3), GREY, dtype=np.uint8)
-        canvas[top : top + new_height, left : left + new_width] = image
-        image = canvas
-    return image, new_width / width, new_height / height, left, top
-
-
-def _resized(image: Image, width: int, height: int) -> Image:
-    """Scale each side by itself."""
-    old_height, old_width = image.shape[:2]
-    if (old_height, old_width) == (height, width):
-        return image
-    method = cv2.INTER_AREA if width < old_width else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8)
 
 
 def centre_crop(image: Image, size: int) -> Image:
@@ -67,17 +26,14 @@ def centre_crop(image: Image, size: int) -> Image:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
-    return _resized(square, size, size)
+    return scaled(square, size, size)
 
 
 def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox") -> DetectionSample:
     """Make an image square, its boxes along with it."""
-    height, width = sample.image.shape[:2]
-    if resize == "stretch":
-        image = _resized(sample.image, size, size)
-        x_scale, y_scale, left, top = size / width, size / height, 0.0, 0.0
-    else:
-        image, x_scale, y_scale, left, top = letterbox(sample.image, size, sample.size_hw_orig)
+    image, (x_scale, y_scale), (left, top) = fit(
+        sample.image, (size, size), resize, sample.size_hw_orig
+    )
     boxes = sample.boxes_xyxy_px * np.array([x_scale, y_scale] * 2) + np.array([left, top] * 2)
     return replace(sample, image=image, boxes_xyxy_px=boxes.astype(np.float32))
 
@@ -107,7 +63,7 @@ def look_at(
     boxes = sample.boxes_xyxy_px.astype(np.float64)
     if shown.min() > 0 and filled.min() > 0:
         part = sample.image[seen[0][1] : seen[1][1], seen[0][0] : seen[1][0]]
-        canvas[place[0][1] : place[1][1], place[0][0] : place[1][0]] = _resized(part, *filled)
+        canvas[place[0][1] : place[1][1], place[0][0] : place[1][0]] = scaled(part, *filled)
         boxes = (boxes - np.tile(seen[0], 2)) * np.tile(filled / shown, 2) + np.tile(place[0], 2)
     else:
         boxes[:] = 0  # the image lies beside the window

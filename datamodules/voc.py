@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.annotated import AnnotatedImages, Annotations
-from yolo_lightning.datamodules.images import is_image
 from yolo_lightning.datamodules.index import Parsed
 from yolo_lightning.datamodules.listing import Listing
 from yolo_lightning.datamodules.source import existing_folder
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import is_image
 
 _ANNOTATION_FOLDERS = ("Annotations", "annotations")
 _IMAGE_FOLDERS = ("JPEGImages", "images")

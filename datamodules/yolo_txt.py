@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from yolo_lightning.datamodules.annotated import AnnotatedImages, Annotations
-from yolo_lightning.datamodules.images import is_image
 from yolo_lightning.datamodules.index import Parsed
 from yolo_lightning.datamodules.listing import Listing, inside, within
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import is_image
 
 _SPLITS = ("train", "val", "valid", "test")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")

@@ -21,8 +21,9 @@ from yolo_lightning.datamodules import (
 )
 from yolo_lightning.datamodules.shapes import SHAPES, _draw, _place
 from yolo_lightning.datamodules.source import DetectionSample
-from yolo_lightning.datamodules.transforms import centre_crop, fit_sample, letterbox
+from yolo_lightning.datamodules.transforms import centre_crop, fit_sample
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import fit
 from yolo_lightning.wordtree import WordTree
 
 FRUIT = WordTree.flat(["apple", "banana"])
@@ -206,7 +207,7 @@ def sample_with(boxes: list[list[int]], size: tuple[int, int] = (60, 100)) -> De
 def test_letterbox_keeps_aspect_and_moves_boxes_along():
     image = np.zeros((50, 100, 3), dtype=np.uint8)
     image[10:20, 30:60] = 255
-    square, *_ = letterbox(image, 64)
+    square, *_ = fit(image, (64, 64))
     assert square.shape == (64, 64, 3)
     assert (square[:16] == 127).all()
     assert (square[48:] == 127).all()
@@ -386,7 +387,7 @@ def test_difficult_objects_are_evaluated_but_not_trained(tmp_path, write_voc):
 
 
 def test_exif_orientation_is_honoured(tmp_path):
-    from yolo_lightning.datamodules.images import read_image
+    from yolo_lightning.images import read_image
 
     image = np.zeros((40, 80, 3), dtype=np.uint8)
     image[:, :20] = 255

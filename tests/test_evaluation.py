@@ -3,7 +3,8 @@
 import torch
 
 from tests.test_golden import detection_batch
-from yolo_lightning.evaluation import DetectionEvaluation, Detections
+from yolo_lightning.detections import Detections
+from yolo_lightning.evaluation import DetectionEvaluation
 from yolo_lightning.wordtree import WordTree
 
 TREE = WordTree(

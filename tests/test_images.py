@@ -15,8 +15,8 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 from tests.miniatures import HEIGHT, WIDTH, bound, data_of, picture, plain, save, write
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules import ImageFolder, LabelCSV, VOCFolder, YOLOText, annotated
-from yolo_lightning.datamodules.images import UnreadableSample, read_header, read_image
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import UnreadableSample, read_header, read_image
 
 # --- broken images
 

@@ -182,12 +182,12 @@ def imports_of(file: Path) -> set[str]:
 
 LEAVES = {
     "errors", "version", "batches", "boxes", "wordtree", "wordnet", "treebuild", "labels",
-    "anchors",
+    "anchors", "images", "detections",
 }  # fmt: skip
 CORE = {
     "layers", "darknet19", "yolov2", "losses", "metrics", "evaluation", "schedules", "optimization",
     "pictures", "tracking", "checkpoints", "treemetrics", "treeplot", "darknet_files",
-    "darknet_models", "pretrained", "plots",
+    "darknet_models", "pretrained", "plots", "mistakes", "report", "report_plots", "video", "graph",
 }  # fmt: skip
 MODULES = {"detector", "classifier"}
 ALLOWED = dict.fromkeys(LEAVES, LEAVES) | dict.fromkeys(CORE, LEAVES | CORE)

@@ -1,7 +1,8 @@
 """The LightningModule of the detector and the YOLO9000 joint loss."""
 
 from dataclasses import asdict
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,8 +14,10 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_ran
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
 from yolo_lightning.checkpoints import refuse_other_model, same_data_tree
 from yolo_lightning.darknet19 import trunk_layers
+from yolo_lightning.detections import Detection, Detections
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation import FOUND_SCORE, DetectionEvaluation, Detections
+from yolo_lightning.evaluation import FOUND_SCORE, DetectionEvaluation
+from yolo_lightning.images import Image, Resize, fit, read_image
 from yolo_lightning.layers import Layer, ReorgKind, to_plain
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
@@ -85,7 +88,7 @@ class DetectorModule(pl.LightningModule):
         schedule: Schedule | None = None,
         loss: LossSettings | None = None,
         iou_threshold: float = 0.45,
-        resize: Literal["letterbox", "stretch"] = "letterbox",
+        resize: Resize = "letterbox",
     ) -> None:
         super().__init__()
         anchors = torch.tensor([list(pair) for pair in anchors_wh_cell], dtype=torch.float32)
@@ -213,6 +216,68 @@ class DetectorModule(pl.LightningModule):
         settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}
         self.log_dict(settings, batch_size=len(batch))
         return loss
+
+    @torch.no_grad()
+    def forward(
+        self,
+        image: str | Path | Image,
+        score_threshold: float = 0.25,
+        tree_threshold: float = 0.5,
+        image_size: int | None = None,
+    ) -> list[Detection]:
+        """Return what an image shows, best first, each object named as surely as asked.
+
+        Args:
+            image: a file, or uint8 (H, W, 3), RGB.
+            score_threshold: 0…1, of objectness x P(node).
+            tree_threshold: 0…1, of P(node), down to which the tree is descended.
+            image_size: px, a multiple of 32; the model's own where None.
+
+        Raises:
+            InputError: a network input that is no multiple of the stride.
+            UnreadableSample: the file is missing, no image, broken, or too large.
+        """
+        fitted, size_hw_orig = self.fitted(image, image_size)
+        sizes = torch.tensor([size_hw_orig])
+        images = fitted[None].to(self.device)
+        (found,) = self.describe(images, sizes, score_threshold, tree_threshold)
+        return found.told(self.tree)
+
+    def size_hw(self, image_size: int | None = None) -> tuple[int, int]:
+        """Return height and width of the network input, px.
+
+        Args:
+            image_size: both of them; the model's own where None.
+
+        Raises:
+            InputError: not a multiple of the stride.
+        """
+        size = image_size or self.hparams["image_size"]
+        size_hw = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        stride = self.network.stride
+        if any(side < stride or side % stride for side in size_hw):
+            raise InputError(f"image size {size}: allowed are multiples of {stride}")
+        return size_hw
+
+    def fitted(
+        self, image: str | Path | Image, image_size: int | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Return an image as the network takes it, and the height and width of the original, px.
+
+        Args:
+            image: a file, or uint8 (H, W, 3), RGB.
+            image_size: px; the model's own where None.
+
+        Returns:
+            uint8 (3, H, W), read and fitted as for validation.
+        """
+        size_hw = self.size_hw(image_size)
+        if isinstance(image, str | Path):
+            pixels, size_hw_orig = read_image(Path(image).expanduser(), max(size_hw))
+        else:
+            pixels, size_hw_orig = image, (image.shape[0], image.shape[1])
+        square, *_ = fit(pixels, size_hw, self.hparams["resize"], size_hw_orig)
+        return torch.from_numpy(square).permute(2, 0, 1), size_hw_orig
 
     @torch.no_grad()
     def detect(

@@ -1,7 +1,6 @@
 """What detections are worth: average precision at two levels of the tree, and names."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,26 +8,12 @@ from torchmetrics import Metric
 
 from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.boxes import pairwise_iou
+from yolo_lightning.detections import Detections
 from yolo_lightning.metrics import BoxAveragePrecision
 from yolo_lightning.treemetrics import TreeAccuracy
 from yolo_lightning.wordtree import WordTree
 
 FOUND_SCORE, FOUND_IOU = 0.25, 0.5
-
-
-@dataclass
-class Detections:
-    """What was found in one image.
-
-    Attributes:
-        boxes_xyxy_orig_px: float (N, 4), px of the original image.
-        labels: int64 (N,), tree nodes.
-        scores: float (N,), objectness x P(label), descending.
-    """
-
-    boxes_xyxy_orig_px: Tensor
-    labels: Tensor
-    scores: Tensor
 
 
 class NameAccuracy(Metric):

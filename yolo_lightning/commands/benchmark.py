@@ -14,13 +14,13 @@ import torch
 
 from yolo_lightning.datamodules.annotated import AnnotatedImages
 from yolo_lightning.datamodules.batching import JointDataset
-from yolo_lightning.datamodules.images import read_image
 from yolo_lightning.datamodules.recognise import detection_source
 from yolo_lightning.datamodules.sampler import JointOrder
 from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.datamodules.transforms import DetectionAugmentation
 from yolo_lightning.datamodules.yolo_txt import YOLOText
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import read_image
 from yolo_lightning.wordtree import WordTree
 
 _BATCH, _ROUNDS = 16, 7

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from yolo_lightning.boxes import letterbox_geometry
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.datamodules.images import IMAGE_SUFFIXES, UnreadableSample
-from yolo_lightning.datamodules.images import read_image as decode
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import IMAGE_SUFFIXES, UnreadableSample
+from yolo_lightning.images import read_image as decode
 from yolo_lightning.loading import load
 
 MOST_BYTES = 2**28

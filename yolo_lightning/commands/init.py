@@ -18,11 +18,11 @@ from yolo_lightning.commands.tree_inputs import read_hierarchy, read_mapping, tr
 from yolo_lightning.commands.wordtree import write
 from yolo_lightning.darknet19 import TRUNKS, trunk_layers
 from yolo_lightning.datamodules.annotated import AnnotatedImages
-from yolo_lightning.datamodules.images import UnreadableSample
 from yolo_lightning.datamodules.labelled import LabelledImages
 from yolo_lightning.datamodules.recognise import detection_source, held_out, label_source
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.images import UnreadableSample
 from yolo_lightning.labels import reviewed
 from yolo_lightning.layers import extents
 from yolo_lightning.treebuild import ENTITY

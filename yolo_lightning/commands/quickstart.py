@@ -16,8 +16,8 @@ from yolo_lightning import cli
 from yolo_lightning.callbacks import LastCheckpoint
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.datamodules.source import DetectionSource
-from yolo_lightning.datamodules.transforms import letterbox
 from yolo_lightning.detector import DetectorModule
+from yolo_lightning.images import fit
 from yolo_lightning.pictures import Image, draw_boxes, grid, save
 from yolo_lightning.tracking import RunLogger
 
@@ -90,7 +90,7 @@ def picture(model: DetectorModule, source: DetectionSource, image_size: int) -> 
     drawn = []
     for index in range(min(PICTURES, len(source))):
         image = source.read(index).image
-        square = torch.from_numpy(letterbox(image, image_size)[0]).permute(2, 0, 1)[None]
+        square = torch.from_numpy(fit(image, (image_size, image_size))[0]).permute(2, 0, 1)[None]
         size = torch.tensor([image.shape[:2]])
         (found,) = model.describe(square.to(model.device), size, score_threshold=0.3)
         labels = found.labels.tolist()

@@ -1,18 +1,25 @@
-"""Image files: their sizes, and decoding to RGB, upright."""
+"""Image files: their sizes, decoding to RGB, upright, and fitting into a network input."""
 
 import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
+from yolo_lightning.boxes import letterbox_geometry
+
 Image = NDArray[np.uint8]
 """uint8 (H, W, 3), RGB."""
+
+Resize = Literal["letterbox", "stretch"]
+"""How an image fills the network input: whole on grey, or its sides scaled each by itself."""
+
+GREY = 127
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -122,3 +129,46 @@ def read_image(path: Path, least_side: int | None = None) -> tuple[Image, tuple[
 
 def _unreadable(path: Path, error: OSError) -> UnreadableSample:
     return UnreadableSample(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def fit(
+    image: Image,
+    size_hw: tuple[int, int],
+    resize: Resize = "letterbox",
+    size_hw_orig: tuple[int, int] | None = None,
+) -> tuple[Image, tuple[float, float], tuple[int, int]]:
+    """Fit an image into the network input.
+
+    Args:
+        image: uint8 (H, W, 3).
+        size_hw: height and width of the network input, px.
+        resize: `letterbox`, whole and centred on grey, or `stretch`.
+        size_hw_orig: height and width of the file's own image, where decoding shrank it.
+
+    Returns:
+        The network input, and how image px map to it: x and y scale, left and top margin, px.
+    """
+    height, width = image.shape[:2]
+    if resize == "stretch":
+        return (
+            scaled(image, size_hw[1], size_hw[0]),
+            (size_hw[1] / width, size_hw[0] / height),
+            (0, 0),
+        )
+    new_height, new_width, y, x = letterbox_geometry(size_hw_orig or (height, width), size_hw)
+    top, left = int(y), int(x)
+    fitted = scaled(image, new_width, new_height)
+    if (new_height, new_width) != size_hw:
+        canvas = np.full((*size_hw, 3), GREY, dtype=np.uint8)
+        canvas[top : top + new_height, left : left + new_width] = fitted
+        fitted = canvas
+    return fitted, (new_width / width, new_height / height), (left, top)
+
+
+def scaled(image: Image, width: int, height: int) -> Image:
+    """Scale each side by itself, px."""
+    old_height, old_width = image.shape[:2]
+    if (old_height, old_width) == (height, width):
+        return image
+    method = cv2.INTER_AREA if width < old_width else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8)
