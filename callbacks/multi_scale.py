@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,25 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return unit
     return F.interpolate(unit, size=(size, size), mode="bilinear", antialias=True)
+
+
+def rehearse(module: pl.LightningModule, batch: Any) -> None:
+    """Run a step forward and backward, and leave everything as it was.
+
+    Gradients are asked for, not accumulated: nothing that waits for other ranks hears of them.
+
+    Args:
+        module: with `loss_terms`.
+        batch: on its device.
+    """
+    buffers = list(module.buffers())
+    kept = [buffer.clone() for buffer in buffers]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    terms: dict[str, Tensor] = module.loss_terms(batch)  # type: ignore[operator]
+    loss = torch.stack(list(terms.values())).sum()
+    torch.autograd.grad(loss, parameters, allow_unused=True)
+    for buffer, before in zip(buffers, kept, strict=True):
+        buffer.copy_(before)
 
 
 class MultiScale(pl.Callback):
@@ -66,6 +86,33 @@ class MultiScale(pl.Callback):
                 f"MultiScale: size {max(self.sizes)} is above data.canvas_size {canvas}; "
                 f"set data.canvas_size to {max(self.sizes)} or more"
             )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Try a step of each kind at the largest size, so that too little memory ends it now.
+
+        Nothing stays of it: no gradient, no running statistics, no random number.
+
+        Raises:
+            InputError: out of memory.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "batch"):
+            return
+        rank, world = trainer.global_rank, trainer.world_size
+        size = max(self.sizes)
+        for step in data.order.first_steps:
+            batch = data.batch(step, rank, world).to(pl_module.device)
+            batch.images = resize(batch.images, size)
+            try:
+                with trainer.precision_plugin.train_step_context():
+                    rehearse(pl_module, batch)
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"{len(batch)} images of {size} px, the largest size of MultiScale, take more "
+                    f"memory than there is ({str(error).splitlines()[0]}); smaller: "
+                    "data.detection_batch_size, data.classification_batch_size, with "
+                    "trainer.accumulate_grad_batches in their place"
+                ) from None
 
     def on_train_batch_start(
         self,

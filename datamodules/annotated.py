@@ -78,6 +78,7 @@ class Annotations:
                 np.array(self.numbers, np.int64),
                 np.array(self.difficult, np.bool_),
                 np.zeros(len(boxes), np.bool_),
+                np.zeros(len(boxes), np.float32),
             ),
             self,
             watched,
@@ -97,10 +98,11 @@ class Raw:
         numbers: NDArray[np.int64],
         difficult: NDArray[np.bool_],
         crowd: NDArray[np.bool_],
+        areas_px2: NDArray[np.float32],
     ) -> None:
         self.images, self.sizes_wh, self.image_of = images, sizes_wh, image_of
         self.boxes_xyxy, self.classes, self.numbers = boxes_xyxy, classes, numbers
-        self.difficult, self.crowd = difficult, crowd
+        self.difficult, self.crowd, self.areas_px2 = difficult, crowd, areas_px2
 
 
 def finish(raw: Raw, about: Annotations, watched: list[Path]) -> Parsed:
@@ -116,6 +118,7 @@ def finish(raw: Raw, about: Annotations, watched: list[Path]) -> Parsed:
         "classes": raw.classes[kept],
         "difficult": raw.difficult[kept],
         "crowd": raw.crowd[kept],
+        "areas_px2": raw.areas_px2[kept],
     }
     facts = {
         "names": list(about.names),
@@ -235,6 +238,7 @@ class AnnotatedImages(Indexed, DetectionSource):
             faults,
             (height, width),
             crowd,
+            opened["areas_px2"][first:last][whole],
         )
 
     def shapes_wh_px(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -224,6 +224,7 @@ def collate_detection(samples: list[DetectionSample]) -> DetectionBatch:
     labels = torch.full((count, slots), -1)
     difficult = torch.zeros(count, slots, dtype=torch.bool)
     crowd = torch.zeros_like(difficult)
+    areas = torch.zeros(count, slots)
     unit = np.array([width, height, width, height], dtype=np.float32)
     for row, sample in enumerate(samples):
         n = len(sample.labels)
@@ -233,7 +234,10 @@ def collate_detection(samples: list[DetectionSample]) -> DetectionBatch:
         labels[row, :n] = torch.from_numpy(sample.labels)
         difficult[row, :n] = torch.from_numpy(sample.difficult)
         crowd[row, :n] = torch.from_numpy(sample.crowd)
+        areas[row, :n] = torch.from_numpy(sample.areas_orig_px2)
     sizes = torch.tensor([[height, width]] * count)
     ids = torch.zeros(count, dtype=torch.long)
     faults = [fault for sample in samples for fault in sample.faults]
-    return DetectionBatch(images, ids, boxes, labels, difficult, crowd, sizes, faults=faults)
+    return DetectionBatch(
+        images, ids, boxes, labels, difficult, crowd, sizes, areas_orig_px2=areas, faults=faults
+    )

@@ -20,7 +20,8 @@ class COCOJson(AnnotatedImages):
     """An annotation file in COCO's format and its images.
 
     Categories are labels by name; their ids, which have gaps in COCO itself, are never used as
-    labels. Regions of a crowd are left out of training and count as COCO's evaluation counts them.
+    labels. Regions of a crowd are left out of training and count as COCO's evaluation counts them;
+    the areas of the outlines decide there which objects are small, medium, large.
 
     Args:
         annotations: the file, such as ``annotations/instances_train2017.json``.
@@ -103,6 +104,7 @@ class COCOJson(AnnotatedImages):
             )[order],
             np.zeros(len(known), np.bool_),
             np.array([bool(item.get("iscrowd")) for item in known], np.bool_)[order],
+            np.array([_area(item.get("area")) for item in known], np.float32)[order],
         )
         return finish(raw, about, [self._file, *listing.folders])
 
@@ -206,6 +208,11 @@ def _four(box: Any) -> list[float]:
     except (TypeError, ValueError):
         values = []
     return values if len(values) == 4 else [np.nan] * 4
+
+
+def _area(value: Any) -> float:
+    """Return the area of an outline, square px; 0, the box's own, where it is none."""
+    return float(value) if isinstance(value, int | float) and 0 < value < 1e10 else 0.0
 
 
 def _length(value: Any) -> int:

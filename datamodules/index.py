@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-VERSION = 1
+VERSION = 2
 """Raised whenever what an index holds changes; older files are made anew."""
 
 CACHE_VARIABLE = "YOLO_LIGHTNING_CACHE"

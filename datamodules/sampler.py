@@ -115,6 +115,14 @@ class JointOrder:
             step += 1
         return step
 
+    @property
+    def first_steps(self) -> list[int]:
+        """The first step of each kind that takes part."""
+        steps = [0]
+        while self.ratio and self.detection_size and self.batches_before(steps[-1] + 1)[1] == 0:
+            steps = [0, steps[-1] + 1]
+        return steps
+
     def plan(self, step: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
         """Return what a rank reads at a step; the ranks' shares join to the global batch."""
         before = self.batches_before(step)

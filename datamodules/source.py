@@ -17,7 +17,7 @@ from yolo_lightning.images import Image
 from yolo_lightning.wordtree import WordTree
 
 _DRAWN = 500
-_OBJECT_FIELDS = ("boxes_xyxy_px", "labels", "difficult", "crowd")
+_OBJECT_FIELDS = ("boxes_xyxy_px", "labels", "difficult", "crowd", "areas_orig_px2")
 
 
 @dataclass
@@ -33,6 +33,8 @@ class DetectionSample:
         faults: what was repaired, a sentence each.
         size_hw_orig: height and width of the file's own image, px.
         crowd: bool (N,), which of the difficult ones are regions of a crowd.
+        areas_orig_px2: float32 (N,), what the outlines cover of the file's own image, square px; 0
+            where nothing but the box is known.
     """
 
     image: Image
@@ -42,6 +44,7 @@ class DetectionSample:
     faults: list[str] = field(default_factory=list)
     size_hw_orig: tuple[int, int] = (0, 0)
     crowd: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    areas_orig_px2: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def chosen(self, rows: NDArray[Any]) -> "DetectionSample":
         """Return the sample with some of its objects.
@@ -55,6 +58,8 @@ class DetectionSample:
     def __post_init__(self) -> None:
         if len(self.crowd) != len(self.difficult):
             self.crowd = np.zeros_like(self.difficult)
+        if len(self.areas_orig_px2) != len(self.difficult):
+            self.areas_orig_px2 = np.zeros(len(self.difficult), np.float32)
         if self.size_hw_orig == (0, 0):
             self.size_hw_orig = (self.image.shape[0], self.image.shape[1])
 

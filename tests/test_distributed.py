@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import REPO
 from tests.test_cli import QUICK, TINY
+from tests.test_metrics import figures_of, random_image
 
 ENVIRONMENT = {
     **os.environ,
@@ -25,7 +26,7 @@ WORKER = '''
 import json, os, sys
 import lightning.pytorch as pl
 import torch
-from yolo_lightning import CombinedDataModule, DetectorModule
+from yolo_lightning import CombinedDataModule, DetectorModule, metrics
 from yolo_lightning.callbacks import MultiScale
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.source import DetectionSample
@@ -67,9 +68,17 @@ data = CombinedDataModule(
 Sparse.empty = {*data.order.plan(0, 0, 2).indices, *data.order.plan(4).indices}
 model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
                        loss=LossSettings(objectness_rule=rule))
-seen = []
-update = model.evaluation.fine.update
-model.evaluation.fine.update = lambda image, *rest: (seen.append(image), update(image, *rest))[1]
+seen, evaluations = [], []
+update, evaluated = model.evaluation.fine.update, metrics.evaluated
+
+
+def seeing_update(found, images):
+    seen.extend(image["image_id"] for image in images)
+    update(found, images)
+
+
+model.evaluation.fine.update = seeing_update
+metrics.evaluated = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
 trainer = pl.Trainer(
     max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -79,7 +88,8 @@ trainer.fit(model, data)
 weights = float(sum(p.double().abs().sum() for p in model.parameters()))
 with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
     json.dump({"steps": Diary.steps, "seen": seen, "weights": weights,
-               "classes": len(model.evaluation.per_class),
+               "classes": len(model.evaluation.per_class), "evaluations": len(evaluations),
+               "tables": [len(model.evaluation.truths), len(model.evaluation.detections)],
                "ap": float(trainer.callback_metrics.get("val/AP50", -1))}, file)
 '''
 
@@ -110,7 +120,66 @@ def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
     # five images over two ranks: one is padding, and counted as such
     assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == [-1, 0, 1, 2, 3, 4]
     assert ranks[0]["classes"] == ranks[1]["classes"] > 0
-    assert 0 <= ranks[0]["ap"] <= 1
+    assert 0 <= ranks[0]["ap"] == ranks[1]["ap"] <= 1
+    assert ranks[1]["evaluations"] == 0 < ranks[0]["evaluations"]
+    assert ranks[1]["tables"] == [0, 0]
+    assert min(ranks[0]["tables"]) > 0
+
+
+METRIC_WORKER = """
+import json, sys
+from torch import distributed
+from torch.multiprocessing import start_processes
+from tests.test_metrics import add, known_as, random_image
+from yolo_lightning import metrics
+
+
+def rank(number, folder, cases):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
+    evaluations, evaluated = [], metrics.evaluated
+    metrics.evaluated = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
+    out = {}
+    for name, shares in cases.items():
+        metric = metrics.BoxAveragePrecision()
+        for image in shares[number]:
+            drawn = random_image(abs(image))
+            add(metric, drawn if image < 0 else known_as(image, drawn))
+        metric.compute()
+        out[name] = metric.figures, len(metric.tables[0]), sorted(metric.per_class)
+    with open(f"{folder}/rank{number}.json", "w") as file:
+        json.dump([out, len(evaluations)], file)
+    distributed.destroy_process_group()
+
+
+start_processes(rank, (sys.argv[1], json.loads(sys.argv[2])), nprocs=2, start_method="fork")
+"""
+
+
+def test_ranks_without_images_and_images_that_come_twice_change_no_figure(tmp_path: Path):
+    cases = {
+        "all on one": [[0, 1, 2, 3], []],
+        "all on the other": [[], [0, 1, 2, 3]],
+        "shared": [[3, 1], [0, 2]],
+        "padded": [[0, 1, 2, 0], [3, 0, 1]],
+        "unnamed": [[-4, -5], [-6]],
+        "none": [[], []],
+    }
+    script = tmp_path / "metric_worker.py"
+    script.write_text(METRIC_WORKER)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), json.dumps(cases)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1))
+    assert (first[1], second[1]) == (len(cases), 0)
+    assert figures_of(*(random_image(k) for k in range(4)))["AP"] > 0.05
+    for name, (figures, truths, classes) in first[0].items():
+        images = range(4, 7) if name == "unnamed" else range(4 if name != "none" else 0)
+        assert figures == pytest.approx(figures_of(*(random_image(k) for k in images)))
+        assert truths == sum(len(random_image(k)[1]["labels"]) for k in images)
+        assert second[0][name] == [figures, 0, classes]
 
 
 def test_two_ranks_through_the_command_line_share_one_folder_and_one_run(workplace):

@@ -1,14 +1,22 @@
 """COCO's twelve numbers and Pascal VOC's, by hand and against known results."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
 
-from yolo_lightning import metrics
-from yolo_lightning.metrics import COCO_FIGURES, coco_evaluation, voc_average_precision
+from yolo_lightning import boxtables, cocometrics
+from yolo_lightning.cocometrics import COCO_FIGURES, coco_evaluation
+from yolo_lightning.errors import InputError
+from yolo_lightning.metrics import BoxAveragePrecision
+from yolo_lightning.vocmetrics import VOC_FIGURES, voc_average_precision
 
 Box = tuple[float, float, float, float]
 A: Box = (0, 0, 10, 10)
@@ -79,7 +87,7 @@ def test_parts_of_the_classes_give_what_all_at_once_give(monkeypatch):
     said[:, 4:] += rng.normal(0, 2, (200, 4))
     said[:, 2], said[:, 3] = rng.random(200), 0
     whole = coco_evaluation(truths, said)
-    monkeypatch.setattr(metrics, "_MOST_ROWS", 40)
+    monkeypatch.setattr(cocometrics, "_MOST_ROWS", 40)
     assert coco_evaluation(truths, said) == whole
     assert 0 < whole.figures["AP"] < 1
     assert len(whole.per_class) == 7
@@ -131,6 +139,218 @@ def test_voc_at_an_overlap_of_exactly_the_threshold():
     assert voc_average_precision(rows(truth(0, 0, A)), rows(found(0, 0, 1, half)))[0] == 1
     less = rows(found(0, 0, 1, (0, 0, 10, 4.99)))
     assert voc_average_precision(rows(truth(0, 0, A)), less)[0] == 0
+
+
+def one_by_one(truths: Any, said: Any, threshold: float) -> list[tuple[int, int]]:
+    """Return each detection's class, and 1 for a hit, 0 for a miss, -1 for none of both."""
+    taken: set[int] = set()
+    out = []
+    for row in said[np.argsort(-said[:, 2], kind="stable")]:
+        own = np.flatnonzero((truths[:, :2] == row[:2]).all(axis=1))
+        overlaps = []
+        for x1, y1, x2, y2 in truths[own, 4:]:
+            width, height = min(x2, row[6]) - max(x1, row[4]), min(y2, row[7]) - max(y1, row[5])
+            both = max(width, 0) * max(height, 0)
+            areas = (x2 - x1) * (y2 - y1) + (row[6] - row[4]) * (row[7] - row[5])
+            overlaps.append(both / (areas - both))
+        hit = 0
+        if overlaps and max(overlaps) >= threshold:
+            best = int(own[int(np.argmax(overlaps))])
+            hit = -1 if truths[best, 3] else int(best not in taken)
+            taken.add(best)
+        out.append((int(row[1]), hit))
+    return out
+
+
+@pytest.mark.parametrize("at_once", [1, 9, 10**6])
+def test_voc_counts_all_at_once_what_it_counts_one_by_one(monkeypatch, at_once):
+    monkeypatch.setattr(boxtables, "_MOST_PAIRS", at_once)
+    rng = np.random.default_rng(at_once)
+    low = rng.integers(0, 60, (50, 2))
+    truths = np.column_stack([
+        rng.integers(0, 5, 50), rng.integers(0, 3, 50), np.zeros(50),
+        rng.choice([0, 0, 0, 1, 2], 50), low, low + rng.integers(5, 50, (50, 2)),
+    ]).astype(float)  # fmt: skip
+    said = truths[rng.integers(0, 50, 300)]
+    said[:, 4:] += rng.integers(-3, 4, (300, 4))
+    said[:, 2], said[:, 3] = rng.integers(0, 20, 300) / 20, 0  # many scores are equal
+    found = one_by_one(truths, said, 0.5)
+    assert {hit for _, hit in found} == {-1, 0, 1}
+    for label, precision in voc_average_precision(truths, said).items():
+        hits = np.array([hit for own, hit in found if own == label and hit >= 0])
+        true, count = np.cumsum(hits), np.sum((truths[:, 1] == label) & (truths[:, 3] == 0))
+        best = [(true / np.arange(1, len(true) + 1))[k:].max() for k in np.flatnonzero(hits)]
+        assert precision == pytest.approx(sum(best) / count)
+
+
+# --- the metric
+
+Image = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def random_image(number: int, classes: int = 5) -> Image:
+    """Return detections and truths of an image, with crowds, areas, and scores that are equal."""
+    rng = np.random.default_rng(number)
+    truths, found = int(rng.integers(0, 9)), int(rng.integers(0, 60))
+    low, sizes = rng.uniform(0, 300, (truths, 2)), 4 + 250 * rng.random((truths, 2)) ** 2
+    boxes, labels = np.concatenate([low, low + sizes], 1), rng.integers(0, classes, truths)
+    pick = rng.integers(0, max(truths, 1), found if truths else 0)
+    near = boxes[pick] + rng.normal(0, 6, (len(pick), 4))
+    near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+    other = rng.random(len(pick)) < 0.2
+    said = np.where(other, rng.integers(0, classes + 1, len(pick)), labels[pick])
+    known = {
+        "boxes": torch.from_numpy(boxes).float(),
+        "labels": torch.from_numpy(labels),
+        "iscrowd": torch.from_numpy((rng.random(truths) < 0.1).astype(np.int64)),
+        "area": torch.from_numpy(sizes.prod(1) * rng.choice([0, 0.3, 0.9], truths)),
+    }
+    scores = torch.from_numpy(rng.integers(1, 20, len(pick)) / 20)
+    return {
+        "boxes": torch.from_numpy(near).float(), "labels": torch.from_numpy(said), "scores": scores,
+    }, known  # fmt: skip
+
+
+def add(metric: Any, *images: Image) -> None:
+    metric.update([found for found, _ in images], [truth for _, truth in images])
+
+
+def known_as(number: int | None, image: Image) -> Image:
+    return image[0], {**image[1], "image_id": number}
+
+
+def figures_of(*images: Image) -> dict[str, float]:
+    metric = BoxAveragePrecision()
+    add(metric, *images)
+    metric.compute()
+    return metric.figures
+
+
+@pytest.fixture
+def their_metric(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torchmetrics' own; where torchvision is missing, the one function that it needs stands in."""
+    mean_ap = pytest.importorskip("torchmetrics.detection.mean_ap")
+
+    def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
+        assert (in_fmt, out_fmt) == ("xyxy", "xywh")
+        return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+
+    if not mean_ap._TORCHVISION_AVAILABLE:
+        part: Any = ModuleType("torchvision.ops")
+        part.box_convert = box_convert
+        monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+        monkeypatch.setitem(sys.modules, "torchvision.ops", part)
+        monkeypatch.setattr(mean_ap, "_TORCHVISION_AVAILABLE", True)
+    return mean_ap.MeanAveragePrecision(
+        backend="faster_coco_eval",
+        class_metrics=True,
+        # its own are rounded to single precision, and a recall of exactly 0.6 falls short of one
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
+    )
+
+
+THEIR_NAMES = dict(zip(COCO_FIGURES, (
+    "map", "map_50", "map_75", "map_small", "map_medium", "map_large",
+    "mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large",
+), strict=True))  # fmt: skip
+
+
+def test_in_a_collection_all_numbers_are_those_of_torchmetrics(their_metric):
+    metric = BoxAveragePrecision()
+    both = MetricCollection({"ours": metric, "theirs": their_metric}, prefix="val/")
+    for start in range(0, 42, 7):
+        add(both, *(random_image(k) for k in range(start, start + 7)))
+    result = both.compute()
+    for ours, theirs in THEIR_NAMES.items():
+        assert result[f"val/{ours}"].shape == ()
+        assert float(result[f"val/{ours}"]) == pytest.approx(
+            float(result[f"val/{theirs}"]), abs=1e-6
+        )
+    assert 0.05 < result["val/AP"] < result["val/VOC_AP50"] < 0.9
+    per_class = both["ours"].per_class
+    assert sorted(per_class) == [0, 1, 2, 3, 4]  # nothing is of the class 5
+    shown = zip(result["val/classes"].tolist(), result["val/map_per_class"].tolist(), strict=True)
+    assert {k: row["AP"] for k, row in per_class.items()} == pytest.approx(
+        {k: value for k, value in shown if k in per_class}
+    )
+    for name in VOC_FIGURES:
+        mean = np.mean([row[name] for row in per_class.values()])
+        assert float(result[f"val/{name}"]) == pytest.approx(mean)
+
+
+def test_an_image_that_comes_twice_counts_once_and_padding_never():
+    images = [random_image(k) for k in range(4)]
+    once = figures_of(*(known_as(k, image) for k, image in enumerate(images)))
+    metric = BoxAveragePrecision()
+    add(metric, known_as(3, images[3]), known_as(0, images[0]), known_as(-1, images[1]))
+    add(metric, known_as(0, images[2]), known_as(2, images[2]), known_as(1, images[1]))
+    add(metric, known_as(3, images[3]), known_as(-1, images[1]))
+    metric.compute()
+    assert metric.figures == once
+    truths, said = metric.tables
+    assert np.unique(truths[:, 0]).tolist() == np.unique(said[:, 0]).tolist() == [0, 1, 2, 3]
+    assert truths.shape[1] == said.shape[1] == 8
+    assert len(truths) == sum(len(known["labels"]) for _, known in images)
+
+
+def test_images_without_an_id_all_count_in_their_order():
+    twice = random_image(2)
+    metric = BoxAveragePrecision()
+    add(metric, twice)
+    add(metric, known_as(5, random_image(1)), twice)
+    metric.compute()
+    assert np.unique(metric.tables[0][:, 0]).tolist() == [5, 6, 7]
+    assert metric.figures == figures_of(random_image(1), twice, twice)
+
+
+def test_calling_the_metric_tells_of_the_batch_and_keeps_all():
+    images = [random_image(k) for k in range(6)]
+    metric = BoxAveragePrecision()
+    for start in (0, 3):
+        part = images[start : start + 3]
+        told = metric([found for found, _ in part], [truth for _, truth in part])
+        assert {k: float(v) for k, v in told.items()} == pytest.approx(figures_of(*part))
+    metric.compute()
+    assert metric.figures == figures_of(*images)
+
+
+def test_an_evaluation_keeps_the_surest_hundred_detections_of_an_image():
+    scores = torch.linspace(0.01, 1, 500)[
+        torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    ]
+    boxes = torch.arange(500.0)[:, None] + torch.tensor([0.0, 0, 9, 9])
+    found = {"boxes": boxes, "labels": torch.zeros(500, dtype=torch.long), "scores": scores}
+    truth = {"boxes": boxes[:1], "labels": torch.zeros(1, dtype=torch.long)}
+    metric = BoxAveragePrecision()
+    add(metric, (found, truth))
+    assert [len(part) for part in metric.detections] == [100]
+    metric.compute()
+    kept = metric.tables[1]
+    assert sorted(kept[:, 2]) == pytest.approx(sorted(scores.tolist())[-100:])
+    assert (scores[kept[:, 4].astype(int)].numpy() == kept[:, 2].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "said"),
+    [
+        ({"scores": None}, {}, "preds, image 1: scores missing"),
+        ({}, {"labels": None}, "target, image 1: labels missing"),
+        ({"scores": torch.zeros(2)}, {}, "preds, image 1: lengths differ: .*'scores': 2"),
+        ({}, {"difficult": torch.zeros(3)}, "target, image 1: lengths differ: .*'difficult': 3"),
+    ],
+)
+def test_what_the_metric_cannot_take_is_named(found, truth, said):
+    one = {"boxes": torch.zeros(1, 4), "labels": torch.zeros(1, dtype=torch.long)}
+    good = ({**one, "scores": torch.zeros(1)}, one)
+    bad = tuple(
+        {k: v for k, v in {**part, **new}.items() if v is not None}
+        for part, new in zip(good, (found, truth), strict=True)
+    )
+    with pytest.raises(InputError, match=said):
+        BoxAveragePrecision().update([good[0], bad[0]], [good[1], bad[1]])
+    with pytest.raises(InputError, match="preds are of 1 images, target of 2"):
+        BoxAveragePrecision().update([good[0]], [good[1], good[1]])
 
 
 # --- known results

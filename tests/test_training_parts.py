@@ -122,15 +122,23 @@ def test_candidates_batched_equal_single():
 
 
 def update(metric, image, boxes, labels, scores, truth, truth_labels, difficult=None):
-    metric.update(
-        image,
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.long),
-        torch.tensor(scores),
-        torch.tensor(truth, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(truth_labels, dtype=torch.long),
-        torch.tensor(difficult or [0] * len(truth_labels), dtype=torch.bool),
-    )
+    found = {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.long),
+        "scores": torch.tensor(scores),
+    }
+    known = {
+        "image_id": image,
+        "boxes": torch.tensor(truth, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(truth_labels, dtype=torch.long),
+        "difficult": torch.tensor(difficult or [0] * len(truth_labels), dtype=torch.bool),
+    }
+    metric.update([found], [known])
+
+
+def per_class(metric):
+    metric.compute()
+    return metric.per_class
 
 
 def test_average_precision_by_hand():
@@ -138,7 +146,7 @@ def test_average_precision_by_hand():
     box, far = [10, 10, 50, 50], [60, 60, 90, 90]
     update(metric, 0, [box, far], [3, 3], [0.9, 0.95], [box], [3])
     update(metric, 1, [box], [3], [0.8], [box], [3])
-    result = metric.compute()
+    result = per_class(metric)
     # by score: miss, hit, hit; precision at recall 1/2 and 1 is at best 2/3
     assert result[3]["AP50"] == pytest.approx(2 / 3, abs=1e-6)
     assert set(result) == {3}
@@ -149,7 +157,7 @@ def test_average_precision_ignores_padding_difficult_and_other_classes():
     box, hard = [10, 10, 50, 50], [60, 60, 90, 90]
     update(metric, 0, [box, hard, box], [0, 0, 7], [0.8, 0.9, 0.99], [box, hard], [0, 0], [0, 1])
     update(metric, -1, [box], [0], [0.99], [hard], [0])
-    assert metric.compute()[0]["AP50"] == pytest.approx(1.0)
+    assert per_class(metric)[0]["AP50"] == pytest.approx(1.0)
 
 
 def test_a_difficult_object_excuses_only_what_overlaps_it():
@@ -159,16 +167,17 @@ def test_a_difficult_object_excuses_only_what_overlaps_it():
     boxes = [*inside, clear]
     update(metric, 0, boxes, [0, 0, 0], [0.9, 0.9, 0.5], [large, clear], [0, 0], [1, 0])
     # two false ones above the hit: they overlap the difficult object by a hundredth
-    assert metric.compute()[0]["AP50"] == pytest.approx(1 / 3, abs=1e-6)
+    assert per_class(metric)[0]["AP50"] == pytest.approx(1 / 3, abs=1e-6)
 
 
 def test_average_precision_of_nothing():
-    assert BoxAveragePrecision().compute() == {}
+    assert per_class(BoxAveragePrecision()) == {}
     metric = BoxAveragePrecision()
     update(metric, 0, [], [], [], [[0, 0, 9, 9]], [1])
-    assert metric.compute()[1]["AP50"] == 0
+    assert per_class(metric)[1]["AP50"] == 0
     metric.reset()
-    assert metric.compute() == {}
+    assert per_class(metric) == {}
+    assert set(metric.figures.values()) == {-1.0}
 
 
 def test_average_precision_falls_with_the_overlap():
@@ -176,6 +185,6 @@ def test_average_precision_falls_with_the_overlap():
     truth, found = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 10, 7.2]])
     assert xyxy_to_cxcywh(truth).tolist() == [[5, 5, 10, 10]]
     update(metric, 0, found.tolist(), [2], [0.5], truth.tolist(), [2])
-    result = metric.compute()[2]
+    result = per_class(metric)[2]
     assert result["AP50"] == pytest.approx(1.0)
     assert result["AP"] == pytest.approx(0.5)  # IoU 0.72: five of the ten thresholds

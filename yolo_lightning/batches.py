@@ -71,6 +71,8 @@ class DetectionBatch(_Batch):
         difficult: bool (B, M), objects that evaluation neither asks for nor punishes.
         crowd: bool (B, M), those of `difficult` that are regions of a crowd.
         sizes_hw_orig: int64 (B, 2), height and width of the image file, px.
+        areas_orig_px2: float32 (B, M), what objects cover of the image file, square px; 0 where
+            nothing but the box is known.
     """
 
     boxes_cxcywh_norm: Tensor
@@ -78,6 +80,11 @@ class DetectionBatch(_Batch):
     difficult: Tensor
     crowd: Tensor
     sizes_hw_orig: Tensor
+    areas_orig_px2: Tensor = field(default_factory=lambda: torch.zeros(0), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.areas_orig_px2.shape != self.labels.shape:
+            self.areas_orig_px2 = self.boxes_cxcywh_norm.new_zeros(self.labels.shape)
 
 
 @dataclass

@@ -133,10 +133,14 @@ class ClassifierModule(pl.LightningModule):
         """Return class logits (B, K) of uint8 or float images (B, 3, H, W)."""
         return torch.as_tensor(self.network(unit_range(images)))
 
+    def loss_terms(self, batch: ClassificationBatch) -> dict[str, Tensor]:
+        """Return the loss by its name."""
+        logits = self(batch.images).float()
+        return {"loss_class": self.tree.path_loss(logits, batch.labels).mean()}
+
     def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
         """Return the loss: the cross-entropies along each label's path, averaged over images."""
-        logits = self(batch.images).float()
-        loss = self.tree.path_loss(logits, batch.labels).mean()
+        loss = self.loss_terms(batch)["loss_class"]
         self.log("train/loss_class", loss.detach(), prog_bar=True, batch_size=len(batch))
         rates = self.trainer.optimizers[0].param_groups[0]
         settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}

@@ -33,6 +33,9 @@ MOST_PAIRS = 8192
 """Most (box, class) pairs of an image that suppression compares; evaluation keeps 100 of them.
 Bounds the memory that a network takes while it is sure of nothing."""
 
+SHOWN = ("AP50", "AP50_boxed", "AP50_unboxed", "AP50_coarse")
+"""Figures that stand beside the progress bar."""
+
 BOX_TERMS = ("loss_coord", "loss_prior")
 """What only images with boxes pay."""
 
@@ -199,12 +202,16 @@ class DetectorModule(pl.LightningModule):
         """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
         keep_recipe_rates(self, self.rates)
 
-    def training_step(self, batch: DetectionBatch | ClassificationBatch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch of either kind."""
+    def loss_terms(self, batch: DetectionBatch | ClassificationBatch) -> dict[str, Tensor]:
+        """Return the terms of the loss of a batch of either kind, weighted, by name."""
         output = self.network(unit_range(batch.images))
-        terms = yolo9000_loss(
+        return yolo9000_loss(
             output, batch, self.network.anchors_wh_cell, self.tree, self._boxed_ancestors, self.loss
         )
+
+    def training_step(self, batch: DetectionBatch | ClassificationBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of either kind."""
+        terms = self.loss_terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         prefix = "train/" if isinstance(batch, DetectionBatch) else "train/cls_"
         shown = {f"{prefix}loss": loss.detach()}
@@ -385,21 +392,24 @@ class DetectorModule(pl.LightningModule):
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Collect detections and truths."""
         size_hw, evaluation = batch.images.shape[-2:], self.evaluation
+        truths: list[Tensor] = []
+        fine: list[Detections] = []
+        coarse: list[Detections] = []
+        levels = [(fine, evaluation.nodes)]
+        if evaluation.has_levels:
+            levels.append((coarse, evaluation.coarse_nodes))
         images = self._candidates(batch.images, SCORE_THRESHOLD)
         for k, (image, size) in enumerate(zip(images, batch.sizes_hw_orig.tolist(), strict=True)):
             boxes = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
-            truth = self._original_px(boxes, size, size_hw)
+            truths.append(self._original_px(boxes, size, size_hw))
             probs = self._probs(image)
-            fine = self._named(image, probs, size, size_hw, evaluation.nodes, SCORE_THRESHOLD)
-            coarse = None
-            if evaluation.has_levels:
-                nodes = evaluation.coarse_nodes
-                coarse = self._named(image, probs, size, size_hw, nodes, SCORE_THRESHOLD)
-            evaluation.update(batch, k, truth, fine, coarse)
+            for found, nodes in levels:
+                found.append(self._named(image, probs, size, size_hw, nodes, SCORE_THRESHOLD))
             if evaluation.has_depth:
                 named, rows = self._described(image, size, size_hw, FOUND_SCORE, 0.5)
                 deepest, _ = self.tree.most_specific(image.logits[rows], 0.0)
-                evaluation.update_tree(batch, k, truth, named, deepest)
+                evaluation.update_tree(batch, k, truths[k], named, deepest)
+        evaluation.update(batch, truths, fine, coarse)
 
     def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Collect detections and truths."""
@@ -416,7 +426,7 @@ class DetectorModule(pl.LightningModule):
     def _log_figures(self, stage: str) -> None:
         for name, value in self.evaluation.compute(self.boxed).items():
             # equal on every rank: the mean changes nothing, and all may monitor it
-            self.log(f"{stage}/{name}", value, prog_bar=name.startswith("AP50"), sync_dist=True)
+            self.log(f"{stage}/{name}", value, prog_bar=name in SHOWN, sync_dist=True)
 
     def table(self) -> str:
         """Return the newest figures of each class as text."""

@@ -1,6 +1,8 @@
 """What detections are worth: average precision at two levels of the tree, and names."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +10,19 @@ from torchmetrics import Metric
 
 from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.boxes import pairwise_iou
+from yolo_lightning.boxtables import no_boxes
 from yolo_lightning.detections import Detections
-from yolo_lightning.metrics import BoxAveragePrecision
+from yolo_lightning.metrics import COCO_FIGURES, PADDING, VOC_FIGURES, BoxAveragePrecision
 from yolo_lightning.treemetrics import TreeAccuracy
 from yolo_lightning.wordtree import WordTree
 
 FOUND_SCORE, FOUND_IOU = 0.25, 0.5
+_GROUPS = {
+    "_boxed": "classes with boxes",
+    "_unboxed": "classes without boxes",
+    "_below_boxed": "  below a class with boxes",
+    "_never_boxed": "  not below one",
+}
 
 
 class NameAccuracy(Metric):
@@ -79,10 +88,16 @@ class DetectionEvaluation(nn.Module):
         tree: the classes.
 
     Attributes:
-        per_class: the newest figures by key: AP50, AP and, where there are two levels, how many
-            objects were found and how many of these got their name.
-        per_coarse_class: AP50 and AP at the level that boxes taught.
+        seen: bool (K,), the classes that count as had with boxes, instead of those that training
+            boxes were labelled with; see `seen.seen_nodes`.
+        figures: the newest means, see `compute`.
+        per_class: the newest figures by key: AP50, AP, AP75, VOC's two and, where there are two
+            levels, how many objects were found and how many of these got their name.
+        per_coarse_class: those of the level that boxes taught.
         along_tree_figures: accuracy by depth and the kinds of mistakes, see `TreeAccuracy`.
+        truths, detections: float64 (N, 8), all that `per_class` was computed from, as
+            `coco_evaluation` takes them: images are sample ids, boxes in px of the original
+            images. In distributed runs the first rank has those of all, the others have none.
     """
 
     def __init__(self, tree: WordTree) -> None:
@@ -91,9 +106,13 @@ class DetectionEvaluation(nn.Module):
         self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
         self.names, self.along_tree = NameAccuracy(len(tree)), TreeAccuracy(tree)
         self.has_depth = tree.paths.shape[1] > 1
+        self.seen: Tensor | None = None
+        self.figures: dict[str, float] = {}
         self.along_tree_figures: dict[str, float] = {}
         self.per_class: dict[str, dict[str, float]] = {}
         self.per_coarse_class: dict[str, dict[str, float]] = {}
+        self.truths, self.detections = no_boxes(), no_boxes()
+        self._counts: dict[str, int] = {}
 
     def begin(self, nodes: Tensor, boxed_ancestors: Tensor) -> None:
         """Forget everything, and learn which classes are asked for.
@@ -114,21 +133,29 @@ class DetectionEvaluation(nn.Module):
     def update(
         self,
         batch: DetectionBatch,
-        k: int,
-        truth_xyxy_orig_px: Tensor,
-        fine: Detections,
-        coarse: Detections | None,
+        truths_xyxy_orig_px: Sequence[Tensor],
+        fine: Sequence[Detections],
+        coarse: Sequence[Detections],
     ) -> None:
-        """Add image k of a batch; `coarse` where there are two levels."""
-        image, real = int(batch.sample_ids[k]), batch.labels[k] >= 0
-        labels, difficult = batch.labels[k][real], batch.difficult[k][real]
-        flags = (difficult, batch.crowd[k][real])
-        _add(self.fine, image, fine, truth_xyxy_orig_px, labels, flags)
-        if coarse is None or image < 0:
+        """Add a batch.
+
+        Args:
+            batch: the images; the sample id -1 is padding.
+            truths_xyxy_orig_px: float (M, 4) of each image, without the batch's padding.
+            fine: detections of each image, named by the nodes asked for.
+            coarse: detections named by what boxes taught, where there are two levels.
+        """
+        targets = _targets(batch, truths_xyxy_orig_px)
+        self.fine.update([_told(found) for found in fine], targets)
+        if not coarse:
             return
-        _add(self.coarse, image, coarse, truth_xyxy_orig_px, self.coarse_of[labels], flags)
-        easy = ~difficult
-        self.names.update(coarse, fine, self.coarse_of, truth_xyxy_orig_px[easy], labels[easy])
+        above = [{**target, "labels": self.coarse_of[target["labels"]]} for target in targets]
+        self.coarse.update([_told(found) for found in coarse], above)
+        for target, rough, found in zip(targets, coarse, fine, strict=True):
+            if target["image_id"] != PADDING:
+                easy = ~target["difficult"]
+                boxes, labels = target["boxes"][easy], target["labels"][easy]
+                self.names.update(rough, found, self.coarse_of, boxes, labels)
 
     def update_tree(
         self,
@@ -161,19 +188,25 @@ class DetectionEvaluation(nn.Module):
     def compute(self, boxed: Tensor) -> dict[str, float]:
         """Return the means, 0…1, and keep the figures of each class.
 
-        ``AP50``, ``AP`` and the others of COCO's twelve numbers over all classes asked for;
-        ``_boxed`` and ``_unboxed`` over those that had boxes in training and those that had not;
-        ``_coarse`` at the level that boxes taught; ``name_accuracy`` of the objects found at that
-        level; ``depth1`` … and the kinds of mistakes along a tree, shares of the objects found.
+        ``AP50``, ``AP``, the others of COCO's twelve numbers and VOC's two over all classes asked
+        for; ``_boxed`` and ``_unboxed`` over those that had boxes in training and those that had
+        not, of these ``_below_boxed`` over those with an ancestor that had, ``_never_boxed`` over
+        the others; ``_coarse`` at the level that boxes taught; ``name_accuracy`` of the objects
+        found at that level; ``depth1`` … and the kinds of mistakes along a tree, shares of the
+        objects found. Groups without a class are left out, but for the first two.
 
         Args:
             boxed: bool (K,), the classes that training boxes were labelled with.
         """
-        fine = self.fine.compute()
-        coarse = self.coarse.compute() if self.has_levels else {}
-        named = self.names.compute() if self.has_levels else {}
+        self.fine.compute()
+        named: dict[int, tuple[int, int]] = {}
+        fine, coarse = self.fine.per_class, {}
+        if self.has_levels:
+            self.coarse.compute()
+            named, coarse = self.names.compute(), self.coarse.per_class
         along = self.along_tree.compute() if self.has_depth else {}
         self.along_tree_figures = along if any(along.values()) else {}  # nothing was found
+        self.truths, self.detections = self.fine.tables
         for metric in (self.fine, self.coarse, self.names, self.along_tree):
             metric.reset()
         self.per_class = {self.tree.keys[node]: dict(row) for node, row in fine.items()}
@@ -181,26 +214,36 @@ class DetectionEvaluation(nn.Module):
         for node, (found, right) in named.items():
             row = self.per_class.setdefault(self.tree.keys[node], {})
             row["found"], row["named"] = found, right
-        groups = {
-            "": fine,
-            "_boxed": {node: row for node, row in fine.items() if boxed[node]},
-            "_unboxed": {node: row for node, row in fine.items() if not boxed[node]},
-            "_coarse": coarse,
-        }
-        figures: dict[str, float] = {}
-        for suffix, members in groups.items():
-            if not members and suffix in ("_unboxed", "_coarse"):
-                continue  # the usual case of detection alone
-            for measure in ("AP50", "AP"):
-                # none of these classes among the images: NaN, so that who monitors it goes on
-                each = [row[measure] for row in members.values()] or [math.nan]
-                figures[measure + suffix] = sum(each) / len(each)
+        figures = self._means(fine, boxed)
+        if coarse:
+            figures |= _means_of(list(coarse.values()), "_coarse")
         if self.has_levels:
             found, right = (sum(pair[k] for pair in named.values()) for k in (0, 1))
             figures["name_accuracy"] = right / found if found else math.nan
-        # the means are there already; COCO writes -1 where there is nothing to say
-        sizes = {k: v for k, v in self.fine.figures.items() if k not in figures and v >= 0}
-        return figures | sizes | self.along_tree_figures
+        # the means are there already; -1 stands where there is nothing to say
+        others = {k: v for k, v in self.fine.figures.items() if k not in figures and v >= 0}
+        self.figures = figures | others | self.along_tree_figures
+        return self.figures
+
+    def _means(self, fine: dict[int, dict[str, float]], boxed: Tensor) -> dict[str, float]:
+        """Return AP50 and AP over all classes, and over those that had boxes and had none."""
+        seen = (boxed if self.seen is None else self.seen).cpu()
+        below = ~seen & (self.tree.deepest_ancestor_in(seen) >= 0)
+        groups = {
+            "": torch.ones_like(seen),
+            "_boxed": seen,
+            "_unboxed": ~seen,
+            "_below_boxed": below,
+            "_never_boxed": ~seen & ~below,
+        }
+        figures: dict[str, float] = {}
+        self._counts = {}
+        for suffix, members in groups.items():
+            rows = [row for node, row in fine.items() if members[node]]
+            if rows or suffix in ("", "_boxed"):
+                self._counts[suffix] = len(rows)
+                figures |= _means_of(rows, suffix)
+        return figures
 
     def table(self) -> str:
         """Return the figures of each class as text."""
@@ -217,22 +260,50 @@ class DetectionEvaluation(nn.Module):
             lines.append("as boxes say:")
         for key, row in self.per_coarse_class.items():
             lines.append(f"  {names[key]:<{width - 2}}{row['AP50']:>8.3f}{row['AP']:>8.3f}")
-        numbers = [f"{k} {v:.3f}" for k, v in self.fine.figures.items() if v >= 0]
-        lines.append(f"COCO's numbers: {', '.join(numbers) or 'nothing to measure'}")
+        for suffix, called in _GROUPS.items() if self._counts.get("_unboxed") else ():
+            if self._counts.get(suffix):
+                said = _said({m: self.figures[m + suffix] for m in ("AP50", "AP")})
+                lines.append(f"{called} ({self._counts[suffix]}): {said}")
+        numbers = {k: v for k, v in self.fine.figures.items() if v >= 0}
+        lines.append(f"COCO's numbers: {_said(numbers, COCO_FIGURES)}")
+        lines.append(f"Pascal VOC's numbers: {_said(numbers, VOC_FIGURES)}")
         if self.along_tree_figures:
-            said = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.along_tree_figures.items()]
-            lines.append(f"of the objects found: {', '.join(said)}")
+            shares = {k.replace("_", " "): v for k, v in self.along_tree_figures.items()}
+            lines.append(f"of the objects found: {_said(shares)}")
         return "\n".join(lines)
 
 
-def _add(
-    metric: BoxAveragePrecision,
-    image: int,
-    found: Detections,
-    truth: Tensor,
-    labels: Tensor,
-    flags: tuple[Tensor, Tensor],
-) -> None:
-    metric.update(
-        image, found.boxes_xyxy_orig_px, found.labels, found.scores, truth, labels, *flags
-    )
+def _means_of(rows: Sequence[dict[str, float]], suffix: str) -> dict[str, float]:
+    """Return AP50 and AP; of no rows NaN, so that whoever monitors them goes on."""
+    return {
+        measure + suffix: sum(row[measure] for row in rows) / len(rows) if rows else math.nan
+        for measure in ("AP50", "AP")
+    }
+
+
+def _said(figures: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+    """Return figures as text, where there are any."""
+    chosen = [f"{k} {v:.3f}" for k, v in figures.items() if names is None or k in names]
+    return ", ".join(chosen) or "nothing to measure"
+
+
+def _told(found: Detections) -> dict[str, Tensor]:
+    """Return detections as `BoxAveragePrecision` takes them."""
+    return {"boxes": found.boxes_xyxy_orig_px, "labels": found.labels, "scores": found.scores}
+
+
+def _targets(batch: DetectionBatch, truths_xyxy_orig_px: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Return the truths of a batch as `BoxAveragePrecision` takes them."""
+    images = enumerate(zip(batch.sample_ids.tolist(), truths_xyxy_orig_px, strict=True))
+    return [
+        {
+            "image_id": image,
+            "boxes": boxes,
+            "labels": batch.labels[k][real],
+            "difficult": batch.difficult[k][real],
+            "iscrowd": batch.crowd[k][real],
+            "area": batch.areas_orig_px2[k][real],
+        }
+        for k, (image, boxes) in images
+        for real in [batch.labels[k] >= 0]
+    ]
