@@ -9,14 +9,16 @@ from numpy.typing import NDArray
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import cxcywh_to_xyxy
+from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
-
-Image = NDArray[np.uint8]
-"""uint8 (H, W, 3), RGB."""
+from yolo_lightning.images import Image
 
 Colour = tuple[int, int, int]
 
 _FONT, _FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+_LEGIBLE_SIDE = 500
+"""Px of the shorter side from which on lines and letters grow along with the image."""
+
 _COLOURS: tuple[Colour, ...] = (
     (255, 140, 0), (64, 160, 255), (120, 200, 80), (220, 90, 160), (250, 210, 60), (150, 110, 230),
     (70, 200, 200), (230, 80, 60),
@@ -41,14 +43,33 @@ def draw_boxes(
     """
     size = (image.shape[1] * scale, image.shape[0] * scale)
     canvas = np.array(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+    factor = _factor(canvas)
+    line = round(2 * factor)
     corners = np.round(boxes_xyxy_px * scale).astype(int)
     for (x1, y1, x2, y2), colour in zip(corners.tolist(), colours, strict=True):
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, 2, cv2.LINE_AA)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, line, cv2.LINE_AA)
     for (x1, y1, _, _), caption, colour in zip(corners.tolist(), captions, colours, strict=True):
-        (width, height), _ = cv2.getTextSize(caption, _FONT, _FONT_SCALE, 1)
-        left = max(0, min(x1, size[0] - width - 4))
-        _write(canvas, caption, (left, max(0, y1 - height - 5)), colour)
+        width, height = _extent(caption, factor)
+        left = max(0, min(x1, size[0] - width))
+        _write(canvas, caption, (left, max(0, y1 - height)), colour, factor)
     return canvas
+
+
+def annotated(image: Image, found: Sequence[Detection]) -> Image:
+    """Return a copy of an image with what was found in it, names and scores.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        found: in px of `image`; a class has one colour in all images.
+    """
+    boxes = np.array([one.box_xyxy_orig_px for one in found], np.float32).reshape(-1, 4)
+    captions = [f"{one.name} {one.score:.2f}" for one in found]
+    return draw_boxes(image, boxes, captions, [_COLOURS[one.node % len(_COLOURS)] for one in found])
+
+
+def stamp(image: Image, text: str) -> None:
+    """Write a text into an image's left upper corner."""
+    _write(image, text, (0, 0), (255, 255, 255), _factor(image))
 
 
 def batch_picture(
@@ -78,14 +99,28 @@ def batch_picture(
     return grid(drawn, min(6, len(drawn)))
 
 
-def _write(canvas: Image, text: str, place: tuple[int, int], colour: Colour) -> None:
+def _factor(image: Image) -> float:
+    """Return how much larger than usual lines and letters have to be to be seen."""
+    return max(1.0, float(min(image.shape[:2])) / _LEGIBLE_SIDE)
+
+
+def _extent(text: str, factor: float) -> tuple[int, int]:
+    """Return width and height of a text on its ground, px."""
+    (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE * factor, round(factor))
+    return width + round(4 * factor), height + round(5 * factor)
+
+
+def _write(
+    canvas: Image, text: str, place: tuple[int, int], colour: Colour, factor: float = 1.0
+) -> None:
     """Write a text on a ground of its own, its left upper corner at `place`."""
-    (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)
+    width, height = _extent(text, factor)
     left, top = place
-    cv2.rectangle(canvas, (left, top), (left + width + 4, top + height + 5), colour, -1)
+    cv2.rectangle(canvas, (left, top), (left + width, top + height), colour, -1)
     ink = (255, 255, 255) if sum(colour) < 380 else (0, 0, 0)
-    start = (left + 2, top + height + 1)
-    cv2.putText(canvas, text, start, _FONT, _FONT_SCALE, ink, 1, cv2.LINE_AA)
+    start = (left + round(2 * factor), top + height - round(4 * factor))
+    thickness = round(factor)
+    cv2.putText(canvas, text, start, _FONT, _FONT_SCALE * factor, ink, thickness, cv2.LINE_AA)
 
 
 def grid(images: Sequence[Image], columns: int, legend: str = "") -> Image:

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from yolo_lightning.checkpoints import read_checkpoint
 from yolo_lightning.classifier import ClassifierModule
+from yolo_lightning.commands.darknet_options import add_options
 from yolo_lightning.darknet_files import (
     Section,
     Weights,
@@ -316,7 +318,29 @@ def _in_order(
     return weight[rows], bias[rows]
 
 
-def _import(options: argparse.Namespace) -> None:
+@dataclass
+class Imported:
+    """What Darknet's files hold.
+
+    Attributes:
+        module: in evaluation mode.
+        description: of the network.
+        beside: what its checkpoint says beside.
+        notes: what is worth telling, a sentence each.
+    """
+
+    module: DetectorModule | ClassifierModule
+    description: Description
+    beside: dict[str, Any]
+    notes: list[str]
+
+
+def module_of(options: argparse.Namespace) -> Imported:
+    """Return what the files hold that `add_options` lets a command line name.
+
+    Raises:
+        InputError: whatever is wrong with a file.
+    """
     if (options.cfg is None) == (options.layout is None):
         raise InputError("name one of --cfg FILE and --layout NAME")
     description = (
@@ -326,13 +350,22 @@ def _import(options: argparse.Namespace) -> None:
     tree_path = options.tree or given.get("tree")
     if tree_path is None and description.tree_file and options.cfg:
         tree_path = find_beside(description.tree_file, options.cfg)
-    tree = tree_for(
-        description,
-        options.names or given.get("names"),
-        tree_path,
-        options.labels or given.get("labels"),
-    )
+    names_path = options.names or given.get("names")
+    labels_path = options.labels or given.get("labels")
+    tree = tree_for(description, names_path, tree_path, labels_path)
     module, beside, notes = import_model(description, options.weights, tree)
+    if tree_path is not None and not description.needs_tree:
+        notes.append("the .cfg names no tree: its softmax was over all classes, now over siblings")
+    if description.left_out:
+        notes.append(f"not used here: {', '.join(description.left_out)}")
+    if not (names_path or tree_path or description.names):
+        notes.append("classes are numbered; --names gives them names")
+    return Imported(module, description, beside, notes)
+
+
+def _import(options: argparse.Namespace) -> None:
+    imported = module_of(options)
+    module, description, beside = imported.module, imported.description, imported.beside
     output = Path(options.output)
     if output.is_dir() or not output.name:
         raise InputError(f"--output {options.output!r} is a folder; expected a file to write")
@@ -344,17 +377,11 @@ def _import(options: argparse.Namespace) -> None:
     kind = "detector" if isinstance(module, DetectorModule) else "classifier"
     values = sum(count for _, count in _shapes(description))
     print(
-        f"{output}: {kind} of {len(tree)} classes, {len(description.layers) + 1} layers, "
+        f"{output}: {kind} of {len(module.tree)} classes, {len(description.layers) + 1} layers, "
         f"{values:,} values, trained on {beside['images_seen']:,} images"
     )
-    if tree_path is not None and not description.needs_tree:
-        notes.append("the .cfg names no tree: its softmax was over all classes, now over siblings")
-    if description.left_out:
-        notes.append(f"not used here: {', '.join(description.left_out)}")
-    for note in notes:
+    for note in imported.notes:
         print(f"  {note}")
-    if not (options.names or given.get("names") or tree_path or description.names):
-        print("  classes are numbered; --names gives them names")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -378,15 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="import|export")
     importer = actions.add_parser("import", help="write a checkpoint from Darknet's files")
-    importer.add_argument("--cfg", help="the network's .cfg file")
-    importer.add_argument(
-        "--layout", metavar="NAME", help=f"a released network instead: {', '.join(LAYOUTS)}"
-    )
-    importer.add_argument("--weights", required=True, help=".weights file, whole or partial")
-    importer.add_argument("--names", help="a class name a line")
-    importer.add_argument("--labels", help="a unique key a line, such as a wnid; names otherwise")
-    importer.add_argument("--tree", help=".tree file: a key and its parent's number a line")
-    importer.add_argument("--data", help=".data file that names names, labels and tree")
+    add_options(importer, True, f": {', '.join(LAYOUTS)}")
     importer.add_argument("--output", required=True, help="the checkpoint to write")
     exporter = actions.add_parser("export", help="write .cfg, .weights, .names and .tree")
     exporter.add_argument("checkpoint", help="trained or imported")

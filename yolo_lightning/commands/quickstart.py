@@ -17,8 +17,8 @@ from yolo_lightning.callbacks import LastCheckpoint
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.detector import DetectorModule
-from yolo_lightning.images import fit
-from yolo_lightning.pictures import Image, draw_boxes, grid, save
+from yolo_lightning.images import Image, fit
+from yolo_lightning.pictures import draw_boxes, grid, save
 from yolo_lightning.tracking import RunLogger
 
 BOXED_COLOUR, UNBOXED_COLOUR, INNER_COLOUR = (64, 160, 255), (255, 140, 0), (200, 200, 200)
