@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.conftest import REPO
-from yolo_lightning import cli
+from yolo_lightning import cli, runs
 from yolo_lightning.__main__ import main
 from yolo_lightning.detector import DetectorModule
 
@@ -413,7 +413,7 @@ def test_a_refused_value_leaves_no_folder_and_no_other_error_on_any_rank(
     workplace, capsys, monkeypatch
 ):
     for rank in (0, 1):
-        monkeypatch.setattr(cli, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(runs, "rank", lambda rank=rank: rank)
         assert main(["fit", *QUICK, *TINY, "--model.trunk=darknet20"]) == 2
         assert "model.trunk is 'darknet20'" in capsys.readouterr().err
         assert not list(workplace.glob("outputs/quickstart/*"))

@@ -29,8 +29,10 @@ from yolo_lightning.images import read_image
 
 TREE = [("animal", "-", "animal"), ("cat", "animal", "cat"), ("dog", "animal", "dog"),
         ("thing", "-", "thing"), ("cup", "thing", "cup"), ("jug", "thing", "jug")]  # fmt: skip
-TRUNK: list[list[Any]] = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"],
-         ["conv", 16], ["pool"], ["conv", 16]]  # fmt: skip
+TRUNK: list[list[Any]] = [
+    ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"],
+    ["conv", 16], ["pool"], ["conv", 16],
+]  # fmt: skip
 LOW = "--score-threshold=0.05"
 
 

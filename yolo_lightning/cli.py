@@ -4,7 +4,6 @@ import contextlib
 import logging
 import shlex
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,20 +15,28 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
+from yolo_lightning import runs
 from yolo_lightning.callbacks import DataReport, RunRecord
-from yolo_lightning.callbacks.run_record import RUN_ID_FILE
 from yolo_lightning.checkpoints import read_checkpoint
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.errors import InputError
+from yolo_lightning.evaluation import DetectionEvaluation
+from yolo_lightning.mistakes import check_level
 from yolo_lightning.recipe_errors import readable
+from yolo_lightning.report import (
+    Evaluated,
+    ReportOptions,
+    check_options,
+    image_reader,
+    write_report,
+)
+from yolo_lightning.seen import seen_nodes
 from yolo_lightning.tracking import RunLogger
 
 _NETWORK = ("trunk", "head_channels", "passthrough_channels", "reorg")
-
-BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 class _Complaint(Exception):
@@ -84,16 +91,27 @@ class RecipeCLI(LightningCLI):
             if name != "predict"
         }
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.add_class_arguments(ReportOptions, "report")
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; where a checkpoint is named, parse again above what it holds.
 
         Raises:
             InputError: a reference to a value that does not exist, or no checkpoint to be found.
         """
+        check_options(args)
         self.config = _parse(parser, args)
         config = self.config[self.config.subcommand]
         if self.config.subcommand != "fit" and not config.ckpt_path:
-            config.ckpt_path = str(_newest_checkpoint(_root(config, RecipeParser.recipes)))
+            config.ckpt_path = str(
+                runs.newest_checkpoint(runs.root_of(config, RecipeParser.recipes))
+            )
             print(f"checkpoint: {config.ckpt_path}")
         path = config.ckpt_path
         if not path:
@@ -120,13 +138,14 @@ class RecipeCLI(LightningCLI):
         """Choose the run's own folder; checkpoints go there unless the recipe says where."""
         config = self.config[self.config.subcommand]
         if self.config.subcommand == "fit":
-            self.run_folder = _run_folder(_root(config, RecipeParser.recipes), config.ckpt_path)
+            root = runs.root_of(config, RecipeParser.recipes)
+            self.run_folder = runs.run_folder(root, config.ckpt_path)
             config.trainer.default_root_dir = str(self.run_folder)
             checkpoints = str(self.run_folder / "checkpoints")
         else:
             checkpoints = str(Path(config.ckpt_path).parent)
         # one training is one MLflow run: resuming goes on with it, figures of a checkpoint join it
-        self.tracked_run = _run_id_beside(checkpoints)
+        self.tracked_run = runs.run_id_beside(checkpoints)
         if self.config.subcommand != "fit" and self.tracked_run is None:
             config.trainer.logger = False
         callbacks = config.trainer.callbacks or []
@@ -182,14 +201,79 @@ class RecipeCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
-    def after_validate(self) -> None:
-        """Print the figures of each class."""
-        if self.trainer.is_global_zero and hasattr(self.model, "table"):
-            print(f"\n{self.model.table()}")
+    @property
+    def _report_options(self) -> ReportOptions:
+        options: ReportOptions = self.config_init[self.subcommand].report
+        return options
 
-    def after_test(self) -> None:
-        """Print the figures of each class."""
-        self.after_validate()
+    @property
+    def _boxes(self) -> DetectionEvaluation | None:
+        """What a detector's figures come from; None where the model is no detector."""
+        evaluation = getattr(self.model, "evaluation", None)
+        return evaluation if isinstance(evaluation, DetectionEvaluation) else None
+
+    def before_validate(self) -> None:
+        """Look at the options of the report before anything is measured.
+
+        Raises:
+            InputError: they do not fit the model.
+        """
+        options, evaluation = self._report_options, self._boxes
+        if evaluation is None:
+            if options != ReportOptions():
+                raise InputError("report: its options are for detectors, and this is none")
+            return
+        check_level(evaluation.tree, options.level)
+        if options.seen is not None:
+            evaluation.seen = seen_nodes(evaluation.tree, options.seen)
+
+    before_test = before_validate
+
+    def after_validate(self) -> None:
+        """Print the figures of each class, and write a report where they are a detector's."""
+        trainer = self.trainer
+        if not trainer.is_global_zero or not hasattr(self.model, "table"):
+            return
+        print(f"\n{self.model.table()}")
+        if self._boxes is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._report(self._boxes)
+
+    after_test = after_validate
+
+    def _report(self, evaluation: DetectionEvaluation) -> None:
+        """Write the report, say where it is, and put it into the MLflow run."""
+        data, options, logger = self.datamodule, self._report_options, self.trainer.logger
+        source = data.test if self.subcommand == "test" else data.validation
+        found = Evaluated.of(evaluation, self._about(len(source)))
+        folder = Path(options.folder) if options.folder else self._fresh_report_folder()
+        said = write_report(folder, found, image_reader(source), source.image_name, options)
+        print("\n".join(["", *said, f"report: {folder}"]))
+        if isinstance(logger, RunLogger):
+            try:
+                logger.experiment.log_artifacts(logger.run_id, str(folder), folder.name)
+            except Exception as error:  # tracking may fail, measuring may not
+                rank_zero_warn(f"the report is not in the MLflow run: {error}")
+
+    def _fresh_report_folder(self) -> Path:
+        """Make a folder in that of the checkpoint's run, else where the recipe's runs are."""
+        config = self.config[self.subcommand]
+        root = runs.folder_of(config.ckpt_path) or runs.root_of(config, RecipeParser.recipes)
+        return runs.numbered_folder(root, str(self.subcommand))
+
+    def _about(self, images: int) -> dict[str, Any]:
+        """Return where the figures come from, of a source with so many images."""
+        trainer, testing = self.trainer, self.subcommand == "test"
+        batches = trainer.num_test_batches if testing else trainer.num_val_batches
+        batch_size = max(1, self.datamodule.batch_sizes[0] // trainer.world_size)
+        read = int(sum(batches)) * batch_size * trainer.world_size  # some may be left out
+        return {
+            "command": self.subcommand,
+            "recipe": Path(RecipeParser.recipes[-1]).name if RecipeParser.recipes else None,
+            "checkpoint": self.config[self.subcommand].ckpt_path,
+            "image_size": self.datamodule.image_size,
+            "images": min(images, read),
+            "seen": self._report_options.seen,
+        }
 
     def after_fit(self) -> None:
         """Assert that training went as far as the recipe says.
@@ -313,56 +397,6 @@ def _model_of(checkpoint: dict[str, Any], config: Namespace, args: Sequence[str]
     if named and config.model.init_args.get("trunk") != values.get("trunk"):
         values = {key: value for key, value in values.items() if key not in _NETWORK}
     return {"class_path": f"yolo_lightning.{name}", "init_args": values}
-
-
-def _root(config: Namespace, recipes: Sequence[str]) -> Path:
-    """Return the folder that holds the runs of a recipe."""
-    name = Path(recipes[-1]).stem if recipes else "run"
-    return Path(config.trainer.default_root_dir or f"outputs/{name}")
-
-
-def _run_folder(root: Path, ckpt_path: str | None) -> Path:
-    """Return the folder of the run that is resumed, else a fresh one."""
-    if ckpt_path and (Path(ckpt_path).parent.parent / "resolved.yaml").is_file():
-        return Path(ckpt_path).parent.parent
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    number = 1
-    while True:
-        folder = root / (stamp if number == 1 else f"{stamp}-{number}")
-        if _rank() != 0:
-            return folder  # only rank 0's is used
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
-
-
-def _run_id_beside(checkpoints: str) -> str | None:
-    file = Path(checkpoints).parent / RUN_ID_FILE
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
-
-
-def _newest_checkpoint(root: Path) -> Path:
-    """Return the best checkpoint of the newest run.
-
-    Raises:
-        InputError: no run holds one.
-    """
-    for name in (BEST, LAST):
-        found = sorted(root.glob(f"*/checkpoints/{name}"), key=lambda p: p.stat().st_mtime)
-        if found:
-            return found[-1]
-    deeper = sorted(str(path) for path in root.rglob(f"checkpoints/{LAST}"))
-    hint = f"name one: {', '.join(deeper[-4:])}" if deeper else "train first"
-    raise InputError(
-        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; {hint}"
-    )
-
-
-def _rank() -> int:
-    return int(getattr(rank_zero_only, "rank", 0) or 0)
 
 
 def quiet() -> None:

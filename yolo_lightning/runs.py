@@ -1,0 +1,94 @@
+"""Where runs lie: their folders, their checkpoints, and what is measured of these."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_only
+
+from yolo_lightning.callbacks.run_record import RUN_ID_FILE
+from yolo_lightning.errors import InputError
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+_RECORD = "resolved.yaml"
+
+
+def rank() -> int:
+    """Return the number of this process among those of a distributed run."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
+
+
+def root_of(config: Namespace, recipes: Sequence[str]) -> Path:
+    """Return the folder that holds the runs of a recipe."""
+    name = Path(recipes[-1]).stem if recipes else "run"
+    return Path(config.trainer.default_root_dir or f"outputs/{name}")
+
+
+def folder_of(checkpoint: str | None) -> Path | None:
+    """Return the run folder that a checkpoint lies in, None where it lies elsewhere."""
+    if not checkpoint:
+        return None
+    folder = Path(checkpoint).parent.parent
+    return folder if (folder / _RECORD).is_file() else None
+
+
+def run_folder(root: Path, checkpoint: str | None) -> Path:
+    """Return the folder of the run that is resumed, else a fresh one, made on rank 0."""
+    resumed = folder_of(checkpoint)
+    if resumed is not None:
+        return resumed
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while True:
+        folder = root / (stamp if number == 1 else f"{stamp}-{number}")
+        if rank() != 0:
+            return folder  # only rank 0's is used
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def numbered_folder(parent: Path, name: str) -> Path:
+    """Make and return a fresh folder: ``name-001``, ``name-002`` and so on.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    number = 1
+    while True:
+        folder = parent / f"{name}-{number:03}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
+        else:
+            return folder
+
+
+def run_id_beside(checkpoints: str) -> str | None:
+    """Return the MLflow run whose checkpoints lie in a folder, None where none is known."""
+    file = Path(checkpoints).parent / RUN_ID_FILE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def newest_checkpoint(root: Path) -> Path:
+    """Return the best checkpoint of the newest run.
+
+    Raises:
+        InputError: no run holds one.
+    """
+    for name in (BEST, LAST):
+        found = sorted(root.glob(f"*/checkpoints/{name}"), key=lambda p: p.stat().st_mtime)
+        if found:
+            return found[-1]
+    deeper = sorted(str(path) for path in root.rglob(f"checkpoints/{LAST}"))
+    hint = f"name one: {', '.join(deeper[-4:])}" if deeper else "train first"
+    raise InputError(
+        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; {hint}"
+    )
