@@ -1,17 +1,31 @@
-"""The newest state of a run, to resume from."""
+"""The newest state of a run, to resume from, and the one before it."""
 
-import os
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
+from yolo_lightning.checkpoint_io import (
+    LAST,
+    PART,
+    PREVIOUS,
+    DurableCheckpointIO,
+    rotate,
+    verify,
+    write_durably,
+)
 from yolo_lightning.errors import InputError
 
 
 class LastCheckpoint(Checkpoint):
     """Save ``checkpoints/last.ckpt`` in the run's folder every few steps and at the last one.
+
+    The one before it stays as ``previous.ckpt``; at every moment one of the two is whole. A state
+    that the disk does not take is a warning, and is tried again when the next one is due; a
+    training whose last state cannot be saved ends in an error.
 
     Lightning's ``save_last`` writes only when the best checkpoint changes, and its
     ``every_n_train_steps`` leaves out what remains at the end.
@@ -30,11 +44,23 @@ class LastCheckpoint(Checkpoint):
             )
         self.every_n_steps = every_n_steps
         self._saved_at = -1
+        self._validation_is_due = False
+        self._known_sound = False
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
         """Return where the checkpoint lies."""
-        return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        return Path(trainer.default_root_dir) / "checkpoints" / LAST
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have checkpoints written durably; remove what a killed run left half-written."""
+        if stage != "fit":
+            return
+        write_durably(trainer)
+        if trainer.is_global_zero:
+            for part in self.path(trainer).parent.glob(f"*{PART}"):
+                with contextlib.suppress(OSError):
+                    part.unlink()
 
     def on_train_batch_end(
         self,
@@ -44,23 +70,110 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save where the step asks for it."""
+        """Save where the step asks for it.
+
+        Raises:
+            InputError: the last step could not be saved.
+        """
         step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+        self._validation_is_due = _validation_follows(trainer)
+        if step == trainer.max_steps:
+            self.save_now(trainer)
+        elif step % self.every_n_steps == 0:
             self._save(trainer)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that it is done, before other callbacks save what it found."""
+        self._validation_is_due = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Have a resumed training begin with the validation that was due or broken off.
+
+        Lightning goes on in the middle of one, without what was measured before, and leaves out
+        one that was due; so its first batch is written down as begun, and nothing of it as done.
+        """
+        if not self._validation_is_due:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        for part in ("total", "current"):
+            trained = loops["epoch_loop.batch_progress"][part]
+            trained["completed"] = trained["processed"]
+            loops["epoch_loop.val_loop.batch_progress"][part].update(
+                ready=1, started=1, processed=0, completed=0
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save after the last epoch."""
-        if trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs:
-            self._save(trainer)
+        """Save after the last epoch.
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        """Write beside the target, then rename: a run that dies here keeps the previous one."""
+        Raises:
+            InputError: it could not be saved.
+        """
+        if trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs:
+            self.save_now(trainer)
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Save this state; every rank calls it.
+
+        Raises:
+            InputError: it could not be saved, on every rank.
+        """
+        problem = self._save(trainer)
+        if problem:
+            folder = self.path(trainer).parent
+            whole = [name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
+            raise InputError(
+                f"step {trainer.global_step} could not be saved: {problem}; earlier steps are in "
+                f"{folder}: {', '.join(whole) or 'none'}"
+            )
+
+    def _save(self, trainer: pl.Trainer) -> str:
+        """Save unless this step is saved; return what went wrong, on every rank alike."""
         if self._saved_at == trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        self._saved_at = trainer.global_step
-        target = self.path(trainer)
-        fresh = target.with_suffix(".fresh")
+            return ""
+        write_durably(trainer)  # else a full disk would leave the other ranks waiting
+        last = self.path(trainer)
+        fresh = last.with_name(last.name + PART)
         trainer.save_checkpoint(fresh)  # every rank takes part, rank 0 writes
-        if trainer.is_global_zero:
-            os.replace(fresh, target)
+        problem = self._rotate(trainer, fresh, last) if trainer.is_global_zero else ""
+        problem = trainer.strategy.broadcast(problem)
+        if not problem:
+            self._saved_at = trainer.global_step
+        return problem
+
+    def _rotate(self, trainer: pl.Trainer, fresh: Path, last: Path) -> str:
+        """Let the fresh checkpoint be the last one, on rank 0; return what went wrong."""
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, DurableCheckpointIO) and writer.problem:
+            return writer.problem
+        try:
+            if not self._known_sound:
+                _drop_broken(last)
+            rotate(fresh, last)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            problem = f"{last}: {error.strerror or error}"
+            rank_zero_warn(f"checkpoint not written, {problem}; training goes on")
+            return problem
+        self._known_sound = True
+        return ""
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Tell whether the batch that ends is followed by a validation."""
+    loop = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    has_images = bool(trainer.fit_loop.epoch_loop.val_loop.max_batches)
+    return fetcher is not None and has_images and loop._should_check_val_fx(fetcher)
+
+
+def _drop_broken(last: Path) -> None:
+    """Keep a damaged checkpoint of an earlier process from taking the place of the sound one."""
+    if not last.is_file():
+        return
+    try:
+        verify(last)
+    except InputError:
+        last.unlink()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from yolo_lightning import signals
 from yolo_lightning.datamodules.batching import (
     Batch,
     EvaluationDataset,
@@ -295,7 +296,7 @@ class ResumableLoader(DataLoader[Batch]):
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin_worker,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,5 +313,6 @@ def _cuts_epochs(trainer: Any) -> bool:
     return bool(trainer.limit_train_batches != 1.0 or trainer.overfit_batches)
 
 
-def _one_thread(worker_id: int) -> None:
+def _begin_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
+    signals.ignore()  # a scheduler signals every process of a job, forked ones too

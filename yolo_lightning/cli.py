@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
+import os
 import shlex
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
@@ -19,8 +20,14 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning import runs
-from yolo_lightning.callbacks import DataReport, RunRecord
-from yolo_lightning.checkpoints import read_checkpoint
+from yolo_lightning.callbacks import (
+    DataReport,
+    FiniteGuard,
+    LastCheckpoint,
+    Preemption,
+    RunRecord,
+)
+from yolo_lightning.checkpoints import read_checkpoint, sound_checkpoint
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation import DetectionEvaluation
@@ -36,6 +43,10 @@ from yolo_lightning.report import (
 from yolo_lightning.seen import seen_nodes
 from yolo_lightning.tracking import RunLogger
 
+_RESUME_HELP = (
+    "`auto`: go on with this job's run where it has a checkpoint, else begin; a job is one of "
+    "SLURM's or torchrun's, elsewhere it is the newest run of the recipe"
+)
 _NETWORK = ("trunk", "head_channels", "passthrough_channels", "reorg")
 
 
@@ -63,6 +74,7 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.command_line = list(args)
         self.run_folder: Path | None = None
+        self.job_folder: Path | None = None
         self.tracked_run: str | None = None
         RecipeParser.recipes = _config_files(args)
         super().__init__(
@@ -95,7 +107,9 @@ class RecipeCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "fit":
+        if subcommand == "fit":
+            parser.add_argument("--resume", type=Literal["auto"] | None, help=_RESUME_HELP)
+        else:
             parser.add_class_arguments(ReportOptions, "report")
         return parser
 
@@ -114,10 +128,10 @@ class RecipeCLI(LightningCLI):
             )
             print(f"checkpoint: {config.ckpt_path}")
         path = config.ckpt_path
+        if self.config.subcommand == "fit":
+            path = self._resumed_from(config)
         if not path:
             return
-        if not Path(path).is_file():
-            raise InputError(f"--ckpt_path {path!r}: no such file")
         checkpoint = read_checkpoint(path)
         with tempfile.TemporaryDirectory() as folder:
             held = Path(folder) / "checkpoint.yaml"
@@ -131,6 +145,23 @@ class RecipeCLI(LightningCLI):
             rank_zero_only(print)(f"{path}: holds weights alone; training begins with them")
             config.model.init_args.pretrained, config.ckpt_path = path, None
 
+    def _resumed_from(self, config: Namespace) -> str | None:
+        """Return the checkpoint to go on from, the one before it where that is damaged.
+
+        Raises:
+            InputError: none of both is sound.
+        """
+        if config.ckpt_path:
+            return str(sound_checkpoint(config.ckpt_path))
+        if config.resume != "auto":
+            return None
+        root = runs.root_of(config, RecipeParser.recipes)
+        job = runs.job_of(os.environ)
+        self.job_folder = None if job is None else root / job
+        found = runs.newest_state(root if self.job_folder is None else self.job_folder)
+        rank_zero_only(print)(f"resuming: {found}" if found else "nothing to resume: beginning")
+        return None if found is None else str(found)
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint override the command line."""
 
@@ -139,7 +170,7 @@ class RecipeCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if self.config.subcommand == "fit":
             root = runs.root_of(config, RecipeParser.recipes)
-            self.run_folder = runs.run_folder(root, config.ckpt_path)
+            self.run_folder = runs.run_folder(root, config.ckpt_path, self.job_folder)
             config.trainer.default_root_dir = str(self.run_folder)
             checkpoints = str(self.run_folder / "checkpoints")
         else:
@@ -171,7 +202,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the callbacks that no recipe has to name."""
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(DataReport())  # type: ignore[attr-defined]
+        trainer.callbacks += self._own_callbacks(trainer)  # type: ignore[attr-defined]
         if self.run_folder is not None and isinstance(trainer.logger, RunLogger):
             trainer.logger.suggest_name("/".join(self.run_folder.parts[-2:]))
         if self.tracked_run is not None and isinstance(trainer.logger, RunLogger):
@@ -192,10 +223,19 @@ class RecipeCLI(LightningCLI):
         trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint))  # type: ignore[attr-defined]
         return trainer
 
+    def _own_callbacks(self, trainer: pl.Trainer) -> list[pl.Callback]:
+        """Return what every run needs, where the recipe does not say it otherwise."""
+        if self.config.subcommand != "fit":
+            return [DataReport()]
+        kinds: list[type[pl.Callback]] = [DataReport, FiniteGuard, LastCheckpoint, Preemption]
+        named = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in kinds if kind not in named]
+
     def _resolved(self) -> dict[str, Any]:
         parser = self._parser(self.config.subcommand)
         config: Namespace = self.config[self.config.subcommand].clone()
         config.pop("config", None)
+        config.pop("resume", None)
         return dict(yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True)))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

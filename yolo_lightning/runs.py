@@ -1,16 +1,19 @@
 """Where runs lie: their folders, their checkpoints, and what is measured of these."""
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from yolo_lightning.callbacks.run_record import RUN_ID_FILE
+from yolo_lightning.checkpoint_io import LAST, PREVIOUS
+from yolo_lightning.checkpoints import sound_checkpoint
 from yolo_lightning.errors import InputError
 
-BEST, LAST = "best.ckpt", "last.ckpt"
+BEST = "best.ckpt"
 _RECORD = "resolved.yaml"
 
 
@@ -33,11 +36,49 @@ def folder_of(checkpoint: str | None) -> Path | None:
     return folder if (folder / _RECORD).is_file() else None
 
 
-def run_folder(root: Path, checkpoint: str | None) -> Path:
-    """Return the folder of the run that is resumed, else a fresh one, made on rank 0."""
+def job_of(environment: Mapping[str, str]) -> str | None:
+    """Return what the cluster calls this job, the same each time it starts; None outside of one."""
+    if "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment:
+        array = environment.get("SLURM_ARRAY_JOB_ID")
+        task = environment.get("SLURM_ARRAY_TASK_ID")
+        return f"slurm-{array}-{task}" if array else f"slurm-{environment['SLURM_JOB_ID']}"
+    name = environment.get("TORCHELASTIC_RUN_ID", "none")
+    # `none` is what torchrun says where nobody gave it a name
+    return None if name == "none" else f"torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
+
+
+def newest_state(folder: Path) -> Path | None:
+    """Return the newest sound state to go on from: of one run, or of the runs in a folder.
+
+    Raises:
+        InputError: the newest run's states are damaged, both of them.
+    """
+    found = [
+        path
+        for name in (LAST, PREVIOUS)
+        for path in (*folder.glob(f"checkpoints/{name}"), *folder.glob(f"*/checkpoints/{name}"))
+    ]
+    if not found:
+        return None
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    return sound_checkpoint(newest.with_name(LAST))
+
+
+def run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = None) -> Path:
+    """Return the folder of the run that is resumed, else a fresh one, made on rank 0.
+
+    Args:
+        root: holds the runs of the recipe.
+        checkpoint: to go on from.
+        job_folder: where a cluster's job has its run.
+    """
     resumed = folder_of(checkpoint)
     if resumed is not None:
         return resumed
+    if job_folder is not None:
+        if rank() == 0:
+            job_folder.mkdir(parents=True, exist_ok=True)
+        return job_folder
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     number = 1
     while True:

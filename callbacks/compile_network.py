@@ -1,0 +1,68 @@
+"""`torch.compile` that holds through multi-scale training, and never gives up in silence."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from yolo_lightning.errors import InputError
+
+
+class CompileNetwork(pl.Callback):
+    """Compile the network's layers, height and width left open, so that new sizes compile nothing.
+
+    What compiles anew all the same is counted and said (`train/compiled_graphs`), and where the
+    compiler would fall back to slow code after too many of them, training ends with its reason.
+    Checkpoints stay as they are: layers are compiled in place.
+
+    Args:
+        backend: of `torch.compile`.
+        mode: of `torch.compile`, such as `max-autotune`; the backend's usual one where None.
+
+    Raises:
+        InputError: a backend that is not there.
+    """
+
+    def __init__(self, backend: str = "inductor", mode: str | None = None) -> None:
+        allowed = torch.compiler.list_backends(exclude_tags=())
+        if backend not in allowed:
+            raise InputError(f"CompileNetwork: backend is {backend!r}; allowed: {allowed}")
+        self.backend, self.mode = backend, mode
+        self._graphs = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compile in place; what is compiled is decided by the first batch."""
+        import torch._dynamo.config as settings
+
+        settings.fail_on_recompile_limit_hit = True
+        settings.suppress_errors = False
+        body: torch.nn.Module = pl_module.network.body  # type: ignore[assignment, union-attr]
+        body.compile(backend=self.backend, mode=self.mode, dynamic=True)
+        self._graphs = compiled_graphs()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Say what was compiled anew."""
+        graphs = compiled_graphs()
+        if graphs > self._graphs:
+            size = tuple(batch.images.shape)
+            rank_zero_info(
+                f"torch.compile: {graphs - self._graphs} more graphs at step {batch.step}, "
+                f"images {size}"
+            )
+        self._graphs = graphs
+        pl_module.log("train/compiled_graphs", float(graphs), batch_size=len(batch))
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs this process has compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
