@@ -19,10 +19,10 @@ quickstart: $(READY)
 	$(BIN)/yolo-lightning quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or cluster"
 
 lint: $(READY)
 	$(BIN)/ruff check .

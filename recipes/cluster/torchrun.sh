@@ -13,6 +13,7 @@
 #   DEVICES     processes on this machine, one for each GPU; as many as there are GPUs
 #   RUN_ID      what this training is called: started again under the same name, it goes on
 #   RESTARTS    how often the agents start the ranks again; 3
+#   LOCAL_ADDR  this machine's own address, where its name does not lead the others to it
 set -euo pipefail
 
 recipe=${1:?which recipe? recipes/cluster/torchrun.sh RECIPE [options of fit]}
@@ -34,6 +35,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / DEVICES > 0 ? $(nproc) /
 exec torchrun --nnodes "$NODES" --nproc-per-node "$DEVICES" --node-rank "${NODE_RANK:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "$MASTER" --rdzv-id "$RUN_ID" \
     --rdzv-conf "is_host=$([ "${NODE_RANK:-0}" = 0 ] && echo true || echo false)" \
-    --max-restarts "${RESTARTS:-3}" \
+    --max-restarts "${RESTARTS:-3}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
     -m yolo_lightning fit --config "$recipe" --resume auto \
     --trainer.num_nodes "$NODES" --trainer.devices "$DEVICES" "$@"

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 
+from yolo_lightning.checkpoint_io import write_checkpoint
 from yolo_lightning.checkpoints import read_checkpoint
 from yolo_lightning.classifier import ClassifierModule
 from yolo_lightning.commands.darknet_options import add_options
@@ -369,11 +370,7 @@ def _import(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.is_dir() or not output.name:
         raise InputError(f"--output {options.output!r} is a folder; expected a file to write")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        fresh = Path(folder) / "fresh.ckpt"
-        torch.save(checkpoint_of(module, beside), fresh)
-        os.replace(fresh, output)
+    write_checkpoint(checkpoint_of(module, beside), output)
     kind = "detector" if isinstance(module, DetectorModule) else "classifier"
     values = sum(count for _, count in _shapes(description))
     print(
