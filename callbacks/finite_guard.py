@@ -78,11 +78,14 @@ class FiniteGuard(pl.Callback):
             NotFinite: more steps in a row than allowed.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        bad = any(self._bad) or (not scaled and not _finite_gradients(pl_module))
-        own = torch.tensor(float(bad), device=trainer.strategy.root_device)
-        if not bool(trainer.strategy.reduce(own, reduce_op="max")):
+        # one rank's bad loss makes the gradients of all bad, which is no news of theirs
+        own = 2 if any(self._bad) else int(not scaled and not _finite_gradients(pl_module))
+        worst = torch.tensor(float(own), device=trainer.strategy.root_device)
+        worst = trainer.strategy.reduce(worst, reduce_op="max")
+        if not bool(worst):
             self._in_a_row = 0
             return
+        bad = own == int(worst)
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
         if self._kept:
             torch._foreach_copy_(self._statistics, self._kept)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from yolo_lightning import __version__
+from yolo_lightning import __version__, signals
 from yolo_lightning.errors import InputError, nearest
 
 COMMANDS = {
@@ -28,8 +28,12 @@ COMMANDS = {
         "yolo_lightning.commands.quickstart",
         "train jointly and on boxes alone, and compare",
     ),
+    "doctor": ("yolo_lightning.commands.doctor", "say what this machine has, and what answers"),
 }
-_RECIPE_COMMANDS = ("fit", "validate", "test")
+_LIGHTNING_COMMANDS = ("fit", "validate", "test")
+_RECIPE_COMMANDS = {
+    *_LIGHTNING_COMMANDS, "check-data", "anchors", "batch", "explain", "speed", "quickstart",
+}  # fmt: skip
 
 
 def usage() -> str:
@@ -43,6 +47,7 @@ def usage() -> str:
         "",
         "  yolo-lightning fit --config recipes/quickstart.yaml",
         "  yolo-lightning COMMAND --help    all options of a command",
+        "  yolo-lightning COMMAND … --allow-module my_package    classes of yours in a recipe",
         "  yolo-lightning --version",
     ]
     return "\n".join(lines)
@@ -63,15 +68,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # two processes on one machine: threads that spin while they wait slow each other 30-fold
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    module = import_module(COMMANDS[args[0]][0])
+    # before the long imports: a job may be told to stop at any moment
+    handlers = signals.listen() if args[0] == "fit" else {}
     try:
-        module.main(args if args[0] in _RECIPE_COMMANDS else args[1:])
+        if args[0] in _RECIPE_COMMANDS:
+            args = _checked(args)
+        module = import_module(COMMANDS[args[0]][0])
+        module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
     except InputError as error:
         # a loader's worker puts its traceback around the message
         message = str(error).rsplit("InputError: ", 1)[-1].strip()
         print(f"yolo-lightning: error: {message}", file=sys.stderr)
         return 2
+    finally:
+        signals.restore(handlers)
     return 0
+
+
+def _checked(args: Sequence[str]) -> list[str]:
+    """Look at recipes, options and the launch before anything heavy, or of a recipe's, is imported.
+
+    Returns:
+        The arguments without those that are for this alone.
+
+    Raises:
+        InputError: see `recipe_check` and `preflight`.
+    """
+    from yolo_lightning import preflight, recipe_check
+
+    args, allowed = preflight.split_allowed(args)
+    unnamed = ["recipes/quickstart.yaml"] if args[0] == "quickstart" else []
+    values = preflight.check_command_line([*unnamed, *args[1:]], allowed)
+    if args[0] in ("fit", "quickstart"):
+        preflight.check_launch(values, os.environ, lambda: preflight.visible_gpus(os.environ))
+    recipe_check.hold_parser_to(allowed)
+    return args
 
 
 if __name__ == "__main__":

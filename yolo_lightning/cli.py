@@ -466,3 +466,10 @@ def main(args: Sequence[str]) -> RecipeCLI:
         return RecipeCLI(args)
     except MisconfigurationException as error:
         raise InputError(str(error)) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise InputError(
+            f"a loader process died ({str(error).splitlines()[0]}); memory that ran out is the "
+            "usual reason: fewer data.num_workers, or more memory, /dev/shm included"
+        ) from None

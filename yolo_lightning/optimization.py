@@ -91,13 +91,18 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """Refuse options of the trainer that would train something else than the recipe says.
 
     Raises:
-        InputError: half of a precision, or validation between two halves of an optimizer step,
-            whose gradient no checkpoint holds.
+        InputError: half of a precision, synchronised batch norm on CPUs, or validation between
+            two halves of an optimizer step, whose gradient no checkpoint holds.
     """
     precision = str(trainer.precision)
     if precision not in ("32-true", "16-mixed", "bf16-mixed"):
         raise InputError(
             f"trainer.precision is {precision}; allowed: 32-true, 16-mixed, bf16-mixed"
+        )
+    synchronised = getattr(trainer.strategy, "_layer_sync", None) is not None
+    if synchronised and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise InputError(
+            "trainer.sync_batchnorm is true; on CPUs batch norm cannot be synchronised"
         )
     every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
     if isinstance(every, int) and every % parts:

@@ -1,0 +1,210 @@
+"""Tasks, devices and nodes of a job are compared with a recipe's, by hand-made environments."""
+
+from pathlib import Path
+
+import pytest
+
+from yolo_lightning.__main__ import main
+from yolo_lightning.errors import InputError
+from yolo_lightning.preflight import Launch, check_command_line, check_launch, launch_of
+from yolo_lightning.preflight import visible_gpus as gpus
+
+
+def slurm(nodes: int = 2, tasks: int = 8, **others: str) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0",
+        "SLURMD_NODENAME": "n1", "SLURM_NTASKS": str(nodes * tasks),
+        "SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_NNODES": str(nodes),
+        "SLURM_JOB_NUM_NODES": str(nodes), **others,
+    }  # fmt: skip
+
+
+def torchrun(nodes: int, tasks: int) -> dict[str, str]:
+    return {
+        "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": str(nodes * tasks), "MASTER_ADDR": "first",
+        "LOCAL_WORLD_SIZE": str(tasks), "GROUP_WORLD_SIZE": str(nodes),
+    }  # fmt: skip
+
+
+def trainer(**values: object) -> dict[str, object]:
+    return {f"trainer.{name}": value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "environment"),
+    [
+        (trainer(), {}),
+        (trainer(devices=8), {}),
+        (trainer(devices=8, num_nodes=2), slurm()),
+        (trainer(devices="8", num_nodes="2"), slurm()),
+        (trainer(devices=[0, 1], num_nodes=1), slurm(1, 2)),
+        (trainer(devices="0, 1", num_nodes=1), slurm(1, 2)),
+        (trainer(devices="auto", num_nodes=2), slurm()),
+        (trainer(devices=-1, num_nodes=2), slurm()),
+        (trainer(num_nodes=2), slurm()),
+        (trainer(devices="${oc.env:DEVICES,1}", num_nodes=2), slurm(DEVICES="8")),
+        (trainer(devices="${oc.env:DEVICES,8}", num_nodes=2), slurm()),
+        (trainer(devices="${..elsewhere}", num_nodes=2), slurm()),
+        (trainer(devices=1), slurm(1, 1)),
+        # one task by default: SLURM sets no number for each node then
+        (trainer(devices=1), {"SLURM_NTASKS": "1", "SLURM_NNODES": "1"}),
+        # Lightning leaves jobs of these names alone
+        (trainer(devices=1), slurm(SLURM_JOB_NAME="bash")),
+        (trainer(devices=1), slurm(SLURM_JOB_NAME="interactive")),
+        (trainer(devices=4, num_nodes=2), torchrun(2, 4)),
+        # torchrun inside of a job of SLURM counts
+        (trainer(devices=4, num_nodes=2), slurm() | torchrun(2, 4)),
+        # started by hand on every node
+        (trainer(devices=4, num_nodes=2), {"MASTER_ADDR": "first", "NODE_RANK": "1"}),
+        (trainer(devices="auto", accelerator="cpu"), torchrun(1, 1)),
+    ],
+)
+def test_what_fits_passes(values, environment):
+    check_launch(values, environment)
+
+
+@pytest.mark.parametrize(
+    ("values", "environment", "said"),
+    [
+        (
+            trainer(devices=8, num_nodes=1), slurm(),
+            "the job has 2 nodes x 8 tasks (by SLURM), the recipe says trainer.num_nodes 1, "
+            "trainer.devices 8: pass --trainer.num_nodes 2, or",
+        ),
+        (trainer(devices=8), slurm(), "pass --trainer.num_nodes 2, or"),
+        (
+            trainer(devices=1, num_nodes=2), slurm(),
+            "the recipe says trainer.num_nodes 2, trainer.devices 1: pass --trainer.devices 8, or",
+        ),
+        (
+            trainer(devices=1, num_nodes=1), slurm(3, 4),
+            "3 nodes x 4 tasks (by SLURM), the recipe says trainer.num_nodes 1, trainer.devices 1: "
+            "pass --trainer.num_nodes 3 --trainer.devices 4",
+        ),
+        (trainer(devices=8, num_nodes=2), slurm(1, 8), "has 1 node x 8 tasks"),
+        (
+            trainer(devices=8, num_nodes=2),
+            {k: v for k, v in slurm().items() if k != "SLURM_NNODES"}
+            | {"SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "32"},
+            "has 4 nodes x 8 tasks",
+        ),
+        # the product fits, the parts do not
+        (trainer(devices=16, num_nodes=1), torchrun(2, 8), "2 nodes x 8 tasks (by torchrun)"),
+        (trainer(devices="auto", accelerator="cpu"), torchrun(1, 2), "pass --trainer.devices 2"),
+        (trainer(devices=[0, 1, 2], num_nodes=1), torchrun(1, 2), "trainer.devices [0, 1, 2]"),
+        (
+            trainer(devices=8, num_nodes=2),
+            {k: v for k, v in slurm().items() if k != "SLURM_NTASKS_PER_NODE"},
+            "16 tasks on 2 nodes, counted by --ntasks; ask SLURM for --ntasks-per-node=8 instead",
+        ),
+        (
+            trainer(devices=8, num_nodes=2), slurm() | {"SLURM_NTASKS": "4"},
+            "srun started 4 tasks, and the job has 2 nodes x 8 tasks",
+        ),
+        (
+            trainer(devices=8, num_nodes=2),
+            {k: v for k, v in slurm().items() if k != "SLURM_STEP_ID"},
+            "this is one process outside of them: put srun before the command",
+        ),
+        (
+            trainer(devices=8, num_nodes=2), {},
+            "the recipe says trainer.num_nodes 2, and neither srun nor torchrun started",
+        ),
+        (trainer(num_nodes=2), slurm(SLURM_JOB_NAME="bash"), "neither srun nor torchrun"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_with_both_numbers(values, environment, said):
+    with pytest.raises(InputError) as raised:
+        check_launch(values, environment)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "seen", "said"),
+    [
+        (trainer(devices=8), 8, None),
+        (trainer(devices=8), 16, None),
+        (trainer(devices=8), None, None),
+        (trainer(devices=8), 0, None),  # processes on the CPU, which is what auto means there
+        (trainer(devices=8, accelerator="cpu"), 4, None),
+        (trainer(devices="auto"), 4, None),
+        (
+            trainer(devices=8),
+            4,
+            "trainer.devices 8, and this process sees 4 GPUs: pass --trainer.d",
+        ),
+        (trainer(devices=2), 1, "this process sees 1 GPU: pass --trainer.devices 1"),
+        (trainer(devices=[0, 1]), 1, "trainer.devices [0, 1], and this process sees 1 GPU"),
+        (trainer(devices=1, accelerator="gpu"), 0, "sees 0 GPUs: pass --trainer.accelerator cpu"),
+        (trainer(accelerator="cuda"), 0, "trainer.devices auto, and this process sees 0 GPUs"),
+    ],
+)
+def test_devices_are_compared_with_the_gpus_where_these_are_known(values, seen, said):
+    if said is None:
+        check_launch(values, {}, lambda: seen)
+    else:
+        with pytest.raises(InputError) as raised:
+            check_launch(values, {}, lambda: seen)
+        assert said in str(raised.value)
+
+
+def test_a_task_that_sees_its_own_gpu_alone_is_told_how_to_see_all():
+    values = trainer(devices=8, num_nodes=2)
+    with pytest.raises(InputError, match="give every task all GPUs of its node, --gres=gpu:8"):
+        check_launch(values, slurm(), lambda: 1)
+
+
+def test_what_started_the_process_is_told():
+    assert launch_of({}) is None
+    assert launch_of(slurm(3, 4)) == Launch("SLURM", 3, 4)
+    assert launch_of(torchrun(2, 4) | slurm(1, 8)) == Launch("torchrun", 2, 4)
+
+
+def test_visible_gpus_are_counted_without_the_driver(monkeypatch):
+    assert gpus({"CUDA_VISIBLE_DEVICES": "0,1,3"}) == 3
+    assert gpus({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,MIG-GPU-1/2/3"}) == 2
+    assert gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+    assert gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
+    assert gpus({"CUDA_VISIBLE_DEVICES": "0,-1,1"}) == 1  # the driver stops there
+    assert gpus({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}) == 0
+    assert gpus({"SLURM_GPUS_ON_NODE": "4"}) == 4
+    assert gpus({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}) == 1
+    monkeypatch.setattr("os.listdir", lambda path: ["0000:01:00.0", "0000:02:00.0"])
+    assert gpus({}) == 2
+
+    def absent(path: str) -> list[str]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("os.listdir", absent)
+    assert gpus({}) is None
+
+
+def test_the_command_line_stands_above_the_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text("trainer: {devices: 1, num_nodes: 1}\nmodel: {init_args: {a: 1}}\n")
+    Path("two.yaml").write_text("trainer: {devices: 2}\ntrainer.accelerator: cpu\n")
+    named = ["--config", "one.yaml", "--config=two.yaml"]
+    values = check_command_line(named)
+    assert values["trainer.devices"] == 2
+    assert values["trainer.num_nodes"] == 1
+    assert values["trainer.accelerator"] == "cpu"
+    assert values["model.init_args.a"] == 1
+    options = ["--trainer.devices", "4", "--trainer.num_nodes=3", "--trainer={max_steps: 5}"]
+    values = check_command_line([*options, *named])
+    assert (values["trainer.devices"], values["trainer.num_nodes"]) == (4, 3)
+    assert values["trainer.max_steps"] == 5
+
+
+def test_fit_ends_with_one_message_before_it_loads_anything(workplace, monkeypatch, capsys):
+    for name, value in slurm(2, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("yolo_lightning.__main__.import_module", lambda name: pytest.fail(name))
+    quick = ["fit", "--config", "recipes/quickstart.yaml", "--trainer.devices=2"]
+    assert main(quick) == 2
+    said = capsys.readouterr().err
+    assert "has 2 nodes x 2 tasks (by SLURM), the recipe says trainer.num_nodes 1" in said
+    with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli"):
+        main([*quick, "--trainer.num_nodes", "2"])
+    # measuring takes one process, whatever the job is
+    with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli"):
+        main(["test", *quick[1:]])
