@@ -239,7 +239,7 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
         (["--model.learning_rate=-1"], ["model.learning_rate is -1", "allowed: 0 or more"]),
         (["--model.head_channels=-1"], ["model.head_channels is -1; allowed: 0 or more"]),
         (["--data.num_workers=-1"], ["data.num_workers is -1; allowed: 0 or more"]),
-        (["--ckpt_path=none.ckpt"], ["--ckpt_path 'none.ckpt': no such file"]),
+        (["--ckpt_path=none.ckpt"], ["checkpoint 'none.ckpt' not found"]),
         (["--weights_only=false"], ["weights_only"]),
         (
             ["--trainer.callbacks.init_args.sizes=[256]"],

@@ -165,7 +165,7 @@ def slurm(command: str, configuration: Path, **options) -> str:
         capture_output=True, text=True, check=False, timeout=60, **options,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout.strip()
+    return str(done.stdout.strip())
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,7 @@ if devices > 1:
 '''
 
 
-def run(folder: Path, devices: int) -> dict[str, dict]:
+def run(folder: Path, devices: int) -> dict[str, Any]:
     folder.mkdir()
     (folder / "worker.py").write_text(WORKER)
     done = subprocess.run(

@@ -42,9 +42,9 @@ class Poison(pl.Callback):
 def train(tmp_path, poison, guard, steps=6, accumulate=1, precision="32-true"):
     pl.seed_everything(0, verbose=False)
     data = CombinedDataModule(
-        TREE, ShapesDetection(length=16, image_size=64), ShapesImageLabels(length=16, image_size=64),
-        detection_batch_size=4, classification_batch_size=4, image_size=64, num_workers=0,
-        steps_per_epoch=12,
+        TREE, ShapesDetection(length=16, image_size=64),
+        ShapesImageLabels(length=16, image_size=64), detection_batch_size=4,
+        classification_batch_size=4, image_size=64, num_workers=0, steps_per_epoch=12,
     )  # fmt: skip
     model = DetectorModule(TREE, [(1.5, 1.5)], "small", 8, 4, learning_rate=0.01)
     trainer = pl.Trainer(

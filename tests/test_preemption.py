@@ -152,7 +152,7 @@ def test_a_fork_keeps_the_handler_and_not_the_task():
     assert signals.asked() == 0
 
 
-class Handlers(torch.utils.data.Dataset):
+class Handlers(torch.utils.data.Dataset[list[int]]):
     def __getitem__(self, index):
         return [int(signal.getsignal(n) == signal.SIG_IGN) for n in signals.SIGNALS]
 
@@ -160,7 +160,7 @@ class Handlers(torch.utils.data.Dataset):
 def test_loader_workers_ignore_the_signals():
     from yolo_lightning.datamodules.combined import ResumableLoader
 
-    loader = ResumableLoader(Handlers(), [0, 1], 1)
+    loader = ResumableLoader(Handlers(), torch.utils.data.SequentialSampler([0, 1]), 1)
     assert [list(batch) for batch in loader] == [[1, 1], [1, 1]]
 
 
