@@ -1,4 +1,4 @@
-"""The script that kills trainings, in a short form; `python tests/kill_and_resume.py` is the long."""
+"""The script that kills trainings, in a short form; run by itself it kills thirty times each."""
 
 import os
 import subprocess
