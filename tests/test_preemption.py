@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -160,7 +161,8 @@ class Handlers(torch.utils.data.Dataset[list[int]]):
 def test_loader_workers_ignore_the_signals():
     from yolo_lightning.datamodules.combined import ResumableLoader
 
-    loader = ResumableLoader(Handlers(), torch.utils.data.SequentialSampler([0, 1]), 1)
+    data: Any = Handlers()
+    loader = ResumableLoader(data, torch.utils.data.SequentialSampler([0, 1]), 1)
     assert [list(batch) for batch in loader] == [[1, 1], [1, 1]]
 
 

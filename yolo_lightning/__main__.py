@@ -105,5 +105,14 @@ def _checked(args: Sequence[str]) -> list[str]:
     return args
 
 
+def console() -> int:
+    """Run a command for a shell; who reads its output may stop reading, as `head` does."""
+    try:
+        return main()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())
