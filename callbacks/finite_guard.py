@@ -15,6 +15,10 @@ from yolo_lightning.errors import InputError
 Batch = DetectionBatch | ClassificationBatch
 
 
+_MOST_OVERFLOWS = 40
+"""In a row, of float16's gradients: its scale is down at nothing then, and they are no numbers."""
+
+
 class NotFinite(RuntimeError):
     """Training ended since too many steps in a row were skipped."""
 
@@ -27,7 +31,7 @@ class FiniteGuard(pl.Callback):
     `most_in_a_row` the training ends; every rank whose own batch was bad has saved it then.
 
     In float16 the gradient scaler skips overflowing steps by itself and lowers its scale, which is
-    no fault; there the loss alone is looked at.
+    no fault; there gradients count after forty steps in a row.
 
     Args:
         most_in_a_row: steps that may be skipped one after the other.
@@ -41,7 +45,7 @@ class FiniteGuard(pl.Callback):
             raise InputError(f"FiniteGuard: most_in_a_row is {most_in_a_row}; allowed: 0 or more")
         self.most_in_a_row = most_in_a_row
         self.skipped = 0
-        self._in_a_row = 0
+        self._in_a_row = self._overflows = 0
         self._batches: list[Batch] = []
         self._bad: list[bool] = []
         self._kept: list[Tensor] = []
@@ -79,7 +83,10 @@ class FiniteGuard(pl.Callback):
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         # one rank's bad loss makes the gradients of all bad, which is no news of theirs
-        own = 2 if any(self._bad) else int(not scaled and not _finite_gradients(pl_module))
+        finite = _finite_gradients(pl_module)
+        self._overflows = 0 if finite else self._overflows + 1
+        overflow = scaled and self._overflows <= _MOST_OVERFLOWS
+        own = 2 if any(self._bad) else int(not finite and not overflow)
         worst = torch.tensor(float(own), device=trainer.strategy.root_device)
         worst = trainer.strategy.reduce(worst, reduce_op="max")
         if not bool(worst):
@@ -112,8 +119,8 @@ class FiniteGuard(pl.Callback):
     def _end(self, trainer: pl.Trainer, bad: bool) -> None:
         """Save what was bad on this rank, and end the training."""
         said = f"{self._in_a_row} steps in a row were not finite; allowed: {self.most_in_a_row}"
+        folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
         if bad:
-            folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             step = self._batches[-1].step
             file = folder / f"not-finite-step{step}-rank{trainer.global_rank}.pt"

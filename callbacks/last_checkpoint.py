@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -43,7 +44,7 @@ class LastCheckpoint(Checkpoint):
                 f"LastCheckpoint: every_n_steps is {every_n_steps}; allowed: 1 or more"
             )
         self.every_n_steps = every_n_steps
-        self._saved_at = -1
+        self._saved_at = (-1, False)
         self._validation_is_due = False
         self._known_sound = False
 
@@ -57,10 +58,15 @@ class LastCheckpoint(Checkpoint):
         if stage != "fit":
             return
         write_durably(trainer)
+        _same_state_on_all_ranks(trainer)
         if trainer.is_global_zero:
             for part in self.path(trainer).parent.glob(f"*{PART}"):
                 with contextlib.suppress(OSError):
                     part.unlink()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the state which training goes on from is saved."""
+        self._saved_at = (trainer.global_step, False)
 
     def on_train_batch_end(
         self,
@@ -75,16 +81,23 @@ class LastCheckpoint(Checkpoint):
         Raises:
             InputError: the last step could not be saved.
         """
+        if not is_whole_step(trainer, batch_idx):
+            return  # no checkpoint holds half a gradient
         step = trainer.global_step
         self._validation_is_due = _validation_follows(trainer)
         if step == trainer.max_steps:
             self.save_now(trainer)
-        elif step % self.every_n_steps == 0:
-            self._save(trainer)
+        elif self._validation_is_due or step % self.every_n_steps == 0:
+            self._save(trainer)  # before a validation too: a stop in one only has to leave
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that it is done, before other callbacks save what it found."""
         self._validation_is_due = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what the validation chose, once the other checkpoints have."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -130,7 +143,8 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> str:
         """Save unless this step is saved; return what went wrong, on every rank alike."""
-        if self._saved_at == trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        state = (trainer.global_step, self._validation_is_due)
+        if self._saved_at == state or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return ""
         write_durably(trainer)  # else a full disk would leave the other ranks waiting
         last = self.path(trainer)
@@ -139,7 +153,7 @@ class LastCheckpoint(Checkpoint):
         problem = self._rotate(trainer, fresh, last) if trainer.is_global_zero else ""
         problem = trainer.strategy.broadcast(problem)
         if not problem:
-            self._saved_at = trainer.global_step
+            self._saved_at = state
         return problem
 
     def _rotate(self, trainer: pl.Trainer, fresh: Path, last: Path) -> str:
@@ -159,6 +173,32 @@ class LastCheckpoint(Checkpoint):
             return problem
         self._known_sound = True
         return ""
+
+
+def is_whole_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Tell whether an optimizer step ends with this batch of the epoch."""
+    number = batch_idx + 1
+    return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
+
+
+def _same_state_on_all_ranks(trainer: pl.Trainer) -> None:
+    """Refuse ranks that would go on from different steps.
+
+    Raises:
+        InputError: says what each rank found.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    path = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
+    own = f"{path.name}, {path.stat().st_size:,} bytes" if path and path.is_file() else "nothing"
+    found: list[str] = [""] * trainer.world_size
+    dist.all_gather_object(found, own)
+    if len(set(found)) > 1:
+        said = "; ".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
+        raise InputError(
+            f"the ranks found different states to go on from ({said}); run folders have to lie "
+            "where every rank can read them"
+        )
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

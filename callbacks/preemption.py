@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from yolo_lightning import signals
-from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
+from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint, is_whole_step
 
 STOPPED = 143
 """Exit code of a training that was asked to stop: 128 + SIGTERM, what schedulers expect."""
@@ -33,13 +33,11 @@ class Preemption(Checkpoint):
     when the step is whole.
     """
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals back from Lightning."""
-        signals.listen()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals back from Lightning."""
-        signals.listen()
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen, and keep Lightning from taking the signals over before the first step."""
+        if stage == "fit":
+            signals.listen()
+            trainer._signal_connector.register_signal_handlers = _leave_them  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self,
@@ -50,8 +48,7 @@ class Preemption(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Stop if any rank was asked to; never between two halves of an optimizer step."""
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole or batch_idx + 1 == trainer.num_training_batches:
+        if is_whole_step(trainer, batch_idx):
             self._stop_if_asked(trainer)
 
     def on_validation_batch_end(
@@ -83,6 +80,10 @@ class Preemption(Checkpoint):
             requeue()
         trainer.strategy.barrier("preemption")
         raise Preempted(STOPPED)
+
+
+def _leave_them() -> None:
+    """Do nothing."""
 
 
 def requeue() -> bool:

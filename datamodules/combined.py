@@ -310,7 +310,8 @@ class ResumableLoader(DataLoader[Batch]):
 def _cuts_epochs(trainer: Any) -> bool:
     if trainer.fast_dev_run:
         return False
-    return bool(trainer.limit_train_batches != 1.0 or trainer.overfit_batches)
+    limit = trainer.limit_train_batches
+    return bool(isinstance(limit, int) or limit != 1.0 or trainer.overfit_batches)
 
 
 def _begin_worker(worker_id: int) -> None:

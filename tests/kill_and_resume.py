@@ -127,11 +127,12 @@ def ended(process: int, patience_s: float) -> int | None:
 def killed_at_the_end_of(epoch: int, process: int, folder: Path) -> None:
     """Wait until an epoch's last step is written down, then kill."""
     last = (epoch + 1) * STEPS_PER_EPOCH - 1
-    while ended(process, 0.02) is None:
+    while (code := ended(process, 0.02)) is None:
         if any(entry[0] == last for entry in entries(folder)):
             os.killpg(process, signal.SIGKILL)
             ended(process, 10)
             return
+    assert code == 0, f"exit code {code}; see {folder / 'log.txt'}"
 
 
 def kill_many(folder: Path, workers: int, kills: int, seconds: float, seed: int) -> int:
@@ -142,11 +143,13 @@ def kill_many(folder: Path, workers: int, kills: int, seconds: float, seed: int)
         done += 1
     while done < kills:
         process = start(folder, workers)
-        if ended(process, moments.uniform(0.05, seconds)) is None:
+        code = ended(process, moments.uniform(0.05, seconds))
+        if code is None:
             os.killpg(process, signal.SIGKILL)
             ended(process, 10)
             done += 1
         else:  # it was through: the next training begins anew
+            assert code == 0, f"exit code {code}; see {folder / 'log.txt'}"
             break
     code = ended(start(folder, workers), 300)
     assert code == 0, f"exit code {code}; see {folder / 'log.txt'}"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import REPO
 from tests.diary import entries, mismatches
-from tests.kill_and_resume import STEPS, arguments, write_recipe
+from tests.kill_and_resume import STEPS, write_recipe
 
 pytestmark = pytest.mark.cluster
 
@@ -113,7 +113,6 @@ def test_a_killed_rank_comes_back_and_both_are_exact(two_ranks, tmp_path, capsys
     assert len(list((folder / "runs").iterdir())) == 1
     with capsys.disabled():
         print(f"\na killed rank trained again after {back - killed:.0f} s")
-    assert back - killed < 60
 
 
 def namespaces():
@@ -213,11 +212,3 @@ def test_five_preemptions_under_slurm_lose_no_step(two_ranks, cluster, tmp_path)
         assert not mismatches(two_ranks[rank], found, STEPS)
         assert len(found) == STEPS, "no step twice: each stop saved the step that it ended"
     assert (folder / f"runs/slurm-{job}").is_dir()
-
-
-def test_the_launchers_pass_on_what_the_command_line_knows():
-    assert "--resume" in arguments(Path("."), 0)
-    for name in ("slurm.sbatch", "torchrun.sh"):
-        text = (REPO / "recipes/cluster" / name).read_text()
-        assert "--resume auto" in text
-        subprocess.run(["bash", "-n", str(REPO / "recipes/cluster" / name)], check=True)

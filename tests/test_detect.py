@@ -116,7 +116,7 @@ def test_all_formats_say_what_the_python_door_says(checkpoint, photos, tmp_path,
             assert w == pytest.approx((x2 - x1) / width, abs=1e-5)
             assert score == pytest.approx(one.score, abs=1e-5)
     assert total == len(rows)
-    assert (out / "labels/classes.txt").read_text().split() == [row[2] for row in TREE]
+    assert (out / "classes.txt").read_text().split() == [row[2] for row in TREE]
 
 
 def test_pictures_have_the_size_of_the_original_and_boxes_on_them(checkpoint, photos, tmp_path):
@@ -376,7 +376,7 @@ def test_live_frames_do_not_wait_for_a_batch(photos):
     blank = np.zeros((1, 1, 3), np.uint8)
 
     def frames(*places):
-        return iter([Frame(place, blank, blank) for place in places])
+        return iter([Frame(place, blank, blank, (1, 1)) for place in places])
 
     batches = list(in_batches(frames(still, still, still, live, live), 2))
     assert [len(batch) for batch in batches] == [2, 2, 1]

@@ -39,7 +39,7 @@ class Poison(pl.Callback):
         self.states.append((copy.deepcopy(module.state_dict()), momentum))
 
 
-def train(tmp_path, poison, guard, steps=6, accumulate=1, precision="32-true"):
+def train(tmp_path, poison, guard, steps=6, accumulate=1, **options):
     pl.seed_everything(0, verbose=False)
     data = CombinedDataModule(
         TREE, ShapesDetection(length=16, image_size=64),
@@ -50,7 +50,7 @@ def train(tmp_path, poison, guard, steps=6, accumulate=1, precision="32-true"):
     trainer = pl.Trainer(
         default_root_dir=tmp_path, max_steps=steps, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        accumulate_grad_batches=accumulate, precision=precision, callbacks=[poison, guard],
+        accumulate_grad_batches=accumulate, callbacks=[poison, guard], **options,
     )  # fmt: skip
     trainer.fit(model, data)
     return trainer
@@ -106,6 +106,15 @@ def test_all_parts_of_an_accumulated_step_are_left_out(tmp_path):
     assert guard.skipped == 1
     assert same(poison.states[1], poison.states[3])  # batches 2 and 3 are one step
     assert not same(poison.states[3], poison.states[5])
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"gradient_clip_val": 1.0}])
+def test_precision_and_clipping_change_nothing_of_that(tmp_path, options):
+    poison, guard = Poison([2]), FiniteGuard()
+    train(tmp_path, poison, guard, steps=4, **options)
+    assert guard.skipped == 1
+    assert same(poison.states[1], poison.states[2])
+    assert not same(poison.states[2], poison.states[3])
 
 
 def test_less_than_none_is_refused():

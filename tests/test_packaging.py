@@ -212,13 +212,13 @@ ALLOWED |= {
     "__init__": {"version", "errors", "wordtree", "loading", "datamodules", *MODULES},
     "__main__": {"errors", "signals", "recipe_check", "preflight", "__init__"},
     "runs": {"errors", "callbacks", "checkpoints", "checkpoint_io"},
-    "cli": LEAVES | CORE | {"recipe_errors", "callbacks", "datamodules", "runs"},
+    "cli": LEAVES | CORE | {"recipe_errors", "preflight", "callbacks", "datamodules", "runs"},
     "datamodules": LEAVES | {"datamodules"},
     "callbacks": {"batches", "checkpoint_io", "errors", "tracking", "signals", "callbacks"},
     "commands": LEAVES
     | CORE
     | MODULES
-    | {"cli", "callbacks", "datamodules", "loading", "preflight"},
+    | {"cli", "runs", "callbacks", "datamodules", "loading", "preflight"},
 }
 
 

@@ -110,3 +110,13 @@ def test_the_exported_graph_says_the_same(place, from_python):
         assert boxes[told] == pytest.approx(
             np.array([one.box_xyxy_orig_px for one in image]), abs=1e-2
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", ["0", "0.45", "1"])
+def test_thresholds_that_a_graph_holds_elsewhere_too_can_be_exported(place, threshold):
+    """0 and 1 stand in shapes, 0.45 in suppression; the check changes the score's alone."""
+    file = place / f"at-{threshold}.onnx"
+    args = ("--score-threshold", threshold, "--output", str(file))
+    assert main(["export", str(place / "model.ckpt"), *args]) == 0
+    assert file.is_file()

@@ -18,6 +18,7 @@ from tests.kill_and_resume import STEPS, STEPS_PER_EPOCH, arguments, write_recip
 from yolo_lightning import signals
 from yolo_lightning.__main__ import main
 from yolo_lightning.callbacks import preemption
+from yolo_lightning.errors import InputError
 
 ENVIRONMENT = {
     **os.environ, "PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
@@ -109,6 +110,77 @@ def test_a_stop_in_a_validation_does_it_anew(whole, tmp_path):
     assert fit(reference, "--data.detection_batch_size=2") == 0
     assert resumed == Alarm.figures
     assert not mismatches(entries(reference), entries(tmp_path), STEPS)
+
+
+def test_a_whole_run_can_be_made_longer(whole, tmp_path):
+    write_recipe(tmp_path)
+    Alarm.set(step=10_000)
+    assert fit(tmp_path) == 0
+    assert fit(tmp_path) == 0
+    assert len(entries(tmp_path)) == STEPS, "nothing is left to do"
+    assert fit(tmp_path, "--trainer.max_epochs=5") == 0
+    assert [entry[0] for entry in entries(tmp_path)] == list(range(STEPS + STEPS_PER_EPOCH))
+    assert [step for step, _ in Alarm.figures] == [6, 12, 18, 24, 30]
+
+
+def test_accumulated_steps_are_never_cut_in_two(tmp_path):
+    parts = "--trainer.accumulate_grad_batches=2"
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    write_recipe(reference)
+    Alarm.set(step=10_000)
+    assert fit(reference, parts) == 0
+    write_recipe(tmp_path)
+    for step in (2, 8):  # the first halves of steps
+        Alarm.set(step=step)
+        with pytest.raises(SystemExit):
+            fit(tmp_path, parts)
+        assert len(entries(tmp_path)) == step + 2
+    Alarm.set(step=10_000)
+    assert fit(tmp_path, parts) == 0
+    assert not mismatches(entries(reference), entries(tmp_path), STEPS)
+    assert len(entries(tmp_path)) == STEPS
+
+
+def test_a_checkpoint_that_is_named_is_where_a_job_begins_the_first_time_only(tmp_path):
+    write_recipe(tmp_path)
+    Alarm.set(step=3)
+    with pytest.raises(SystemExit):
+        fit(tmp_path)
+    (base,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
+    job = tmp_path / "job"
+    job.mkdir()
+    write_recipe(job)
+    Alarm.set(step=5)
+    named = f"--ckpt_path={base}"
+    other = f"--trainer.default_root_dir={job}/runs"
+    diary = ("--trainer.callbacks+=tests.diary.Diary", f"--trainer.callbacks.folder={job}")
+    with pytest.raises(SystemExit):
+        fit(tmp_path, named, other, *diary)
+    Alarm.set(step=10_000)
+    assert fit(tmp_path, named, other, *diary) == 0
+    assert [entry[0] for entry in entries(job)] == list(range(4, STEPS))
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    from yolo_lightning import runs
+
+    process = os.fork()
+    if not process:
+        runs.hold(tmp_path)
+        (tmp_path / "held").write_text("")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        until = time.monotonic() + 20
+        while not (tmp_path / "held").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        with pytest.raises(InputError, match="another training is writing there"):
+            runs.hold(tmp_path)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    runs.hold(tmp_path)
 
 
 def test_the_time_limit_puts_the_job_back_into_the_queue_once(tmp_path, monkeypatch):

@@ -109,6 +109,9 @@ def console() -> int:
     """Run a command for a shell; who reads its output may stop reading, as `head` does."""
     try:
         return main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -32,6 +32,7 @@ from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation import DetectionEvaluation
 from yolo_lightning.mistakes import check_level
+from yolo_lightning.preflight import recipes_named
 from yolo_lightning.recipe_errors import readable
 from yolo_lightning.report import (
     Evaluated,
@@ -75,6 +76,7 @@ class RecipeCLI(LightningCLI):
         self.command_line = list(args)
         self.run_folder: Path | None = None
         self.job_folder: Path | None = None
+        self.values = Namespace()
         self.tracked_run: str | None = None
         RecipeParser.recipes = _config_files(args)
         super().__init__(
@@ -151,14 +153,14 @@ class RecipeCLI(LightningCLI):
         Raises:
             InputError: none of both is sound.
         """
-        if config.ckpt_path:
-            return str(sound_checkpoint(config.ckpt_path))
         if config.resume != "auto":
-            return None
+            return str(sound_checkpoint(config.ckpt_path)) if config.ckpt_path else None
         root = runs.root_of(config, RecipeParser.recipes)
         job = runs.job_of(os.environ)
         self.job_folder = None if job is None else root / job
         found = runs.newest_state(root if self.job_folder is None else self.job_folder)
+        if found is None and config.ckpt_path:  # the first start of a job that goes on from it
+            found = sound_checkpoint(config.ckpt_path)
         rank_zero_only(print)(f"resuming: {found}" if found else "nothing to resume: beginning")
         return None if found is None else str(found)
 
@@ -168,9 +170,11 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's own folder; checkpoints go there unless the recipe says where."""
         config = self.config[self.config.subcommand]
+        self.values = config.clone()
         if self.config.subcommand == "fit":
             root = runs.root_of(config, RecipeParser.recipes)
             self.run_folder = runs.run_folder(root, config.ckpt_path, self.job_folder)
+            runs.hold(self.run_folder)
             config.trainer.default_root_dir = str(self.run_folder)
             checkpoints = str(self.run_folder / "checkpoints")
         else:
@@ -233,7 +237,8 @@ class RecipeCLI(LightningCLI):
 
     def _resolved(self) -> dict[str, Any]:
         parser = self._parser(self.config.subcommand)
-        config: Namespace = self.config[self.config.subcommand].clone()
+        # as asked for, without this run's own folder: it serves as a recipe of the next one
+        config: Namespace = self.values.clone()
         config.pop("config", None)
         config.pop("resume", None)
         return dict(yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True)))
@@ -404,12 +409,7 @@ def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Namespace:
 
 def _config_files(args: Sequence[str]) -> list[str]:
     """Return the recipes that a command line names, refusing those that are missing."""
-    files = []
-    for k, arg in enumerate(args):
-        if arg in ("--config", "-c") and k + 1 < len(args):
-            files.append(args[k + 1])
-        elif arg.startswith("--config="):
-            files.append(arg.removeprefix("--config="))
+    files = recipes_named(args)
     for file in files:
         if not Path(file).is_file():
             raise InputError(f"recipe {file!r} not found (working folder: {Path.cwd()})")

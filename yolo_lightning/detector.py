@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -242,6 +243,7 @@ class DetectorModule(pl.LightningModule):
 
         Raises:
             InputError: a network input that is no multiple of the stride.
+            InputError: pixels of another kind.
             UnreadableSample: the file is missing, no image, broken, or too large.
         """
         fitted, size_hw_orig = self.fitted(image, image_size)
@@ -259,7 +261,7 @@ class DetectorModule(pl.LightningModule):
         Raises:
             InputError: not a multiple of the stride.
         """
-        size = image_size or self.hparams["image_size"]
+        size = self.hparams["image_size"] if image_size is None else image_size
         size_hw = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         stride = self.network.stride
         if any(side < stride or side % stride for side in size_hw):
@@ -282,6 +284,10 @@ class DetectorModule(pl.LightningModule):
         if isinstance(image, str | Path):
             pixels, size_hw_orig = read_image(Path(image).expanduser(), max(size_hw))
         else:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise InputError(
+                    f"an image of {image.dtype} {image.shape}; allowed: uint8 (H, W, 3), RGB"
+                )
             pixels, size_hw_orig = image, (image.shape[0], image.shape[1])
         square, *_ = fit(pixels, size_hw, self.hparams["resize"], size_hw_orig)
         return torch.from_numpy(square).permute(2, 0, 1), size_hw_orig

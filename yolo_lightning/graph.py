@@ -173,7 +173,11 @@ class DetectorGraph(nn.Module):
         self.network, self.settings, self.suppress = _traceable(network), settings, suppress
         self.descent = TreeDescent(tree, settings.tree_threshold)
         # a buffer, not a number: it keeps its name in the files, where it can be lowered
-        self.register_buffer(SCORE_THRESHOLD, torch.tensor(float(settings.score_threshold)))
+        # a float of its own, one step up: equal constants of a graph become one, and the check of
+        # an export changes this one alone
+        threshold = torch.tensor(float(settings.score_threshold))
+        own = torch.nextafter(threshold, torch.tensor(torch.inf))
+        self.register_buffer(SCORE_THRESHOLD, own)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, sizes_hw_orig: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -104,8 +104,11 @@ def check_trainer(trainer: pl.Trainer) -> None:
         raise InputError(
             "trainer.sync_batchnorm is true; on CPUs batch norm cannot be synchronised"
         )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise InputError("trainer.gradient_clip_algorithm is value; allowed: norm")
     every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
-    if isinstance(every, int) and every % parts:
+    whole = isinstance(every, int) or every == 1.0
+    if parts > 1 and (not whole or (isinstance(every, int) and every % parts)):
         raise InputError(
             f"trainer.val_check_interval is {every}; allowed: multiples of "
             f"trainer.accumulate_grad_batches, {parts}"

@@ -74,6 +74,11 @@ def _recipes_in(args: Sequence[str]) -> dict[str, bool]:
     return found
 
 
+def recipes_named(args: Sequence[str]) -> list[str]:
+    """Return the files that `--config`, in whatever form, names as recipes."""
+    return [path for path, or_dataset in _recipes_in(args).items() if not or_dataset]
+
+
 def _flat(held: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Return values by dotted key; lists stay whole."""
     found: dict[str, Any] = {}

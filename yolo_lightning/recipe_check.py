@@ -34,9 +34,10 @@ _OPEN_KEYS = {"mapping", "metadata", "tags"}  # mappings whose keys are anybody'
 # Lightning's classes take functions in many places; these parameters of theirs are texts
 _TEXT_KEYS = {
     "artifact_location", "attr_name", "batch_arg_name", "checkpoint_name", "config",
-    "default_root_dir", "dir", "dirpath", "exclude_batches_path", "experiment_name", "filename",
-    "metadata", "monitor", "name", "nvme_path", "parameter_names", "prefix", "project", "root_dir",
-    "run_id", "run_name", "save_dir", "sub_dir", "tags", "tracking_uri", "version", "workspace",
+    "default_root_dir", "dir", "dirpath", "entity", "exclude_batches_path", "experiment_name",
+    "filename", "group", "job_type", "metadata", "monitor", "name", "notes", "nvme_path",
+    "parameter_names", "prefix", "project", "root_dir", "run_id", "run_name", "save_dir",
+    "sub_dir", "tags", "tracking_uri", "version", "workspace",
 }  # fmt: skip
 _WRITTEN_KEYS = {
     "artifact_location", "default_root_dir", "dir", "dirpath", "filename", "folder", "name",

@@ -1,9 +1,11 @@
 """Where runs lie: their folders, their checkpoints, and what is measured of these."""
 
+import fcntl
 import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,7 +16,7 @@ from yolo_lightning.checkpoints import sound_checkpoint
 from yolo_lightning.errors import InputError
 
 BEST = "best.ckpt"
-_RECORD = "resolved.yaml"
+_RECORD, _LOCK = "resolved.yaml", ".lock"
 
 
 def rank() -> int:
@@ -91,6 +93,33 @@ def run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = Non
             number += 1
         else:
             return folder
+
+
+_held: list[IO[str]] = []
+
+
+def hold(folder: Path) -> None:
+    """Keep other trainings out of a run's folder until this process ends; on rank 0.
+
+    A lock of the process, which forked loader workers neither share nor outlive.
+
+    Raises:
+        InputError: another process trains there.
+    """
+    if rank() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("w")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another training is writing there; wait for its end, or leave out "
+            "--resume auto for a run of its own"
+        ) from None
+    except OSError:
+        return  # a file system without locks
+    _held[:] = [lock]
 
 
 def numbered_folder(parent: Path, name: str) -> Path:

@@ -96,6 +96,11 @@ def is_stream(place: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", place, re.IGNORECASE) is not None
 
 
+def without_password(place: str) -> str:
+    """Return an address without user name and password."""
+    return re.sub(r"(?<=://)[^/]*@", "", place)
+
+
 def is_camera(place: str) -> bool:
     """Tell whether this is the number of a camera: ``0`` is ``/dev/video0``."""
     return re.fullmatch(r"[0-9]{1,4}", place) is not None
@@ -134,7 +139,7 @@ class VideoReader:
     def __init__(
         self, place: str | Path, start_s: float = 0.0, duration_s: float | None = None
     ) -> None:
-        self.place = re.sub(r"(?<=://)[^/]*@", "", str(place))
+        self.place = without_password(str(place))
         if not 0 <= start_s < math.inf:
             raise InputError(f"{self.place}: the start is {start_s:g} s; allowed: 0 or more")
         if duration_s is not None and not 0 < duration_s < math.inf:

@@ -25,7 +25,9 @@ if [ -f .venv/bin/activate ]; then
 fi
 
 NODES=${NODES:-1}
-DEVICES=${DEVICES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+if [ "${DEVICES:-auto}" = auto ]; then
+    DEVICES=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
 MASTER=${MASTER:-127.0.0.1:29500}
 RUN_ID=${RUN_ID:-$(basename "$recipe" .yaml)}
 # SITE: the interface between the machines, where NCCL or gloo choose another one

@@ -1,7 +1,7 @@
 """`yolo-lightning detect`: find objects in images, video, and streams."""
 
 import argparse
-import itertools
+import signal
 import sys
 import time
 from collections import deque
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 READ_AHEAD, WRITE_BEHIND = 3, 3
 _RECENT = 30
+STOPPED = 130
+"""Exit code where somebody ended it before its end, as shells have it."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("letterbox", "stretch"),
         help="whole on grey, or each side by itself; as the model was trained",
     )
-    add("--classes", nargs="+", metavar="NAME", help="only these, each with all that lies below it")
+    add(
+        "--classes",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="only these, each with all that lies below it; after the sources",
+    )
     add("--start", type=float, metavar="S", help="of videos: seconds to skip")
     add("--duration", type=float, metavar="S", help="of videos: seconds to do")
     add("--batch-size", type=int, default=8, help="images at a time; 8; live sources: 1")
@@ -62,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--format",
         nargs="+",
+        action="extend",
         choices=("coco", "yolo", "csv"),
-        default=["coco"],
-        help="detections.json, a text an image, detections.csv; coco",
+        help="detections.json, a text an image, detections.csv; coco; after the sources",
     )
     add("--no-pictures", action="store_true", help="write no annotated images and videos")
     add("--video-format", choices=("webm", "mp4"), default="webm", help="VP9 or H.264; webm")
@@ -124,15 +132,12 @@ def _model(options: argparse.Namespace, checkpoint: str | None) -> "DetectorModu
     return module
 
 
-def fresh_folder(output: str | None) -> Path:
-    """Return a folder to write to that holds nothing yet; it is not made.
+def named_folder(output: str) -> Path:
+    """Return a folder that somebody named to write to.
 
     Raises:
-        InputError: the named one holds files, or is a file.
+        InputError: it holds files, or is a file.
     """
-    if output is None:
-        numbers = itertools.count(1)
-        return next(f for k in numbers if not (f := Path(f"outputs/detect-{k:03}")).exists())
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {output!r} is a file; expected a folder")
@@ -156,6 +161,7 @@ class Tally:
 
     Attributes:
         frames, detections: how many.
+        stopped: whether somebody ended it.
         network_s, writing_s: seconds that each stage worked; reading is told by `Reading`.
         started: when.
     """
@@ -164,6 +170,7 @@ class Tally:
     detections: int = 0
     network_s: float = 0.0
     writing_s: float = 0.0
+    stopped: bool = False
     started: float = field(default_factory=time.perf_counter)
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
@@ -264,6 +271,7 @@ def run(
             writing.put(Done(frames, found, rate))
             _show(tally.frames, total, rate)
     except KeyboardInterrupt:
+        tally.stopped = True
         print("\nstopped; what was done is kept", file=sys.stderr)
     finally:
         try:
@@ -278,8 +286,7 @@ def _show(done: int, total: int | None, rate: float) -> None:
     """Show progress where somebody looks."""
     if sys.stderr.isatty():
         bar = f"{done}" if total is None else f"{done} of {total}"
-        end = "\n" if done == total else ""
-        print(f"\r{bar}, {rate:.1f} a second   ", end=end, file=sys.stderr, flush=True)
+        print(f"\r{bar}, {rate:.1f} a second   ", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -288,10 +295,11 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a bad option or model, and what could not be read, after all else is done.
     """
-    options = _parser().parse_args(list(argv))
+    options = _parser().parse_intermixed_args(list(argv))
+    options.format = options.format or ["coco"]
     _check(options)
     checkpoint, sources = _sources(options)
-    folder = fresh_folder(options.output)
+    folder = named_folder(options.output) if options.output is not None else None
 
     from yolo_lightning.commands.detect_inputs import Reading, in_batches, places_in
 
@@ -302,17 +310,37 @@ def main(argv: Sequence[str]) -> None:
     module = _model(options, checkpoint)
     size_hw = module.size_hw(options.image_size)
     find = _finder(module, options)
+    if folder is None:
+        from yolo_lightning.runs import numbered_folder
+
+        folder = numbered_folder(Path("outputs"), "detect")
     reading = Reading(
-        size_hw, module.hparams["resize"], options.start or 0.0, options.duration, failures=[]
+        size_hw,
+        module.hparams["resize"],
+        options.start or 0.0,
+        options.duration,
+        whole_images=not options.no_pictures,
+        failures=[],
     )
     batches = in_batches(reading.frames(places), options.batch_size)
     outputs = _outputs(folder, module, options)
+    # who is told to stop keeps what was done, as after Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         tally = run(batches, find, outputs, len(places) if still else None)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        said = f"{folder}: cannot be written ({error.strerror or error})"
+        raise InputError("\n  ".join([said, *reading.failures])) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if tally.frames:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # below the progress
         print(tally.summary(reading.seconds))
         print(f"written to {folder}")
+    elif options.output is None:
+        folder.rmdir()
+    if tally.stopped and any(place.kind != "live" for place in places):
+        raise SystemExit(STOPPED)
     if reading.failures:
         raise InputError("not read, or not to the end:\n  " + "\n  ".join(reading.failures))

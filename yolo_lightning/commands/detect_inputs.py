@@ -18,6 +18,7 @@ from yolo_lightning.video import (
     is_camera,
     is_stream,
     is_video,
+    without_password,
 )
 
 T = TypeVar("T")
@@ -31,11 +32,13 @@ class Place:
 
     Attributes:
         where: path, address, or number of a camera.
+        shown: the same without a password, for files and messages.
         name: what written files are called: a relative path without its ending, no two the same.
         kind: `live` for cameras and addresses, whose frames cannot wait for each other.
     """
 
     where: str
+    shown: str
     name: str
     kind: Literal["image", "video", "live"]
 
@@ -46,25 +49,21 @@ class Frame:
 
     Attributes:
         place: where it is from.
-        image: uint8 (H, W, 3), RGB, as it was taken.
+        image: uint8 (H, W, 3), RGB, as it was taken; smaller where nobody is to see it.
         fitted: uint8 (h, w, 3), the network input.
+        size_hw_orig: height and width of the file's own image, px.
         number: of a video's frame, from 0 on.
         time_s: of a video's frame.
         frames_per_second: of the video.
-        size_hw_orig: height and width of `image`, px.
     """
 
     place: Place
     image: Image
     fitted: Image
+    size_hw_orig: tuple[int, int]
     number: int = 0
     time_s: float = 0.0
     frames_per_second: float = 0.0
-
-    @property
-    def size_hw_orig(self) -> tuple[int, int]:
-        """Height and width of `image`, px."""
-        return self.image.shape[0], self.image.shape[1]
 
 
 def places_in(sources: Sequence[str]) -> list[Place]:
@@ -115,16 +114,29 @@ def kind_of(file: Path) -> Literal["image", "video"]:
 
 
 def _below(folder: Path) -> list[Path]:
-    found = sorted(file for file in folder.rglob("*") if is_image(file) or is_video(file))
+    found = sorted(
+        file
+        for file in folder.rglob("*")
+        if (is_image(file) or is_video(file)) and not file.is_dir() and not _written_here(file)
+    )
     if not found:
         raise InputError(f"{str(folder)!r}: holds no images and no videos")
     return found
 
 
+def _written_here(file: Path) -> bool:
+    """Tell what an earlier call has written by the folder that it chose."""
+    whole = file.resolve().parts
+    return any(
+        first == "outputs" and second.startswith("detect-")
+        for first, second in zip(whole, whole[1:], strict=False)
+    )
+
+
 def _listed(file: Path) -> list[Path]:
     """Return the paths of a list; relative ones are looked up here, then beside the list."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not a list of paths ({error})") from None
     paths = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
@@ -140,14 +152,15 @@ def _named_apart(
     places: dict[str, Place] = {}
     taken: set[str] = set()
     for where, relative, kind in found:
-        if where in places:
+        same = where if kind == "live" else str(Path(where).resolve())
+        if same in places:
             continue
         stem = str(relative.with_suffix("")) if kind != "live" else str(relative)
         name, number = stem, 2
         while name in taken:
             name, number = f"{stem}-{number}", number + 1
         taken.add(name)
-        places[where] = Place(where, name, kind)
+        places[same] = Place(where, without_password(where), name, kind)
     return list(places.values())
 
 
@@ -159,6 +172,7 @@ class Reading:
         size_hw: of the network input, px.
         resize: how images are fitted into it.
         start_s, duration_s: of videos; all of them where None.
+        whole_images: whether images are to be drawn on.
         failures: a sentence for each place that could not be read, or not to its end.
         seconds: spent reading and fitting.
     """
@@ -167,6 +181,7 @@ class Reading:
     resize: Resize
     start_s: float
     duration_s: float | None
+    whole_images: bool
     failures: list[str]
     seconds: float = 0.0
 
@@ -190,9 +205,9 @@ class Reading:
         path = Path(place.where)
         image, size_hw_orig = read_image(path, max(self.size_hw))
         fitted, *_ = fit(image, self.size_hw, self.resize, size_hw_orig)
-        if image.shape[:2] != size_hw_orig:  # decoded smaller, as for validation
+        if self.whole_images and image.shape[:2] != size_hw_orig:  # decoded smaller, to be fitted
             image, _ = read_image(path)
-        yield Frame(place, image, fitted)
+        yield Frame(place, image, fitted, size_hw_orig)
 
     def _video(self, place: Place) -> Iterator[Frame]:
         with VideoReader(place.where, self.start_s, self.duration_s) as video:
@@ -201,7 +216,8 @@ class Reading:
             live = place.kind == "live" and video.frame_count is None
             for number, (image, time_s) in enumerate(newest(video) if live else video):
                 fitted, *_ = fit(image, self.size_hw, self.resize)
-                yield Frame(place, image, fitted, number, time_s, rate)
+                size_hw = (image.shape[0], image.shape[1])
+                yield Frame(place, image, fitted, size_hw, number, time_s, rate)
 
 
 def in_batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:

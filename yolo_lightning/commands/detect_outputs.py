@@ -15,9 +15,11 @@ from yolo_lightning.pictures import annotated, save, stamp
 from yolo_lightning.video import VideoWriter
 from yolo_lightning.wordtree import WordTree
 
+_MOST_JPEG_SIDE = 65_500
+
 
 class Output(ABC):
-    """Takes frames in their order; a context, so that what was done is whole when something ends.
+    """Takes frames in their order; `close` makes what was done whole, however it ends.
 
     Args:
         folder: where its files go; made by the first one.
@@ -56,7 +58,9 @@ class Pictures(Output):
         """Write an image, or a video's next frame."""
         image = annotated(frame.image, found)
         if frame.place.kind == "image":
-            save(self.folder / f"{frame.place.name}.jpg", image)
+            # JPEG ends at 65,500 px a side
+            suffix = ".jpg" if max(image.shape) <= _MOST_JPEG_SIDE else ".png"
+            save(self.folder / f"{frame.place.name}{suffix}", image)
             return
         if self.overlay:
             stamp(image, f"{frames_per_second:.1f} frames/s")
@@ -79,8 +83,8 @@ class Pictures(Output):
 class COCOFile(Output):
     """One JSON file in COCO's form: images, categories, and annotations with a score.
 
-    Its `annotations` are a list of results as COCO's own tools load it. Written as frames come,
-    so that hours of video take no memory.
+    Its `annotations` are a list of results as COCO's own tools load it; they are written as frames
+    come, so that hours of video take little memory.
     """
 
     def __init__(self, folder: Path, tree: WordTree) -> None:
@@ -96,7 +100,7 @@ class COCOFile(Output):
         height, width = frame.size_hw_orig
         number = len(self._images) + 1
         entry: dict[str, Any] = {
-            "id": number, "file_name": frame.place.where, "width": width, "height": height,
+            "id": number, "file_name": frame.place.shown, "width": width, "height": height,
         }  # fmt: skip
         if frame.place.kind != "image":
             entry |= {"frame": frame.number, "time_s": round(frame.time_s, 6)}
@@ -134,16 +138,19 @@ class COCOFile(Output):
 
 
 class YOLOFiles(Output):
-    """A text an image: class, centre and size relative to the image, score; `classes.txt`."""
+    """A text an image: class, centre and size relative to the image, score; `classes.txt`.
+
+    Texts of a video's frames have a folder of their own.
+    """
 
     def add(self, frame: Frame, found: Sequence[Detection], frames_per_second: float) -> None:
         """Write the boxes of a frame; an image where nothing was found gets an empty text."""
         folder = self.folder / "labels"
-        if not (folder / "classes.txt").exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "classes.txt").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             names = "".join(f"{name}\n" for name in self.tree.names)
-            (folder / "classes.txt").write_text(names, encoding="utf-8")
-        part = "" if frame.place.kind == "image" else f"_{frame.number:06}"
+            (self.folder / "classes.txt").write_text(names, encoding="utf-8")
+        part = "" if frame.place.kind == "image" else f"/{frame.number:06}"
         height, width = frame.size_hw_orig
         lines = []
         for one in found:
@@ -172,14 +179,16 @@ class CSVFile(Output):
         """Write the rows of a frame; corners in px of the original image."""
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / "detections.csv").open("w", encoding="utf-8", newline="")
+            self._file = (self.folder / "detections.csv").open(
+                "w", encoding="utf-8", errors="backslashreplace", newline=""
+            )
             csv.writer(self._file).writerow(self.HEAD)
         moment = ("", "") if frame.place.kind == "image" else (frame.number, f"{frame.time_s:.3f}")
         rows = csv.writer(self._file)
         for one in found:
             corners = [f"{v:.3f}" for v in one.box_xyxy_orig_px]
             told = (one.name, one.key, f"{one.score:.6f}")
-            rows.writerow([frame.place.where, *moment, *told, *corners])
+            rows.writerow([frame.place.shown, *moment, *told, *corners])
 
     def close(self) -> None:
         """Close the file."""

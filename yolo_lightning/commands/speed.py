@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from yolo_lightning.commands.detect import named_folder
 from yolo_lightning.errors import InputError, nearest
 
 SIZES = (288, 352, 416, 480, 544, 608)
@@ -58,12 +59,7 @@ def _folder(output: str | None, checkpoint: str) -> Path:
     if output is None:
         places = (Path(f"outputs/speed/{Path(checkpoint).stem}-{k:03}") for k in itertools.count(1))
         return next(place for place in places if not place.exists())
-    folder = Path(output).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {output!r} is a file; expected a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"--output {output!r} holds files; nothing is overwritten: name another")
-    return folder
+    return named_folder(output)
 
 
 def main(argv: Sequence[str]) -> None:
