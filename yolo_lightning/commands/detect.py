@@ -14,13 +14,13 @@ from yolo_lightning.commands.darknet_options import add_options
 from yolo_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from yolo_lightning.commands.detect_inputs import Frame
+    from yolo_lightning.commands.detect_inputs import Frame, Reading
     from yolo_lightning.commands.detect_outputs import Output
     from yolo_lightning.detections import Detection
     from yolo_lightning.detector import DetectorModule
 
 READ_AHEAD, WRITE_BEHIND = 3, 3
-_RECENT = 30
+_RECENT, _BAR = 30, 30
 STOPPED = 130
 """Exit code where somebody ended it before its end, as shells have it."""
 
@@ -238,7 +238,7 @@ def _outputs(folder: Path, module: "DetectorModule", options: argparse.Namespace
 
 
 def run(
-    batches: "Iterator[list[Frame]]", find: Any, outputs: "Sequence[Output]", total: int | None
+    batches: "Iterator[list[Frame]]", find: Any, outputs: "Sequence[Output]", reading: "Reading"
 ) -> Tally:
     """Find objects in every batch and write them; reading, network and writing overlap.
 
@@ -248,7 +248,7 @@ def run(
         batches: of frames.
         find: from a batch to what is in each frame.
         outputs: what is written.
-        total: number of images, where it is known.
+        reading: knows how many frames there are.
     """
     from yolo_lightning.commands.detect_inputs import Behind, ahead
 
@@ -269,7 +269,7 @@ def run(
             tally.network_s += time.perf_counter() - started
             rate = tally.count(len(frames), sum(len(one) for one in found))
             writing.put(Done(frames, found, rate))
-            _show(tally.frames, total, rate)
+            _show(tally.frames, reading.expected, rate)
     except KeyboardInterrupt:
         tally.stopped = True
         print("\nstopped; what was done is kept", file=sys.stderr)
@@ -285,7 +285,10 @@ def run(
 def _show(done: int, total: int | None, rate: float) -> None:
     """Show progress where somebody looks."""
     if sys.stderr.isatty():
-        bar = f"{done}" if total is None else f"{done} of {total}"
+        bar = f"{done} frames"
+        if total:
+            full = min(_BAR, done * _BAR // total)
+            bar = f"[{'#' * full}{'.' * (_BAR - full)}] {done} of {total}"
         print(f"\r{bar}, {rate:.1f} a second   ", end="", file=sys.stderr, flush=True)
 
 
@@ -327,7 +330,7 @@ def main(argv: Sequence[str]) -> None:
     # who is told to stop keeps what was done, as after Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        tally = run(batches, find, outputs, len(places) if still else None)
+        tally = run(batches, find, outputs, reading)
     except OSError as error:
         said = f"{folder}: cannot be written ({error.strerror or error})"
         raise InputError("\n  ".join([said, *reading.failures])) from None

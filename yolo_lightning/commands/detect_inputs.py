@@ -175,6 +175,7 @@ class Reading:
         whole_images: whether images are to be drawn on.
         failures: a sentence for each place that could not be read, or not to its end.
         seconds: spent reading and fitting.
+        expected: frames of all places; None where a length is not known (yet).
     """
 
     size_hw: tuple[int, int]
@@ -184,9 +185,13 @@ class Reading:
     whole_images: bool
     failures: list[str]
     seconds: float = 0.0
+    expected: int | None = None
 
     def frames(self, places: Sequence[Place]) -> Iterator[Frame]:
         """Yield the frames of all places, one place after the other."""
+        if all(place.kind == "image" for place in places):
+            self.expected = len(places)
+        self._alone = len(places) == 1
         for place in places:
             reading = self._image(place) if place.kind == "image" else self._video(place)
             while True:
@@ -212,6 +217,8 @@ class Reading:
     def _video(self, place: Place) -> Iterator[Frame]:
         with VideoReader(place.where, self.start_s, self.duration_s) as video:
             rate = float(video.frames_per_second)
+            if self._alone:
+                self.expected = video.frame_count
             # what is live goes on while the network works: it looks at the newest frame
             live = place.kind == "live" and video.frame_count is None
             for number, (image, time_s) in enumerate(newest(video) if live else video):
