@@ -1,6 +1,5 @@
 """`fit`, `validate` and `test`: Lightning's CLI over recipes, with our precedence and copies."""
 
-import contextlib
 import logging
 import os
 import shlex
@@ -199,8 +198,7 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
         except Exception as error:
             if self.run_folder is not None:
-                with contextlib.suppress(OSError):  # it holds a run, or only rank 0 has it
-                    self.run_folder.rmdir()
+                runs.leave(self.run_folder)
             raise _input_error_behind(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -1,5 +1,6 @@
 """Where runs lie: their folders, their checkpoints, and what is measured of these."""
 
+import contextlib
 import fcntl
 import re
 import time
@@ -120,6 +121,14 @@ def hold(folder: Path) -> None:
     except OSError:
         return  # a file system without locks
     _held[:] = [lock]
+
+
+def leave(folder: Path) -> None:
+    """Remove a run's folder that nothing was written to."""
+    with contextlib.suppress(OSError):
+        if rank() == 0 and [path.name for path in folder.iterdir()] in ([], [_LOCK]):
+            (folder / _LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def numbered_folder(parent: Path, name: str) -> Path:
