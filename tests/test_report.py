@@ -333,8 +333,8 @@ def test_a_checkpoint_from_elsewhere_is_reported_under_the_recipe_s_folder(workp
     (folder,) = (workplace / "outputs/quickstart").iterdir()
     assert folder.name == "test-001"
     assert report_in(folder)["checkpoint"] == "elsewhere.ckpt"
-    # two images read of five
-    options = ["--ckpt_path=elsewhere.ckpt", "--trainer.limit_test_batches=1"]
+    # two images read of five, one batch of three
+    options = ["--ckpt_path=elsewhere.ckpt", "--trainer.limit_test_batches=0.4"]
     assert main(["test", *TINY, *options]) == 0
     assert report_in(folder.with_name("test-002"))["images"] == 2
 
