@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = nearest(args[0], COMMANDS) or f"allowed: {', '.join(COMMANDS)}"
         print(f"yolo-lightning: unknown command {args[0]!r}; {hint}", file=sys.stderr)
         return 2
-    # two processes on one machine: threads that spin while they wait slow each other 30-fold
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if args[0] != "detect":  # one process, its threads always at work
+        # two processes on one machine: threads that spin while they wait slow each other 30-fold
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # before the long imports: a job may be told to stop at any moment
     handlers = signals.listen() if args[0] == "fit" else {}
     try:
