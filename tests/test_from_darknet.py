@@ -47,7 +47,7 @@ def test_every_step_runs_and_leaves_what_the_page_says(files):
         for second in range(92):
             writer.write(miniatures.picture(), float(second))
     ours = [line for line in commands() if line.startswith("yolo-lightning ")]
-    assert len(ours) == 6
+    assert len(ours) == 7
     for line in ours:
         assert main(shlex.split(line)[1:]) == 0, line
     assert (files / "one/dog.jpg").is_file()
