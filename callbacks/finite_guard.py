@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.callbacks.last_checkpoint import most_over_ranks
 from yolo_lightning.errors import InputError
 
 Batch = DetectionBatch | ClassificationBatch
@@ -87,12 +88,11 @@ class FiniteGuard(pl.Callback):
         self._overflows = 0 if finite else self._overflows + 1
         overflow = scaled and self._overflows <= _MOST_OVERFLOWS
         own = 2 if any(self._bad) else int(not finite and not overflow)
-        worst = torch.tensor(float(own), device=trainer.strategy.root_device)
-        worst = trainer.strategy.reduce(worst, reduce_op="max")
-        if not bool(worst):
+        worst = most_over_ranks(trainer, own)
+        if not worst:
             self._in_a_row = 0
             return
-        bad = own == int(worst)
+        bad = own == worst
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
         if self._kept:
             torch._foreach_copy_(self._statistics, self._kept)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
@@ -173,6 +174,14 @@ class LastCheckpoint(Checkpoint):
             return problem
         self._known_sound = True
         return ""
+
+
+def most_over_ranks(trainer: pl.Trainer, value: int) -> int:
+    """Return the largest value that a rank has; alone, a process asks no device."""
+    if trainer.world_size == 1:
+        return value
+    own = torch.tensor(float(value), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(own, reduce_op="max"))
 
 
 def is_whole_step(trainer: pl.Trainer, batch_idx: int) -> bool:

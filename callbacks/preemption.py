@@ -5,12 +5,11 @@ import subprocess
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from yolo_lightning import signals
-from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint, is_whole_step
+from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint, is_whole_step, most_over_ranks
 
 STOPPED = 143
 """Exit code of a training that was asked to stop: 128 + SIGTERM, what schedulers expect."""
@@ -65,8 +64,7 @@ class Preemption(Checkpoint):
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        own = torch.tensor(float(signals.asked()), device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(own, reduce_op="max"))
+        number = most_over_ranks(trainer, signals.asked())
         if not number:
             return
         names = {int(one): one.name for one in signals.SIGNALS}
