@@ -32,6 +32,8 @@ MASTER=${MASTER:-127.0.0.1:29500}
 RUN_ID=${RUN_ID:-$(basename "$recipe" .yaml)}
 # SITE: the interface between the machines, where NCCL or gloo choose another one
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# ranks that are started again would find the addresses of the dead ones in a store shared with the agents
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / DEVICES > 0 ? $(nproc) / DEVICES : 1))}
 
 exec torchrun --nnodes "$NODES" --nproc-per-node "$DEVICES" --node-rank "${NODE_RANK:-0}" \
