@@ -69,6 +69,27 @@ def test_breeds_under_boxes_that_say_cat_and_dog():
     assert "as boxes say:\n  cat" in figures.table()
 
 
+def test_every_level_of_the_tree_is_measured_by_its_own_names():
+    figures = evaluation([2, 3, 4], boxed=[2, 3, 4])
+    ((level, stands_for, asked),) = figures.levels
+    assert (level, stands_for.tolist(), asked.tolist()) == (1, [0, 1, 0, 0, 1], [0, 1])
+    # a Manx taken for a Bengal is a cat all the same; a pug was taken for a cat
+    for truth, score in ((3, 0.9), (2, 0.8), (4, 0.7)):
+        batch = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[truth]]))
+        batch.sample_ids += len(figures.fine.truths)
+        told, named = found((HERE, 2, score)), found((HERE, 0, score))
+        figures.update(batch, [torch.tensor([HERE])], [told], [], [[named]])
+    means = figures.compute(torch.ones(5, dtype=torch.bool))
+    # a false Bengal before the right one: 1/2; no Manx and no pug
+    assert means["AP50"] == pytest.approx(1 / 6)
+    # both cats before the false one: 1; no dog
+    assert means["AP50_level1"] == 0.5
+    deep = WordTree([("0", "-", "0"), *((str(k), str(k - 1), str(k)) for k in range(1, 9))])
+    chain = DetectionEvaluation(deep)
+    chain.begin(torch.tensor([8]), torch.arange(9))
+    assert [number for number, *_ in chain.levels] == [1, 2, 3, 4]  # no more than four
+
+
 def test_a_dog_on_a_cat_names_nothing():
     figures = evaluation([2, 3, 4], boxed=[0, 1])
     add(figures, [HERE], [2], found((HERE, 4, 0.9), (HERE, 2, 0.3)), found((HERE, 1, 0.9)))

@@ -1,5 +1,6 @@
 """The LightningModule of the detector and the YOLO9000 joint loss."""
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ MOST_PAIRS = 8192
 """Most (box, class) pairs of an image that suppression compares; evaluation keeps 100 of them.
 Bounds the memory that a network takes while it is sure of nothing."""
 
+MOST_CLASSES = 1000
+"""Classes whose figures are logged one by one; reports hold those of all."""
 SHOWN = ("AP50", "AP50_boxed", "AP50_unboxed", "AP50_coarse")
 """Figures that stand beside the progress bar."""
 
@@ -404,6 +407,8 @@ class DetectorModule(pl.LightningModule):
         levels = [(fine, evaluation.nodes)]
         if evaluation.has_levels:
             levels.append((coarse, evaluation.coarse_nodes))
+        at_levels: list[list[Detections]] = [[] for _ in evaluation.levels]
+        levels += zip(at_levels, (nodes for *_, nodes in evaluation.levels), strict=True)
         images = self._candidates(batch.images, SCORE_THRESHOLD)
         for k, (image, size) in enumerate(zip(images, batch.sizes_hw_orig.tolist(), strict=True)):
             boxes = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
@@ -415,7 +420,7 @@ class DetectorModule(pl.LightningModule):
                 named, rows = self._described(image, size, size_hw, FOUND_SCORE, 0.5)
                 deepest, _ = self.tree.most_specific(image.logits[rows], 0.0)
                 evaluation.update_tree(batch, k, truths[k], named, deepest)
-        evaluation.update(batch, truths, fine, coarse)
+        evaluation.update(batch, truths, fine, coarse, at_levels)
 
     def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Collect detections and truths."""
@@ -433,6 +438,25 @@ class DetectorModule(pl.LightningModule):
         for name, value in self.evaluation.compute(self.boxed).items():
             # equal on every rank: the mean changes nothing, and all may monitor it
             self.log(f"{stage}/{name}", value, prog_bar=name in SHOWN, sync_dist=True)
+        each = self.class_figures()
+        if not self.trainer.sanity_checking and len(each) <= 2 * MOST_CLASSES:
+            # not by `log`, which would ask all ranks once for each class
+            connector = self.trainer._logger_connector
+            connector.log_metrics({f"{stage}/{k}": torch.tensor(v) for k, v in each.items()})
+
+    def class_figures(self) -> dict[str, float]:
+        """Return the newest AP50 and AP of each class, by name; by key where a name recurs."""
+        per_class = self.evaluation.per_class
+        names = dict(zip(self.tree.keys, self.tree.names, strict=True))
+        recurring = {
+            name for name, times in Counter(map(names.get, per_class)).items() if times > 1
+        }
+        return {
+            f"{measure}/{key if names[key] in recurring else names[key]}": row[measure]
+            for key, row in per_class.items()
+            for measure in ("AP50", "AP")
+            if measure in row
+        }
 
     def table(self) -> str:
         """Return the newest figures of each class as text."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -13,10 +14,13 @@ from yolo_lightning.boxes import pairwise_iou
 from yolo_lightning.boxtables import no_boxes
 from yolo_lightning.detections import Detections
 from yolo_lightning.metrics import COCO_FIGURES, PADDING, VOC_FIGURES, BoxAveragePrecision
+from yolo_lightning.mistakes import collapse
 from yolo_lightning.treemetrics import TreeAccuracy
 from yolo_lightning.wordtree import WordTree
 
 FOUND_SCORE, FOUND_IOU = 0.25, 0.5
+MOST_LEVELS = 4
+"""Levels of a tree that average precision is computed at: each costs as much as the classes do."""
 _GROUPS = {
     "_boxed": "classes with boxes",
     "_unboxed": "classes without boxes",
@@ -95,6 +99,9 @@ class DetectionEvaluation(nn.Module):
             levels, how many objects were found and how many of these got their name.
         per_coarse_class: those of the level that boxes taught.
         along_tree_figures: accuracy by depth and the kinds of mistakes, see `TreeAccuracy`.
+        levels: those of the tree that average precision is asked for at, from the top: number,
+            int64 (K,) what stands for each node there, int64 (L,) the classes; one that asks for
+            the same classes as the next one is left out, and no more than `MOST_LEVELS` are kept.
         truths, detections: float64 (N, 8), all that `per_class` was computed from, as
             `coco_evaluation` takes them: images are sample ids, boxes in px of the original
             images. In distributed runs the first rank has those of all, the others have none.
@@ -106,6 +113,8 @@ class DetectionEvaluation(nn.Module):
         self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
         self.names, self.along_tree = NameAccuracy(len(tree)), TreeAccuracy(tree)
         self.has_depth = tree.paths.shape[1] > 1
+        self.at_levels = nn.ModuleList(BoxAveragePrecision() for _ in range(MOST_LEVELS))
+        self.levels: list[tuple[int, Tensor, Tensor]] = []
         self.seen: Tensor | None = None
         self.figures: dict[str, float] = {}
         self.along_tree_figures: dict[str, float] = {}
@@ -122,13 +131,31 @@ class DetectionEvaluation(nn.Module):
             boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a
                 label that boxes carry; -1 where none is.
         """
-        for metric in (self.fine, self.coarse, self.names, self.along_tree):
+        for metric in self._metrics:
             metric.reset()
         self.nodes = nodes
+        self.levels = self._levels_of(nodes)
         own = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
         self.coarse_of = torch.where(boxed_ancestors >= 0, boxed_ancestors, own)
         self.coarse_nodes = self.coarse_of[nodes].unique()
         self.has_levels = not torch.equal(self.coarse_nodes, nodes.sort().values)
+
+    @property
+    def _metrics(self) -> list[Metric]:
+        levels = [metric for metric in self.at_levels if isinstance(metric, Metric)]
+        return [self.fine, self.coarse, self.names, self.along_tree, *levels]
+
+    def _levels_of(self, nodes: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """Return the levels that ask for other classes than the next one; see `levels`."""
+        every = np.arange(len(self.tree))
+        found, below = [], nodes.sort().values
+        for level in range(self.tree.paths.shape[1] - 1, 0, -1):
+            stands_for = torch.from_numpy(collapse(self.tree, every, level)).to(nodes.device)
+            asked = stands_for[nodes].unique()
+            if not torch.equal(asked, below):
+                found.append((level, stands_for, asked))
+            below = asked
+        return found[::-1][:MOST_LEVELS]
 
     def update(
         self,
@@ -136,6 +163,7 @@ class DetectionEvaluation(nn.Module):
         truths_xyxy_orig_px: Sequence[Tensor],
         fine: Sequence[Detections],
         coarse: Sequence[Detections],
+        at_levels: Sequence[Sequence[Detections]] = (),
     ) -> None:
         """Add a batch.
 
@@ -144,9 +172,15 @@ class DetectionEvaluation(nn.Module):
             truths_xyxy_orig_px: float (M, 4) of each image, without the batch's padding.
             fine: detections of each image, named by the nodes asked for.
             coarse: detections named by what boxes taught, where there are two levels.
+            at_levels: detections named by the classes of each of `levels`.
         """
         targets = _targets(batch, truths_xyxy_orig_px)
         self.fine.update([_told(found) for found in fine], targets)
+        for metric, (_, stands_for, _), named in zip(
+            self.at_levels, self.levels, at_levels, strict=False
+        ):
+            above = [{**target, "labels": stands_for[target["labels"]]} for target in targets]
+            metric.update([_told(found) for found in named], above)  # type: ignore[operator]
         if not coarse:
             return
         above = [{**target, "labels": self.coarse_of[target["labels"]]} for target in targets]
@@ -191,9 +225,10 @@ class DetectionEvaluation(nn.Module):
         ``AP50``, ``AP``, the others of COCO's twelve numbers and VOC's two over all classes asked
         for; ``_boxed`` and ``_unboxed`` over those that had boxes in training and those that had
         not, of these ``_below_boxed`` over those with an ancestor that had, ``_never_boxed`` over
-        the others; ``_coarse`` at the level that boxes taught; ``name_accuracy`` of the objects
-        found at that level; ``depth1`` … and the kinds of mistakes along a tree, shares of the
-        objects found. Groups without a class are left out, but for the first two.
+        the others; ``_coarse`` at the level that boxes taught; ``_level1`` and so on at `levels`;
+        ``name_accuracy`` of the objects found at the level that boxes taught; ``depth1`` … and
+        the kinds of mistakes along a tree, shares of the objects found. Groups without a class are
+        left out, but for the first two.
 
         Args:
             boxed: bool (K,), the classes that training boxes were labelled with.
@@ -207,7 +242,8 @@ class DetectionEvaluation(nn.Module):
         along = self.along_tree.compute() if self.has_depth else {}
         self.along_tree_figures = along if any(along.values()) else {}  # nothing was found
         self.truths, self.detections = self.fine.tables
-        for metric in (self.fine, self.coarse, self.names, self.along_tree):
+        at_levels = self._level_means()
+        for metric in self._metrics:
             metric.reset()
         self.per_class = {self.tree.keys[node]: dict(row) for node, row in fine.items()}
         self.per_coarse_class = {self.tree.keys[node]: dict(row) for node, row in coarse.items()}
@@ -222,8 +258,16 @@ class DetectionEvaluation(nn.Module):
             figures["name_accuracy"] = right / found if found else math.nan
         # the means are there already; -1 stands where there is nothing to say
         others = {k: v for k, v in self.fine.figures.items() if k not in figures and v >= 0}
-        self.figures = figures | others | self.along_tree_figures
+        self.figures = figures | at_levels | others | self.along_tree_figures
         return self.figures
+
+    def _level_means(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for metric, (level, _, _) in zip(self.at_levels, self.levels, strict=False):
+            assert isinstance(metric, BoxAveragePrecision)
+            metric.compute()
+            figures |= _means_of(list(metric.per_class.values()), f"_level{level}")
+        return figures
 
     def _means(self, fine: dict[int, dict[str, float]], boxed: Tensor) -> dict[str, float]:
         """Return AP50 and AP over all classes, and over those that had boxes and had none."""
