@@ -181,6 +181,34 @@ class CombinedDataModule(pl.LightningDataModule):
         labels = self.classification if uses_labels else None
         return boxes, labels.node_counts() if labels is not None else {}
 
+    def inputs(self) -> list[dict[str, Any]]:
+        """Return what training and its validations read, one entry a source; after `setup`.
+
+        Returns:
+            ``use`` (training, validation), ``holds`` (boxes, image labels), ``name``,
+            ``fingerprint``, ``images``, ``nodes`` and ``labelled``: objects, or images.
+        """
+        uses_labels = self.ratio or self.detection is None
+        used = [
+            ("training", "boxes", self.detection),
+            ("training", "image labels", self.classification if uses_labels else None),
+            ("validation", "boxes" if self.detection is not None else "", self.validation),
+        ]
+        return [
+            {
+                "use": use,
+                "holds": holds or "image labels",
+                "name": source.name,
+                "fingerprint": source.fingerprint(),
+                "images": len(source),
+                "nodes": len(source.node_counts()),
+                "labelled": sum(sum(c.values()) for c in source.node_counts().values()),
+            }
+            for use, holds, joined in used
+            if joined is not None and id(joined) in self._bound
+            for source in getattr(joined, "sources", [joined])
+        ]
+
     @property
     def boxed_nodes(self) -> Tensor:
         """int64, sorted: the nodes that training boxes are labelled with."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.index import Index, Parsed, cached
-from yolo_lightning.datamodules.source import Source
+from yolo_lightning.datamodules.source import Source, digest
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Header, read_header
 from yolo_lightning.wordtree import WordTree
@@ -79,6 +79,14 @@ class Indexed(Source):
     def node_counts(self) -> dict[int, Counter[str]]:
         """Return by node how many objects, or images, each name gives it."""
         return self._counts
+
+    def fingerprint(self) -> str:
+        """Return what changes with files' names, labels and boxes; no image is read."""
+        index = self.open()
+        names = list(index.facts["names"])
+        return digest(
+            names, *(part for name in sorted(index.arrays) for part in (name, index[name]))
+        )
 
     def image_path(self, index: int) -> Path:
         """Return where a sample's image is."""

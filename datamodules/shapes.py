@@ -8,7 +8,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, ImageLabelSource
+from yolo_lightning.datamodules.source import (
+    DetectionSample,
+    DetectionSource,
+    ImageLabelSource,
+    digest,
+)
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.images import Image
 from yolo_lightning.wordtree import WordTree
@@ -226,6 +231,12 @@ class ShapesDetection(DetectionSource):
         share = self.length * sum(self.objects) // 2 // len(self.classes)
         return {node: Counter({name: share}) for name, node in self._nodes.items()}
 
+    def fingerprint(self) -> str:
+        """Return what changes with the arguments."""
+        return digest(
+            self.length, self.classes, self.objects, self.radii, self.image_size, self.seed
+        )
+
     def read(self, index: int, least_side: int | None = None) -> DetectionSample:
         """Draw image `index`."""
         rng = np.random.default_rng((self.seed, 0, index))
@@ -275,6 +286,10 @@ class ShapesImageLabels(ImageLabelSource):
             node: Counter({name: share + (k < rest)})
             for k, (name, node) in enumerate(zip(self.classes, self._nodes, strict=True))
         }
+
+    def fingerprint(self) -> str:
+        """Return what changes with the arguments."""
+        return digest(self.length, self.classes, self.radii, self.image_size, self.seed)
 
     def read(self, index: int, least_side: int | None = None) -> tuple[Image, int]:
         """Draw image `index`."""

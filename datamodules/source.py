@@ -1,5 +1,6 @@
 """What a source of images is: the interface between files and batches."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -98,6 +99,11 @@ class Source(ABC):
         """Return what a sample is called: its file's path, or its number."""
         return f"{self.name} {index}"
 
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change with what the source holds, not with where."""
+        counts = sorted((node, sorted(c.items())) for node, c in self.node_counts().items())
+        return digest(type(self).__name__, len(self), counts)
+
 
 class DetectionSource(Source):
     """Images with boxes."""
@@ -172,6 +178,10 @@ class Several(Generic[S]):
                 total.setdefault(node, Counter()).update(counts)
         return total
 
+    def fingerprint(self) -> str:
+        """Return one that changes with any of theirs."""
+        return digest(*(source.fingerprint() for source in self.sources))
+
     def _place(self, index: int) -> tuple[S, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.sources[which], index - int(self._ends[which - 1] if which else 0)
@@ -203,6 +213,18 @@ class SeveralImageLabels(Several[ImageLabelSource], ImageLabelSource):
         """Return one sample of the source that the number falls to."""
         source, place = self._place(index)
         return source.read(place, least_side)
+
+
+def digest(*parts: object) -> str:
+    """Return 16 hexadecimal digits of texts, numbers and arrays."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype}{part.shape}".encode())
+            found.update(np.ascontiguousarray(part).data)
+        else:
+            found.update(repr(part).encode("utf-8", "surrogateescape"))
+    return found.hexdigest()[:16]
 
 
 def existing_folder(path: str | Path, what: str) -> Path:

@@ -139,6 +139,10 @@ class WordTree:
             return cls.flat(cast(Sequence[str], tree))
         return cls(tree)
 
+    def text(self) -> str:
+        """Return the lines that `read` takes."""
+        return "".join("\t".join(row) + "\n" for row in self.rows)
+
     def __len__(self) -> int:
         """Return K, the number of nodes."""
         return len(self.rows)

@@ -45,9 +45,7 @@ def write(tree: WordTree, output: str) -> None:
             return
         fresh = path.with_name(path.name + ".fresh")
         head = "# Key, key of its parent or -, name."
-        fresh.write_text(
-            "\n".join([head, *("\t".join(row) for row in tree.rows)]) + "\n", encoding="utf-8"
-        )
+        fresh.write_text(f"{head}\n{tree.text()}", encoding="utf-8")
         os.replace(fresh, path)
     except OSError as error:
         raise InputError(f"--output {output!r}: {error.strerror}") from None
