@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -20,6 +21,7 @@ from yolo_lightning.checkpoint_io import (
     write_durably,
 )
 from yolo_lightning.errors import InputError
+from yolo_lightning.tracking import run_loggers
 
 
 class LastCheckpoint(Checkpoint):
@@ -48,6 +50,7 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = (-1, False)
         self._validation_is_due = False
         self._known_sound = False
+        self._carried: tuple[int, dict[str, float]] = (0, {})
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
@@ -84,6 +87,7 @@ class LastCheckpoint(Checkpoint):
         """
         if not is_whole_step(trainer, batch_idx):
             return  # no checkpoint holds half a gradient
+        self._log_step(trainer)
         step = trainer.global_step
         self._validation_is_due = _validation_follows(trainer)
         if step == trainer.max_steps:
@@ -107,7 +111,12 @@ class LastCheckpoint(Checkpoint):
 
         Lightning goes on in the middle of one, without what was measured before, and leaves out
         one that was due; so its first batch is written down as begun, and nothing of it as done.
+
+        Until an epoch ends, each step logs the newest figures of both kinds of batches, so those of
+        the kind that this step did not train go along.
         """
+        if run_loggers(trainer):
+            checkpoint["figures"] = self._figures(trainer)
         if not self._validation_is_due:
             return
         loops = checkpoint["loops"]["fit_loop"]
@@ -117,6 +126,29 @@ class LastCheckpoint(Checkpoint):
             loops["epoch_loop.val_loop.batch_progress"][part].update(
                 ready=1, started=1, processed=0, completed=0
             )
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over the figures of the steps before."""
+        self._carried = (checkpoint["epoch"], checkpoint.get("figures", {}))
+
+    def _figures(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the newest figures of this epoch's steps."""
+        epoch, carried = self._carried
+        results = trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
+        newest = convert_tensors_to_scalars(results)
+        return {**(carried if epoch == trainer.current_epoch else {}), **newest}
+
+    def _log_step(self, trainer: pl.Trainer) -> None:
+        """Log figures before the step is saved: Lightning does it after, when a stop may come."""
+        loggers = run_loggers(trainer)
+        if loggers and trainer._logger_connector.should_update_logs:
+            figures = self._figures(trainer)
+            # last: MLflow's pages show the first one first
+            figures = {**figures, "epoch": figures.get("epoch", trainer.current_epoch)}
+            for logger in loggers:
+                logger.log_metrics(figures, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save after the last epoch.
@@ -150,7 +182,7 @@ class LastCheckpoint(Checkpoint):
         write_durably(trainer)  # else a full disk would leave the other ranks waiting
         last = self.path(trainer)
         fresh = last.with_name(last.name + PART)
-        trainer.save_checkpoint(fresh)  # every rank takes part, rank 0 writes
+        trainer.save_checkpoint(fresh, weights_only=False)  # every rank takes part, rank 0 writes
         problem = self._rotate(trainer, fresh, last) if trainer.is_global_zero else ""
         problem = trainer.strategy.broadcast(problem)
         if not problem:

@@ -18,7 +18,15 @@ _REQUEUE_S = 20
 
 
 class Preempted(SystemExit):
-    """Ends the process once all ranks have agreed to, and the state is saved."""
+    """Ends the process once all ranks have agreed to, and the state is saved.
+
+    Args:
+        requeued: whether the job is in the queue again.
+    """
+
+    def __init__(self, requeued: bool = False) -> None:
+        super().__init__(STOPPED)
+        self.requeued = requeued
 
 
 class Preemption(Checkpoint):
@@ -74,10 +82,11 @@ class Preemption(Checkpoint):
             f"{names[number]}: stopped at step {trainer.global_step}, saved to "
             f"{LastCheckpoint.path(trainer)}"
         )
+        requeued = False
         if number == signals.STOP_AND_REQUEUE and trainer.is_global_zero:
-            requeue()
+            requeued = requeue()
         trainer.strategy.barrier("preemption")
-        raise Preempted(STOPPED)
+        raise Preempted(requeued)
 
 
 def _leave_them() -> None:

@@ -1,6 +1,7 @@
 """The command line, in process: recipes, precedence, the run's folder, tracking, messages."""
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,24 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, capsys):
     labelled = store.execute(points.format("train/cls_loss_class")).fetchall()
     assert [step for step, _ in labelled] == [1, 2, 3]
     params = dict(store.execute("select key, value from params"))
-    assert params["trainer/max_steps"] == "4"
-    assert params["model/init_args/learning_rate"] == "0.02"
+    assert params["trainer.max_steps"] == "4"
+    assert params["model.learning_rate"] == "0.02"
+    assert params["trainer.callbacks.MultiScale.every_n_batches"] == "10"
+    tags = dict(store.execute("select key, value from tags"))
+    assert (tags["recipe"], tags["world_size"]) == ("quickstart", "1")
+    assert tags["version.torch"] == torch.__version__
+    assert tags["data.training.boxes.nodes"] == "6"
+    assert "The paper's claim in miniature" in tags["mlflow.note.content"]
+    uses = store.execute("select count(*) from inputs where destination_type = 'RUN'")
+    assert uses.fetchone() == (3,)
     artifacts = {
         file.name
         for root in column("select artifact_uri from runs")
         for file in Path(root).rglob("*")
     }
-    assert {"resolved.yaml", "best.ckpt"} <= artifacts
+    assert {"resolved.yaml", "recipe.yaml", "command.txt", "tree.tsv", "anchors.csv"} <= artifacts
+    assert {"best.ckpt", "steps.crc32"} <= artifacts
+    assert column("select status from logged_models") == [2]  # ready
     store.close()
 
 
@@ -398,14 +409,71 @@ def test_a_lost_store_costs_neither_training_nor_testing(workplace):
     before = run_file.read_text()
     # as on another machine: the run's folder is there, its store is not
     other = ["--trainer.logger.tracking_uri=sqlite:///other.db"]
-    with pytest.warns(UserWarning, match="is not in sqlite:///other.db"):
+    with pytest.warns(UserWarning, match="the run that these figures belong to is not there"):
         assert main(["test", *QUICK, *TINY, *other]) == 0
     more = ["--trainer.max_steps=6", f"--ckpt_path={last}"]
-    with pytest.warns(UserWarning, match="is not in sqlite:///other.db"):
+    with pytest.warns(UserWarning, match=rf"MLflow run {before} is not in sqlite:.*other\.db"):
         assert main(["fit", *QUICK, *TINY, *other, *more]) == 0
     assert run_file.read_text() != before
     store = sqlite3.connect(workplace / "other.db")
     assert store.execute("select run_uuid from runs").fetchall() == [(run_file.read_text(),)]
+    store.close()
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "./mlruns", "postgresql://u@127.0.0.1:5/x"])
+def test_a_store_that_does_not_open_costs_no_training(workplace, uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (workplace / "mlflow.db").write_bytes(b"this is no database" * 300)
+    with pytest.warns(UserWarning, match="does not take figures"):
+        assert main(["fit", *QUICK, *TINY]) == 0
+    (journal,) = workplace.glob("outputs/quickstart/*/mlflow/journal.jsonl")
+    assert '"status": "FINISHED"' in journal.read_text()
+    assert main(["mlflow", "sync", "outputs", "--store", "sqlite:///whole.db"]) == 0
+    store = sqlite3.connect(workplace / "whole.db")
+    steps = store.execute("select step from metrics where key = 'train/lr' order by step")
+    assert [step for (step,) in steps] == [0, 1, 2, 3]
+    store.close()
+
+
+def test_a_training_that_ends_before_its_first_step_has_failed(workplace):
+    with pytest.raises(ValueError, match="val_check_interval"):
+        main(["fit", *QUICK, *TINY, "--trainer.val_check_interval=1000",
+              "--trainer.check_val_every_n_epoch=1"])  # fmt: skip
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select status from runs").fetchall() == [("FAILED",)]
+    store.close()
+
+
+def test_going_on_from_an_older_checkpoint_keeps_both_and_says_so(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    shutil.copyfile(folder / "checkpoints/last.ckpt", folder / "checkpoints/older.ckpt")
+    longer = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/last.ckpt"]
+    assert main(["fit", *QUICK, *TINY, *longer]) == 0
+    older = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/older.ckpt"]
+    with pytest.warns(UserWarning, match="steps 4 to 5 are trained again, otherwise"):
+        assert main(["fit", *QUICK, *TINY, *older, "--model.learning_rate=0.5"]) == 0
+    store = sqlite3.connect(workplace / "mlflow.db")
+    rates = "select step, count(*), max(value) from metrics where key = 'train/lr' group by step"
+    found = {at: (times, rate) for at, times, rate in store.execute(rates)}
+    assert [times for times, _ in found.values()] == [1, 1, 1, 1, 2, 2]
+    assert found[5][1] > 0.05
+    tags = dict(store.execute("select key, value from tags where key like 'changed%'"))
+    assert tags == {"changed.model.learning_rate": "0.5", "changed.trainer.max_steps": "6",
+                    "changed.model.schedule.total_steps": "6"}  # fmt: skip
+    store.close()
+
+
+def test_measuring_again_adds_nothing_to_the_run(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    store = sqlite3.connect(workplace / "mlflow.db")
+    count = "select count(*) from metrics where key like 'val/%' or key = 'epoch'"
+    before = store.execute(count).fetchone()
+    for _ in range(2):
+        assert main(["validate", *QUICK, *TINY]) == 0
+    assert store.execute(count).fetchone() == before
+    linked = "select count(*) from logged_model_metrics where metric_name = 'val/AP50'"
+    assert store.execute(linked).fetchone() == (1,)
     store.close()
 
 
@@ -457,4 +525,4 @@ def test_quickstart_compares_and_keeps_every_run(workplace, capsys):
     assert summary["seconds"] > 0
     printed = capsys.readouterr().out
     assert "classes without boxes" in printed
-    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in printed
+    assert "yolo-lightning mlflow ui" in printed

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -26,6 +27,26 @@ ENVIRONMENT = {
 OPTIONS = ["--allow-module", "tests.diary", "--trainer.strategy=ddp"]
 
 
+def tracked(folder: Path) -> list[str]:
+    """Return options that track a training in a store of its folder."""
+    return [
+        "--trainer.logger=yolo_lightning.tracking.RunLogger",
+        f"--trainer.logger.tracking_uri=sqlite:///{folder}/mlflow.db",
+        "--trainer.log_every_n_steps=1",
+    ]
+
+
+def judge_store(folder: Path) -> None:
+    """Hold the store to one run that has finished, with every step's point once."""
+    store = sqlite3.connect(folder / "mlflow.db")
+    assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+    steps = "select step from metrics where key = 'train/lr' order by step"
+    assert [step for (step,) in store.execute(steps)] == list(range(STEPS))
+    twice = "select key, step from metrics group by key, step having count(*) > 1"
+    assert store.execute(twice).fetchall() == []
+    store.close()
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -40,7 +61,8 @@ def agents(folder: Path, inside=((), ()), master="127.0.0.1", **environment: str
     started = []
     for rank in (0, 1):
         log = (folder / f"agent{rank}.txt").open("w")
-        command = [*inside[rank], str(REPO / "recipes/cluster/torchrun.sh"), str(recipe), *OPTIONS]
+        script = str(REPO / "recipes/cluster/torchrun.sh")
+        command = [*inside[rank], script, str(recipe), *OPTIONS, *tracked(folder)]
         own = {**common, "NODE_RANK": str(rank)}
         if "LOCAL_ADDR" in own:
             own["LOCAL_ADDR"] += f".{rank + 1}"
@@ -113,6 +135,7 @@ def test_a_killed_rank_comes_back_and_both_are_exact(two_ranks, tmp_path, capsys
     for rank in (0, 1):
         assert not mismatches(two_ranks[rank], entries(folder, rank), STEPS)
     assert len(list((folder / "runs").iterdir())) == 1
+    judge_store(folder)
     with capsys.disabled():
         print(f"\na killed rank trained again after {back - killed:.0f} s")
 
@@ -187,7 +210,7 @@ def test_five_preemptions_under_slurm_lose_no_step(two_ranks, cluster, tmp_path)
     site = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=60"
     job = slurm(
         f"sbatch --parsable {site} --output={folder}/job.txt --export=ALL,MASTER_ADDR=127.0.0.1 "
-        f"{REPO}/recipes/cluster/slurm.sbatch {recipe} {' '.join(OPTIONS)}",
+        f"{REPO}/recipes/cluster/slurm.sbatch {recipe} {' '.join(OPTIONS + tracked(folder))}",
         cluster, cwd=folder,
     )  # fmt: skip
     try:
@@ -214,3 +237,4 @@ def test_five_preemptions_under_slurm_lose_no_step(two_ranks, cluster, tmp_path)
         assert not mismatches(two_ranks[rank], found, STEPS)
         assert len(found) == STEPS, "no step twice: each stop saved the step that it ended"
     assert (folder / f"runs/slurm-{job}").is_dir()
+    judge_store(folder)

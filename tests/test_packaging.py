@@ -198,7 +198,8 @@ CORE = {
     "pictures", "tracking", "checkpoints", "treemetrics", "treeplot", "darknet_files",
     "darknet_models", "pretrained", "plots", "mistakes", "report", "report_plots", "video", "graph",
     "boxtables", "cocometrics", "vocmetrics", "seen", "explanation", "timing", "curves",
-    "report_tables", "checkpoint_io",
+    "report_tables", "checkpoint_io", "journal", "shipping", "shipper", "shipped_entries",
+    "system_metrics", "mlflow_model", "provenance", "run_finding", "stores", "mlflow_names",
 }  # fmt: skip
 MODULES = {"detector", "classifier"}
 ALLOWED = dict.fromkeys(LEAVES, LEAVES) | dict.fromkeys(CORE, LEAVES | CORE)
@@ -211,10 +212,28 @@ ALLOWED |= {
     "preflight": {"errors", "recipe_check"},
     "__init__": {"version", "errors", "wordtree", "loading", "datamodules", *MODULES},
     "__main__": {"errors", "signals", "recipe_check", "preflight", "__init__"},
-    "runs": {"errors", "callbacks", "checkpoints", "checkpoint_io"},
+    "runs": {"errors", "checkpoints", "checkpoint_io", "journal"},
     "cli": LEAVES | CORE | {"recipe_errors", "preflight", "callbacks", "datamodules", "runs"},
     "datamodules": LEAVES | {"datamodules"},
-    "callbacks": {"batches", "checkpoint_io", "errors", "tracking", "signals", "callbacks"},
+    "served_model": LEAVES | CORE | MODULES | {"loading", "commands"},
+    "callbacks": {
+        "batches",
+        "checkpoint_io",
+        "checkpoints",
+        "detections",
+        "errors",
+        "evaluation",
+        "images",
+        "journal",
+        "mlflow_model",
+        "pictures",
+        "provenance",
+        "report",
+        "signals",
+        "stores",
+        "tracking",
+        "callbacks",
+    },
     "commands": LEAVES
     | CORE
     | MODULES

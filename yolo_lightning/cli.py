@@ -15,16 +15,20 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning import runs
 from yolo_lightning.callbacks import (
+    BatchDigests,
     DataReport,
     FiniteGuard,
     LastCheckpoint,
+    PredictionGrid,
     Preemption,
     RunRecord,
+    Throughput,
+    ValidationReport,
 )
 from yolo_lightning.checkpoints import read_checkpoint, sound_checkpoint
 from yolo_lightning.datamodules import CombinedDataModule
@@ -41,7 +45,7 @@ from yolo_lightning.report import (
     write_report,
 )
 from yolo_lightning.seen import seen_nodes
-from yolo_lightning.tracking import RunLogger
+from yolo_lightning.tracking import run_loggers
 
 _RESUME_HELP = (
     "`auto`: go on with this job's run where it has a checkpoint, else begin; a job is one of "
@@ -76,7 +80,8 @@ class RecipeCLI(LightningCLI):
         self.run_folder: Path | None = None
         self.job_folder: Path | None = None
         self.values = Namespace()
-        self.tracked_run: str | None = None
+        self.held_run: str | None = None
+        self.held_step = 0
         RecipeParser.recipes = _config_files(args)
         super().__init__(
             pl.LightningModule,
@@ -134,6 +139,7 @@ class RecipeCLI(LightningCLI):
         if not path:
             return
         checkpoint = read_checkpoint(path)
+        self.held_run, self.held_step = checkpoint.get("mlflow_run_id"), checkpoint["global_step"]
         with tempfile.TemporaryDirectory() as folder:
             held = Path(folder) / "checkpoint.yaml"
             model = _model_of(checkpoint, config, args)
@@ -178,15 +184,18 @@ class RecipeCLI(LightningCLI):
             checkpoints = str(self.run_folder / "checkpoints")
         else:
             checkpoints = str(Path(config.ckpt_path).parent)
-        # one training is one MLflow run: resuming goes on with it, figures of a checkpoint join it
-        self.tracked_run = runs.run_id_beside(checkpoints)
-        if self.config.subcommand != "fit" and self.tracked_run is None:
+        if self.config.subcommand != "fit" and not (self._tracked or self.held_run):
             config.trainer.logger = False
         callbacks = config.trainer.callbacks or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             options = callback.get("init_args")
             if callback.class_path.endswith("ModelCheckpoint") and options.get("dirpath") is None:
                 options["dirpath"] = checkpoints
+
+    @property
+    def _tracked(self) -> Path | None:
+        """The folder of the MLflow run that a measured checkpoint belongs to."""
+        return runs.tracked(self.config[self.config.subcommand].ckpt_path)
 
     def instantiate_classes(self) -> None:
         """Build everything; what a component says about its values is not wrapped in more words.
@@ -205,12 +214,11 @@ class RecipeCLI(LightningCLI):
         """Add the callbacks that no recipe has to name."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks += self._own_callbacks(trainer)  # type: ignore[attr-defined]
-        if self.run_folder is not None and isinstance(trainer.logger, RunLogger):
-            trainer.logger.suggest_name("/".join(self.run_folder.parts[-2:]))
-        if self.tracked_run is not None and isinstance(trainer.logger, RunLogger):
-            found = trainer.logger.resume(self.tracked_run)
-            if not found and self.config.subcommand != "fit":
-                trainer.logger = None
+        # one training is one MLflow run: resuming goes on with it, figures of a checkpoint join it
+        folder = self.run_folder or self._tracked or self._untracked
+        for logger in run_loggers(trainer):
+            name = "/".join(folder.parts[-2:])
+            logger.place(folder, name, self.held_run, self._measured_step)
         if self.run_folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             written = {
                 f"recipe{'' if k == 0 else f'-{k + 1}'}.yaml": Path(file).read_text(
@@ -219,17 +227,38 @@ class RecipeCLI(LightningCLI):
                 for k, file in enumerate(RecipeParser.recipes)
             }
             written["command.txt"] = shlex.join(["yolo-lightning", *self.command_line]) + "\n"
-            record = RunRecord(self.run_folder, written, self._resolved())
+            recipe = Path(RecipeParser.recipes[-1]).stem if RecipeParser.recipes else "run"
+            record = RunRecord(self.run_folder, written, self._resolved(), recipe)
             trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
         # Lightning wants checkpoint callbacks last
         trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint))  # type: ignore[attr-defined]
         return trainer
 
+    @property
+    def _measured_step(self) -> int | None:
+        """The step that figures of a checkpoint belong to, as training numbers them."""
+        return None if self.run_folder is not None else max(self.held_step - 1, 0)
+
+    @property
+    def _untracked(self) -> Path:
+        """Where the journal lies of figures whose checkpoint lies apart from its run."""
+        config = self.config[self.config.subcommand]
+        return runs.root_of(config, RecipeParser.recipes) / "measured" / str(self.held_run)
+
     def _own_callbacks(self, trainer: pl.Trainer) -> list[pl.Callback]:
         """Return what every run needs, where the recipe does not say it otherwise."""
         if self.config.subcommand != "fit":
             return [DataReport()]
-        kinds: list[type[pl.Callback]] = [DataReport, FiniteGuard, LastCheckpoint, Preemption]
+        kinds: list[type[pl.Callback]] = [
+            DataReport,
+            FiniteGuard,
+            BatchDigests,
+            Throughput,
+            PredictionGrid,
+            ValidationReport,
+            LastCheckpoint,
+            Preemption,
+        ]
         named = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
         return [kind() for kind in kinds if kind not in named]
 
@@ -275,27 +304,25 @@ class RecipeCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the figures of each class, and write a report where they are a detector's."""
         trainer = self.trainer
-        if not trainer.is_global_zero or not hasattr(self.model, "table"):
-            return
-        print(f"\n{self.model.table()}")
-        if self._boxes is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._report(self._boxes)
+        if trainer.is_global_zero and hasattr(self.model, "table"):
+            print(f"\n{self.model.table()}")
+            if self._boxes is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._report(self._boxes)
+        for logger in run_loggers(trainer):
+            logger.close()
 
     after_test = after_validate
 
     def _report(self, evaluation: DetectionEvaluation) -> None:
         """Write the report, say where it is, and put it into the MLflow run."""
-        data, options, logger = self.datamodule, self._report_options, self.trainer.logger
+        data, options = self.datamodule, self._report_options
         source = data.test if self.subcommand == "test" else data.validation
         found = Evaluated.of(evaluation, self._about(len(source)))
         folder = Path(options.folder) if options.folder else self._fresh_report_folder()
         said = write_report(folder, found, image_reader(source), source.image_name, options)
         print("\n".join(["", *said, f"report: {folder}"]))
-        if isinstance(logger, RunLogger):
-            try:
-                logger.experiment.log_artifacts(logger.run_id, str(folder), folder.name)
-            except Exception as error:  # tracking may fail, measuring may not
-                rank_zero_warn(f"the report is not in the MLflow run: {error}")
+        for logger in run_loggers(self.trainer):
+            logger.log_folder(folder, folder.name)
 
     def _fresh_report_folder(self) -> Path:
         """Make a folder in that of the checkpoint's run, else where the recipe's runs are."""
@@ -336,7 +363,9 @@ class RecipeCLI(LightningCLI):
             raise RuntimeError(
                 f"training ended at step {trainer.global_step} of {min(limits)} without a reason"
             )
-        if trainer.is_global_zero:
+        if trainer.fast_dev_run and self.run_folder is not None:  # type: ignore[attr-defined]
+            runs.leave(self.run_folder)
+        elif trainer.is_global_zero:
             print(f"run folder: {self.run_folder}")
 
 
@@ -444,9 +473,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*skip_none parameter was deprecated.*")
     warnings.filterwarnings("ignore", message=".*instantiate_classes.* was deprecated.*")
+    warnings.filterwarnings("ignore", message=".*compute.. method of metric .* was called before")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need.*")
-    for name in ("mlflow", "alembic", "alembic.runtime.migration", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in (
+        "mlflow",
+        "alembic",
+        "alembic.runtime.migration",
+        "mlflow.store.db.utils",
+        "urllib3",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR if name == "urllib3" else logging.WARNING)
     tip = logging.Filter()
     tip.filter = lambda record: "💡 Tip" not in record.getMessage()  # type: ignore[method-assign]
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -11,10 +11,10 @@ from typing import IO
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
-from yolo_lightning.callbacks.run_record import RUN_ID_FILE
 from yolo_lightning.checkpoint_io import LAST, PREVIOUS
 from yolo_lightning.checkpoints import sound_checkpoint
 from yolo_lightning.errors import InputError
+from yolo_lightning.journal import FOLDER, RUN_ID_FILE
 
 BEST = "best.ckpt"
 _RECORD, _LOCK = "resolved.yaml", ".lock"
@@ -150,10 +150,12 @@ def numbered_folder(parent: Path, name: str) -> Path:
             return folder
 
 
-def run_id_beside(checkpoints: str) -> str | None:
-    """Return the MLflow run whose checkpoints lie in a folder, None where none is known."""
-    file = Path(checkpoints).parent / RUN_ID_FILE
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+def tracked(checkpoint: str | None) -> Path | None:
+    """Return the folder of a checkpoint's run where that is an MLflow run too, else None."""
+    folder = Path(checkpoint).parent.parent if checkpoint else None
+    if folder is None or not ((folder / RUN_ID_FILE).is_file() or (folder / FOLDER).is_dir()):
+        return None
+    return folder
 
 
 def newest_checkpoint(root: Path) -> Path:
