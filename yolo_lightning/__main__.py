@@ -28,6 +28,7 @@ COMMANDS = {
         "yolo_lightning.commands.quickstart",
         "train jointly and on boxes alone, and compare",
     ),
+    "mlflow": ("yolo_lightning.commands.mlflow", "the dashboard, comparing runs, syncing, models"),
     "doctor": ("yolo_lightning.commands.doctor", "say what this machine has, and what answers"),
 }
 _LIGHTNING_COMMANDS = ("fit", "validate", "test")

@@ -19,7 +19,7 @@ from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.images import Image, fit
 from yolo_lightning.pictures import draw_boxes, grid, save
-from yolo_lightning.tracking import RunLogger
+from yolo_lightning.tracking import run_loggers
 
 BOXED_COLOUR, UNBOXED_COLOUR, INNER_COLOUR = (64, 160, 255), (255, 140, 0), (200, 200, 200)
 PICTURES = 12
@@ -61,9 +61,9 @@ def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.Reci
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    for tracked in run_loggers(run.trainer):
+        tracked.place(Path(run.run_folder or folder), "", joins_at=run.trainer.global_step - 1)
     metrics = tester.test(model, data, ckpt_path=checkpoint, weights_only=True, verbose=False)[0]
-    if isinstance(logger, RunLogger):
-        logger.finalize("success")
     names = {key: name for key, _, name in model.tree.rows}
     outcome = Outcome(
         metrics["test/AP50_boxed"],
@@ -176,9 +176,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{seconds:.0f} s in all. Everything is in {folder}; the newest run's copies:")
     print(f"  pictures   {options.output / 'predictions.png'}")
     print(f"  figures    {options.output / 'summary.json'}")
-    if isinstance(run.trainer.logger, RunLogger):
-        store = run.trainer.logger.store
-        print(f"  dashboard  .venv/bin/mlflow ui --backend-store-uri {store}")
+    if run_loggers(run.trainer):
+        print("  dashboard  .venv/bin/yolo-lightning mlflow ui")
 
 
 def _write(output: Path, folder: Path, summary: dict[str, Any]) -> None:
