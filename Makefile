@@ -19,10 +19,10 @@ quickstart: $(READY)
 	$(BIN)/yolo-lightning quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not browser"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow or cluster"
+	$(BIN)/python -m pytest -m "slow or cluster or browser"
 
 lint: $(READY)
 	$(BIN)/ruff check .
