@@ -43,8 +43,22 @@ def indices_in_a_folder_of_their_own(tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of its own, with the recipes at hand as a user has them."""
+def reports() -> None:
+    """Have the trainings of a `workplace` write the report of their last validation."""
+
+
+@pytest.fixture
+def workplace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Path:
+    """A working folder of its own, with the recipes at hand as a user has them.
+
+    Reports, which take a second each, are written where a test asks for `reports`.
+    """
+    if "reports" not in request.fixturenames:
+        from yolo_lightning.callbacks import ValidationReport
+
+        monkeypatch.setattr(ValidationReport, "on_train_end", lambda *_: None)
     (tmp_path / "recipes").symlink_to(REPO / "recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -81,7 +81,7 @@ def test_no_component_receives_an_unresolved_reference(built, monkeypatch):
     assert run.datamodule.validation.root == "/else/where"
 
 
-def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, capsys):
+def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, reports, capsys):
     assert main(["fit", *QUICK, *TINY]) == 0
     (folder,) = (workplace / "outputs/quickstart").iterdir()
     assert f"run folder: {folder.relative_to(workplace)}" in capsys.readouterr().out
@@ -136,7 +136,8 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, capsys):
         for file in Path(root).rglob("*")
     }
     assert {"resolved.yaml", "recipe.yaml", "command.txt", "tree.tsv", "anchors.csv"} <= artifacts
-    assert {"best.ckpt", "steps.crc32"} <= artifacts
+    assert {"best.ckpt", "steps.crc32", "precision_recall.png", "mistakes.jpg"} <= artifacts
+    assert any(name.startswith("predictions+step+") for name in artifacts)
     assert column("select status from logged_models") == [2]  # ready
     store.close()
 

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from tests import tracked
 from tests.tracked import asked, fresh_store, logger, points, runs, ship, tags
-from yolo_lightning import shipped_entries
+from yolo_lightning import shipped_entries, shipping
 from yolo_lightning.__main__ import main
 from yolo_lightning.commands import mlflow_sync
 from yolo_lightning.errors import InputError
@@ -731,3 +731,35 @@ def logging_worker() -> None:
     logging.getLogger("worker").warning("a worker speaks")
     warnings.warn("and warns", stacklevel=1)
     assert np.ones((64, 64)).sum() == 4096
+
+
+def test_a_thread_says_once_that_a_store_fails_and_once_that_it_answers_again(
+    monkeypatch, tmp_path
+):
+    said: list[str] = []
+    for name in ("rank_zero_warn", "rank_zero_info"):
+        monkeypatch.setattr(shipping, name, said.append)
+
+    class Stub:
+        store, put_off, tries = "http://nowhere", (), 0
+        journal = Journal(tmp_path / FOLDER)
+
+        def ship(self) -> bool:
+            self.tries += 1
+            if self.tries < 4:
+                raise OSError("gone")
+            return self.tries == 4
+
+        def hurry(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    stub = Stub()
+    thread = ShippingThread(stub, every_s=0.01)  # type: ignore[arg-type]
+    until = time.monotonic() + 20
+    while stub.tries < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert thread.finish()
+    fails, answers = said
+    assert "http://nowhere does not take figures (gone)" in fails
+    assert answers == "MLflow takes figures again; those of the meantime follow"

@@ -94,8 +94,6 @@ def test_after_an_outage_the_server_holds_every_point_once(server, tracked_throu
     assert log.count("does not take figures") == 1
     if "mlflow sync" in log:  # a machine so busy that the training ended first
         sync(tracked_through_an_outage)
-    else:
-        assert "MLflow takes figures again" in log
     count = Count(server.database, tracked_through_an_outage)
     assert count.whole, str(count)
     assert count.expected > 5 * STEPS
@@ -128,6 +126,7 @@ def test_the_runs_files_lie_on_the_server(server, tracked_through_an_outage):
     assert not waiting, "what is shipped takes no space here"
 
 
+@pytest.mark.slow
 def test_a_training_ends_well_without_its_server_and_is_synced_later(server, impatient, tmp_path):
     write_recipe(tmp_path, server.uri, products=products_for(60))
     process = start(tmp_path)
