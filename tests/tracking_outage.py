@@ -7,6 +7,8 @@
 --only      overhead, outage, kill, five-kills, two-at-once: which of these, all of them otherwise
 --steps     of a timed training
 --step-ms   what a step is filled up to by matrix products, the same number of them in each training
+--wait      fill steps up by waiting, as a host waits for its GPU; then nothing but what a step does
+            beside it can make it longer
 --rounds    how often each kind of a timed training is run, in turns
 --folder    where to work, a temporary folder otherwise
 
@@ -65,10 +67,11 @@ class Clock(pl.Callback):
     Args:
         folder: of ``clock.jsonl``, with a line for each process that ended training, and ``step``.
         products: of two matrices, in each step.
+        wait_ms: waited in each step.
     """
 
-    def __init__(self, folder: str, products: int = 0) -> None:
-        self.folder, self.products = Path(folder), products
+    def __init__(self, folder: str, products: int = 0, wait_ms: float = 0) -> None:
+        self.folder, self.products, self.wait_s = Path(folder), products, wait_ms / 1000
         self._factor = torch.ones(192, 192)
         self._ends: list[tuple[int, float, float, float, float]] = []
         self._logging_s = 0.0
@@ -102,6 +105,8 @@ class Clock(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self._stops("before", batch.step)
         multiply(self._factor, self.products)
+        if self.wait_s:
+            time.sleep(self.wait_s)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         own = time.perf_counter(), time.thread_time(), time.process_time()
@@ -189,7 +194,12 @@ class Server:
 
 
 def write_recipe(
-    folder: Path, store: str | None, every: int = 1, save_every: int = 2, products: int = 0
+    folder: Path,
+    store: str | None,
+    every: int = 1,
+    save_every: int = 2,
+    products: int = 0,
+    wait_ms: float = 0,
 ) -> Path:
     """Write a small joint recipe that logs to a store, or nowhere.
 
@@ -198,7 +208,7 @@ def write_recipe(
         store: its address.
         every: steps from one that is logged to the next.
         save_every: steps from one that is saved to the next.
-        products: see `Clock`.
+        products, wait_ms: see `Clock`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = write_plain_recipe(folder)
@@ -214,7 +224,7 @@ def write_recipe(
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {{filename: best, monitor: val/AP50, mode: max, enable_version_counter: false}}
     - class_path: tests.tracking_outage.Clock
-      init_args: {json.dumps({"folder": str(folder), "products": products})}
+      init_args: {json.dumps({"folder": str(folder), "products": products, "wait_ms": wait_ms})}
   log_every_n_steps: {every}
 """
     file.write_text(text, encoding="utf-8")
@@ -456,7 +466,8 @@ class Bench:
 
     def __init__(self, place: Path, options: argparse.Namespace) -> None:
         self.place, self.options = place, options
-        self.products = products_for(options.step_ms)
+        self.products = 0 if options.wait else products_for(options.step_ms)
+        self.wait_ms = options.step_ms - 20 if options.wait else 0
         self.server = Server(place)
         self.failures = 0
 
@@ -484,7 +495,7 @@ class Bench:
 
     def timed(self, folder: Path, store: str | None, every: int) -> int:
         """Start a training of the asked length with one validation, at its end."""
-        write_recipe(folder, store, every, 25, self.products)
+        write_recipe(folder, store, every, 25, self.products, self.wait_ms)
         steps = self.options.steps
         limits = (f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1")
         length = f"--data.steps_per_epoch={steps}"
@@ -629,6 +640,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=names, nargs="+", default=names)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--step-ms", type=float, default=100)
+    parser.add_argument("--wait", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder")
     options = parser.parse_args(argv)
