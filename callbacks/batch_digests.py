@@ -25,12 +25,14 @@ class BatchDigests(pl.Callback):
 
     def __init__(self) -> None:
         self._sources: dict[str, list[str]] = {}
+        self._order: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the fingerprints of the sources, on rank 0."""
-        describe = getattr(trainer.datamodule, "inputs", None)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and describe is not None:
-            read = [one for one in describe() if one["use"] == "training"]
+        """Take the order of the samples and the fingerprints of their sources, on rank 0."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._order = getattr(data, "order", None)
+        if trainer.is_global_zero and hasattr(data, "inputs"):
+            read = [one for one in data.inputs() if one["use"] == "training"]
             for kind, holds in (("detection", "boxes"), ("classification", "image labels")):
                 self._sources[kind] = [r["fingerprint"] for r in read if r["holds"] == holds]
 
@@ -43,12 +45,11 @@ class BatchDigests(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Write the step's digest, on rank 0."""
-        order = getattr(trainer.datamodule, "order", None)  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or order is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or self._order is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(batch, DetectionBatch | ClassificationBatch):
             return
-        plan = order.plan(batch.step)  # of the ranks together
+        plan = self._order.plan(batch.step)  # of the ranks together
         size = tuple(batch.images.shape[-2:])
         what = f"{plan.kind} {self._sources.get(plan.kind)} {size} {plan.indices}"
         digest = zlib.crc32(what.encode()) or 1

@@ -139,6 +139,12 @@ def test_the_artifacts_open(browser, dashboard):
     page(browser, f"{address}/#/experiments/1/runs/{run}/artifacts", *names)
     path = f"{address}/#/experiments/1/runs/{run}/artifacts/recipe/resolved.yaml"
     page(browser, path, "seed_everything", picture="artifacts.png")
+    page(browser, f"{address}/#/experiments/1/runs/{run}/artifacts/plots/mistakes.jpg", "KB")
+    widths = "return [...document.images].map(image => image.naturalWidth)"
+    until = time.monotonic() + 30
+    while max(browser.execute_script(widths), default=0) < 500:
+        assert time.monotonic() < until, "the picture is not shown"
+        time.sleep(0.2)
 
 
 def test_the_compare_page_shows_what_differs(browser, dashboard):
