@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.evaluation import DetectionEvaluation
-from yolo_lightning.report import Evaluated, image_reader, write_report
+from yolo_lightning.report import Evaluated, image_reader, images_read, write_report
 from yolo_lightning.tracking import run_loggers
 
 
@@ -50,11 +50,9 @@ class ValidationReport(pl.Callback):
     def _about(self, trainer: pl.Trainer, images: int) -> dict[str, Any]:
         """Return where the figures come from, of a source with so many images."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        share = max(1, data.batch_sizes[0] // trainer.world_size)
-        read = int(sum(trainer.num_val_batches)) * share * trainer.world_size
         return {
             "command": "fit",
             "step": self._step,
             "image_size": data.image_size,
-            "images": min(images, read),  # some may be left out
+            "images": images_read(trainer.num_val_batches, data, trainer.world_size, images),
         }

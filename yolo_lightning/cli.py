@@ -42,6 +42,7 @@ from yolo_lightning.report import (
     ReportOptions,
     check_options,
     image_reader,
+    images_read,
     write_report,
 )
 from yolo_lightning.seen import seen_nodes
@@ -334,14 +335,12 @@ class RecipeCLI(LightningCLI):
         """Return where the figures come from, of a source with so many images."""
         trainer, testing = self.trainer, self.subcommand == "test"
         batches = trainer.num_test_batches if testing else trainer.num_val_batches
-        batch_size = max(1, self.datamodule.batch_sizes[0] // trainer.world_size)
-        read = int(sum(batches)) * batch_size * trainer.world_size  # some may be left out
         return {
             "command": self.subcommand,
             "recipe": Path(RecipeParser.recipes[-1]).name if RecipeParser.recipes else None,
             "checkpoint": self.config[self.subcommand].ckpt_path,
             "image_size": self.datamodule.image_size,
-            "images": min(images, read),
+            "images": images_read(batches, self.datamodule, trainer.world_size, images),
             "seen": self._report_options.seen,
         }
 

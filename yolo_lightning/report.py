@@ -76,6 +76,19 @@ class Evaluated:
         )
 
 
+def images_read(batches: Sequence[int | float], data: Any, world_size: int, images: int) -> int:
+    """Return how many of a source's images an evaluation read; limits may leave some out.
+
+    Args:
+        batches: of each loader, on one rank.
+        data: the datamodule, whose batch sizes are those of all ranks together.
+        world_size: ranks.
+        images: of the source.
+    """
+    share = max(1, int(data.batch_sizes[0]) // world_size)
+    return min(images, int(sum(batches)) * share * world_size)
+
+
 @dataclass
 class ReportOptions:
     """How a report is made.
