@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.tracking import run_loggers
+from yolo_lightning.tracking.logger import run_loggers
 
 FILE = "steps.crc32"
 _BYTES = 4

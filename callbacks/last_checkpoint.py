@@ -11,7 +11,7 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from yolo_lightning.checkpoint_io import (
+from yolo_lightning.checkpoints.io import (
     LAST,
     PART,
     PREVIOUS,
@@ -21,7 +21,7 @@ from yolo_lightning.checkpoint_io import (
     write_durably,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking import run_loggers
+from yolo_lightning.tracking.logger import run_loggers
 
 
 class LastCheckpoint(Checkpoint):

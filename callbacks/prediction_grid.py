@@ -15,8 +15,8 @@ from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, UnreadableSample
-from yolo_lightning.pictures import draw_boxes, grid
-from yolo_lightning.tracking import run_loggers
+from yolo_lightning.tracking.logger import run_loggers
+from yolo_lightning.visualization.drawing import draw_boxes, grid
 
 _TILE, _COLUMNS, _PAPER = 320, 4, 228
 _GREEN, _ORANGE, _WHITE = (24, 160, 70), (245, 110, 0), (255, 255, 255)

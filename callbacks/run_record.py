@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.callbacks.preemption import Preempted
-from yolo_lightning.checkpoint_io import LAST, PREVIOUS
-from yolo_lightning.checkpoints import read_checkpoint
-from yolo_lightning.journal import FOLDER
-from yolo_lightning.mlflow_model import save_model
-from yolo_lightning.provenance import device_name, git_state, versions
-from yolo_lightning.stores import without_password
-from yolo_lightning.tracking import RunLogger, run_loggers
+from yolo_lightning.checkpoints.io import LAST, PREVIOUS
+from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.serving.mlflow_model import save_model
+from yolo_lightning.tracking.journal import FOLDER
+from yolo_lightning.tracking.logger import RunLogger, run_loggers
+from yolo_lightning.tracking.provenance import device_name, git_state, versions
+from yolo_lightning.tracking.store import without_password
 
 
 class RunRecord(pl.Callback):

@@ -6,9 +6,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from yolo_lightning.evaluation import DetectionEvaluation
-from yolo_lightning.report import Evaluated, image_reader, images_read, write_report
-from yolo_lightning.tracking import run_loggers
+from yolo_lightning.evaluation.detection import DetectionEvaluation
+from yolo_lightning.evaluation.report import Evaluated, image_reader, images_read, write_report
+from yolo_lightning.tracking.logger import run_loggers
 
 
 class ValidationReport(pl.Callback):

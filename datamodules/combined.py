@@ -34,7 +34,7 @@ from yolo_lightning.datamodules.vocabulary import (
 )
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Resize
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 Evaluated = DetectionSource | ImageLabelSource | list[DetectionSource | ImageLabelSource] | None
 

@@ -12,7 +12,7 @@ from yolo_lightning.datamodules.index import Index, Parsed, cached
 from yolo_lightning.datamodules.source import Source, digest
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Header, read_header
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 
 class Indexed(Source):

@@ -19,7 +19,7 @@ from yolo_lightning.datamodules.labelled import LabelledImages
 from yolo_lightning.datamodules.source import Several, Source
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample, read_image
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 FAULTS = {
     "no usable box": "boxes that are no four numbers",

@@ -16,7 +16,7 @@ from yolo_lightning.datamodules.source import (
 )
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.images import Image
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 Outline = NDArray[np.float64]
 """(N, 2), a closed polygon about the origin, within the unit circle."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 _DRAWN = 500
 _OBJECT_FIELDS = ("boxes_xyxy_px", "labels", "difficult", "crowd", "areas_orig_px2")

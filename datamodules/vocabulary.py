@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 Counts = Mapping[int, Counter[str]]
 """By node: how many objects or images each of the sources' own names gives it."""

@@ -100,7 +100,7 @@ def start(folder: Path, workers: int) -> int:
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        from yolo_lightning.__main__ import main
+        from yolo_lightning.cli.main import main
 
         code = main(arguments(folder, workers))
     except BaseException:
@@ -165,7 +165,7 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    import_module("yolo_lightning.cli")
+    import_module("yolo_lightning.cli.recipe")
     torch.set_num_threads(1)
     failures = 0
     with tempfile.TemporaryDirectory() as place:

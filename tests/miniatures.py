@@ -19,7 +19,7 @@ from yolo_lightning.datamodules import (
     VOCFolder,
     YOLOText,
 )
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 FRUIT = WordTree.flat(["apple", "banana"])
 WNIDS = WordTree.flat(["n01", "n02"])

@@ -13,8 +13,11 @@ import yaml
 from PIL import Image, ImageColor
 
 from tests.conftest import REPO
-from yolo_lightning import anchors
-from yolo_lightning.anchors import (
+from yolo_lightning.boxes import shape_iou
+from yolo_lightning.cli.commands.anchors import is_recipe, main, write_anchors
+from yolo_lightning.errors import InputError
+from yolo_lightning.models import anchors
+from yolo_lightning.models.anchors import (
     as_yaml_values,
     average_iou,
     cluster,
@@ -23,10 +26,7 @@ from yolo_lightning.anchors import (
     letterboxed_wh,
     shorter_side_wh,
 )
-from yolo_lightning.boxes import shape_iou
-from yolo_lightning.commands.anchors import is_recipe, main, write_anchors
-from yolo_lightning.errors import InputError
-from yolo_lightning.plots import COLOURS
+from yolo_lightning.visualization.figures import COLOURS
 
 RECIPES = sorted(p for p in (REPO / "recipes").glob("*.yaml") if "anchors_wh_cell" in p.read_text())
 PRIORS = [[0.5, 1.25], [3.0, 2.0], [7.5, 8.0]]
@@ -440,7 +440,7 @@ def test_without_matplotlib_the_message_says_what_to_install(place, monkeypatch,
 
 def test_help_loads_neither_torch_nor_matplotlib():
     code = (
-        "import sys; from yolo_lightning.commands.anchors import main\n"
+        "import sys; from yolo_lightning.cli.commands.anchors import main\n"
         "try: main(['--help'])\n"
         "finally: print(sorted({'torch', 'lightning', 'matplotlib'} & set(sys.modules)))"
     )

@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.conftest import REPO
 from tests.test_cli import QUICK, TINY
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.main import main
 
 
 def digests(folder: Path) -> list[int]:

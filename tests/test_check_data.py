@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPO, write_image
-from yolo_lightning.__main__ import main
-from yolo_lightning.cli import recipe_data
+from yolo_lightning.cli.main import main
+from yolo_lightning.cli.recipe import recipe_data
 
 RECIPE = """
 model:

@@ -20,16 +20,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import REPO
 from tests.test_cli import QUICK, TINY
-from yolo_lightning import checkpoint_io
-from yolo_lightning.__main__ import main
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
-from yolo_lightning.checkpoint_io import (
+from yolo_lightning.checkpoints import io as checkpoint_io
+from yolo_lightning.checkpoints.io import (
     load_file,
     rotate,
     verify,
     write_checkpoint,
 )
-from yolo_lightning.checkpoints import sound_checkpoint
+from yolo_lightning.checkpoints.validation import sound_checkpoint
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 
 

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from tests.conftest import REPO
-from yolo_lightning import cli, runs
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli import recipe as cli
+from yolo_lightning.cli import runs
+from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 
 RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from tests.test_networks import conv_layers, network_of
 from yolo_lightning import load
-from yolo_lightning.__main__ import main
-from yolo_lightning.checkpoints import read_checkpoint
-from yolo_lightning.commands.darknet import (
+from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.cli.commands.darknet import (
     checkpoint_of,
     export_model,
     import_model,
     tree_for,
 )
-from yolo_lightning.darknet_files import (
+from yolo_lightning.cli.main import main
+from yolo_lightning.darknet.config import LAYOUTS, Description, Region, describe, to_sections
+from yolo_lightning.darknet.files import (
     Section,
     darknet_order,
     parse_cfg,
@@ -32,10 +33,10 @@ from yolo_lightning.darknet_files import (
     write_tree,
     write_weights,
 )
-from yolo_lightning.darknet_models import LAYOUTS, Description, Region, describe, to_sections
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.layers import (
+from yolo_lightning.losses import LossSettings
+from yolo_lightning.models.layers import (
     Activation,
     Conv,
     Dropout,
@@ -46,8 +47,7 @@ from yolo_lightning.layers import (
     check_sizes,
     extents,
 )
-from yolo_lightning.losses import LossSettings
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 CFG = """
 # a comment

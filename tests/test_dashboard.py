@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import REPO
 from tests.test_cli import QUICK, TINY
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.main import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 

@@ -24,7 +24,7 @@ from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.datamodules.transforms import centre_crop, fit_sample
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import fit
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 FRUIT = WordTree.flat(["apple", "banana"])
 SHAPES_TREE = REPO / "recipes/trees/shapes.tsv"

@@ -13,9 +13,12 @@ import torch
 
 from tests import miniatures
 from yolo_lightning import load
-from yolo_lightning.__main__ import main
-from yolo_lightning.commands.darknet import checkpoint_of, export_model
-from yolo_lightning.commands.detect_inputs import (
+from yolo_lightning.cli.commands.darknet import checkpoint_of, export_model
+from yolo_lightning.cli.main import main
+from yolo_lightning.detector import DetectorModule
+from yolo_lightning.errors import InputError
+from yolo_lightning.images import read_image
+from yolo_lightning.inference.sources import (
     Behind,
     Frame,
     ahead,
@@ -23,9 +26,6 @@ from yolo_lightning.commands.detect_inputs import (
     newest,
     places_in,
 )
-from yolo_lightning.detector import DetectorModule
-from yolo_lightning.errors import InputError
-from yolo_lightning.images import read_image
 
 TREE = [("animal", "-", "animal"), ("cat", "animal", "cat"), ("dog", "animal", "dog"),
         ("thing", "-", "thing"), ("cup", "thing", "cup"), ("jug", "thing", "jug")]  # fmt: skip
@@ -265,7 +265,7 @@ def test_other_kinds_of_models_are_refused(photos, tmp_path, capsys):
 def film(tmp_path):
     """Forty frames at ten a second; a square moves through them."""
     pytest.importorskip("av")
-    from yolo_lightning.video import VideoWriter
+    from yolo_lightning.inference.video import VideoWriter
 
     path = tmp_path / "film.mp4"
     with VideoWriter(path, (96, 128), 10) as writer:
@@ -314,7 +314,7 @@ def test_a_cut_begins_and_ends_where_it_is_told_to(checkpoint, film, tmp_path):
 
 
 def test_a_video_that_breaks_off_keeps_what_was_done(checkpoint, film, photos, tmp_path, capsys):
-    from yolo_lightning.video import VideoWriter
+    from yolo_lightning.inference.video import VideoWriter
 
     generator = np.random.default_rng(0)
     with VideoWriter(film, (96, 128), 10) as writer:  # noise: frames of equal size in the file

@@ -131,7 +131,7 @@ import json, sys
 from torch import distributed
 from torch.multiprocessing import start_processes
 from tests.test_metrics import add, known_as, random_image
-from yolo_lightning import metrics
+from yolo_lightning.evaluation import average_precision as metrics
 
 
 def rank(number, folder, cases):

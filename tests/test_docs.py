@@ -7,7 +7,7 @@ import torch
 from tests import miniatures
 from tests.conftest import REPO
 from tests.test_detect import TREE, TRUNK
-from yolo_lightning.commands.darknet import checkpoint_of
+from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.detector import DetectorModule
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from yolo_lightning.__main__ import main
-from yolo_lightning.commands import doctor, doctor_answers
-from yolo_lightning.commands.doctor_answers import masked, rendezvous, tracking, within
+from yolo_lightning.cli.commands import doctor
+from yolo_lightning.cli.commands.doctor import answers as doctor_answers
+from yolo_lightning.cli.commands.doctor.answers import masked, rendezvous, tracking, within
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
@@ -284,7 +285,7 @@ def test_a_torch_without_cuda_beside_gpus_is_a_failure(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("yolo_lightning.preflight.visible_gpus", lambda environment: 2)
+    monkeypatch.setattr("yolo_lightning.cli.launch.visible_gpus", lambda environment: 2)
     found = {finding.name: finding for finding in doctor.devices()}
     assert found["GPU"].state == "failed"
     assert found["GPU"].text.startswith("2 are there, and torch")

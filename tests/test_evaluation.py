@@ -9,15 +9,15 @@ import torch
 from tests.conftest import REPO
 from tests.miniatures import FRUIT, bound, plain, write, write_coco
 from tests.test_golden import detection_batch
-from yolo_lightning.cocometrics import coco_evaluation
 from yolo_lightning.datamodules import COCOJson
 from yolo_lightning.datamodules.batching import EvaluationDataset
 from yolo_lightning.detections import Detections
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation import DetectionEvaluation
-from yolo_lightning.labels import reviewed
-from yolo_lightning.seen import IMAGENET_DET_44, imagenet_det_seen, seen_nodes
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.evaluation.coco import coco_evaluation
+from yolo_lightning.evaluation.detection import DetectionEvaluation
+from yolo_lightning.tree.labels import reviewed
+from yolo_lightning.tree.seen_classes import IMAGENET_DET_44, imagenet_det_seen, seen_nodes
+from yolo_lightning.tree.wordtree import WordTree
 
 TREE = WordTree(
     [
@@ -232,7 +232,7 @@ def test_mistakes_of_found_objects_are_told_apart():
 
 
 def test_the_44_are_the_38_of_coco_and_six_more():
-    lines = (REPO / "yolo_lightning/imagenet_det_seen.tsv").read_text().splitlines()
+    lines = (REPO / "yolo_lightning/tree/data/imagenet_det_seen.tsv").read_text().splitlines()
     rows = [line.split("\t") for line in lines if not line.startswith("#")]
     tables = reviewed()
     det, coco = tables["ilsvrc_det"], tables["coco"]

@@ -12,21 +12,21 @@ import torch
 from tests.conftest import REPO
 from tests.miniatures import data_of, plain, write_xml
 from tests.test_golden import detection_batch
-from yolo_lightning.__main__ import main
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.cli import DataCLI
-from yolo_lightning.commands import explain_picture
-from yolo_lightning.commands.darknet import checkpoint_of
-from yolo_lightning.commands.explain import images_seen, network, read_image
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.commands.explain import images_seen, network, read_image
+from yolo_lightning.cli.main import main
+from yolo_lightning.cli.recipe import DataCLI
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels, VOCFolder
 from yolo_lightning.datamodules.batching import EvaluationDataset
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.explanation import TERMS, explain_boxes, explain_label, path_of
+from yolo_lightning.explain import picture as explain_picture
+from yolo_lightning.explain.analysis import TERMS, explain_boxes, explain_label, path_of
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
-from yolo_lightning.wordtree import WordTree
-from yolo_lightning.yolov2 import HeadOutput
+from yolo_lightning.models.yolov2 import HeadOutput
+from yolo_lightning.tree.wordtree import WordTree
 
 ANCHORS = torch.tensor([[1.0, 1.0], [3.0, 2.0]])
 FLAT = WordTree.flat(["a", "b"])

@@ -18,13 +18,14 @@ import pytest
 import torch
 
 from tests.conftest import REPO
-from yolo_lightning import DetectorModule, WordTree, graph
-from yolo_lightning.__main__ import main
+from yolo_lightning import DetectorModule, WordTree
 from yolo_lightning.boxes import unletterbox
-from yolo_lightning.commands.darknet import checkpoint_of
-from yolo_lightning.commands.export import apart, open_onnx, open_torch, threshold_within
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.commands.export import apart, open_onnx, open_torch, threshold_within
+from yolo_lightning.cli.main import main
 from yolo_lightning.detections import Detections
-from yolo_lightning.graph import DetectorGraph, GraphSettings, TreeDescent, suppressed
+from yolo_lightning.export import graph
+from yolo_lightning.export.graph import DetectorGraph, GraphSettings, TreeDescent, suppressed
 
 ROWS = [
     ("animal", "-", "animal"), ("tool", "-", "tool"), ("cat", "animal", "cat"),
@@ -413,7 +414,7 @@ def test_bad_options_are_named(quick, capsys, args, message):
 
 
 def test_classifiers_and_missing_checkpoints_are_refused(quick, capsys, monkeypatch):
-    monkeypatch.setattr("yolo_lightning.loading.load", lambda path: torch.nn.Identity())
+    monkeypatch.setattr("yolo_lightning.inference.loading.load", lambda path: torch.nn.Identity())
     assert export() == 2
     assert "m.ckpt: holds a classifier; export takes a detector" in capsys.readouterr().err
     monkeypatch.undo()
@@ -441,7 +442,7 @@ def test_a_detector_that_finds_nothing_is_refused(quick, module, capsys):
 
 def test_help_starts_light():
     code = (
-        "import sys\nfrom yolo_lightning.commands.export import main\n"
+        "import sys\nfrom yolo_lightning.cli.commands.export import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: print(sorted({'torch', 'onnx', 'numpy'} & set(sys.modules)))"
     )

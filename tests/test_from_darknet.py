@@ -8,8 +8,8 @@ import torch
 from tests import miniatures
 from tests.conftest import REPO
 from tests.test_detect import TRUNK
-from yolo_lightning.__main__ import main
-from yolo_lightning.commands.darknet import export_model
+from yolo_lightning.cli.commands.darknet import export_model
+from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 
 PAGE = (REPO / "docs/from-darknet.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def files(tmp_path, monkeypatch):
 
 def test_every_step_runs_and_leaves_what_the_page_says(files):
     av = pytest.importorskip("av")
-    from yolo_lightning.video import VideoWriter
+    from yolo_lightning.inference.video import VideoWriter
 
     # 92 seconds at one frame a second: a minute to skip, thirty to do
     with VideoWriter(files / "street.mp4", (48, 64), 1) as writer:

@@ -9,8 +9,8 @@ import torch
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
 from yolo_lightning.losses import LossSettings, ObjectnessRule, yolo9000_loss
-from yolo_lightning.wordtree import WordTree
-from yolo_lightning.yolov2 import HeadOutput, candidates
+from yolo_lightning.models.yolov2 import HeadOutput, candidates
+from yolo_lightning.tree.wordtree import WordTree
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -20,10 +20,10 @@ import torch
 from tests.conftest import write_image
 from tests.test_cli import QUICK, TINY
 from yolo_lightning import ClassifierModule, DetectorModule, load
-from yolo_lightning.__main__ import main
-from yolo_lightning.checkpoint_io import verify
-from yolo_lightning.checkpoints import read_checkpoint
-from yolo_lightning.commands.darknet import checkpoint_of
+from yolo_lightning.checkpoints.io import verify
+from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 
 TRUNK: list[list[Any]] = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 16, 1]]

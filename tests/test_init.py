@@ -12,8 +12,8 @@ import yaml
 
 from tests.conftest import REPO, write_image
 from yolo_lightning import DetectorModule, WordTree, load
-from yolo_lightning.__main__ import main
-from yolo_lightning.checkpoints import read_checkpoint
+from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.shapes import SHAPES
 

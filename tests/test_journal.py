@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import REPO
-from yolo_lightning import tracking
-from yolo_lightning.journal import FOLDER, UNREADABLE, Journal, journals_under
-from yolo_lightning.tracking import RunLogger
+from yolo_lightning.tracking import logger as tracking
+from yolo_lightning.tracking.journal import FOLDER, UNREADABLE, Journal, journals_under
+from yolo_lightning.tracking.logger import RunLogger
 
 
 def metrics(step: int, **values: float) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def full(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         left["bytes"] -= len(taken)
         return write(descriptor, taken)
 
-    monkeypatch.setattr("yolo_lightning.journal.os.write", limited)
+    monkeypatch.setattr("yolo_lightning.tracking.journal.os.write", limited)
     return left
 
 
@@ -125,7 +125,7 @@ def test_a_line_that_makes_no_sense_is_told_as_such_and_hides_nothing(journal, l
 
 def test_two_processes_append_and_no_line_is_torn(journal):
     code = (
-        "import sys\nfrom yolo_lightning.journal import Journal\n"
+        "import sys\nfrom yolo_lightning.tracking.journal import Journal\n"
         "journal = Journal(sys.argv[1])\n"
         "for step in range(400):\n"
         "    values = {sys.argv[2]: 1.0}\n"
@@ -232,7 +232,7 @@ def test_what_is_noted_as_shipped_is_never_more_than_the_disk_holds(journal, ful
 
 def test_lines_reach_the_disk_before_they_are_noted_as_shipped(journal, monkeypatch):
     done = []
-    monkeypatch.setattr("yolo_lightning.journal.os.fsync", lambda _: done.append("sync"))
+    monkeypatch.setattr("yolo_lightning.tracking.journal.os.fsync", lambda _: done.append("sync"))
     replace = Path.replace
 
     def noting(*paths: Any) -> Any:
@@ -271,7 +271,7 @@ def test_a_file_system_without_hard_links_gets_copies(journal, tmp_path, monkeyp
     def refuse(*paths: Any) -> None:
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr("yolo_lightning.journal.os.link", refuse)
+    monkeypatch.setattr("yolo_lightning.tracking.journal.os.link", refuse)
     file = tmp_path / "a"
     file.write_text("held")
     journal.keep(file, "a", link=True)

@@ -39,7 +39,7 @@ from yolo_lightning.datamodules import (
 )
 from yolo_lightning.datamodules.recognise import detection_source, label_source
 from yolo_lightning.errors import InputError
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 # --- Pascal VOC and ILSVRC
 

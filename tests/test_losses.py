@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from tests.test_golden import detection_batch
 from tests.test_wordtree import trees
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.darknet19 import SMALL
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
-from yolo_lightning.wordtree import WordTree
-from yolo_lightning.yolov2 import (
+from yolo_lightning.models.backbones import SMALL
+from yolo_lightning.models.yolov2 import (
     DenseClassLogits,
     HeadOutput,
     SparseClassLogits,
     YOLOv2,
     detector_layers,
 )
+from yolo_lightning.tree.wordtree import WordTree
 
 ANCHORS = torch.tensor([[1.0, 1.0], [3.0, 2.0]])
 TREE = WordTree.flat(["a", "b"])

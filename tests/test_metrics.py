@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from yolo_lightning import boxtables, cocometrics
-from yolo_lightning.cocometrics import COCO_FIGURES, coco_evaluation
 from yolo_lightning.errors import InputError
-from yolo_lightning.metrics import BoxAveragePrecision
-from yolo_lightning.vocmetrics import VOC_FIGURES, voc_average_precision
+from yolo_lightning.evaluation import coco as cocometrics
+from yolo_lightning.evaluation import matching as boxtables
+from yolo_lightning.evaluation.average_precision import BoxAveragePrecision
+from yolo_lightning.evaluation.coco import COCO_FIGURES, coco_evaluation
+from yolo_lightning.evaluation.voc import VOC_FIGURES, voc_average_precision
 
 Box = tuple[float, float, float, float]
 A: Box = (0, 0, 10, 10)

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from yolo_lightning.boxtables import no_boxes
-from yolo_lightning.curves import CONFIDENCES, RECALLS, curves, match, mean_precision
 from yolo_lightning.errors import InputError
-from yolo_lightning.metrics import coco_evaluation
-from yolo_lightning.mistakes import (
+from yolo_lightning.evaluation.average_precision import coco_evaluation
+from yolo_lightning.evaluation.curves import CONFIDENCES, RECALLS, curves, match, mean_precision
+from yolo_lightning.evaluation.error_analysis import (
     KINDS,
     collapse,
     confusion,
@@ -16,7 +15,8 @@ from yolo_lightning.mistakes import (
     mistakes,
     one_name_a_box,
 )
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.evaluation.matching import no_boxes
+from yolo_lightning.tree.wordtree import WordTree
 
 FLAT = WordTree.flat(["cat", "dog", "pig"])
 CAT, DOG, PIG = range(3)

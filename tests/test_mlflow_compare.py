@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolo_lightning.commands.mlflow import main
-from yolo_lightning.commands.mlflow_compare_plot import mean_and_spread, thinned
-from yolo_lightning.commands.mlflow_compare_runs import Curve, first_difference
-from yolo_lightning.commands.mlflow_compare_tables import alike, cut
+from yolo_lightning.cli.commands.mlflow import main
 from yolo_lightning.errors import InputError
+from yolo_lightning.tracking.compare.plot import mean_and_spread, thinned
+from yolo_lightning.tracking.compare.runs import Curve, first_difference
+from yolo_lightning.tracking.compare.tables import alike, cut
 
 NAN, INF = float("nan"), float("inf")
 ALL_BUT_NAN_AND_INF = [(10, 0.2), (20, 0.5), (30, NAN), (40, INF), (50, 0.4)]
@@ -123,7 +123,7 @@ def test_only_what_differs_is_shown_and_neither_deleted_runs_nor_parents(compare
 
 
 def test_more_parameters_than_fit_get_lines_with_the_numbers_of_their_runs(compare, monkeypatch):
-    monkeypatch.setattr("yolo_lightning.commands.mlflow_compare_tables.FEW_PARAMS", 1)
+    monkeypatch.setattr("yolo_lightning.tracking.compare.tables.FEW_PARAMS", 1)
     text = compare("--experiment", "shapes")
     assert "  model.learning_rate  0.01 (1, 2);  0.02 (3)" in text
     assert "  seed_everything      0 (2, 3);  1 (1)" in text

@@ -29,12 +29,12 @@ from tests.conftest import REPO
 from tests.test_detect import TREE, TRUNK
 from tests.test_images import exif_of
 from yolo_lightning import ClassifierModule, DetectorModule, load
-from yolo_lightning.checkpoint_io import load_file
-from yolo_lightning.commands.classify import classify, read_image
-from yolo_lightning.commands.darknet import checkpoint_of
-from yolo_lightning.commands.mlflow_model import main
+from yolo_lightning.checkpoints.io import load_file
+from yolo_lightning.cli.commands.classify import classify, read_image
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.commands.mlflow.model import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.mlflow_model import REQUIREMENTS, log_model, register, save_model
+from yolo_lightning.serving.mlflow_model import REQUIREMENTS, log_model, register, save_model
 
 THRESHOLD = 0.05
 
@@ -137,7 +137,8 @@ def test_a_folder_holds_code_and_weights_and_no_pickles(place, model):
     names = {str(file.relative_to(folder)) for file in folder.rglob("*")}
     for kept in (
         "code/yolo_lightning/datamodules/voc.py", "code/yolo_lightning/callbacks/multi_scale.py",
-        "code/yolo_lightning/commands/mlflow_model.py", "code/yolo_lightning/wordnet_nouns.xz",
+        "code/yolo_lightning/cli/commands/mlflow/model.py",
+        "code/yolo_lightning/tree/data/wordnet_nouns.xz",
     ):  # fmt: skip
         assert kept in names
     assert not [n for n in names if re.search(r"\.(pkl|pickle|pyc|joblib)$|__pycache__", n)]

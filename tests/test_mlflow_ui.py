@@ -16,8 +16,8 @@ import urllib.request
 import pytest
 
 from tests.conftest import REPO
-from yolo_lightning.commands import mlflow_ui
-from yolo_lightning.commands.mlflow import main
+from yolo_lightning.cli.commands.mlflow import main
+from yolo_lightning.cli.commands.mlflow import ui as mlflow_ui
 from yolo_lightning.errors import InputError
 
 
@@ -171,7 +171,7 @@ def test_the_dashboard_starts_shows_files_of_runs_and_ends_on_ctrl_c(tmp_path, m
     (tmp_path / "note.txt").write_text("a file of the run")
     client.log_artifact(run_id, str(tmp_path / "note.txt"), "plots")
     port = free_port()
-    code = f"from yolo_lightning.commands.mlflow import main; main(['ui', '--port', '{port}'])"
+    code = f"from yolo_lightning.cli.commands.mlflow import main; main(['ui', '--port', '{port}'])"
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = str(REPO)
     with (tmp_path / "said.txt").open("w") as said:

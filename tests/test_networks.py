@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import REPO
 from tests.golden_weights import random_image, write_random_weights
 from tests.test_golden import load
-from yolo_lightning.darknet19 import DARKNET19, SMALL, TRUNKS, Classifier, trunk_layers
-from yolo_lightning.darknet_files import WeightsReader, blocks_of, read_weights, tensors_of
-from yolo_lightning.darknet_models import LAYOUTS, Description
+from yolo_lightning.checkpoints.pretrained import fill_last_conv, last_conv
+from yolo_lightning.darknet.config import LAYOUTS, Description
+from yolo_lightning.darknet.files import WeightsReader, blocks_of, read_weights, tensors_of
 from yolo_lightning.errors import InputError
-from yolo_lightning.layers import (
+from yolo_lightning.models.backbones import DARKNET19, SMALL, TRUNKS, Classifier, trunk_layers
+from yolo_lightning.models.layers import (
     Conv,
     Dropout,
     Layer,
@@ -30,8 +31,7 @@ from yolo_lightning.layers import (
     space_to_depth,
     to_plain,
 )
-from yolo_lightning.pretrained import fill_last_conv, last_conv
-from yolo_lightning.yolov2 import YOLOv2, detector_layers
+from yolo_lightning.models.yolov2 import YOLOv2, detector_layers
 
 
 def network_of(description: Description) -> YOLOv2 | Classifier:

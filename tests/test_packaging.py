@@ -86,10 +86,10 @@ def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
     assert "yolo_lightning/datamodules/combined.py" in names
     assert "yolo_lightning/callbacks/multi_scale.py" in names
     assert "yolo_lightning/py.typed" in names
-    assert "yolo_lightning/wordnet_nouns.xz" in names
-    assert "yolo_lightning/wordnet_licence.txt" in names
-    assert "yolo_lightning/reviewed_labels.tsv" in names
-    assert "yolo_lightning/imagenet_det_seen.tsv" in names
+    assert "yolo_lightning/tree/data/wordnet_nouns.xz" in names
+    assert "yolo_lightning/tree/data/wordnet_licence.txt" in names
+    assert "yolo_lightning/tree/data/reviewed_labels.tsv" in names
+    assert "yolo_lightning/tree/data/imagenet_det_seen.tsv" in names
     code = (
         "import yolo_lightning.datamodules as d, yolo_lightning.callbacks as c; "
         "from yolo_lightning import CombinedDataModule, DetectorModule, WordTree; print(d.__file__)"
@@ -141,8 +141,8 @@ socket.create_connection = refuse
 socket.getaddrinfo = refuse
 import yolo_lightning
 from yolo_lightning import CombinedDataModule, DetectorModule, WordTree
-import yolo_lightning.cli, yolo_lightning.commands.quickstart, mlflow
-from yolo_lightning.tracking import RunLogger
+import yolo_lightning.cli.recipe, yolo_lightning.cli.commands.quickstart, mlflow
+from yolo_lightning.tracking.logger import RunLogger
 RunLogger("x").log_metrics({"a": 1.0}, 0)
 import time; time.sleep(2.0)
 assert not reached, reached
@@ -163,7 +163,7 @@ print("quiet")
 def test_the_command_line_starts_light():
     code = """
 import sys
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.main import main
 main(["--help"])
 for command in ("detect", "explain", "export", "speed"):
     try:

@@ -12,8 +12,8 @@ import torch
 from tests import miniatures
 from tests.test_detect import TRUNK
 from yolo_lightning import CombinedDataModule, load
-from yolo_lightning.__main__ import main
-from yolo_lightning.commands.darknet import checkpoint_of
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import VOCFolder
 from yolo_lightning.detector import DetectorModule
 

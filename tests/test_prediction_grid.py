@@ -16,7 +16,7 @@ from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample
-from yolo_lightning.tracking import RunLogger
+from yolo_lightning.tracking.logger import RunLogger
 
 NAMES = ["ring", "circle"]
 TREE = [("n13875392", "-", "ring"), ("n13873502", "-", "circle")]

@@ -16,8 +16,8 @@ from tests.conftest import REPO
 from tests.diary import entries, mismatches
 from tests.kill_and_resume import STEPS, STEPS_PER_EPOCH, arguments, write_recipe
 from yolo_lightning import signals
-from yolo_lightning.__main__ import main
 from yolo_lightning.callbacks import preemption
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 
 ENVIRONMENT = {
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_is_named_is_where_a_job_begins_the_first_time_only(tm
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
-    from yolo_lightning import runs
+    from yolo_lightning.cli import runs
 
     process = os.fork()
     if not process:

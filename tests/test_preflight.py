@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.launch import Launch, check_command_line, check_launch, launch_of
+from yolo_lightning.cli.launch import visible_gpus as gpus
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.preflight import Launch, check_command_line, check_launch, launch_of
-from yolo_lightning.preflight import visible_gpus as gpus
 
 
 def slurm(nodes: int = 2, tasks: int = 8, **others: str) -> dict[str, str]:
@@ -198,13 +198,13 @@ def test_the_command_line_stands_above_the_recipes(tmp_path, monkeypatch):
 def test_fit_ends_with_one_message_before_it_loads_anything(workplace, monkeypatch, capsys):
     for name, value in slurm(2, 2).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("yolo_lightning.__main__.import_module", lambda name: pytest.fail(name))
+    monkeypatch.setattr("yolo_lightning.cli.main.import_module", lambda name: pytest.fail(name))
     quick = ["fit", "--config", "recipes/quickstart.yaml", "--trainer.devices=2"]
     assert main(quick) == 2
     said = capsys.readouterr().err
     assert "has 2 nodes x 2 tasks (by SLURM), the recipe says trainer.num_nodes 1" in said
-    with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli"):
+    with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli.recipe"):
         main([*quick, "--trainer.num_nodes", "2"])
     # measuring takes one process, whatever the job is
-    with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli"):
+    with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli.recipe"):
         main(["test", *quick[1:]])

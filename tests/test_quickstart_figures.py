@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.main import main
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from yolo_lightning import WordTree
-from yolo_lightning.__main__ import main
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import CombinedDataModule, ImageFolder, VOCFolder
 
 pytestmark = pytest.mark.data

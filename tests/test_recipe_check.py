@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPO
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.launch import check_command_line, split_allowed
+from yolo_lightning.cli.main import main
+from yolo_lightning.cli.recipe_check import _CLASS_KEYS, check_option, check_recipe, hold_parser_to
 from yolo_lightning.errors import InputError
-from yolo_lightning.preflight import check_command_line, split_allowed
-from yolo_lightning.recipe_check import _CLASS_KEYS, check_option, check_recipe, hold_parser_to
 
 TOO_MANY = "more than 100,000 values, with aliases and references followed"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -340,7 +340,7 @@ def test_every_parameter_that_takes_a_class_is_known_as_one():
     from yolo_lightning import callbacks, datamodules, schedules
     from yolo_lightning.classifier import ClassifierModule
     from yolo_lightning.detector import DetectorModule
-    from yolo_lightning.tracking import RunLogger
+    from yolo_lightning.tracking.logger import RunLogger
 
     def is_own(value: object) -> bool:
         return inspect.isclass(value) and value.__module__ == schedules.__name__

@@ -17,20 +17,20 @@ from PIL import Image
 
 from tests.miniatures import plain
 from tests.test_mistakes import CAT, DOG, FAR, FLAT, HALF, PIG, THIRD, said, table, truth
-from yolo_lightning import cli
-from yolo_lightning.__main__ import main
-from yolo_lightning.boxtables import no_boxes
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.commands.darknet import checkpoint_of
+from yolo_lightning.cli import recipe as cli
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
+from yolo_lightning.evaluation.average_precision import COCO_FIGURES, coco_evaluation
+from yolo_lightning.evaluation.error_analysis import confusion, matches_at, mistakes
+from yolo_lightning.evaluation.matching import no_boxes
+from yolo_lightning.evaluation.plots import confusion_matrix, mistakes_grid, tile
+from yolo_lightning.evaluation.report import Evaluated, ReportOptions, write_report
+from yolo_lightning.evaluation.tables import titles
 from yolo_lightning.images import UnreadableSample
-from yolo_lightning.metrics import COCO_FIGURES, coco_evaluation
-from yolo_lightning.mistakes import confusion, matches_at, mistakes
-from yolo_lightning.report import Evaluated, ReportOptions, write_report
-from yolo_lightning.report_plots import confusion_matrix, mistakes_grid, tile
-from yolo_lightning.report_tables import titles
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 PICTURES = {"precision_recall.png", "confidence.png", "confusion.png", "mistakes.jpg"}
 TABLES = {"figures.json", "per_class.csv", "confusion.csv", "mistakes.csv"}

@@ -14,15 +14,15 @@ from mlflow.tracking import MlflowClient
 
 from tests import tracked
 from tests.tracked import asked, fresh_store, logger, points, runs, ship, tags
-from yolo_lightning import shipped_entries, shipping
-from yolo_lightning.__main__ import main
-from yolo_lightning.commands import mlflow_sync
+from yolo_lightning.cli.commands.mlflow import sync as mlflow_sync
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.journal import FOLDER, RUN_ID_FILE, Journal
-from yolo_lightning.shipped_entries import Telling
-from yolo_lightning.shipper import Shipper
-from yolo_lightning.shipping import ShippingThread
-from yolo_lightning.stores import JournalLock, NotTaken
+from yolo_lightning.tracking import shipped_entries, shipping
+from yolo_lightning.tracking.journal import FOLDER, RUN_ID_FILE, Journal
+from yolo_lightning.tracking.shipped_entries import Telling
+from yolo_lightning.tracking.shipper import Shipper
+from yolo_lightning.tracking.shipping import ShippingThread
+from yolo_lightning.tracking.store import JournalLock, NotTaken
 
 
 @pytest.fixture

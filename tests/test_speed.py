@@ -15,21 +15,22 @@ import yaml
 from PIL import Image
 
 from tests import miniatures, test_networks
-from yolo_lightning import detector, timing
-from yolo_lightning.__main__ import main
+from yolo_lightning import detector
 from yolo_lightning.batches import unit_range
 from yolo_lightning.boxes import pairwise_iou
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.cli import recipe_data
-from yolo_lightning.commands import speed_rows
-from yolo_lightning.commands.darknet import checkpoint_of
-from yolo_lightning.darknet_models import LAYOUTS
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.commands.speed import rows as speed_rows
+from yolo_lightning.cli.main import main
+from yolo_lightning.cli.recipe import recipe_data
+from yolo_lightning.darknet.config import LAYOUTS
 from yolo_lightning.detector import SCORE_THRESHOLD, DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample
-from yolo_lightning.loading import load
-from yolo_lightning.timing import WARM_UP, Timing, measure, operations
-from yolo_lightning.yolov2 import HeadOutput, YOLOv2
+from yolo_lightning.inference import timing
+from yolo_lightning.inference.loading import load
+from yolo_lightning.inference.timing import WARM_UP, Timing, measure, operations
+from yolo_lightning.models.yolov2 import HeadOutput, YOLOv2
 
 TRUNK: list[list[Any]] = [
     ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"],

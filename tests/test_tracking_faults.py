@@ -22,14 +22,14 @@ from tests import tracked
 from tests.conftest import REPO
 from tests.test_cli import QUICK, TINY
 from tests.tracked import asked, fresh_store, logger, points, runs, ship, tags
-from yolo_lightning import system_metrics
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.journal import FOLDER, Journal
-from yolo_lightning.mlflow_names import Names, allowed
-from yolo_lightning.stores import public, short, without_password
-from yolo_lightning.system_metrics import SystemMetrics
-from yolo_lightning.tracking import RunLogger
+from yolo_lightning.tracking import system_metrics
+from yolo_lightning.tracking.journal import FOLDER, Journal
+from yolo_lightning.tracking.logger import RunLogger
+from yolo_lightning.tracking.names import Names, allowed
+from yolo_lightning.tracking.store import public, short, without_password
+from yolo_lightning.tracking.system_metrics import SystemMetrics
 
 STEPS = 50
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -286,7 +286,7 @@ def test_sync_names_each_run_that_a_store_did_not_take(place, said, capsys, monk
 
 
 def test_sync_takes_the_password_of_the_environment(alone, monkeypatch):
-    from yolo_lightning.commands.mlflow_sync import _with_password
+    from yolo_lightning.cli.commands.mlflow.sync import _with_password
 
     run = logger(alone / "run", "http://me:s3cret@127.0.0.1:1")
     run.log_metrics({"a": 1.0}, 0)
@@ -468,7 +468,7 @@ def test_a_full_disk_under_the_journal_is_one_warning_and_loses_nothing(place, s
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("yolo_lightning.journal.os.write", refuse)
+        patch.setattr("yolo_lightning.tracking.journal.os.write", refuse)
         for step in range(1, 20):
             run.log_metrics({"loss": 1 / (step + 1)}, step)
         run.log_picture("grid", np.zeros((4, 4, 3), np.uint8), 3)
@@ -490,7 +490,7 @@ def test_a_training_whose_disk_stays_full_is_in_the_store(place, said, monkeypat
     def refuse(*args: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("yolo_lightning.journal.os.write", refuse)
+    monkeypatch.setattr("yolo_lightning.tracking.journal.os.write", refuse)
     for step in range(1, 20):
         run.log_metrics({"loss": 1 / (step + 1)}, step)
     run.finalize()

@@ -29,8 +29,11 @@ from tests.tracking_outage import (
     wait_for_step,
     write_recipe,
 )
-from yolo_lightning import cli, tracking  # what forked trainings need is imported once
-from yolo_lightning.shipping import ShippingThread
+from yolo_lightning.cli import recipe as cli
+from yolo_lightning.tracking import (
+    logger as tracking,  # what forked trainings need is imported once
+)
+from yolo_lightning.tracking.shipping import ShippingThread
 
 assert cli, Clock
 IN_THREE_BATCHES = "--data.detection_batch_size=2"  # the validation's six images
@@ -264,7 +267,7 @@ def test_two_trainings_that_begin_a_database_at_once_are_both_whole(tmp_path):
     for folder in folders:
         write_recipe(folder, f"sqlite:///{tmp_path}/mlflow.db")
     code = "import sys; from tests.tracking_outage import *; from pathlib import Path;"
-    code += "from yolo_lightning.__main__ import main; sys.exit(main(arguments(Path(sys.argv[1]))))"
+    code += "from yolo_lightning.cli.main import main; sys.exit(main(arguments(Path(sys.argv[1]))))"
     both = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(folder)], cwd=folder, stderr=subprocess.PIPE,

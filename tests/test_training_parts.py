@@ -6,12 +6,12 @@ import torch
 
 from yolo_lightning.boxes import xyxy_to_cxcywh
 from yolo_lightning.callbacks.multi_scale import MultiScale, resize, size_at
-from yolo_lightning.darknet19 import DARKNET19, SMALL
 from yolo_lightning.errors import InputError
-from yolo_lightning.layers import LayerStack
-from yolo_lightning.metrics import BoxAveragePrecision
+from yolo_lightning.evaluation.average_precision import BoxAveragePrecision
+from yolo_lightning.models.backbones import DARKNET19, SMALL
+from yolo_lightning.models.layers import LayerStack
+from yolo_lightning.models.yolov2 import YOLOv2, candidates, decode_boxes, detector_layers
 from yolo_lightning.schedules import PolynomialDecay, Schedule, StepDecay
-from yolo_lightning.yolov2 import YOLOv2, candidates, decode_boxes, detector_layers
 
 
 def test_burn_in_rises_by_the_fourth_power_to_the_full_rate():

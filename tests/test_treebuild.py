@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import REPO, write_image
-from yolo_lightning.__main__ import main
-from yolo_lightning.darknet_models import COCO_NAMES, VOC_NAMES
+from yolo_lightning.cli.main import main
+from yolo_lightning.darknet.config import COCO_NAMES, VOC_NAMES
 from yolo_lightning.errors import InputError
-from yolo_lightning.labels import resolve, reviewed, table_of
-from yolo_lightning.treebuild import build
-from yolo_lightning.treeplot import depth_for, layout
-from yolo_lightning.wordnet import LICENCE, TABLE, WordNet, wordnet
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.build import build
+from yolo_lightning.tree.labels import resolve, reviewed, table_of
+from yolo_lightning.tree.wordnet import LICENCE, TABLE, WordNet, wordnet
+from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.visualization.tree import depth_for, layout
 
 CAT, DOG, MOUSE, CRANE = "n02121808", "n02084071", "n03793489", "n02012849"
 
@@ -268,7 +268,7 @@ def test_darknet_s_form_goes_both_ways(place):
     assert main(["wordtree", "build", "--wnids", "w.txt", "--output", "t.tree"]) == 0
     rows = built("--wnids", "w.txt")
     assert main(["wordtree", "show", "t.tree"]) == 0
-    from yolo_lightning.commands.wordtree import read
+    from yolo_lightning.cli.commands.wordtree import read
 
     assert read("t.tree").rows == rows
 

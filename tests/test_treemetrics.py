@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_wordtree import trees
-from yolo_lightning.treemetrics import KINDS, TreeAccuracy
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.evaluation.tree_accuracy import KINDS, TreeAccuracy
+from yolo_lightning.tree.wordtree import WordTree
 
 
 def path_of(tree: WordTree, node: int) -> list[int]:

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolo_lightning import video
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image
-from yolo_lightning.video import (
+from yolo_lightning.inference import video
+from yolo_lightning.inference.video import (
     BrokenVideo,
     VideoReader,
     VideoWriter,

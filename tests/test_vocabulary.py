@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from tests.conftest import write_image
-from yolo_lightning.__main__ import main
+from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 TREE = WordTree(
     [

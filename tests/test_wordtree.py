@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import REPO
 from yolo_lightning.errors import InputError
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 
 @st.composite

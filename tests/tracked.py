@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from yolo_lightning import (
+from yolo_lightning.tracking import logger as tracking
+from yolo_lightning.tracking import (
     run_finding,
     shipped_entries,
     shipper,
     shipping,
     system_metrics,
-    tracking,
 )
-from yolo_lightning.journal import FOLDER, Journal
-from yolo_lightning.shipper import Shipper
-from yolo_lightning.shipping import ShippingThread
+from yolo_lightning.tracking.journal import FOLDER, Journal
+from yolo_lightning.tracking.shipper import Shipper
+from yolo_lightning.tracking.shipping import ShippingThread
 
 SPEAKING = (run_finding, shipped_entries, shipper, shipping, system_metrics, tracking)
 

@@ -259,7 +259,7 @@ def start(
         os.setsid()
         _speak_into(folder / "log.txt")
         os.environ.update(environment or {})
-        from yolo_lightning import __main__
+        from yolo_lightning.cli import main as __main__
 
         sys.argv = ["yolo-lightning", *arguments(folder, *options)]
         code = __main__.console() if console else __main__.main()
@@ -610,7 +610,7 @@ class Bench:
 
 def sync(folder: Path) -> None:
     """Bring what the store did not take into it."""
-    from yolo_lightning.__main__ import main as command
+    from yolo_lightning.cli.main import main as command
 
     process = os.fork()
     if not process:
@@ -646,7 +646,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.environ.update(QUIET)
     torch.set_num_threads(1)
-    import_module("yolo_lightning.cli")
+    import_module("yolo_lightning.cli.recipe")
     with workplace(options.folder) as place:
         bench = Bench(place, options)
         bench.server.start()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from yolo_lightning.classifier import ClassifierModule
     from yolo_lightning.datamodules.combined import CombinedDataModule
     from yolo_lightning.detector import DetectorModule
-    from yolo_lightning.loading import load
-    from yolo_lightning.wordtree import WordTree
+    from yolo_lightning.inference.loading import load
+    from yolo_lightning.tree.wordtree import WordTree
 
 __all__ = [
     "ClassifierModule",
@@ -35,8 +35,8 @@ _HOME = {
     "ClassifierModule": "yolo_lightning.classifier",
     "CombinedDataModule": "yolo_lightning.datamodules.combined",
     "DetectorModule": "yolo_lightning.detector",
-    "WordTree": "yolo_lightning.wordtree",
-    "load": "yolo_lightning.loading",
+    "WordTree": "yolo_lightning.tree.wordtree",
+    "load": "yolo_lightning.inference.loading",
 }
 
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from yolo_lightning.batches import ClassificationBatch, unit_range
-from yolo_lightning.checkpoints import refuse_other_model, same_data_tree
-from yolo_lightning.darknet19 import Classifier, trunk_layers
+from yolo_lightning.checkpoints.pretrained import load_pretrained
+from yolo_lightning.checkpoints.validation import refuse_other_model, same_data_tree
 from yolo_lightning.errors import InputError
-from yolo_lightning.layers import to_plain
+from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
+from yolo_lightning.models.backbones import Classifier, trunk_layers
+from yolo_lightning.models.layers import to_plain
 from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
-from yolo_lightning.pretrained import load_pretrained
 from yolo_lightning.schedules import Schedule
-from yolo_lightning.treemetrics import TreeAccuracy
-from yolo_lightning.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 MOST_LOGGED = 100
 """Most classes whose accuracies are logged one by one."""

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
-from yolo_lightning.checkpoints import refuse_other_model, same_data_tree
-from yolo_lightning.darknet19 import trunk_layers
+from yolo_lightning.checkpoints.pretrained import load_pretrained
+from yolo_lightning.checkpoints.validation import refuse_other_model, same_data_tree
 from yolo_lightning.detections import Detection, Detections
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation import FOUND_SCORE, DetectionEvaluation
+from yolo_lightning.evaluation.detection import FOUND_SCORE, DetectionEvaluation
 from yolo_lightning.images import Image, Resize, fit, read_image
-from yolo_lightning.layers import Layer, ReorgKind, to_plain
 from yolo_lightning.losses import LossSettings, yolo9000_loss
+from yolo_lightning.models.backbones import trunk_layers
+from yolo_lightning.models.layers import Layer, ReorgKind, to_plain
+from yolo_lightning.models.yolov2 import Candidates, YOLOv2, candidates, detector_layers
 from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
-from yolo_lightning.pretrained import load_pretrained
 from yolo_lightning.schedules import Schedule
-from yolo_lightning.wordtree import WordTree
-from yolo_lightning.yolov2 import Candidates, YOLOv2, candidates, detector_layers
+from yolo_lightning.tree.wordtree import WordTree
 
 SCORE_THRESHOLD = 0.005
 """The least score that counts in evaluation, as in the original program."""

@@ -1,0 +1,187 @@
+"""`yolo-lightning quickstart`: joint training against the same boxes alone, side by side."""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from yolo_lightning.callbacks import LastCheckpoint
+from yolo_lightning.cli import recipe as cli
+from yolo_lightning.datamodules import CombinedDataModule
+from yolo_lightning.datamodules.source import DetectionSource
+from yolo_lightning.detector import DetectorModule
+from yolo_lightning.images import Image, fit
+from yolo_lightning.tracking.logger import run_loggers
+from yolo_lightning.visualization.drawing import draw_boxes, grid, save
+
+BOXED_COLOUR, UNBOXED_COLOUR, INNER_COLOUR = (64, 160, 255), (255, 140, 0), (200, 200, 200)
+PICTURES = 12
+
+
+@dataclass
+class Outcome:
+    """What one training reached.
+
+    Attributes:
+        boxed_ap50, unboxed_ap50: means over the classes with and without boxes, 0…1.
+        seconds: of training, validation included.
+        detection_steps: batches with boxes.
+        per_class: AP50 by class name.
+        checkpoint: the last one.
+    """
+
+    boxed_ap50: float
+    unboxed_ap50: float
+    seconds: float
+    detection_steps: int
+    per_class: dict[str, float]
+    checkpoint: str
+
+
+def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.RecipeCLI]:
+    """Run `fit` with these options in `folder`, then test its last checkpoint."""
+    started = time.monotonic()
+    run = cli.main(["fit", *args, f"--trainer.default_root_dir={folder}"])
+    seconds = time.monotonic() - started
+    model, data = _parts(run)
+    # the last, not the best: nothing of the figures below is chosen by what they measure
+    checkpoint = str(LastCheckpoint.path(run.trainer))
+    logger = run.trainer.logger
+    tester = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=logger,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    for tracked in run_loggers(run.trainer):
+        tracked.place(Path(run.run_folder or folder), "", joins_at=run.trainer.global_step - 1)
+    metrics = tester.test(model, data, ckpt_path=checkpoint, weights_only=True, verbose=False)[0]
+    names = {key: name for key, _, name in model.tree.rows}
+    outcome = Outcome(
+        metrics["test/AP50_boxed"],
+        metrics["test/AP50_unboxed"],
+        round(seconds, 1),
+        data.order.batches_before(run.trainer.fit_loop.total_batch_idx + 1)[0],
+        {names[key]: values["AP50"] for key, values in model.evaluation.per_class.items()},
+        checkpoint,
+    )
+    return outcome, run
+
+
+def _parts(run: cli.RecipeCLI) -> tuple[DetectorModule, CombinedDataModule]:
+    assert isinstance(run.model, DetectorModule)
+    assert isinstance(run.datamodule, CombinedDataModule)
+    return run.model, run.datamodule
+
+
+@torch.no_grad()
+def picture(model: DetectorModule, source: DetectionSource, image_size: int) -> Image:
+    """Return test images with predicted boxes, named as specifically as the model is sure."""
+    model.eval()
+    leaves = set(model.tree.leaves.tolist())
+    drawn = []
+    for index in range(min(PICTURES, len(source))):
+        image = source.read(index).image
+        square = torch.from_numpy(fit(image, (image_size, image_size))[0]).permute(2, 0, 1)[None]
+        size = torch.tensor([image.shape[:2]])
+        (found,) = model.describe(square.to(model.device), size, score_threshold=0.3)
+        labels = found.labels.tolist()
+        colours = [
+            INNER_COLOUR if k not in leaves else BOXED_COLOUR if model.boxed[k] else UNBOXED_COLOUR
+            for k in labels
+        ]
+        captions = [
+            f"{model.tree.names[k]} {score:.2f}"
+            for k, score in zip(labels, found.scores.tolist(), strict=True)
+        ]
+        boxes = found.boxes_xyxy_orig_px.cpu().numpy()
+        drawn.append(draw_boxes(image, boxes, captions, colours, scale=max(1, 320 // image_size)))
+    legend = "blue: class had boxes    orange: never had a box    grey: stopped at an inner node"
+    return grid(drawn, 4, legend)
+
+
+def table(joint: Outcome, alone: Outcome, unboxed: Sequence[str]) -> str:
+    """Return the comparison as text."""
+    lines = [
+        f"{'AP50 on the test images':<34}{'joint':>8}{'boxes only':>12}",
+        f"{'classes that had boxes':<34}{joint.boxed_ap50:>8.3f}{alone.boxed_ap50:>12.3f}",
+        f"{'classes without boxes':<34}{joint.unboxed_ap50:>8.3f}{alone.unboxed_ap50:>12.3f}",
+        "",
+    ]
+    for name in sorted(joint.per_class, key=lambda name: (name in unboxed, name)):
+        label = f"  {name}{' *' if name in unboxed else ''}"
+        lines.append(f"{label:<34}{joint.per_class[name]:>8.3f}{alone.per_class[name]:>12.3f}")
+    lines += [
+        "  * image labels only",
+        "",
+        f"{'detection batches':<34}{joint.detection_steps:>8}{alone.detection_steps:>12}",
+        f"{'training, seconds':<34}{joint.seconds:>8.0f}{alone.seconds:>12.0f}",
+    ]
+    return "\n".join(lines)
+
+
+def run_folder(output: Path) -> Path:
+    """Return a fresh folder for this comparison: run-001, run-002 and so on."""
+    number = 1
+    while (output / f"run-{number:03}").exists():
+        number += 1
+    return output / f"run-{number:03}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train both, print the table and where to look."""
+    parser = argparse.ArgumentParser(
+        prog="yolo-lightning quickstart",
+        description="Train jointly and on the same detection batches alone, and compare.",
+        epilog="Any other option goes to both trainings, such as --seed_everything 1.",
+    )
+    parser.add_argument("--config", default="recipes/quickstart.yaml", help="the recipe")
+    parser.add_argument("--output", default="outputs/quickstart", type=Path, help="folder")
+    options, overrides = parser.parse_known_args(list(argv))
+    started = time.monotonic()
+    folder = run_folder(options.output)
+    args = ["--config", options.config, *overrides]
+    print(f"joint training: yolo-lightning fit {' '.join(args)}", flush=True)
+    joint, run = train_and_test(args, folder / "joint")
+    model, data = _parts(run)
+    assert isinstance(data.test, DetectionSource), "other recipes have failed in `test`"
+    save(folder / "predictions.png", picture(model, data.test, data.image_size))
+    steps = joint.detection_steps
+    alone_args = [
+        *args,
+        "--data.classification_batches_per_detection_batch=0",
+        f"--trainer.max_steps={steps}",
+        f"--trainer.val_check_interval={max(1, steps // 4)}",
+    ]
+    print(f"boxes alone: yolo-lightning fit {' '.join(alone_args)}", flush=True)
+    alone, _ = train_and_test(alone_args, folder / "detection_only")
+    seconds = round(time.monotonic() - started, 1)
+    summary = {
+        "joint": vars(joint),
+        "detection_only": vars(alone),
+        "seconds": seconds,
+        "seed": int(run.config.fit.seed_everything),
+    }
+    _write(options.output, folder, summary)
+    unboxed = [model.tree.names[k] for k in model.tree.leaves.tolist() if not model.boxed[k]]
+    print("\n" + table(joint, alone, unboxed))
+    print(f"\n{seconds:.0f} s in all. Everything is in {folder}; the newest run's copies:")
+    print(f"  pictures   {options.output / 'predictions.png'}")
+    print(f"  figures    {options.output / 'summary.json'}")
+    if run_loggers(run.trainer):
+        print("  dashboard  .venv/bin/yolo-lightning mlflow ui")
+
+
+def _write(output: Path, folder: Path, summary: dict[str, Any]) -> None:
+    """Save the figures, and copies of the newest run's files one folder up."""
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for name in ("summary.json", "predictions.png"):
+        shutil.copyfile(folder / name, output / name)

@@ -1,0 +1,1 @@
+"""Darknet's files: weights, configurations, names and trees."""

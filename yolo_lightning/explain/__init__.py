@@ -1,0 +1,1 @@
+"""What the loss computes for one image, as numbers, text and a picture."""

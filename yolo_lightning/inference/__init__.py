@@ -1,0 +1,1 @@
+"""Loading models and running them on images, videos and streams."""

@@ -1,0 +1,1 @@
+"""Networks: layers, backbones, YOLOv2, and anchor clustering."""

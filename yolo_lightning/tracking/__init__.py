@@ -1,0 +1,19 @@
+"""Experiment tracking in MLflow.
+
+`RunLogger` is imported on first use: reading a journal needs neither Lightning nor MLflow.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from yolo_lightning.tracking.logger import RunLogger
+
+__all__ = ["RunLogger"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RunLogger":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from yolo_lightning.tracking.logger import RunLogger
+
+    return RunLogger

@@ -1,0 +1,1 @@
+"""Comparison of MLflow runs: metrics, tables and figures."""

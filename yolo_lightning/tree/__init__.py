@@ -1,0 +1,1 @@
+"""The WordTree: classes as a hierarchy, built from WordNet and labels."""
