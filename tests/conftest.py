@@ -5,13 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
-REPO = Path(__file__).parent.parent
-SHARED_DATA = REPO.parent / "shared" / "data"
+from tests.helpers.images import write_image
+from tests.helpers.paths import REPO, SHARED_DATA
 
 torch.set_num_threads(1)
 
@@ -71,12 +69,6 @@ def real_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real datasets are not on this machine")
     return SHARED_DATA
-
-
-def write_image(path: Path, width: int = 64, height: int = 48, value: int = 120) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.full((height, width, 3), value, dtype=np.uint8))
-    return path
 
 
 Box = tuple[str, float, float, float, float]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import write_image
-from tests.test_darknet import write_values
+from tests.helpers.darknet import write_values
+from tests.helpers.images import write_image
 from yolo_lightning import ClassifierModule, WordTree, load
 from yolo_lightning.batches import ClassificationBatch
 from yolo_lightning.checkpoints.pretrained import load_pretrained

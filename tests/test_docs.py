@@ -4,9 +4,9 @@ import re
 
 import torch
 
-from tests import miniatures
-from tests.conftest import REPO
-from tests.test_detect import TREE, TRUNK
+from tests.helpers import miniatures
+from tests.helpers.paths import REPO
+from tests.helpers.trees import TREE, TRUNK
 from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.detector import DetectorModule
 

@@ -1,39 +1,15 @@
 """Parity with the original program: loss gradients, decoding, letterbox, NMS."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from tests.helpers.golden import GOLDEN, detection_batch, load
+from yolo_lightning.batches import ClassificationBatch
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
 from yolo_lightning.losses import LossSettings, ObjectnessRule, yolo9000_loss
 from yolo_lightning.models.yolov2 import HeadOutput, candidates
 from yolo_lightning.tree.wordtree import WordTree
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def load(name: str) -> dict[str, torch.Tensor]:
-    with np.load(GOLDEN / name) as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-
-
-def detection_batch(
-    boxes: torch.Tensor, labels: torch.Tensor, images_seen: int = 20_000
-) -> DetectionBatch:
-    count = len(boxes)
-    return DetectionBatch(
-        torch.zeros(count, 3, 1, 1),
-        torch.arange(count),
-        boxes,
-        labels,
-        torch.zeros_like(labels, dtype=torch.bool),
-        torch.zeros_like(labels, dtype=torch.bool),
-        torch.ones(count, 2, dtype=torch.long),
-        images_seen=images_seen,
-    )
 
 
 def gradient(raw, batch, anchors, tree, settings):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from tests.miniatures import HEIGHT, WIDTH, bound, data_of, picture, plain, save, write
+from tests.helpers.images import exif_of
+from tests.helpers.miniatures import HEIGHT, WIDTH, bound, data_of, picture, plain, save, write
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules import ImageFolder, LabelCSV, VOCFolder, YOLOText, annotated
 from yolo_lightning.errors import InputError
@@ -254,12 +255,6 @@ def test_an_odd_image_serves_in_training(tmp_path, kind):
 
 
 # --- orientation
-
-
-def exif_of(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import REPO
+from tests.helpers.paths import REPO
 
 FOLDER = REPO / "recipes/cluster"
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_golden import detection_batch
-from tests.test_wordtree import trees
+from tests.helpers.golden import detection_batch
+from tests.helpers.trees import trees
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
 from yolo_lightning.models.backbones import SMALL

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import yolo_lightning
-from tests.conftest import REPO
+from tests.helpers.paths import REPO
 
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 MAPPED = PYPROJECT["tool"]["setuptools"]["package-dir"]

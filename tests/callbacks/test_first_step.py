@@ -1,0 +1,106 @@
+"""Before the first step: the largest size is tried, and compiled layers take every size."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.helpers.paths import REPO
+from yolo_lightning import CombinedDataModule, DetectorModule
+from yolo_lightning.batches import DetectionBatch
+from yolo_lightning.callbacks import CompileNetwork, MultiScale, multi_scale
+from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
+from yolo_lightning.errors import InputError
+
+TREE = str(REPO / "recipes/trees/shapes.tsv")
+
+
+def parts(**options):
+    data = CombinedDataModule(
+        TREE,
+        ShapesDetection(length=16, image_size=64),
+        ShapesImageLabels(length=16, image_size=64),
+        detection_batch_size=4,
+        classification_batch_size=2,
+        image_size=64,
+        canvas_size=96,
+        num_workers=0,
+        steps_per_epoch=8,
+        **options,
+    )
+    torch.manual_seed(0)
+    return DetectorModule(TREE, [(1.5, 1.5)], "small", 8, 4, learning_rate=0.01), data
+
+
+def fit(tmp_path, callbacks, steps=8, **options):
+    model, data = parts(**options)
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, max_steps=steps, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        callbacks=callbacks,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    return model, trainer
+
+
+class Seen(pl.Callback):
+    def __init__(self):
+        self.sizes, self.losses = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.sizes.append(batch.images.shape[-1])
+        self.losses.append(float(outputs["loss"]))
+
+
+def test_a_step_of_each_kind_is_tried_at_the_largest_size_and_leaves_nothing(tmp_path, monkeypatch):
+    tried = []
+    rehearse = multi_scale.rehearse
+
+    def watched(module, batch):
+        state, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+        rehearse(module, batch)
+        tried.append((isinstance(batch, DetectionBatch), tuple(batch.images.shape)))
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, state[name]), name
+        assert all(p.grad is None for p in module.parameters())
+        assert torch.equal(torch.get_rng_state(), random)
+
+    monkeypatch.setattr(multi_scale, "rehearse", watched)
+    seen = Seen()
+    fit(tmp_path, [MultiScale([32, 64, 96], every_n_batches=2), seen])
+    assert tried == [(True, (4, 3, 96, 96)), (False, (2, 3, 96, 96))]
+    assert len(set(seen.sizes)) > 1
+
+
+def test_too_little_memory_is_said_before_the_first_step(tmp_path, monkeypatch):
+    def refuse(module, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(multi_scale, "rehearse", refuse)
+    seen = Seen()
+    with pytest.raises(InputError, match="4 images of 96 px, the largest size of MultiScale"):
+        fit(tmp_path, [MultiScale([32, 96]), seen])
+    assert not seen.sizes
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_every_size_and_say_what_they_compile(tmp_path, capsys):
+    torch._dynamo.reset()
+    plain, compiled = Seen(), Seen()
+    sizes = [32, 64, 96]
+    fit(tmp_path, [MultiScale(sizes, every_n_batches=1), plain])
+    model, trainer = fit(
+        tmp_path,
+        [MultiScale(sizes, every_n_batches=1), compiled, CompileNetwork(backend="aot_eager")],
+    )
+    assert len(set(compiled.sizes)) == 3
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    # one graph a kind of batch at most: their batch sizes differ, heights and widths are open
+    assert 1 <= trainer.callback_metrics["train/compiled_graphs"] <= 3
+    assert not [name for name in model.state_dict() if "_orig_mod" in name]
+
+
+def test_a_backend_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="backend is 'inductr'; allowed: .*inductor"):
+        CompileNetwork(backend="inductr")

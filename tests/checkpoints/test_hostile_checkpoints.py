@@ -1,0 +1,393 @@
+"""Files that only look like checkpoints: refused in one line, nothing executed, memory bounded."""
+
+import os
+import pickle
+import random
+import re
+import resource
+import struct
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.images import write_image
+from tests.helpers.recipes import QUICK, TINY
+from yolo_lightning import ClassifierModule, DetectorModule, load
+from yolo_lightning.checkpoints.io import verify
+from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.main import main
+from yolo_lightning.errors import InputError
+
+TRUNK: list[list[Any]] = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 16, 1]]
+ROOM = 200 << 20
+"""Bytes of address space that refusing a file may take."""
+
+
+def module() -> DetectorModule:
+    torch.manual_seed(0)
+    return DetectorModule(["a", "b"], [(1, 1), (2, 2)], TRUNK, 8, 4, image_size=64)
+
+
+def sound(path: Path, **changes: Any) -> Path:
+    """Write a checkpoint whose description says other things than its values."""
+    checkpoint = checkpoint_of(module(), {})
+    checkpoint["hyper_parameters"] |= changes
+    torch.save(checkpoint, path)
+    return path
+
+
+def archive(path: Path, pickled: bytes, records: dict[str, bytes] | None = None) -> Path:
+    """Write an archive as torch does, of any pickle and records."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickled)
+        file.writestr("archive/byteorder", "little")
+        for name, content in (records or {}).items():
+            file.writestr(f"archive/data/{name}", content)
+        file.writestr("archive/version", "3\n")
+    return path
+
+
+class Runs:
+    """What a pickle executes when it is loaded: a folder is made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def runs_a_program(path: Path) -> Path:
+    held = {"state_dict": {}, "hyper_parameters": {"tree": Runs(path.parent / "executed")}}
+    return archive(path, pickle.dumps(held, protocol=2))
+
+
+def old_pickle(path: Path) -> Path:
+    path.write_bytes(pickle.dumps(Runs(path.parent / "executed"), protocol=2))
+    return path
+
+
+def cut_short(path: Path) -> Path:
+    whole = sound(path).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+def flipped_bit(path: Path) -> Path:
+    content = bytearray(sound(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def inflates(path: Path) -> Path:
+    held = {"state_dict": {"x": torch.zeros(8)}, "hyper_parameters": {"tree": []}}
+    torch.save(held, path)
+    with zipfile.ZipFile(path) as file:
+        names = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in names.items():
+            file.writestr(name, bytes(ROOM + (50 << 20)) if name.endswith("data/0") else content)
+    assert path.stat().st_size < 2 << 20
+    return path
+
+
+def tensor_on_little_data(path: Path) -> Path:
+    checkpoint = checkpoint_of(module(), {})
+    state = checkpoint["state_dict"]
+    state["network.class_weight"] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save(checkpoint, path)
+    return path
+
+
+def network_of_a_million_channels(path: Path) -> Path:
+    return sound(path, head_channels=10**6)
+
+
+def pickle_that_swells(path: Path) -> Path:
+    """Ask for `bytearray(10**11)`, without a byte of it in the file."""
+    number = struct.pack("<q", 10**11)[:5]
+    return archive(path, b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + number + b"\x85R.")
+
+
+HOSTILE: dict[Callable[[Path], Path], str] = {
+    runs_a_program: "refused: it asks for posix.mkdir; allowed: plain values and tensors",
+    old_pickle: r"not a checkpoint of this program \(no archive\)",
+    cut_short: r"damaged \(cut short, or something follows its end\)",
+    flipped_bit: r"damaged \(Bad CRC-32 for file 'm/data/\d+'\)",
+    inflates: "record 'm/data.pkl' is compressed; allowed: stored",
+    tensor_on_little_data: r"a tensor of shape \[1000000, 1000000\] on less data than that",
+    network_of_a_million_channels: r"a network of [\d,]{18} values, yet holds 4,\d\d\d: ",
+    pickle_that_swells: "refused: it asks for __builtin__.bytearray; allowed: plain values",
+}
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Let the system refuse what is beyond the room; take no longer than it may."""
+    used = int(re.findall(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.monotonic() - started < 15
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image, after everything that predicting imports has been imported."""
+    folder = tmp_path_factory.mktemp("image")
+    image = write_image(folder / "a.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["detect", str(sound(folder / "m.ckpt")), str(image)]) == 0
+    return image
+
+
+@pytest.mark.parametrize("write", HOSTILE, ids=lambda write: write.__name__)
+def test_a_hostile_checkpoint_is_one_message_whatever_reads_it(
+    tmp_path, image, monkeypatch, capsys, write
+):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "m.ckpt")
+    with little_memory(), pytest.raises(InputError, match=f"^{path}: .*{HOSTILE[write]}"):
+        load(path)
+    for command in (["detect", str(path), str(image)], ["classify", str(path), str(image)]):
+        with little_memory():
+            assert main(command) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search(f"yolo-lightning: error: .*{HOSTILE[write]}", said)
+        assert len(said) < 500
+    assert not (tmp_path / "executed").exists()
+
+
+def test_resuming_from_a_hostile_checkpoint_builds_no_network(workplace, capsys):
+    path = network_of_a_million_channels(workplace / "m.ckpt")
+    with little_memory():
+        assert main(["fit", *QUICK, *TINY, "--ckpt_path", str(path)]) == 2
+    assert "m.ckpt: describes a network of " in capsys.readouterr().err
+    assert not (workplace / "outputs").exists()
+
+
+def test_pickles_that_run_programs_do_run_them_where_nothing_is_refused(tmp_path):
+    """What the other tests rest on."""
+    with zipfile.ZipFile(runs_a_program(tmp_path / "m.ckpt")) as file:
+        pickle.loads(file.read("archive/data.pkl"))
+    assert (tmp_path / "executed").is_dir()
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    whole = sound(tmp_path / "whole").read_bytes()
+    for length in (0, 3, 4, 21, 22, 100, *range(500, len(whole), 997), len(whole) - 1):
+        (tmp_path / "m.ckpt").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"cut short|no archive"):
+            read_checkpoint(tmp_path / "m.ckpt")
+    (tmp_path / "m.ckpt").write_bytes(whole + b"\0")
+    with pytest.raises(InputError, match="something follows its end"):
+        read_checkpoint(tmp_path / "m.ckpt")
+
+
+def test_a_flipped_bit_is_refused_wherever_it_changes_anything(tmp_path):
+    whole = sound(tmp_path / "m.ckpt").read_bytes()
+    before = read_checkpoint(tmp_path / "m.ckpt")
+    draw, refused = random.Random(0), 0
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as file:
+        heads = [record.header_offset for record in file.infolist()]
+    places = [draw.randrange(len(whole)) for _ in range(100)]
+    places += [draw.choice(heads) + draw.randrange(30) for _ in range(60)]
+    places += [len(whole) - 1 - draw.randrange(3000) for _ in range(140)]
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << draw.randrange(8)
+        (tmp_path / "m.ckpt").write_bytes(content)
+        try:
+            after = read_checkpoint(tmp_path / "m.ckpt")
+        except InputError:
+            refused += 1
+            continue
+        state = after.pop("state_dict")
+        for name, value in before["state_dict"].items():
+            assert torch.equal(value, state[name]), place
+        assert after == {key: value for key, value in before.items() if key != "state_dict"}
+    assert refused > len(places) // 3
+
+
+LAUGHS: list[Any] = ["ha"]
+for _ in range(40):
+    LAUGHS = [LAUGHS] * 10
+DEEP: list[Any] = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head_channels": 9}, r"a network of [\d,]+ values, yet holds [\d,]+"),
+        ({"head_channels": "8"}, "its head_channels, passthrough_channels or reorg"),
+        ({"reorg": "x" * 10**6}, "its head_channels, passthrough_channels or reorg"),
+        ({"trunk": [["conv", 10**9], *TRUNK]}, r"a network of [\d,]+ values, yet holds"),
+        ({"trunk": [["conv", 10**300], *TRUNK]}, r"a network of [\d,]+ values, yet holds"),
+        ({"trunk": [["pool"]] * 1001}, "its trunk is no list of up to 1000 layers"),
+        ({"trunk": [*TRUNK, ["pool", 10**6, 1]]}, "layer 5 of its trunk: size is 1000000"),
+        ({"trunk": [["conv", 8, 3, 1, 10**6]]}, "layer 0 of its trunk: padding is 1000000"),
+        ({"trunk": [["route", *range(1000)]]}, "layer 0 of its trunk is no short list"),
+        ({"trunk": "x" * 10**6}, "the name of its trunk is too long"),
+        ({"trunk": "darknet19"}, r"a network of [\d,]+ values, yet holds"),
+        ({"trunk": 7}, "its trunk is no list"),
+        ({"anchors_wh_cell": [(1, 1)] * 10**4}, r"a network of [\d,]+ values, yet holds"),
+        ({"anchors_wh_cell": [(1, float("nan"))]}, "no pairs of positive numbers"),
+        ({"anchors_wh_cell": 5}, "not a checkpoint of this program"),
+        ({"tree": "/etc/hostname"}, "its tree is no list of up to 100,000"),
+        ({"tree": [["a", "-", "a"]] * 100_001}, "its tree is no list of up to 100,000"),
+        ({"tree": [["a", "b", "a"], ["b", "a", "b"]]}, "hangs in a cycle of parents"),
+        ({"tree": [["a", "-"], ["b", "-"]]}, "its tree is no list"),
+        ({"image_size": 10**9}, "image_size is 1000000000; allowed: 1 … 8192 px"),
+        ({"image_size": [64, "64"]}, "image_size is"),
+        ({"momentum": LAUGHS}, "more than 2,000,000 values"),
+        ({"momentum": DEEP}, "more than 50 levels"),
+        ({"nonsense": 1}, "not a checkpoint of this version"),
+    ],
+)
+def test_a_description_other_than_what_is_held_is_refused_before_it_is_built(
+    tmp_path, changes, said
+):
+    path = sound(tmp_path / "m.ckpt", **changes)
+    with little_memory(), pytest.raises(InputError, match=said) as error:
+        load(path)
+    assert len(str(error.value)) < 1500
+
+
+def filled(path: Path, start: bytes, each: bytes, times: int, end: bytes) -> Path:
+    return archive(path, b"\x80\x02" + start + each * times + end + b".")
+
+
+ORDERED = b"ccollections\nOrderedDict\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "each", "times", "end", "said"),
+    [
+        (b"]q\0(", b"\x8f", 3_000_000, b"e", "a pickle of more than 2,000,000 operations"),
+        (b"]q\0(", b"K\1", 9_000_000, b"e", "a pickle of 18,000,008 bytes; allowed: 16,777,216"),
+        # a dict that is copied again and again, in three ways
+        (b"}q\0](", ORDERED + b"h\0\x85R", 10, b"e", "does more than hold plain values"),
+        (b"}q\0](", ORDERED + b"(h\0tR", 10, b"e", "does more than hold plain values"),
+        (b"}q\0](", ORDERED + b")Rh\0b", 10, b"e", "does more than hold plain values"),
+        (b"", b"", 0, b"cos\nsystem\n", "asks for os.system"),
+        (b"", b"", 0, b"X\x02\0\0\0osX\x06\0\0\0system\x93", "not a checkpoint|malformed"),
+        (b"", b"", 0, b"X\xff\xff\xff\xffa", "damaged"),
+        (b"", b"", 0, b"]", r"no dict"),
+        (b"", b"", 0, b"}q\0X\1\0\0\0ah\0s", "more than 50 levels"),
+    ],
+)
+def test_a_pickle_that_asks_for_too_much_is_refused(tmp_path, start, each, times, end, said):
+    path = filled(tmp_path / "m.ckpt", start, each, times, end)
+    with little_memory(), pytest.raises(InputError, match=said):
+        load(path)
+
+
+def test_a_record_shorter_than_its_tensor_is_refused(tmp_path):
+    torch.save({"x": torch.zeros(4, dtype=torch.uint8)}, tmp_path / "m.ckpt")
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as file:
+        pickled = file.read("m/data.pkl").replace(b"K\x04", b"J\x00\x00\x00\x40")
+    archive(tmp_path / "m.ckpt", pickled, {"0": b"1234"})
+    with little_memory(), pytest.raises(InputError, match="record size"):
+        load(tmp_path / "m.ckpt")
+
+
+def directory_twice(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("a/data.pkl", "a/version"):
+            file.writestr(name, pickle.dumps({}, protocol=2))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("a/data.pkl", b"another")
+    return path
+
+
+def one_record_many_times(path: Path) -> Path:
+    """Let every entry of the directory lead to the same bytes."""
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(100):
+            file.writestr(f"a/data/{number:03}", bytes(1000) if number == 0 else b"")
+        first = file.filelist[0]
+        for record in file.filelist[1:]:
+            record.header_offset, record.CRC = first.header_offset, first.CRC
+            record.file_size, record.compress_size = first.file_size, first.compress_size
+    return path
+
+
+def two_folders(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.pkl", b"")
+        file.writestr("../outside", b"")
+    return path
+
+
+def no_pickle(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/version", b"3\n")
+    return path
+
+
+def endless_directory(path: Path) -> Path:
+    length = 9 << 20
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, length, 4, 0)
+    path.write_bytes(b"PK\3\4" + bytes(length) + end)
+    return path
+
+
+def archive_in_an_archive(path: Path) -> Path:
+    inner = sound(path.with_name("inner")).read_bytes()
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/inner/data.pkl", inner)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (directory_twice, "a record twice"),
+        (one_record_many_times, r"records of 100,000 bytes in a file of [\d,]+$"),
+        (two_folders, r"record '../outside' lies outside 'a'"),
+        (no_pickle, r"0 records data.pkl"),
+        (endless_directory, "a directory of 9,437,184 bytes; allowed: 8,388,608"),
+        (archive_in_an_archive, "damaged|malformed|not a checkpoint"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_archive_that_is_no_checkpoint_s_is_refused(tmp_path, write, said):
+    path = write(tmp_path / "m.ckpt")
+    with little_memory(), pytest.raises(InputError, match=said):
+        load(path)
+
+
+def test_what_training_and_importing_write_is_not_hostile(tmp_path):
+    modules: tuple[DetectorModule | ClassifierModule, ...] = (
+        module(),
+        DetectorModule(["a"], [(1, 1)], "small", 8, None, "space_to_depth"),
+        DetectorModule(["a", "b"], [(1, 1)], TRUNK, 0, 0),
+        ClassifierModule(["a", "b", "c"], TRUNK),
+        ClassifierModule(["a"], [["conv", 4, 3, 2, 1, False, "relu"], ["dropout", 0.5]]),
+    )
+    for number, made in enumerate(modules):
+        path = tmp_path / f"{number}.ckpt"
+        checkpoint = checkpoint_of(made, {})
+        checkpoint["optimizer_states"] = [{"state": {0: {"momentum_buffer": torch.zeros(3)}}}]
+        checkpoint["current_model_state"] = OrderedDict(made.state_dict())
+        torch.save(checkpoint, path)
+        verify(path)
+        again = load(path)
+        for name, value in made.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name])

@@ -1,0 +1,514 @@
+"""The command line, in process: recipes, precedence, the run's folder, tracking, messages."""
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.helpers.paths import REPO
+from tests.helpers.recipes import QUICK, TINY
+from yolo_lightning.cli import recipe as cli
+from yolo_lightning.cli import runs
+from yolo_lightning.cli.main import main
+from yolo_lightning.detector import DetectorModule
+
+RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Any:
+    """Parse a command line and build everything, without running it."""
+    monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    return lambda *args: cli.main(["fit", *args])
+
+
+def texts_in(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in texts_in(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in texts_in(item)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_and_references_follow_the_command_line(built, recipe):
+    path = str(recipe.relative_to(REPO))
+    overrides = [
+        "--seed_everything=7",
+        "--trainer.max_steps=123",
+        "--model.tree=[apple,banana,orange]",
+    ]
+    if "shapes" in recipe.read_text():
+        overrides[2] = "--model.tree=recipes/trees/shapes.tsv"
+    run = built("--config", path, *overrides)
+    resolved = run._resolved()
+    assert not [text for text in texts_in(resolved) if "${" in text]
+    assert run.datamodule.seed == 7
+    assert run.datamodule.tree.rows == run.model.tree.rows
+    schedule = run.model.schedule
+    if hasattr(schedule, "total_steps"):
+        assert schedule.total_steps == 123
+    assert recipe.read_text().startswith("#")
+    for word in ("yolo-lightning fit --config", "torchrun", "srun", "ffective batch"):
+        assert word in recipe.read_text(), word
+
+
+def test_no_component_receives_an_unresolved_reference(built, monkeypatch):
+    monkeypatch.setenv("FRUIT_DATA", "/some/where")
+    run = built("--config", "recipes/fruit.yaml")
+    assert run.datamodule.detection.root == run.datamodule.validation.root == "/some/where"
+    run = built("--config", "recipes/fruit.yaml", "--data.detection.root=/else/where")
+    assert run.datamodule.validation.root == "/else/where"
+
+
+def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, reports, capsys):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    assert f"run folder: {folder.relative_to(workplace)}" in capsys.readouterr().out
+    written = (REPO / "recipes/quickstart.yaml").read_text()
+    assert (folder / "recipe.yaml").read_text() == written
+    assert "--trainer.max_steps=4" in (folder / "command.txt").read_text()
+    resolved = yaml.safe_load((folder / "resolved.yaml").read_text())
+    assert resolved["model"]["init_args"]["schedule"]["init_args"]["total_steps"] == 4
+    assert resolved["trainer"]["max_steps"] == 4
+    assert (folder / "checkpoints/best.ckpt").is_file()
+    assert (folder / "checkpoints/last.ckpt").is_file()
+
+    store = sqlite3.connect(workplace / "mlflow.db")
+
+    def column(query: str) -> list[Any]:
+        return [row[0] for row in store.execute(query)]
+
+    assert column("select status from runs") == ["FINISHED"]
+    assert column("select name from runs") == [f"quickstart/{folder.name}"]
+    metrics = set(column("select distinct key from metrics"))
+    for term in ("coord", "obj", "noobj", "class", "prior"):
+        assert f"train/loss_{term}" in metrics
+    assert {"train/cls_loss_class", "train/cls_loss_obj", "train/cls_loss_noobj"} <= metrics
+    assert {
+        "train/image_size",
+        "train/lr",
+        "val/AP50",
+        "val/AP50_boxed",
+        "val/AP50_unboxed",
+    } <= metrics
+    # every point shows the latest batch of its kind
+    points = "select step, value from metrics where key = '{}' order by step"
+    coord = store.execute(points.format("train/loss_coord")).fetchall()
+    assert [step for step, _ in coord] == [0, 1, 2, 3]
+    assert coord[0][1] == coord[1][1] != coord[2][1] == coord[3][1]
+    labelled = store.execute(points.format("train/cls_loss_class")).fetchall()
+    assert [step for step, _ in labelled] == [1, 2, 3]
+    params = dict(store.execute("select key, value from params"))
+    assert params["trainer.max_steps"] == "4"
+    assert params["model.learning_rate"] == "0.02"
+    assert params["trainer.callbacks.MultiScale.every_n_batches"] == "10"
+    tags = dict(store.execute("select key, value from tags"))
+    assert (tags["recipe"], tags["world_size"]) == ("quickstart", "1")
+    assert tags["version.torch"] == torch.__version__
+    assert tags["data.training.boxes.nodes"] == "6"
+    assert "The paper's claim in miniature" in tags["mlflow.note.content"]
+    uses = store.execute("select count(*) from inputs where destination_type = 'RUN'")
+    assert uses.fetchone() == (3,)
+    artifacts = {
+        file.name
+        for root in column("select artifact_uri from runs")
+        for file in Path(root).rglob("*")
+    }
+    assert {"resolved.yaml", "recipe.yaml", "command.txt", "tree.tsv", "anchors.csv"} <= artifacts
+    assert {"best.ckpt", "steps.crc32", "precision_recall.png", "mistakes.jpg"} <= artifacts
+    assert any(name.startswith("predictions+step+") for name in artifacts)
+    assert column("select status from logged_models") == [2]  # ready
+    store.close()
+
+
+def test_checkpoints_load_plain_and_carry_what_they_need(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (best,) = workplace.glob("outputs/quickstart/*/checkpoints/best.ckpt")
+    held = torch.load(best, weights_only=True)["hyper_parameters"]
+    assert held["tree"][0] == ["n00027807", "-", "shape"]
+    model = DetectorModule.load_from_checkpoint(best, weights_only=True)
+    assert {model.tree.names[k] for k in model.boxed.nonzero().flatten().tolist()} == {
+        "right triangle", "rhombus", "semicircle", "pentagram", "Greek cross", "ring",
+    }  # fmt: skip
+    assert model.hparams["anchors_wh_cell"] == held["anchors_wh_cell"]
+
+    # test without --ckpt_path takes the newest run's best one; every run has its own folder
+    assert main(["validate", *QUICK, *TINY]) == 0
+    assert main(["test", *QUICK, *TINY]) == 0
+    assert main(["fit", *QUICK, *TINY]) == 0
+    assert len(list((workplace / "outputs/quickstart").iterdir())) == 2
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select count(*) from runs").fetchone() == (2,)
+    tested = store.execute("select count(*) from metrics where key = 'test/AP50'")
+    assert tested.fetchone() == (1,)
+    store.close()
+
+
+def test_values_come_from_the_command_line_then_the_recipe_then_the_checkpoint(
+    workplace, monkeypatch
+):
+    assert main(["fit", *QUICK, *TINY, "--model.momentum=0.7", "--model.learning_rate=0.03"]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    del recipe["model"]["init_args"]["momentum"]
+    del recipe["model"]["init_args"]["head_channels"]
+    (workplace / "short.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    tiny = [option for option in TINY if "head_channels" not in option]
+    run = cli.main(["fit", "--config", "short.yaml", *tiny, f"--ckpt_path={last}"])
+    held = run.model.hparams
+    assert held["momentum"] == 0.7  # the recipe is silent: the checkpoint's
+    assert held["head_channels"] == 8
+    assert held["learning_rate"] == 0.02  # the recipe's, though the checkpoint holds 0.03
+    more = ["--model.momentum=0.5", f"--ckpt_path={last}"]
+    assert (
+        cli.main(["fit", "--config", "short.yaml", *tiny, *more]).model.hparams["momentum"] == 0.5
+    )
+
+
+def test_resuming_goes_on_in_the_same_folder_and_mlflow_run_at_the_recipe_s_rate(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    more = ["--trainer.max_steps=6", "--model.learning_rate=0.5", "--model.schedule.power=0"]
+    assert main(["fit", *QUICK, *TINY, *more, "--ckpt_path", str(last)]) == 0
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    assert (folder / "resumed-1-resolved.yaml").is_file()
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select count(*) from runs").fetchone() == (1,)
+    rates = store.execute("select step, value from metrics where key = 'train/lr' order by step")
+    assert dict(rates.fetchall()) == pytest.approx(
+        {0: 0.02, 1: 0.015, 2: 0.01, 3: 0.005, 4: 0.5, 5: 0.5}
+    )
+    store.close()
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+
+
+def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workplace, capsys):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    tree = (REPO / "recipes/trees/shapes.tsv").read_text().replace("\tring\n", "\thoop\n")
+    (workplace / "other.tsv").write_text(tree)
+    assert main(["test", *QUICK, *TINY, "--model.tree=other.tsv"]) == 2
+    said = capsys.readouterr().err
+    assert "model.tree differs from the checkpoint's: entry 4" in said
+    assert "hoop" in said
+    assert main(["test", *QUICK, *TINY, "--model.anchors_wh_cell=[[1.5,1.7],[2.4,2.5]]"]) == 2
+    assert "model.anchors_wh_cell differs from the checkpoint's: entry 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            ["--model.learnin_rate=1"],
+            ["recipes/quickstart.yaml: model.learnin_rate: no such option", "'learning_rate'"],
+        ),
+        (["--model.schedule.milestones=[1]"], ["milestones: no such option", "burn_in_steps"]),
+        (["--trainer.precision=12"], ["trainer.precision: allowed: 64, 32, 16", "bf16-mixed"]),
+        (["--model.trunk=darknet20"], ["model.trunk is 'darknet20'", "did you mean 'darknet19'"]),
+        (
+            ["--model.loss.box_selection=biggest"],
+            [
+                "model.loss.box_selection: allowed: 'label', 'boxed_ancestor', 'largest'",
+                "found: biggest",
+            ],
+        ),
+        (["--data.image_size=100"], ["data.image_size is 100", "multiples of 32"]),
+        (["--model.tree=nowhere.tsv"], ["tree file 'nowhere.tsv' not found"]),
+        (["--data.classes=[a]"], ["classes"]),
+        (["--data.detection.classes=[sqare]"], ["'sqare'", "did you mean 'square'"]),
+        (["--trainer.max_steps=many"], ["trainer.max_steps: expected int; found: many"]),
+        (["--data.tree=[circle]"], ["label 'n13880551' is not in the tree", "allowed: circle"]),
+        (["--data.tree=reversed.tsv"], ["data.tree differs from model.tree: entry 1 is"]),
+        (
+            ["--trainer.max_stepz=3"],
+            ["trainer.max_stepz: no such option; did you mean 'max_steps'"],
+        ),
+        (["--trainer.limit_train_batches=2"], ["data.steps_per_epoch"]),
+        (["--trainer.overfit_batches=2"], ["data.steps_per_epoch"]),
+        (["--trainer.precision=bf16-true"], ["allowed: 32-true, 16-mixed, bf16-mixed"]),
+        (["--trainer.accumulate_grad_batches=3"], ["val_check_interval is 2", "accumulate"]),
+        (["--model.learning_rate=-1"], ["model.learning_rate is -1", "allowed: 0 or more"]),
+        (["--model.head_channels=-1"], ["model.head_channels is -1; allowed: 0 or more"]),
+        (["--data.num_workers=-1"], ["data.num_workers is -1; allowed: 0 or more"]),
+        (["--ckpt_path=none.ckpt"], ["checkpoint 'none.ckpt' not found"]),
+        (["--weights_only=false"], ["weights_only"]),
+        (
+            ["--trainer.callbacks.init_args.sizes=[256]"],
+            ["size 256 is above data.canvas_size 96"],
+        ),
+    ],
+)
+def test_bad_input_is_one_message_without_a_traceback(workplace, capsys, args, said):
+    rows = (REPO / "recipes/trees/shapes.tsv").read_text().splitlines()
+    (workplace / "reversed.tsv").write_text("\n".join(reversed(rows)))
+    if "callbacks" in args[0]:
+        recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+        recipe["trainer"]["callbacks"][0]["init_args"]["sizes"] = [256]
+        (workplace / "changed.yaml").write_text(yaml.safe_dump(recipe))
+        code = main(["fit", "--config", "changed.yaml", *TINY])
+    else:
+        code = main(["fit", *QUICK, *TINY, *args])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in error
+    message = error[error.index("yolo-lightning: error:") :]
+    for words in said:
+        assert words in message, message
+    assert len(message) < 500, message
+    for insides in ("Union", "NestedArg", "Namespace", "NoneType"):
+        assert insides not in message
+
+
+def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
+    text = (REPO / "recipes/quickstart.yaml").read_text()
+    (workplace / "typo.yaml").write_text(
+        text.replace("detection_batch_size:", "detection_batchsize:")
+    )
+    assert main(["fit", "--config", "typo.yaml", *TINY[:4]]) == 2
+    message = capsys.readouterr().err
+    assert "typo.yaml: data.detection_batchsize: no such option" in message
+    assert "did you mean 'detection_batch_size'" in message
+    (workplace / "stray.yaml").write_text(text.replace("trainer:\n", "traner:\n"))
+    assert main(["fit", "--config", "stray.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "stray.yaml: traner: no such option; did you mean 'trainer'?" in said
+    (workplace / "callback.yaml").write_text(text.replace("every_n_batches:", "every_batches:"))
+    assert main(["fit", "--config", "callback.yaml"]) == 2
+    assert "trainer.callbacks.every_batches: no such option; did you mean 'every_n_batches'" in (
+        capsys.readouterr().err
+    )
+    (workplace / "class.yaml").write_text(text.replace("ShapesDetection", "ShapeDetection"))
+    assert main(["fit", "--config", "class.yaml"]) == 2
+    assert "'yolo_lightning.datamodules.ShapeDetection'; did you mean 'ShapesDetection'" in (
+        capsys.readouterr().err
+    )
+    (workplace / "nothing.yaml").write_text("\n")
+    assert main(["fit", "--config", "nothing.yaml"]) == 2
+    assert "recipe 'nothing.yaml' is empty" in capsys.readouterr().err
+    (workplace / "latin.yaml").write_bytes(b"# caf\xe9\n")
+    assert main(["fit", "--config", "latin.yaml"]) == 2
+    assert "recipe 'latin.yaml' is not UTF-8 text" in capsys.readouterr().err
+    (workplace / "lost.yaml").write_text(text.replace("trainer.max_steps}", "trainer.steps}"))
+    assert main(["fit", "--config", "lost.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert "lost.yaml: fit.model.init_args.schedule.init_args.total_steps" in message
+    assert main(["fit", "--config", "missing.yaml"]) == 2
+    assert "recipe 'missing.yaml' not found" in capsys.readouterr().err
+    (workplace / "broken.yaml").write_text("model: [unclosed\n")
+    assert main(["fit", "--config", "broken.yaml"]) == 2
+    assert "broken.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_broken_images_is_one_message(workplace, capsys, write_voc, workers):
+    for name in "abcd":
+        write_voc(workplace / "data/train", name, [("apple", 1, 1, 30, 30)])
+        write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
+        (workplace / f"data/train/{name}.jpg").write_bytes(b"no image")
+    options = ["--config", "recipes/fruit.yaml", "--data.detection.root=data"]
+    options += ["--model.pretrained=null"]
+    options += [f"--data.num_workers={workers}", "--trainer.logger=false", "--trainer.max_steps=2"]
+    assert main(["fit", *options, "--data.detection_batch_size=2"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error[error.index("yolo-lightning: error:") :]
+    assert "no readable image among 4: " in error
+
+
+def test_precision_accumulation_and_averaged_weights_are_plain_options(workplace):
+    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    recipe["trainer"]["callbacks"].append(
+        {
+            "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+            "init_args": {"decay": 0.5},
+        }
+    )
+    (workplace / "ema.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2"]
+    assert main(["fit", "--config", "ema.yaml", *TINY, *options]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    held = torch.load(last, weights_only=True)
+    assert held["global_step"] == 4
+    name = "network.box_conv.weight"
+    assert not torch.equal(held["state_dict"][name], held["current_model_state"][name])
+
+
+def test_what_was_repaired_is_named_at_the_end(workplace, capfd, write_voc):
+    for name in "abcd":
+        write_voc(workplace / "data/train", name, [("apple", 1, 1, 30, 30)], stated=(0, 0))
+        write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
+    (workplace / "data/train/c.jpg").write_bytes(b"no image")
+    options = ["--config", "recipes/fruit.yaml", "--data.detection.root=data"]
+    options += ["--model.pretrained=null"]
+    options += ["--data.num_workers=0", "--trainer.logger=false", "--trainer.max_steps=2"]
+    options += ["--trainer.accelerator=cpu", "--model.head_channels=8"]
+    options += ["--data.detection_batch_size=2", "--data.steps_per_epoch=2"]
+    options += ["--trainer.check_val_every_n_epoch=1"]
+    assert main(["fit", *options]) == 0
+    said = capfd.readouterr()
+    report = said.out + said.err
+    assert "Data: 5 repaired or skipped" in report
+    assert "a.xml: gives the size as 0 x 0" in report
+    assert "c.jpg: not a readable image" in report
+
+
+def test_the_last_step_is_kept_whatever_the_intervals(workplace):
+    short = [option for option in TINY if "max_steps" not in option]
+    assert main(["fit", *QUICK, *short, "--trainer.max_steps=3"]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert main(["fit", *QUICK, *short, "--trainer.max_steps=5", f"--ckpt_path={last}"]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+
+
+def test_a_run_without_validation_keeps_its_last_step_and_can_be_tested(workplace):
+    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    callbacks = recipe["trainer"]["callbacks"]
+    recipe["trainer"]["callbacks"] = [c for c in callbacks if "ModelC" not in c["class_path"]]
+    (workplace / "plain.yaml").write_text(yaml.safe_dump(recipe))
+    tiny = [option for option in TINY if "validation" not in option]
+    plain = ["--config", "plain.yaml", *tiny]
+    assert main(["fit", *plain, "--data.validation=null"]) == 0
+    assert main(["test", *plain]) == 0
+
+
+def test_what_boxes_teach_follows_the_recipe_on_resuming(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    more = ["--trainer.max_steps=6", "--data.detection.classes=[rhombus]", f"--ckpt_path={last}"]
+    run = cli.main(["fit", *QUICK, *TINY, *more])
+    boxed = {run.model.tree.names[k] for k in run.model.boxed.nonzero().flatten().tolist()}
+    assert boxed == {"rhombus"}
+    square = run.model.tree.node("square")
+    assert run.model.tree.names[run.model.boxed_ancestors()[square]] == "quadrilateral"
+
+
+def test_a_lost_store_costs_neither_training_nor_testing(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    run_file = last.parent.parent / "mlflow_run_id"
+    before = run_file.read_text()
+    # as on another machine: the run's folder is there, its store is not
+    other = ["--trainer.logger.tracking_uri=sqlite:///other.db"]
+    with pytest.warns(UserWarning, match="the run that these figures belong to is not there"):
+        assert main(["test", *QUICK, *TINY, *other]) == 0
+    more = ["--trainer.max_steps=6", f"--ckpt_path={last}"]
+    with pytest.warns(UserWarning, match=rf"MLflow run {before} is not in sqlite:.*other\.db"):
+        assert main(["fit", *QUICK, *TINY, *other, *more]) == 0
+    assert run_file.read_text() != before
+    store = sqlite3.connect(workplace / "other.db")
+    assert store.execute("select run_uuid from runs").fetchall() == [(run_file.read_text(),)]
+    store.close()
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "./mlruns", "postgresql://u@127.0.0.1:5/x"])
+def test_a_store_that_does_not_open_costs_no_training(workplace, uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (workplace / "mlflow.db").write_bytes(b"this is no database" * 300)
+    with pytest.warns(UserWarning, match="does not take figures"):
+        assert main(["fit", *QUICK, *TINY]) == 0
+    (journal,) = workplace.glob("outputs/quickstart/*/mlflow/journal.jsonl")
+    assert '"status": "FINISHED"' in journal.read_text()
+    assert main(["mlflow", "sync", "outputs", "--store", "sqlite:///whole.db"]) == 0
+    store = sqlite3.connect(workplace / "whole.db")
+    steps = store.execute("select step from metrics where key = 'train/lr' order by step")
+    assert [step for (step,) in steps] == [0, 1, 2, 3]
+    store.close()
+
+
+def test_a_training_that_ends_before_its_first_step_has_failed(workplace):
+    with pytest.raises(ValueError, match="val_check_interval"):
+        main(["fit", *QUICK, *TINY, "--trainer.val_check_interval=1000",
+              "--trainer.check_val_every_n_epoch=1"])  # fmt: skip
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select status from runs").fetchall() == [("FAILED",)]
+    store.close()
+
+
+def test_going_on_from_an_older_checkpoint_keeps_both_and_says_so(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    shutil.copyfile(folder / "checkpoints/last.ckpt", folder / "checkpoints/older.ckpt")
+    longer = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/last.ckpt"]
+    assert main(["fit", *QUICK, *TINY, *longer]) == 0
+    older = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/older.ckpt"]
+    with pytest.warns(UserWarning, match="steps 4 to 5 are trained again, otherwise"):
+        assert main(["fit", *QUICK, *TINY, *older, "--model.learning_rate=0.5"]) == 0
+    store = sqlite3.connect(workplace / "mlflow.db")
+    rates = "select step, count(*), max(value) from metrics where key = 'train/lr' group by step"
+    found = {at: (times, rate) for at, times, rate in store.execute(rates)}
+    assert [times for times, _ in found.values()] == [1, 1, 1, 1, 2, 2]
+    assert found[5][1] > 0.05
+    tags = dict(store.execute("select key, value from tags where key like 'changed%'"))
+    assert tags == {"changed.model.learning_rate": "0.5", "changed.trainer.max_steps": "6",
+                    "changed.model.schedule.total_steps": "6"}  # fmt: skip
+    store.close()
+
+
+def test_measuring_again_adds_nothing_to_the_run(workplace):
+    assert main(["fit", *QUICK, *TINY]) == 0
+    store = sqlite3.connect(workplace / "mlflow.db")
+    count = "select count(*) from metrics where key like 'val/%' or key = 'epoch'"
+    before = store.execute(count).fetchone()
+    for _ in range(2):
+        assert main(["validate", *QUICK, *TINY]) == 0
+    assert store.execute(count).fetchone() == before
+    linked = "select count(*) from logged_model_metrics where metric_name = 'val/AP50'"
+    assert store.execute(linked).fetchone() == (1,)
+    store.close()
+
+
+def test_a_refused_value_leaves_no_folder_and_no_other_error_on_any_rank(
+    workplace, capsys, monkeypatch
+):
+    for rank in (0, 1):
+        monkeypatch.setattr(runs, "rank", lambda rank=rank: rank)
+        assert main(["fit", *QUICK, *TINY, "--model.trunk=darknet20"]) == 2
+        assert "model.trunk is 'darknet20'" in capsys.readouterr().err
+        assert not list(workplace.glob("outputs/quickstart/*"))
+
+
+def test_testing_before_training_says_so(workplace, capsys):
+    assert main(["test", *QUICK]) == 2
+    assert "train first" in capsys.readouterr().err
+
+
+def test_missing_data_and_strange_checkpoints_are_named(workplace, capsys, monkeypatch):
+    monkeypatch.delenv("FRUIT_DATA", raising=False)
+    assert main(["fit", "--config", "recipes/fruit.yaml"]) == 2
+    assert "VOC folder: folder 'datasets/fruit_abo' not found" in capsys.readouterr().err
+    (workplace / "odd.ckpt").write_bytes(b"not a checkpoint")
+    assert main(["test", *QUICK, "--ckpt_path", "odd.ckpt"]) == 2
+    assert "odd.ckpt: not a checkpoint of this program" in capsys.readouterr().err
+
+
+def test_overview_version_and_unknown_commands(capsys):
+    assert main([]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+    assert main(["fti"]) == 2
+    assert "did you mean 'fit'" in capsys.readouterr().err
+
+
+def test_quickstart_compares_and_keeps_every_run(workplace, capsys):
+    for number in (1, 2):
+        assert main(["quickstart", *TINY]) == 0
+        folder = workplace / f"outputs/quickstart/run-{number:03}"
+        assert (folder / "predictions.png").stat().st_size > 10_000
+        summary = json.loads((workplace / "outputs/quickstart/summary.json").read_text())
+        assert summary == json.loads((folder / "summary.json").read_text())
+    for name in ("joint", "detection_only"):
+        assert 0 <= summary[name]["boxed_ap50"] <= 1
+        assert 0 <= summary[name]["unboxed_ap50"] <= 1
+        assert summary[name]["detection_steps"] == 2
+        assert 0 < len(summary[name]["per_class"]) <= 12
+    assert summary["seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "classes without boxes" in printed
+    assert "yolo-lightning mlflow ui" in printed

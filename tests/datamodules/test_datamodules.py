@@ -1,0 +1,477 @@
+"""Sources, augmentation, and the combined datamodule."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.images import write_image
+from tests.helpers.paths import REPO
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.datamodules import (
+    ClassificationAugmentation,
+    CombinedDataModule,
+    DetectionAugmentation,
+    ImageFolder,
+    ShapesDetection,
+    ShapesImageLabels,
+    VOCFolder,
+)
+from yolo_lightning.datamodules.shapes import SHAPES, _draw, _place
+from yolo_lightning.datamodules.source import DetectionSample
+from yolo_lightning.datamodules.transforms import centre_crop, fit_sample
+from yolo_lightning.errors import InputError
+from yolo_lightning.images import fit
+from yolo_lightning.tree.wordtree import WordTree
+
+FRUIT = WordTree.flat(["apple", "banana"])
+SHAPES_TREE = REPO / "recipes/trees/shapes.tsv"
+
+
+# --- shapes
+
+
+def test_shapes_are_deterministic_differ_and_lie_in_the_image():
+    sources = [ShapesDetection(length=30, image_size=96, seed=seed) for seed in (0, 0, 1)]
+    for source in sources:
+        source.bind(WordTree.read(SHAPES_TREE))
+    same, again, other = ([source.read(k) for k in range(30)] for source in sources)
+    for a, b in zip(same, again, strict=True):
+        assert np.array_equal(a.image, b.image)
+        assert np.array_equal(a.boxes_xyxy_px, b.boxes_xyxy_px)
+        assert a.boxes_xyxy_px.min() >= 0
+        assert a.boxes_xyxy_px.max() <= 96
+        assert (a.boxes_xyxy_px[:, 2:] - a.boxes_xyxy_px[:, :2]).min() > 4
+    assert not np.array_equal(same[0].image, same[1].image)
+    assert not np.array_equal(same[0].image, other[0].image)
+    assert {len(sample.labels) for sample in same} >= {1, 2, 3}
+
+
+def test_boxes_are_tight_around_what_is_drawn():
+    rng = np.random.default_rng(0)
+    for name in SHAPES:
+        for _ in range(5):
+            placed = _place(rng, name, 128, 30.0)
+            rows, columns = np.nonzero(placed.mask > 127)
+            drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(drawn - placed.box_xyxy_px).max() < 2.5, name
+
+
+def test_no_shape_is_covered_by_more_than_a_fifth():
+    covered = []
+    for seed in range(60):
+        _, placed = _draw(np.random.default_rng(seed), list(SHAPES), 96, (0.13, 0.28))
+        for k, shape in enumerate(placed):
+            own = shape.mask > 127
+            later = np.any([other.mask > 127 for other in placed[k + 1 :]] or [own & False], axis=0)
+            covered.append((own & later).sum() / own.sum())
+    assert max(covered) <= 0.2
+    assert sum(share > 0.05 for share in covered) > 20  # crowded enough to need the rule
+
+
+def test_shapes_may_be_absent_and_ranges_are_checked():
+    source = ShapesDetection(length=20, objects=(0, 1), image_size=64)
+    source.bind(WordTree.read(SHAPES_TREE))
+    counts = [source.read(k).boxes_xyxy_px.shape for k in range(20)]
+    assert {(0, 4), (1, 4)} == set(counts)
+    for options in ({"length": 0}, {"objects": (3, 2)}, {"radii": (0.1, 0.9)}):
+        with pytest.raises(InputError, match="shapes: .* allowed"):
+            ShapesDetection(**options)
+
+
+def test_labelled_shapes_take_every_class_in_turn():
+    tree = WordTree.read(SHAPES_TREE)
+    source = ShapesImageLabels(length=24, image_size=64)
+    source.bind(tree)
+    labels = [source.read(k)[1] for k in range(24)]
+    assert sorted(set(labels)) == sorted(tree.leaves.tolist())
+    assert source.read(0)[0].shape == (64, 64, 3)
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(InputError, match="class 'sqare' cannot be drawn; did you mean 'square'"):
+        ShapesDetection(classes=["sqare"])
+
+
+# --- Pascal VOC
+
+
+def test_voc_boxes_become_zero_based_corners(tmp_path, write_voc):
+    write_voc(tmp_path, "a", [("apple", 1, 1, 10, 20), ("banana", 5, 6, 64, 48)])
+    source = VOCFolder(str(tmp_path))
+    source.bind(FRUIT)
+    sample = source.read(0)
+    assert sample.boxes_xyxy_px.tolist() == [[0, 0, 10, 20], [4, 5, 64, 48]]
+    assert sample.labels.tolist() == [0, 1]
+    assert source.nodes.tolist() == [0, 1]
+    assert source.faults == sample.faults == []
+
+
+@pytest.mark.parametrize("layout", ["devkit", "small letters", "folder a split"])
+def test_voc_layouts_are_found(tmp_path, write_voc, layout):
+    if layout == "folder a split":
+        write_voc(tmp_path / "train", "a", [("apple", 1, 1, 9, 9)])
+        write_voc(tmp_path / "test", "b", [("apple", 1, 1, 9, 9)])
+    else:
+        xml, images = {
+            "devkit": ("Annotations", "JPEGImages"),
+            "small letters": ("annotations", "images"),
+        }[layout]
+        for name in "ab":
+            write_voc(tmp_path / xml, name, [("apple", 1, 1, 9, 9)], images=f"../{images}")
+        (tmp_path / "ImageSets/Main").mkdir(parents=True)
+        (tmp_path / "ImageSets/Main/train.txt").write_text("a\n\n")
+    source = VOCFolder(str(tmp_path), split="train")
+    source.bind(FRUIT)
+    assert [source.image_path(k).stem for k in range(len(source))] == ["a"]
+
+
+def test_voc_repairs_and_names_what_is_wrong(tmp_path, write_voc):
+    write_voc(tmp_path, "zero", [("apple", 1, 1, 9, 9)], stated=(0, 0))
+    write_voc(tmp_path, "lies", [("apple", 1, 1, 90, 40)], stated=(500, 300))
+    write_voc(tmp_path, "empty box", [("apple", 9, 9, 9, 20), ("banana", 1, 1, 5, 5)])
+    write_voc(tmp_path, "outside", [("apple", 100, 100, 120, 120)])
+    write_voc(tmp_path, "hard", [("apple", 1, 1, 9, 9)], difficult=1)
+    write_voc(tmp_path, "gone", [("apple", 1, 1, 9, 9)])
+    (tmp_path / "gone.jpg").unlink()
+    (tmp_path / "broken.xml").write_text("<annotation><object>")
+    source = VOCFolder(str(tmp_path))
+    source.bind(FRUIT)
+    samples = {source.image_path(k).stem: source.read(k) for k in range(len(source))}
+    said = "\n".join(source.faults)
+    assert "zero.xml: gives the size as 0 x 0" in said
+    assert "empty box.xml: object 1 has no area, skipped" in said
+    assert "gone.xml: its image is missing" in said
+    assert "broken.xml: not readable XML" in said
+    assert samples["lies"].boxes_xyxy_px.tolist() == [[0, 0, 64, 40]]
+    assert "is 64 x 48, its annotation says 500 x 300" in samples["lies"].faults[0]
+    assert len(samples["outside"].labels) == 0
+    assert "outside.xml: object 1 lies outside the image, skipped" in said
+    assert samples["hard"].difficult.tolist() == [True]
+    assert len(samples) == 5
+
+
+def test_voc_bad_input_is_named(tmp_path, write_voc):
+    with pytest.raises(InputError, match="VOC folder: folder '.*nowhere' not found"):
+        VOCFolder(str(tmp_path / "nowhere")).bind(FRUIT)
+    file = write_voc(tmp_path / "train", "a", [("appel", 1, 1, 9, 9)])
+    with pytest.raises(
+        InputError,
+        match=f"{file}: object 1: label 'appel' is not in the tree; did you mean 'apple'\\?",
+    ):
+        VOCFolder(str(tmp_path), "train").bind(FRUIT)
+    with pytest.raises(InputError, match="no split 'val'; found: train"):
+        VOCFolder(str(tmp_path), "val").bind(FRUIT)
+
+
+# --- folders of classes
+
+
+def test_image_folder_reads_classes_at_any_depth(tmp_path):
+    write_image(tmp_path / "banana" / "deep" / "x.JPG", value=10)
+    write_image(tmp_path / "apple" / "y.png", value=200)
+    (tmp_path / "apple" / "notes.txt").write_text("no image")
+    source = ImageFolder(str(tmp_path))
+    source.bind(FRUIT)
+    assert [source.read(k)[1] for k in range(len(source))] == [0, 1]
+    assert source.read(0)[0].mean() > 190
+
+
+def test_image_folder_bad_input_is_named(tmp_path):
+    with pytest.raises(InputError, match="holds no class folders"):
+        ImageFolder(str(tmp_path)).bind(FRUIT)
+    write_image(tmp_path / "cherry" / "x.png")
+    with pytest.raises(
+        InputError, match="label 'cherry' is not in the tree; allowed: apple, banana"
+    ):
+        ImageFolder(str(tmp_path)).bind(FRUIT)
+
+
+# --- transforms
+
+
+def sample_with(boxes: list[list[int]], size: tuple[int, int] = (60, 100)) -> DetectionSample:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
+    count = len(boxes)
+    return DetectionSample(
+        image,
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.arange(count),
+        np.zeros(count, dtype=np.bool_),
+    )
+
+
+def test_letterbox_keeps_aspect_and_moves_boxes_along():
+    image = np.zeros((50, 100, 3), dtype=np.uint8)
+    image[10:20, 30:60] = 255
+    square, *_ = fit(image, (64, 64))
+    assert square.shape == (64, 64, 3)
+    assert (square[:16] == 127).all()
+    assert (square[48:] == 127).all()
+    moved = fit_sample(sample_with([[30, 10, 60, 20]], (50, 100)), 64)
+    np.testing.assert_allclose(moved.boxes_xyxy_px, [[19.2, 22.4, 38.4, 28.8]], rtol=1e-6)
+
+
+def test_augmentation_is_decided_by_its_seed_alone():
+    augment = DetectionAugmentation(jitter=0.3)
+    sample = fit_sample(sample_with([[10, 10, 50, 40], [60, 5, 95, 55]]), 96)
+    first, other, again = (augment(sample, 96, seed) for seed in (1, 2, 1))
+    assert np.array_equal(first.image, again.image)
+    assert np.array_equal(first.boxes_xyxy_px, again.boxes_xyxy_px)
+    assert not np.array_equal(first.image, other.image)
+    classify = ClassificationAugmentation()
+    one, two, three = (classify(sample.image, 64, seed) for seed in (1, 2, 1))
+    assert one.shape == (64, 64, 3)
+    assert np.array_equal(one, three)
+    assert not np.array_equal(one, two)
+
+
+def test_classification_windows_hold_what_their_scale_says():
+    image = np.full((100, 200, 3), 255, dtype=np.uint8)
+    plain: dict[str, Any] = {"aspect": 1, "degrees": 0, "hue": 0, "saturation": 1, "exposure": 1}
+    small = ClassificationAugmentation((32, 32), **plain)(image, 64, 0)
+    assert (small == 255).all(axis=(1, 2)).sum() == 32  # grey above and below
+    assert set(np.unique(small)) == {127, 255}
+    assert (ClassificationAugmentation((64, 128), **plain)(image, 64, 0) == 255).all()
+    turned = ClassificationAugmentation((64, 64), **{**plain, "degrees": 45})(image, 64, 3)
+    assert (turned == 127).any()
+
+
+def test_classification_augmentation_refuses_nonsense():
+    with pytest.raises(InputError, match=r"shorter_side is \[300, 200\]; allowed: two lengths"):
+        ClassificationAugmentation((300, 200))
+    with pytest.raises(InputError, match="aspect is 0; allowed: above 0"):
+        ClassificationAugmentation(aspect=0)
+
+
+def test_the_middle_of_an_image():
+    image = np.zeros((40, 80, 3), dtype=np.uint8)
+    image[:, 20:60] = 200
+    assert (centre_crop(image, 40) == 200).all()
+    assert centre_crop(image, 20).shape == (20, 20, 3)
+    assert centre_crop(image[:, :40], 64).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("geometry", ["crop", "place"])
+@pytest.mark.parametrize("resize", ["letterbox", "stretch"])
+def test_augmented_boxes_follow_their_object_and_stay_inside(geometry, resize):
+    image = np.zeros((96, 144, 3), dtype=np.uint8)
+    image[30:60, 40:80] = 255
+    box = np.array([[40, 30, 80, 60]], dtype=np.float32)
+    sample = DetectionSample(image, box, np.array([4]), np.array([False]))
+    augment = DetectionAugmentation(0.3, hue=0, saturation=1, exposure=1, geometry=geometry)
+    moved = 0
+    for seed in range(60):
+        out = augment(sample, 96, seed, resize)
+        assert out.image.shape == (96, 96, 3)
+        if not len(out.labels):
+            continue
+        x1, y1, x2, y2 = out.boxes_xyxy_px[0]
+        rows, columns = np.nonzero(out.image[:, :, 0] > 190)
+        drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert np.abs(drawn - out.boxes_xyxy_px[0]).max() < 2
+        assert 0 <= x1 < x2 <= 96
+        assert 0 <= y1 < y2 <= 96
+        assert out.labels.tolist() == [4]
+        moved += abs(x1 - 40) > 2
+    assert moved > 20
+
+
+def test_degenerate_boxes_crash_no_augmentation():
+    augment = DetectionAugmentation(jitter=0.3)
+    boxes = [[10, 10, 10, 30], [-20, -20, 500, 500], [95, 58, 140, 90], [5, 5, 30, 30]]
+    for seed in range(40):
+        out = augment(sample_with(boxes), 96, seed)
+        assert len(out.boxes_xyxy_px) == len(out.labels) == len(out.difficult)
+        assert 0 not in out.labels
+    nothing = augment(sample_with([]), 96, 0)
+    assert nothing.boxes_xyxy_px.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"jitter": 1.5}, {"jitter": 0.5}, {"saturation": 0.5}, {"hue": 0.9}, {"geometry": "turn"}],
+)
+def test_augmentation_out_of_range_is_refused(options):
+    with pytest.raises(InputError, match="allowed"):
+        DetectionAugmentation(**options)
+
+
+# --- combined
+
+
+def combined(**options) -> CombinedDataModule:
+    defaults = {
+        "tree": str(SHAPES_TREE),
+        "detection": ShapesDetection(length=10, image_size=64),
+        "classification": ShapesImageLabels(length=12, image_size=64),
+        "validation": ShapesDetection(length=5, image_size=64, seed=9),
+        "detection_batch_size": 4,
+        "classification_batch_size": 6,
+        "image_size": 64,
+        "detection_augmentation": DetectionAugmentation(),
+        "classification_augmentation": ClassificationAugmentation(),
+        "num_workers": 0,
+    }
+    data = CombinedDataModule(**{**defaults, **options})
+    data.setup("fit")
+    return data
+
+
+def test_batches_alternate_and_have_the_promised_shapes():
+    batches = list(combined().train_dataloader())
+    assert len(batches) == 6
+    for step, batch in enumerate(batches):
+        assert batch.step == step
+        assert batch.images.dtype == torch.uint8
+        if step % 2 == 0:
+            assert isinstance(batch, DetectionBatch)
+            assert batch.images.shape == (4, 3, 64, 64)
+            assert batch.boxes_cxcywh_norm.shape == (4, 8, 4)
+            assert batch.labels.shape == (4, 8)
+            real = batch.labels >= 0
+            assert batch.boxes_cxcywh_norm[real].min() > 0
+            assert batch.boxes_cxcywh_norm[~real].abs().sum() == 0
+        else:
+            assert isinstance(batch, ClassificationBatch)
+            assert batch.images.shape == (6, 3, 64, 64)
+            assert batch.labels.shape == (6,)
+    assert [batch.images_seen for batch in batches[:3]] == [0, 4, 10]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers):
+    alone, helped = (list(combined(num_workers=n).train_dataloader()) for n in (0, workers))
+    for a, b in zip(alone, helped, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.sample_ids, b.sample_ids)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_an_unreadable_image_is_replaced_counted_and_named(tmp_path, write_voc):
+    for name in "abc":
+        write_voc(tmp_path, name, [("apple", 1, 1, 30, 30)])
+    (tmp_path / "b.jpg").write_bytes(b"not an image")
+    data = combined(
+        tree=["apple", "banana"],
+        detection=VOCFolder(str(tmp_path)),
+        classification=None,
+        validation=VOCFolder(str(tmp_path)),
+        detection_batch_size=3,
+    )
+    (batch,) = list(data.train_dataloader())
+    assert isinstance(batch, DetectionBatch)
+    assert (batch.labels >= 0).sum(1).tolist() == [1, 1, 1]
+    (fault,) = batch.faults
+    assert "b.jpg: not a readable image; another image stands in" in fault
+    (evaluated,) = list(data.val_dataloader())
+    assert sorted(evaluated.sample_ids.tolist()) == [-1, 0, 2]
+    assert "left out of the evaluation" in evaluated.faults[0]
+
+
+def test_difficult_objects_are_evaluated_but_not_trained(tmp_path, write_voc):
+    write_voc(tmp_path, "a", [("apple", 1, 1, 30, 30)], difficult=1)
+    source = VOCFolder(str(tmp_path))
+    data = combined(
+        tree=["apple"], detection=source, classification=None, validation=source,
+        detection_batch_size=1, detection_augmentation=None,
+    )  # fmt: skip
+    (trained,), (evaluated,) = list(data.train_dataloader()), list(data.val_dataloader())
+    assert isinstance(trained, DetectionBatch)
+    assert isinstance(evaluated, DetectionBatch)
+    assert (trained.labels >= 0).sum() == 0
+    assert evaluated.difficult.sum() == 1
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    from yolo_lightning.images import read_image
+
+    image = np.zeros((40, 80, 3), dtype=np.uint8)
+    image[:, :20] = 255
+    ok, jpeg = cv2.imencode(".jpg", image)
+    assert ok
+    exif = (
+        bytes.fromhex("ffe1002245786966000049492a00080000000100120103000100000006000000")
+        + b"\0\0\0\0"
+    )
+    file = Path(tmp_path / "turned.jpg")
+    file.write_bytes(bytes(jpeg[:2]) + exif + bytes(jpeg[2:]))
+    turned, size_hw = read_image(file)
+    assert turned.shape == (80, 40, 3)
+    assert size_hw == (80, 40)
+    assert turned[:18].mean() > 230
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"image_size": 100}, "data.image_size is 100; allowed: positive multiples of 32"),
+        ({"detection_batch_size": 0}, "data.detection_batch_size is 0"),
+        ({"classification_batches_per_detection_batch": -1}, "is -1; allowed: 0 or more"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        combined(**options)
+
+
+def test_file_sources_serve_in_every_place(tmp_path, write_voc):
+    for split in ("train", "val", "test"):
+        write_voc(tmp_path / split, "a", [("apple", 1, 1, 30, 30)])
+    write_image(tmp_path / "labels" / "banana" / "x.png")
+    data = combined(
+        tree=["apple", "banana"],
+        detection=VOCFolder(str(tmp_path), "train"),
+        classification=ImageFolder(str(tmp_path / "labels")),
+        validation=VOCFolder(str(tmp_path), "val"),
+        test=VOCFolder(str(tmp_path), "test"),
+        detection_batch_size=1,
+        classification_batch_size=1,
+    )
+    kinds = [type(batch) for batch in data.train_dataloader()]
+    assert kinds == [DetectionBatch, ClassificationBatch]
+    data.setup("test")
+    assert len(list(data.test_dataloader())) == 1
+    assert data.source_faults == []
+
+
+def test_measuring_without_images_to_measure_on_is_refused():
+    data = combined(validation=None)
+    with pytest.raises(InputError, match=r"names no data\.validation"):
+        data.setup("validate")
+    with pytest.raises(InputError, match="neither data.test nor data.validation"):
+        data.test_dataloader()
+
+
+def test_without_a_classification_source_all_batches_hold_boxes():
+    batches = list(combined(classification=None).train_dataloader())
+    assert {type(batch) for batch in batches} == {DetectionBatch}
+
+
+def test_batches_move_and_keep_what_is_no_tensor():
+    batch = next(iter(combined().train_dataloader()))
+    batch.faults = ["x"]
+    moved = batch.to("meta")
+    assert moved.images.device.type == "meta"
+    assert moved.faults == ["x"]
+    assert moved.images_seen == batch.images_seen
+
+
+def test_truths_come_back_from_the_letterbox_where_they_were(tmp_path, write_voc):
+    from yolo_lightning.detector import original_px
+
+    write_voc(tmp_path, "a", [("apple", 21, 31, 60, 70), ("apple", 1, 1, 333, 500)], (333, 500))
+    source = VOCFolder(str(tmp_path))
+    data = combined(
+        tree=["apple"], detection=source, validation=source, classification=None, image_size=416
+    )
+    (batch,) = list(data.val_dataloader())
+    assert isinstance(batch, DetectionBatch)
+    height, width = batch.sizes_hw_orig[0].tolist()
+    boxes = original_px(batch.boxes_cxcywh_norm[0, :2], (height, width), batch.images.shape[-2:])
+    expected = torch.tensor([[20.0, 30, 60, 70], [0, 0, 333, 500]])
+    torch.testing.assert_close(boxes, expected, atol=1e-3, rtol=0)

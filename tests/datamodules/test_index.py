@@ -1,0 +1,338 @@
+"""Every source in its usual layout: names, unknown labels, and the index that is kept."""
+
+import mmap
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.miniatures import (
+    BOXES,
+    FRENCH,
+    FRUIT,
+    GOOD_YOLO,
+    SOURCES,
+    WNIDS,
+    bound,
+    build_coco,
+    build_folders,
+    build_voc,
+    build_yolo,
+    plain,
+    write,
+    write_devkit,
+    write_ilsvrc,
+)
+from yolo_lightning.datamodules import ILSVRCDetection, ImageFolder, VOCFolder, index
+from yolo_lightning.errors import InputError
+
+# --- labels and the tree
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_mapping_says_what_labels_are_called_in_the_tree(tmp_path, kind):
+    source = bound(SOURCES[kind](tmp_path)(mapping=FRENCH))
+    assert source.node_counts() == {0: {"pomme": 1}, 1: {"banane": 1}}
+    assert source.nodes.tolist() == [0, 1]
+    for k in range(2):
+        found = source.read(k)
+        (label,) = found.labels.tolist() if kind in BOXES else [found[1]]
+        assert label == (0 if source.image_path(k).stem[-1] in "a1" else 1)
+
+
+# where each source meets the labels first, below its folder
+MET = {
+    "VOC": ("a.xml: object 1", "b.xml: object 1"),
+    "VOC devkit": ("Annotations/a.xml: object 1", "Annotations/b.xml: object 1"),
+    "ILSVRC": (
+        "Annotations/DET/train/a/a.xml: object 1",
+        "Annotations/DET/train/b/b.xml: object 1",
+    ),
+    "COCO": ("ann.json", "ann.json"),
+    "YOLO": ("labels/a.txt:1", "labels/b.txt:1"),
+    "YOLO folder": ("labels/a.txt:1", "labels/b.txt:1"),
+    "YOLO in one folder": ("a.txt:1", "b.txt:1"),
+    "class folders": ("pomme", "banane"),
+    "table": ("table.csv:2", "table.csv:3"),
+    "ImageNet": ("train/pomme", "train/banane"),
+    "ImageNet validation": ("val_synsets.txt", "val_synsets.txt"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_all_unknown_labels_come_in_one_message(tmp_path, kind):
+    source = SOURCES[kind](tmp_path)()
+    with pytest.raises(InputError) as caught:
+        source.bind(FRUIT)
+    said = str(caught.value)
+    for name, place in zip(("pomme", "banane"), MET[kind], strict=True):
+        assert f"{tmp_path / place}: label {name!r} is not in the tree" in said
+    assert "did you mean 'banana'?" in said
+    assert "mapping: {label: node}" in said
+    with pytest.raises(InputError) as caught:
+        SOURCES[kind](tmp_path)(mapping={"pomme": "apple", "banane": "kiwi"}).bind(FRUIT)
+    assert "'kiwi' is not in the tree" in str(caught.value)
+    assert "'pomme'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["VOC", "COCO", "YOLO", "class folders", "table"])
+def test_a_source_without_images_is_refused(tmp_path, kind):
+    make = SOURCES[kind](tmp_path)
+    for file in [*tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.xml")]:
+        file.unlink()
+    with pytest.raises(InputError, match="no annotated images|holds no images|images are in none"):
+        make().bind(FRUIT)
+
+
+# --- when a source is parsed again
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_second_open_parses_nothing(tmp_path, monkeypatch, kind):
+    make = SOURCES[kind](tmp_path)
+    cache = tmp_path / index.CACHE_FOLDER
+    cache.mkdir()
+    os.utime(cache, ns=(10**18, 10**18))  # so that saving in it changes its time for certain
+    first = make().open()
+    source = make()
+
+    def parse(self: Any) -> None:
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr(type(source), "_parse", parse)
+    second = source.open()
+    assert second.facts == first.facts
+    for name, array in first.arrays.items():
+        assert np.array_equal(second[name], array), name
+
+
+def count_parses(monkeypatch: pytest.MonkeyPatch, source: Any) -> list[str]:
+    parse, found = type(source)._parse, []
+
+    def counted(self: Any) -> Any:
+        found.append(self.name)
+        return parse(self)
+
+    monkeypatch.setattr(type(source), "_parse", counted)
+    return found
+
+
+def touch(path: Path) -> None:
+    """Say that a file or folder changed a second later."""
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+
+
+def rewrite(file: Path, old: str, new: str) -> None:
+    """Change a file in its place: same size, so that the time alone tells."""
+    assert len(old) == len(new)
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    touch(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "old", "new"),
+    [
+        ("VOC", "a.xml", "pomme", "poire"),
+        ("VOC devkit", "Annotations/a.xml", "pomme", "poire"),
+        ("VOC devkit", "ImageSets/Main/trainval.txt", "a\nb", "b\nb"),
+        ("ILSVRC", "Annotations/DET/train/a/a.xml", "pomme", "poire"),
+        ("COCO", "ann.json", "pomme", "poire"),
+        ("YOLO", "labels/a.txt", "0 0.078125", "1 0.078125"),
+        ("YOLO", "data.yaml", "pomme", "poire"),
+        ("YOLO folder", "labels/a.txt", "0 0.078125", "1 0.078125"),
+        ("YOLO folder", "data.yaml", "pomme", "poire"),
+        ("YOLO in one folder", "classes.txt", "pomme", "poire"),
+        ("table", "table.csv", "pomme", "poire"),
+        ("ImageNet validation", "val_synsets.txt", "pomme", "poire"),
+    ],
+)
+def test_a_changed_annotation_is_parsed_again(tmp_path, kind, file, old, new):
+    make = SOURCES[kind](tmp_path)
+    assert make().name_counts()["pomme"] == 1
+    rewrite(tmp_path / file, old, new)
+    assert make().name_counts()["pomme"] == 0
+
+
+def test_a_changed_list_of_ilsvrc_is_parsed_again(tmp_path):
+    write_ilsvrc(tmp_path)
+    assert bound(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS).nodes.tolist() == [0]
+    rewrite(tmp_path / "ImageSets/DET/val_part.txt", "v_2", "v_1")
+    assert bound(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS).nodes.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("VOC", "c.xml"),
+        ("ILSVRC", "Annotations/DET/train/a/c.xml"),
+        ("YOLO", "images/c.jpg"),
+        ("YOLO folder", "images/deeper/c.jpg"),
+        ("class folders", "pomme/c.jpg"),
+        ("class folders", "pomme/deeper/c.jpg"),
+        ("class folders", "poire/c.jpg"),
+        ("ImageNet", "train/pomme/c.jpg"),
+        ("ImageNet", "train/poire/c.jpg"),
+    ],
+)
+def test_a_new_file_in_a_folder_is_found(tmp_path, kind, file):
+    make = SOURCES[kind](tmp_path)
+    before = make()
+    before.open()
+    place = tmp_path / file
+    if place.suffix == ".xml":
+        shutil.copy(place.with_name("a.xml"), place)
+        data = str(place.parent).replace("Annotations", "Data")
+        plain(Path(data) / "c.jpg")
+    else:
+        plain(place)
+    for folder in (place.parent, place.parent.parent):
+        touch(folder)
+    assert (len(before), len(make())) == (2, 3)
+
+
+def test_a_label_file_that_appears_is_found(tmp_path):
+    make = build_yolo(tmp_path)
+    (tmp_path / "labels/a.txt").unlink()
+    assert make().name_counts()["banane"] == 1
+    write(tmp_path / "labels/a.txt", GOOD_YOLO)
+    os.utime(tmp_path / "labels", ns=(2 * 10**18, 2 * 10**18))
+    assert make().name_counts()["banane"] == 2
+
+
+@pytest.mark.parametrize("option", ["COCO images", "table root"])
+def test_a_relative_folder_means_another_place_in_another_working_folder(
+    tmp_path, monkeypatch, option
+):
+    kind, name = option.split()
+    make = SOURCES[kind](tmp_path / "set")
+    for place in ("one", "two"):
+        plain(tmp_path / place / "pictures/a.jpg")
+        plain(tmp_path / place / "pictures/b.jpg")
+        monkeypatch.chdir(tmp_path / place)
+        source = make(**{name: "pictures"})
+        assert source.image_path(0) == tmp_path / place / "pictures/a.jpg"
+
+
+def test_options_have_indices_of_their_own(tmp_path, write_voc):
+    write_devkit(tmp_path, write_voc, 2007, {"train": "a", "val": "b"})
+    root = str(tmp_path / "VOC2007")
+    for split, name in (("train", "2007_a"), ("val", "2007_b"), ("train", "2007_a")):
+        assert VOCFolder(root, split).image_path(0).stem == name
+
+
+# --- where indices are kept, and how they are opened
+
+
+def the_index(root: Path) -> Path:
+    (file,) = root.glob("*.index")
+    return file
+
+
+def test_an_index_of_another_version_is_made_anew(tmp_path, monkeypatch):
+    make = build_folders(tmp_path)
+    make().open()
+    parses = count_parses(monkeypatch, make())
+    monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
+    assert len(make()) == 2
+    assert len(parses) == 1
+    assert len(make()) == 2
+    assert len(parses) == 1
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999])
+def test_an_index_that_was_cut_off_is_made_anew(tmp_path, monkeypatch, share):
+    make = build_coco(tmp_path)
+    whole = make().open()
+    file = the_index(tmp_path / index.CACHE_FOLDER)
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[: int(len(data) * share)])
+    parses = count_parses(monkeypatch, make())
+    again = make().open()
+    assert len(parses) == 1
+    assert again.facts == whole.facts
+    assert file.read_bytes()[:10] == data[:10]
+    make().open()
+    assert len(parses) == 1
+
+
+def test_nothing_half_written_stays_behind(tmp_path):
+    build_coco(tmp_path)().open()
+    assert [file.suffix for file in (tmp_path / index.CACHE_FOLDER).iterdir()] == [".index"]
+
+
+def test_the_index_of_a_read_only_folder_is_kept_in_the_users_cache(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    make = build_folders(root)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(index.CACHE_VARIABLE, raising=False)
+    root.chmod(0o555)
+    try:
+        assert len(make()) == 2
+        assert the_index(tmp_path / "cache/yolo-lightning").is_file()
+        assert not (root / index.CACHE_FOLDER).exists()
+        parses = count_parses(monkeypatch, make())
+        assert len(make()) == 2
+        assert parses == []
+    finally:
+        root.chmod(0o755)
+
+
+def test_indices_are_kept_where_one_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(index.CACHE_VARIABLE, str(tmp_path / "my/indices"))
+    make = build_folders(tmp_path / "set")
+    build_voc(tmp_path / "other")().open()
+    make().open()
+    assert len(list((tmp_path / "my/indices").glob("*.index"))) == 2
+    assert not (tmp_path / "set" / index.CACHE_FOLDER).exists()
+    parses = count_parses(monkeypatch, make())
+    assert len(make()) == 2
+    assert parses == []
+
+
+def test_where_nothing_can_be_kept_a_run_goes_on(tmp_path, monkeypatch):
+    in_the_way = write(tmp_path / "file", "")
+    monkeypatch.setenv(index.CACHE_VARIABLE, str(in_the_way / "below"))
+    make = build_folders(tmp_path / "set")
+    source = bound(make(mapping=FRENCH))
+    assert len(source) == 2
+    again = pickle.loads(pickle.dumps(source))
+    assert again.image_name(1) == source.image_name(1)
+
+
+def test_a_source_goes_to_a_worker_as_the_path_of_its_index(tmp_path):
+    (tmp_path / "pomme").mkdir()
+    for k in range(400):
+        (tmp_path / "pomme" / f"a picture with a long name, number {k}.jpg").touch()
+    source = bound(ImageFolder(str(tmp_path), mapping=FRENCH))
+    opened = source.open()
+    assert sum(array.nbytes for array in opened.arrays.values()) > 15_000
+    packed = pickle.dumps(opened)
+    assert len(packed) < 600
+    assert len(pickle.dumps(source)) < 3000
+    again = pickle.loads(packed)
+    assert again.file == opened.file
+    assert again.facts == opened.facts
+    assert again.arrays.keys() == opened.arrays.keys()
+    for name, array in opened.arrays.items():
+        assert again[name].dtype == array.dtype
+        assert np.array_equal(again[name], array)
+    assert again.text("images", 7) == opened.text("images", 7)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_indices_are_mapped_not_read(tmp_path, kind):
+    opened = SOURCES[kind](tmp_path)().open()
+    for name, array in opened.arrays.items():
+        base: Any = array
+        while not isinstance(base, mmap.mmap):
+            assert base is not None, name
+            base = base.base
+        assert not array.flags.writeable

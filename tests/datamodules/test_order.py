@@ -1,0 +1,107 @@
+"""Exact order: the same batches from any number of workers and ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.miniatures import data_of, save, write
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.datamodules import (
+    ClassificationAugmentation,
+    CombinedDataModule,
+    DetectionAugmentation,
+    ImageFolder,
+    YOLOText,
+)
+from yolo_lightning.datamodules.batching import JointDataset
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Ten images with boxes and eleven with labels; one of each is broken."""
+    root = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        save(root / f"boxes/images/{k}.jpg", rng.integers(0, 255, (48, 64 + k, 3), np.uint8))
+        x, y = rng.uniform(0.3, 0.7, 2)
+        write(root / f"boxes/labels/{k}.txt", f"{k % 2} {x} {y} 0.4 0.4\n")
+    for k in range(11):
+        place = root / "labels" / ("apple", "banana")[k % 2] / f"{k}.png"
+        save(place, rng.integers(0, 255, (40, 40, 3), np.uint8))
+    write(root / "boxes/images/3.jpg", "broken")
+    write(root / "labels/apple/4.png", "broken")
+    return root
+
+
+def ordered(files: Path, **options: Any) -> CombinedDataModule:
+    defaults = {
+        "detection": YOLOText(str(files / "boxes"), names=["apple", "banana"]),
+        "classification": ImageFolder(str(files / "labels")),
+        "detection_batch_size": 4,
+        "classification_batch_size": 8,
+        "steps_per_epoch": 12,
+        "detection_augmentation": DetectionAugmentation(),
+        "classification_augmentation": ClassificationAugmentation((40, 80)),
+        "seed": 5,
+    }
+    return data_of(**{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    """The batches of twelve steps, read without workers."""
+    return list(ordered(files).train_dataloader())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 4])
+def test_no_number_of_workers_changes_a_batch(files, alone, workers):
+    helped = list(ordered(files, num_workers=workers).train_dataloader())
+    assert len(helped) == len(alone) == 12
+    for a, b in zip(alone, helped, strict=True):
+        assert a.step == b.step
+        assert a.sample_ids.tolist() == b.sample_ids.tolist()
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.faults == b.faults
+        if isinstance(a, DetectionBatch):
+            assert torch.equal(a.boxes_cxcywh_norm, b.boxes_cxcywh_norm)
+
+
+def test_a_pass_holds_every_sample_once_and_no_two_are_alike(alone):
+    for kind, size, passes in ((DetectionBatch, 10, 2), (ClassificationBatch, 11, 4)):
+        chosen = [batch for batch in alone if isinstance(batch, kind)]
+        ids = torch.cat([batch.sample_ids for batch in chosen]).tolist()
+        found = [ids[k * size : (k + 1) * size] for k in range(passes)]
+        assert all(sorted(one) == list(range(size)) for one in found)
+        assert len({tuple(one) for one in found}) == passes
+        images = torch.cat([batch.images for batch in chosen])
+        again = images[ids.index(0)], images[size + ids[size:].index(0)]
+        assert not torch.equal(*again)  # augmentation draws anew in each pass
+
+
+def test_another_seed_gives_another_order(files, alone):
+    other = next(iter(ordered(files, seed=6).train_dataloader()))
+    assert other.sample_ids.tolist() != alone[0].sample_ids.tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_same_global_batches(files, alone, world_size):
+    data = ordered(files)
+    dataset = JointDataset(
+        data.detection, data.classification, data.augmentations, data.canvas_size, data.seed
+    )
+    order = data.order
+    for step, whole in enumerate(alone):
+        plans = [order.plan(step, rank, world_size) for rank in range(world_size)]
+        assert sum((plan.indices for plan in plans), []) == order.plan(step).indices
+        assert {plan.images_seen for plan in plans} == {whole.images_seen}
+        parts = [dataset[plan] for plan in plans]
+        assert len({len(part) for part in parts}) == 1
+        assert torch.cat([part.sample_ids for part in parts]).tolist() == whole.sample_ids.tolist()
+        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+        assert [fault for part in parts for fault in part.faults] == whole.faults

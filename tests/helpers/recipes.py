@@ -1,0 +1,20 @@
+"""Options that make the quickstart recipe short."""
+
+TINY = [
+    "--trainer.max_steps=4",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+    "--data.detection.length=8",
+    "--data.classification.length=8",
+    "--data.validation.length=4",
+    "--data.test.length=4",
+    "--data.detection_batch_size=2",
+    "--data.classification_batch_size=2",
+    "--data.num_workers=0",
+    "--model.head_channels=8",
+    "--model.schedule.burn_in_steps=0",
+]
+
+
+QUICK = ["--config", "recipes/quickstart.yaml"]

@@ -1,0 +1,122 @@
+"""One answer from every door: `detect`, the Python door, `validate`, and the exported graph."""
+
+import csv
+import json
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import miniatures
+from tests.helpers.trees import TRUNK
+from yolo_lightning import CombinedDataModule, load
+from yolo_lightning.cli.commands.darknet import checkpoint_of
+from yolo_lightning.cli.main import main
+from yolo_lightning.datamodules import VOCFolder
+from yolo_lightning.detector import DetectorModule
+
+NAMES = ["apple", "banana", "cherry"]
+SCORE = 0.1
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Images of several shapes with a box each, and a network that is sure of many things."""
+    folder = tmp_path_factory.mktemp("parity")
+    generator = np.random.default_rng(1)
+    for k, (height, width) in enumerate([(96, 128), (200, 120), (64, 64), (90, 300)]):
+        coarse = generator.integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8)
+        image = coarse.repeat(10, 0).repeat(10, 1)
+        miniatures.save(folder / f"images/{k}.png", image)
+        miniatures.write_xml(folder / f"images/{k}.xml", "banana", (5, 5, 40, 40))
+    torch.manual_seed(5)
+    model = DetectorModule(
+        tree=NAMES, anchors_wh_cell=[(1, 1), (2, 1.5)], trunk=TRUNK, head_channels=0,
+        passthrough_channels=0, image_size=96,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.network.box_conv.weight.mul_(40)
+        model.network.class_weight.mul_(60)
+    torch.save(checkpoint_of(model.eval(), {}), folder / "model.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_python(place):
+    door: Any = load(place / "model.ckpt")
+    found = [door(place / f"images/{k}.png", SCORE) for k in range(4)]
+    assert all(found)
+    assert len({one.name for image in found for one in image}) == 3
+    return found
+
+
+def test_detect_says_the_same(place, from_python):
+    images = [str(place / f"images/{k}.png") for k in range(4)]
+    options = ("--score-threshold", str(SCORE), "--format", "csv", "--output", str(place / "out"))
+    assert main(["detect", str(place / "model.ckpt"), *images, *options]) == 0
+    with (place / "out/detections.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for k, image in enumerate(images):
+        told = [row for row in rows if row["file"] == image]
+        assert [row["name"] for row in told] == [one.name for one in from_python[k]]
+        for row, one in zip(told, from_python[k], strict=True):
+            assert float(row["score"]) == pytest.approx(one.score, abs=1e-5)
+            corners = [float(row[name]) for name in ("x1", "y1", "x2", "y2")]
+            assert corners == pytest.approx(one.box_xyxy_orig_px, abs=1e-2)
+
+
+def test_validation_measures_the_same(place, from_python):
+    """Every class of a box is told there, suppressed by itself: the door's are among them."""
+    model: Any = load(place / "model.ckpt")
+    validation = VOCFolder(str(place / "images"))
+    data = CombinedDataModule(
+        NAMES, VOCFolder(str(place / "images")), validation=validation, image_size=96,
+        detection_batch_size=2, num_workers=0,
+    )  # fmt: skip
+    nodes = torch.arange(3)
+    model._begin_evaluation = lambda stage: model.evaluation.begin(nodes, model.boxed_ancestors())
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.validate(model, data, verbose=False)
+    table = model.evaluation.detections
+    for k, image in enumerate(from_python):
+        index = next(i for i in range(4) if validation.image_name(i).endswith(f"{k}.png"))
+        rows = table[table[:, 0] == index]
+        for one in image:
+            same = rows[rows[:, 1] == one.node]
+            apart = np.abs(same[:, 4:] - one.box_xyxy_orig_px).max(axis=1)
+            assert apart.min() < 1e-2
+            assert same[apart.argmin(), 2] == pytest.approx(one.score, abs=1e-5)
+
+
+def test_the_exported_graph_says_the_same(place, from_python):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = place / "model.onnx"
+    options = ("--score-threshold", str(SCORE), "--output", str(file))
+    assert main(["export", str(place / "model.ckpt"), *options]) == 0
+    session = onnxruntime.InferenceSession(str(file))
+    names = json.loads(session.get_modelmeta().custom_metadata_map["names"])
+    module: Any = load(place / "model.ckpt")
+    for k, image in enumerate(from_python):
+        fitted, size = module.fitted(place / f"images/{k}.png")
+        feed = {"images": fitted[None].numpy(), "sizes_hw_orig": np.array([size])}
+        boxes, scores, nodes = (part[0] for part in session.run(None, feed))
+        told = nodes >= 0
+        assert [names[node] for node in nodes[told]] == [one.name for one in image]
+        assert scores[told] == pytest.approx([one.score for one in image], abs=1e-4)
+        assert boxes[told] == pytest.approx(
+            np.array([one.box_xyxy_orig_px for one in image]), abs=1e-2
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", ["0", "0.45", "1"])
+def test_thresholds_that_a_graph_holds_elsewhere_too_can_be_exported(place, threshold):
+    """0 and 1 stand in shapes, 0.45 in suppression; the check changes the score's alone."""
+    file = place / f"at-{threshold}.onnx"
+    args = ("--score-threshold", threshold, "--output", str(file))
+    assert main(["export", str(place / "model.ckpt"), *args]) == 0
+    assert file.is_file()

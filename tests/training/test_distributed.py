@@ -1,0 +1,209 @@
+"""Two gloo ranks: every kind of batch trains, ranks agree, evaluation counts each image once."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.detections import figures_of, random_image
+from tests.helpers.paths import REPO
+from tests.helpers.recipes import QUICK, TINY
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(REPO),
+    "GLOO_SOCKET_IFNAME": "lo",
+    "MASTER_ADDR": "127.0.0.1",
+    "OMP_WAIT_POLICY": "passive",
+    "OMP_NUM_THREADS": "1",
+}
+
+WORKER = '''
+import json, os, sys
+import lightning.pytorch as pl
+import torch
+from yolo_lightning import CombinedDataModule, DetectorModule, metrics
+from yolo_lightning.callbacks import MultiScale
+from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
+from yolo_lightning.datamodules.source import DetectionSample
+from yolo_lightning.losses import LossSettings
+
+torch.set_num_threads(1)
+tree, folder, rule = sys.argv[1:4]
+
+
+class Sparse(ShapesDetection):
+    """Objects are missing on rank 0 at step 0, and on both ranks at step 4."""
+
+    empty = set()
+
+    def read(self, index, least_side=None):
+        sample = super().read(index, least_side)
+        if index not in self.empty:
+            return sample
+        return DetectionSample(sample.image, sample.boxes_xyxy_px[:0], sample.labels[:0],
+                               sample.difficult[:0])
+
+
+class Diary(pl.Callback):
+    steps = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        missing = [n for n, p in module.network.named_parameters() if p.grad is None]
+        objects = int((batch.labels >= 0).sum())
+        self.steps.append((batch.step, type(batch).__name__, batch.images.shape[-1],
+                           batch.sample_ids.tolist(), batch.images_seen, missing, objects))
+
+
+pl.seed_everything(0, verbose=False)
+validation = ShapesDetection(length=5, image_size=64, seed=3)
+data = CombinedDataModule(
+    tree, Sparse(length=16, image_size=64), ShapesImageLabels(length=16, image_size=64),
+    validation=validation, detection_batch_size=4, classification_batch_size=4, image_size=64,
+    steps_per_epoch=6, num_workers=0)
+Sparse.empty = {*data.order.plan(0, 0, 2).indices, *data.order.plan(4).indices}
+model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
+                       loss=LossSettings(objectness_rule=rule))
+seen, evaluations = [], []
+update, evaluated = model.evaluation.fine.update, metrics.evaluated
+
+
+def seeing_update(found, images):
+    seen.extend(image["image_id"] for image in images)
+    update(found, images)
+
+
+model.evaluation.fine.update = seeing_update
+metrics.evaluated = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
+trainer = pl.Trainer(
+    max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    num_sanity_val_steps=0, use_distributed_sampler=False,
+    callbacks=[Diary(), MultiScale([32, 64], every_n_batches=2)])
+trainer.fit(model, data)
+weights = float(sum(p.double().abs().sum() for p in model.parameters()))
+with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
+    json.dump({"steps": Diary.steps, "seen": seen, "weights": weights,
+               "classes": len(model.evaluation.per_class), "evaluations": len(evaluations),
+               "tables": [len(model.evaluation.truths), len(model.evaluation.detections)],
+               "ap": float(trainer.callback_metrics.get("val/AP50", -1))}, file)
+'''
+
+
+@pytest.mark.parametrize("rule", ["paper", "darknet"])
+def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    tree = str(REPO / "recipes/trees/shapes.tsv")
+    done = subprocess.run(
+        [sys.executable, str(script), tree, str(tmp_path), rule],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1)]
+    assert len(ranks[0]["steps"]) == 6
+    for first, second in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True):
+        assert first[:3] == second[:3]  # step, kind, image size
+        assert not set(first[3]) & set(second[3])  # samples
+        assert first[4] == second[4]  # images seen
+        assert first[5] == second[5] == []  # parameters without a gradient
+    assert [step[1][0] for step in ranks[0]["steps"]] == list("DCDCDC")
+    objects = [[rank["steps"][step][6] for rank in ranks] for step in (0, 2, 4)]
+    assert objects[0][0] == 0 < objects[0][1]
+    assert min(objects[1]) > 0
+    assert objects[2] == [0, 0]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    # five images over two ranks: one is padding, and counted as such
+    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == [-1, 0, 1, 2, 3, 4]
+    assert ranks[0]["classes"] == ranks[1]["classes"] > 0
+    assert 0 <= ranks[0]["ap"] == ranks[1]["ap"] <= 1
+    assert ranks[1]["evaluations"] == 0 < ranks[0]["evaluations"]
+    assert ranks[1]["tables"] == [0, 0]
+    assert min(ranks[0]["tables"]) > 0
+
+
+METRIC_WORKER = """
+import json, sys
+from torch import distributed
+from torch.multiprocessing import start_processes
+from tests.helpers.detections import add, known_as, random_image
+from yolo_lightning.evaluation import average_precision as metrics
+
+
+def rank(number, folder, cases):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
+    evaluations, evaluated = [], metrics.evaluated
+    metrics.evaluated = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
+    out = {}
+    for name, shares in cases.items():
+        metric = metrics.BoxAveragePrecision()
+        for image in shares[number]:
+            drawn = random_image(abs(image))
+            add(metric, drawn if image < 0 else known_as(image, drawn))
+        metric.compute()
+        out[name] = metric.figures, len(metric.tables[0]), sorted(metric.per_class)
+    with open(f"{folder}/rank{number}.json", "w") as file:
+        json.dump([out, len(evaluations)], file)
+    distributed.destroy_process_group()
+
+
+start_processes(rank, (sys.argv[1], json.loads(sys.argv[2])), nprocs=2, start_method="fork")
+"""
+
+
+def test_ranks_without_images_and_images_that_come_twice_change_no_figure(tmp_path: Path):
+    cases = {
+        "all on one": [[0, 1, 2, 3], []],
+        "all on the other": [[], [0, 1, 2, 3]],
+        "shared": [[3, 1], [0, 2]],
+        "padded": [[0, 1, 2, 0], [3, 0, 1]],
+        "unnamed": [[-4, -5], [-6]],
+        "none": [[], []],
+    }
+    script = tmp_path / "metric_worker.py"
+    script.write_text(METRIC_WORKER)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), json.dumps(cases)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1))
+    assert (first[1], second[1]) == (len(cases), 0)
+    assert figures_of(*(random_image(k) for k in range(4)))["AP"] > 0.05
+    for name, (figures, truths, classes) in first[0].items():
+        images = range(4, 7) if name == "unnamed" else range(4 if name != "none" else 0)
+        assert figures == pytest.approx(figures_of(*(random_image(k) for k in images)))
+        assert truths == sum(len(random_image(k)[1]["labels"]) for k in images)
+        assert second[0][name] == [figures, 0, classes]
+
+
+def test_two_ranks_through_the_command_line_share_one_folder_and_one_run(workplace):
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "yolo_lightning", "fit", *QUICK, *TINY, *options],
+        cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    assert (folder / "checkpoints/best.ckpt").is_file()
+    assert (folder / "resolved.yaml").is_file()
+    store = sqlite3.connect(workplace / "mlflow.db")
+    assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+    steps = store.execute("select step from metrics where key = 'train/loss_coord' order by step")
+    assert [step for (step,) in steps] == [0, 1, 2, 3]
+    store.close()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(workplace):
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.detection_batch_size=3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "yolo_lightning", "fit", *QUICK, *TINY, *options],
+        cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "3 images cannot be shared equally by 2 ranks" in done.stderr
