@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes on few cores: threads that spin while they wait slow each other 30-fold.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: quickstart test test-slow lint types format clean
+.PHONY: quickstart test test-slow lint types structure format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -31,6 +31,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# lines, docstrings and imports by package
+structure:
+	$(PYTHON) -m tests.helpers.structure
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

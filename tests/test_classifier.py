@@ -16,12 +16,12 @@ from yolo_lightning.batches import ClassificationBatch
 from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.cli import recipe as cli
-from yolo_lightning.cli.commands.classify import resized
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import KINDS
+from yolo_lightning.export.darknet import checkpoint_of
+from yolo_lightning.inference.classification import resized
 from yolo_lightning.models.backbones import SMALL, Classifier
 from yolo_lightning.models.layers import to_plain
 from yolo_lightning.models.yolov2 import YOLOv2, detector_layers
@@ -420,7 +420,7 @@ def test_the_three_ways_to_resize():
 def test_classify_refuses_images_that_no_memory_holds(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
-    monkeypatch.setattr("yolo_lightning.cli.commands.classify.MOST_BYTES", 1000)
+    monkeypatch.setattr("yolo_lightning.inference.classification.MOST_BYTES", 1000)
     colourful(Path("large.png"), 40, 40)
     assert main(["classify", "m.ckpt", "large.png"]) == 2
     assert "large.png: too large" in capsys.readouterr().err

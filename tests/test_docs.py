@@ -7,8 +7,8 @@ import torch
 from tests.helpers import miniatures
 from tests.helpers.paths import REPO
 from tests.helpers.trees import TREE, TRUNK
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.detector import DetectorModule
+from yolo_lightning.export.darknet import checkpoint_of
 
 
 def python_blocks(page):

@@ -1,6 +1,5 @@
 """Layout, imports, and what a wheel holds."""
 
-import ast
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import yolo_lightning
+from tests.helpers import structure
 from tests.helpers.paths import REPO
 
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
@@ -176,94 +176,52 @@ print(sorted({"torch", "lightning", "mlflow", "cv2", "numpy"} & set(sys.modules)
     assert done.stdout.strip().endswith("[]"), done.stdout[-500:] + done.stderr[-500:]
 
 
-def imports_of(file: Path) -> set[str]:
-    """Return what a file imports from the package; ``from package.module import name`` once."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "yolo_lightning":
-            found |= {f"yolo_lightning.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "yolo_lightning"}
-
-
-LEAVES = {
-    "errors", "version", "batches", "boxes", "wordtree", "wordnet", "treebuild", "labels",
-    "anchors", "images", "detections", "signals",
-}  # fmt: skip
-CORE = {
-    "layers", "darknet19", "yolov2", "losses", "metrics", "evaluation", "schedules", "optimization",
-    "pictures", "tracking", "checkpoints", "treemetrics", "treeplot", "darknet_files",
-    "darknet_models", "pretrained", "plots", "mistakes", "report", "report_plots", "video", "graph",
-    "boxtables", "cocometrics", "vocmetrics", "seen", "explanation", "timing", "curves",
-    "report_tables", "checkpoint_io", "journal", "shipping", "shipper", "shipped_entries",
-    "system_metrics", "mlflow_model", "provenance", "run_finding", "stores", "mlflow_names",
-}  # fmt: skip
-MODULES = {"detector", "classifier"}
-ALLOWED = dict.fromkeys(LEAVES, LEAVES) | dict.fromkeys(CORE, LEAVES | CORE)
-ALLOWED |= {
-    "detector": LEAVES | CORE,
-    "classifier": LEAVES | CORE,
-    "loading": LEAVES | CORE | MODULES,
-    "recipe_errors": {"errors"},
-    "recipe_check": {"errors"},
-    "preflight": {"errors", "recipe_check"},
-    "__init__": {"version", "errors", "wordtree", "loading", "datamodules", *MODULES},
-    "__main__": {"errors", "signals", "recipe_check", "preflight", "__init__"},
-    "runs": {"errors", "checkpoints", "checkpoint_io", "journal"},
-    "cli": LEAVES | CORE | {"recipe_errors", "preflight", "callbacks", "datamodules", "runs"},
-    "datamodules": LEAVES | {"datamodules"},
-    "served_model": LEAVES | CORE | MODULES | {"loading", "commands"},
-    "callbacks": {
-        "batches",
-        "checkpoint_io",
-        "checkpoints",
-        "detections",
-        "errors",
-        "evaluation",
-        "images",
-        "journal",
-        "mlflow_model",
-        "pictures",
-        "provenance",
-        "report",
-        "signals",
-        "stores",
-        "tracking",
-        "callbacks",
-    },
-    "commands": LEAVES
-    | CORE
-    | MODULES
-    | {"cli", "runs", "callbacks", "datamodules", "loading", "preflight"},
-}
-
-
-def module_of(name: str) -> str:
-    """Return the part of the package that an import reaches; a public name counts as its module."""
-    part = (name.split(".") + ["__init__"])[1]
-    return yolo_lightning._HOME[part].split(".")[1] if part in yolo_lightning._HOME else part
+# each part of the library may import the parts of the rows above its own, and no others
+LAYERS = [
+    {"errors", "version", "batches", "boxes", "signals"},
+    {"images"},
+    {"tree", "models", "schedules", "optimization"},
+    {"losses", "detections", "darknet", "datamodules"},
+    {"checkpoints", "visualization"},
+    {"evaluation", "explain"},
+    {"detector", "classifier"},
+    {"inference", "export"},
+    {"serving"},
+    {"tracking"},
+    {"callbacks"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
 
 
 def test_imports_point_one_way():
-    places = {file: file.stem for file in (REPO / "yolo_lightning").glob("*.py")}
-    for folder in ("datamodules", "callbacks"):
-        places |= dict.fromkeys((REPO / folder).glob("*.py"), folder)
-    places |= dict.fromkeys((REPO / "yolo_lightning/commands").glob("*.py"), "commands")
-    for file, place in places.items():
-        assert place in ALLOWED, f"say in this test what {file.name} may import"
-        used = {module_of(name) for name in imports_of(file)} - {place}
-        names = used - {"__init__", "__version__"}
-        assert names <= ALLOWED[place], f"{file} imports {names - ALLOWED[place]}"
+    modules = structure.modules_of(REPO)
+    public = {f"yolo_lightning.{name}": home for name, home in yolo_lightning._HOME.items()}
+    public["yolo_lightning.__version__"] = "yolo_lightning.version"
+    edges = structure.file_edges(modules, public)
+    found = structure.part_edges(edges)
+    assert set(found) == set().union(*LAYERS), "say in this test what the new part may import"
+    below: set[str] = set()
+    for layer in LAYERS:
+        for part in layer:
+            assert found[part] <= below, f"{part} imports {sorted(found[part] - below)}"
+        below |= layer
+    assert len(modules) > 100
+    # what __init__ imports are public names, on their first use
+    assert sum(len(parts) for part, parts in found.items() if part != "__init__") <= 130
+
+
+def test_files_import_each_other_in_no_cycle():
+    edges = structure.file_edges(structure.modules_of(REPO))
+    inner = {name: targets - {"yolo_lightning"} for name, targets in edges.items()}
+    del inner["yolo_lightning"]
+    structure.levels_of(inner)
 
 
 def test_albumentations_is_used_in_one_file_only():
     users = [
-        file.name
-        for folder in ("yolo_lightning", "datamodules", "callbacks")
-        for file in (REPO / folder).glob("*.py")
+        name
+        for name, file in structure.modules_of(REPO).items()
         if "import albumentations" in file.read_text() or "from albumentations" in file.read_text()
     ]
-    assert users == ["transforms.py"]
+    assert users == ["yolo_lightning.datamodules.transforms"]

@@ -22,9 +22,9 @@ from tests.helpers.recipes import QUICK, TINY
 from yolo_lightning import ClassifierModule, DetectorModule, load
 from yolo_lightning.checkpoints.io import verify
 from yolo_lightning.checkpoints.validation import read_checkpoint
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
+from yolo_lightning.export.darknet import checkpoint_of
 
 TRUNK: list[list[Any]] = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 16, 1]]
 ROOM = 200 << 20

@@ -12,8 +12,8 @@ import pytest
 
 from tests.helpers.images import write_image
 from tests.helpers.paths import REPO
+from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.cli.main import main
-from yolo_lightning.cli.recipe import recipe_data
 
 RECIPE = """
 model:

@@ -15,9 +15,10 @@ import pytest
 from tests.helpers.paths import REPO
 from yolo_lightning.cli.commands import doctor
 from yolo_lightning.cli.commands.doctor import answers as doctor_answers
-from yolo_lightning.cli.commands.doctor.answers import masked, rendezvous, tracking, within
+from yolo_lightning.cli.commands.doctor.answers import rendezvous, tracking, within
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
+from yolo_lightning.tracking.store import masked
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 

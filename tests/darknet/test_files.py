@@ -12,12 +12,6 @@ from hypothesis import strategies as st
 from tests.helpers.darknet import conv_layers, network_of, write_values
 from yolo_lightning import load
 from yolo_lightning.checkpoints.validation import read_checkpoint
-from yolo_lightning.cli.commands.darknet import (
-    checkpoint_of,
-    export_model,
-    import_model,
-    tree_for,
-)
 from yolo_lightning.cli.main import main
 from yolo_lightning.darknet.config import LAYOUTS, Description, Region, describe, to_sections
 from yolo_lightning.darknet.files import (
@@ -35,6 +29,7 @@ from yolo_lightning.darknet.files import (
 )
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
+from yolo_lightning.export.darknet import checkpoint_of, export_model, import_model, tree_for
 from yolo_lightning.losses import LossSettings
 from yolo_lightning.models.layers import (
     Activation,

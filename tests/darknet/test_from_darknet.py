@@ -8,9 +8,9 @@ import torch
 from tests.helpers import miniatures
 from tests.helpers.paths import REPO
 from tests.helpers.trees import TRUNK
-from yolo_lightning.cli.commands.darknet import export_model
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
+from yolo_lightning.export.darknet import export_model
 
 PAGE = (REPO / "docs/from-darknet.md").read_text(encoding="utf-8")
 

@@ -19,7 +19,6 @@ from tests.helpers.detections import CAT, DOG, FAR, FLAT, HALF, PIG, THIRD, said
 from tests.helpers.miniatures import plain
 from yolo_lightning.classifier import ClassifierModule
 from yolo_lightning.cli import recipe as cli
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
@@ -29,6 +28,7 @@ from yolo_lightning.evaluation.matching import no_boxes
 from yolo_lightning.evaluation.plots import confusion_matrix, mistakes_grid, tile
 from yolo_lightning.evaluation.report import Evaluated, ReportOptions, write_report
 from yolo_lightning.evaluation.tables import titles
+from yolo_lightning.export.darknet import checkpoint_of
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.tree.wordtree import WordTree
 

@@ -14,16 +14,16 @@ from tests.helpers.miniatures import data_of, plain, write_xml
 from tests.helpers.paths import REPO
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.cli.commands.explain import images_seen, network, read_image
+from yolo_lightning.cli.data import DataCLI
 from yolo_lightning.cli.main import main
-from yolo_lightning.cli.recipe import DataCLI
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels, VOCFolder
 from yolo_lightning.datamodules.batching import EvaluationDataset
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.explain import picture as explain_picture
 from yolo_lightning.explain.analysis import TERMS, explain_boxes, explain_label, path_of
+from yolo_lightning.export.darknet import checkpoint_of
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
 from yolo_lightning.models.yolov2 import HeadOutput
 from yolo_lightning.tree.wordtree import WordTree

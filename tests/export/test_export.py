@@ -20,11 +20,11 @@ import torch
 from tests.helpers.paths import REPO
 from yolo_lightning import DetectorModule, WordTree
 from yolo_lightning.boxes import unletterbox
-from yolo_lightning.cli.commands.darknet import checkpoint_of
-from yolo_lightning.cli.commands.export import apart, open_onnx, open_torch, threshold_within
 from yolo_lightning.cli.main import main
 from yolo_lightning.detections import Detections
 from yolo_lightning.export import graph
+from yolo_lightning.export.check import apart, open_onnx, open_torch, threshold_within
+from yolo_lightning.export.darknet import checkpoint_of
 from yolo_lightning.export.graph import DetectorGraph, GraphSettings, TreeDescent, suppressed
 
 ROWS = [

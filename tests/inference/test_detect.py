@@ -13,10 +13,10 @@ import torch
 from tests.helpers import miniatures
 from tests.helpers.trees import TREE, TRUNK
 from yolo_lightning import load
-from yolo_lightning.cli.commands.darknet import checkpoint_of, export_model
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
+from yolo_lightning.export.darknet import checkpoint_of, export_model
 from yolo_lightning.images import read_image
 from yolo_lightning.inference.sources import (
     Behind,

@@ -12,10 +12,10 @@ import torch
 from tests.helpers import miniatures
 from tests.helpers.trees import TRUNK
 from yolo_lightning import CombinedDataModule, load
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import VOCFolder
 from yolo_lightning.detector import DetectorModule
+from yolo_lightning.export.darknet import checkpoint_of
 
 NAMES = ["apple", "banana", "cherry"]
 SCORE = 0.1

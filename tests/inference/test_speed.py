@@ -19,13 +19,13 @@ from yolo_lightning import detector
 from yolo_lightning.batches import unit_range
 from yolo_lightning.boxes import pairwise_iou
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.cli.commands.speed import rows as speed_rows
+from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.cli.main import main
-from yolo_lightning.cli.recipe import recipe_data
 from yolo_lightning.darknet.config import LAYOUTS
 from yolo_lightning.detector import SCORE_THRESHOLD, DetectorModule
 from yolo_lightning.errors import InputError
+from yolo_lightning.export.darknet import checkpoint_of
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.inference import timing
 from yolo_lightning.inference.loading import load

@@ -30,10 +30,10 @@ from tests.helpers.paths import REPO
 from tests.helpers.trees import TREE, TRUNK
 from yolo_lightning import ClassifierModule, DetectorModule, load
 from yolo_lightning.checkpoints.io import load_file
-from yolo_lightning.cli.commands.classify import classify, read_image
-from yolo_lightning.cli.commands.darknet import checkpoint_of
 from yolo_lightning.cli.commands.mlflow.model import main
 from yolo_lightning.errors import InputError
+from yolo_lightning.export.darknet import checkpoint_of
+from yolo_lightning.inference.classification import classify, read_image
 from yolo_lightning.serving.mlflow_model import REQUIREMENTS, log_model, register, save_model
 
 THRESHOLD = 0.05

@@ -32,8 +32,7 @@ from yolo_lightning.callbacks import (
 from yolo_lightning.checkpoints.validation import read_checkpoint, sound_checkpoint
 from yolo_lightning.cli import runs
 from yolo_lightning.cli.launch import recipes_named
-from yolo_lightning.cli.recipe_errors import readable
-from yolo_lightning.datamodules import CombinedDataModule
+from yolo_lightning.cli.recipe_errors import input_error_behind, readable
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import check_level
@@ -209,7 +208,7 @@ class RecipeCLI(LightningCLI):
         except Exception as error:
             if self.run_folder is not None:
                 runs.leave(self.run_folder)
-            raise _input_error_behind(error) or error from None
+            raise input_error_behind(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the callbacks that no recipe has to name."""
@@ -366,60 +365,6 @@ class RecipeCLI(LightningCLI):
             runs.leave(self.run_folder)
         elif trainer.is_global_zero:
             print(f"run folder: {self.run_folder}")
-
-
-class DataCLI(RecipeCLI):
-    """Builds the data of a recipe and nothing else: no network, no trainer, no folder.
-
-    Args:
-        args: a recipe's path, and options that override its values.
-
-    Attributes:
-        datamodule: not set up yet.
-        recipe: the values.
-
-    Raises:
-        InputError: whatever is wrong with the recipe.
-    """
-
-    datamodule: CombinedDataModule
-
-    def __init__(self, args: Sequence[str]) -> None:
-        quiet()
-        super().__init__(["fit", "--config", *args])
-        self.recipe: Namespace = self.config[self.config.subcommand]
-
-    def before_instantiate_classes(self) -> None:
-        """Choose no folder."""
-
-    def _set_seed(self) -> None:
-        """Leave the process's random numbers alone: data has its own seed."""
-
-    def instantiate_classes(self) -> None:
-        """Build the datamodule."""
-        config = self.config[self.config.subcommand]
-        try:
-            built = self._parser("fit").instantiate_classes(Namespace(data=config.data))
-        except Exception as error:
-            raise _input_error_behind(error) or error from None
-        if not isinstance(built.data, CombinedDataModule):
-            raise InputError(f"data is {config.data.class_path}; needed: CombinedDataModule")
-        self.datamodule = built.data
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Train nothing."""
-
-
-def recipe_data(args: Sequence[str]) -> CombinedDataModule:
-    """Return the datamodule of a recipe, not set up yet; see `DataCLI`."""
-    return DataCLI(args).datamodule
-
-
-def _input_error_behind(error: BaseException | None) -> InputError | None:
-    """Return the message of ours that the parser has wrapped."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Namespace:

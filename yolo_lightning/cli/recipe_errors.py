@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from yolo_lightning.errors import nearest
+from yolo_lightning.errors import InputError, nearest
 
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
@@ -106,3 +106,10 @@ def _parameters(class_path: str) -> list[str]:
     if found is None:
         return []
     return [p for p in inspect.signature(found.__init__).parameters if p != "self"]
+
+
+def input_error_behind(error: BaseException | None) -> InputError | None:
+    """Return the `InputError` among the causes of an error, if any."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error

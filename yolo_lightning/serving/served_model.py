@@ -16,10 +16,10 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import DataType
 
-from yolo_lightning.cli.commands.classify import classify, read_image
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample
+from yolo_lightning.inference.classification import classify, read_image
 from yolo_lightning.inference.loading import load
 from yolo_lightning.serving.mlflow_model import CHECKPOINT, COLUMNS, IMAGE
 

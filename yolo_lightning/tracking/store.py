@@ -150,3 +150,11 @@ def short(error: object) -> str:
     text = " ".join(str(getattr(error, "message", error)).split())
     text = public(text or type(error).__name__)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"
+
+
+def masked(uri: str) -> str:
+    """Return an address without its user, its password, and secrets among its parameters."""
+    return re.sub(
+        r"(?i)((?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***",
+        re.sub(r"//.*@", "//***@", uri),
+    )  # fmt: skip

@@ -68,9 +68,9 @@ def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str
     """
     size, cell_px, priors, stretched = 416, CELL_PX, None, False
     if is_recipe(place):
-        from yolo_lightning.cli import recipe as cli
+        from yolo_lightning.cli.data import DataCLI
 
-        run = cli.DataCLI([place, *overrides])
+        run = DataCLI([place, *overrides])
         data = run.datamodule
         if data.detection is None:
             raise InputError(f"{place}: names no data.detection, so it has no boxes")

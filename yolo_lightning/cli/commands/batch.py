@@ -8,7 +8,7 @@ from typing import Any
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.callbacks.multi_scale import resize, size_at
-from yolo_lightning.cli import recipe as cli
+from yolo_lightning.cli.data import DataCLI
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.visualization.drawing import batch_picture, save
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         InputError: a step, a rank or a recipe that cannot be.
     """
     options, overrides = _parser().parse_known_args(list(argv))
-    run = cli.DataCLI([options.recipe, *overrides])
+    run = DataCLI([options.recipe, *overrides])
     data = run.datamodule
     world = _processes(run.recipe) if options.world_size is None else options.world_size
     if not 0 <= options.step < 2**48:

@@ -117,7 +117,7 @@ def _model(options: argparse.Namespace, checkpoint: str | None) -> "DetectorModu
     if checkpoint is not None:
         module, name = load(checkpoint, device), checkpoint
     else:
-        from yolo_lightning.cli.commands.darknet import module_of
+        from yolo_lightning.export.darknet import module_of
 
         imported = module_of(options)
         module, name = ready(imported.module, device), options.weights

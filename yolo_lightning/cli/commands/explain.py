@@ -167,7 +167,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     from yolo_lightning.batches import DetectionBatch, unit_range
     from yolo_lightning.checkpoints.validation import read_checkpoint
-    from yolo_lightning.cli.recipe import DataCLI
+    from yolo_lightning.cli.data import DataCLI
     from yolo_lightning.explain.picture import View
 
     run = DataCLI([options.recipe, *overrides])

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yolo_lightning.cli.commands.doctor.answers import masked
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.tracking.store import masked
 
 BATCHES = "batches/steps.crc32"
 KNOWN = (

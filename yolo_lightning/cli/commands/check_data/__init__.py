@@ -31,7 +31,7 @@ def datamodule_of(place: str, overrides: Sequence[str]) -> tuple[CombinedDataMod
         InputError: nothing there, or nothing that is recognised.
     """
     if is_recipe(place):
-        from yolo_lightning.cli.recipe import DataCLI
+        from yolo_lightning.cli.data import DataCLI
 
         run = DataCLI([place, *overrides])
         return run.datamodule, run.recipe

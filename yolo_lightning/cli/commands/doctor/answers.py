@@ -16,6 +16,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from yolo_lightning.errors import InputError
+from yolo_lightning.tracking.store import masked
 
 _SQLITE = "sqlite:///"
 _TRACKING_S, _LOOKUP_S, _MEETING_S = 5.0, 3.0, 10.0
@@ -37,14 +38,6 @@ class Finding:
     name: str
     text: str
     state: str = "ok"
-
-
-def masked(uri: str) -> str:
-    """Return an address without its user, its password, and secrets among its parameters."""
-    return re.sub(
-        r"(?i)((?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***",
-        re.sub(r"//.*@", "//***@", uri),
-    )  # fmt: skip
 
 
 def within(seconds: float, function: Callable[[], Value]) -> Value:

@@ -6,9 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yolo_lightning.cli.commands.doctor.answers import masked
 from yolo_lightning.cli.commands.mlflow import check_answers, store_uri
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.tracking.store import masked
 
 if TYPE_CHECKING:
     from yolo_lightning.tracking.compare.runs import TrackedRun

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from yolo_lightning.cli.commands.doctor.answers import masked
 from yolo_lightning.cli.commands.mlflow import SQLITE, check_answers, store_uri
 from yolo_lightning.errors import InputError
+from yolo_lightning.tracking.store import masked
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from yolo_lightning import __version__
 from yolo_lightning.checkpoints.validation import first_difference
-from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli.commands.speed import outputs as speed_outputs
 from yolo_lightning.cli.commands.speed.outputs import Row
+from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.detector import DetectorModule
@@ -105,7 +105,7 @@ def test_data(recipe: str, overrides: Sequence[str], module: DetectorModule) -> 
     """
     # small batches: average precision is the same, and the memory is that of the timing
     small = f"--data.detection_batch_size={_EVALUATED_AT_ONCE}"
-    data = cli.recipe_data([recipe, *overrides, small])
+    data = recipe_data([recipe, *overrides, small])
     if data.tree.rows != module.tree.rows:
         rows = (data.tree.rows, module.tree.rows)
         where = first_difference(*rows, "the recipe", "the checkpoint")
