@@ -16,7 +16,7 @@ from yolo_lightning.errors import InputError
 Batch = DetectionBatch | ClassificationBatch
 
 
-_MOST_OVERFLOWS = 40
+_MAX_OVERFLOWS = 40
 """In a row, of float16's gradients: its scale is down at nothing then, and they are no numbers."""
 
 
@@ -86,7 +86,7 @@ class FiniteGuard(pl.Callback):
         # one rank's bad loss makes the gradients of all bad, which is no news of theirs
         finite = _finite_gradients(pl_module)
         self._overflows = 0 if finite else self._overflows + 1
-        overflow = scaled and self._overflows <= _MOST_OVERFLOWS
+        overflow = scaled and self._overflows <= _MAX_OVERFLOWS
         own = 2 if any(self._bad) else int(not finite and not overflow)
         worst = most_over_ranks(trainer, own)
         if not worst:

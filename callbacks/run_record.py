@@ -87,7 +87,7 @@ class RunRecord(pl.Callback):
                 logger.log_file(path, folder)
 
     def _tables(self, module: Any) -> list[tuple[Path, str]]:
-        """Write the tree and the priors as files; return these, and their folders in the run."""
+        """Write the tree and the anchors as files; return these, and their folders in the run."""
         written = []
         if (tree := getattr(module, "tree", None)) is not None:
             (self.folder / "tree.tsv").write_text(tree.text(), encoding="utf-8")

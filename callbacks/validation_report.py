@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.evaluation.detection import DetectionEvaluation
-from yolo_lightning.evaluation.report import Evaluated, image_reader, images_read, write_report
+from yolo_lightning.evaluation.report import ReportData, image_reader, images_read, write_report
 from yolo_lightning.tracking.logger import run_loggers
 
 
@@ -38,7 +38,7 @@ class ValidationReport(pl.Callback):
             return
         folder = Path(trainer.default_root_dir) / "report"
         try:
-            found = Evaluated.of(evaluation, self._about(trainer, len(source)))
+            found = ReportData.of(evaluation, self._about(trainer, len(source)))
             said = write_report(folder, found, image_reader(source), source.image_name)
         except Exception as error:  # a report may fail, training may not
             rank_zero_warn(f"no report of the last validation: {type(error).__name__}: {error}")

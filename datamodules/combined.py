@@ -18,10 +18,10 @@ from yolo_lightning.datamodules.batching import (
 )
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrder
 from yolo_lightning.datamodules.source import (
+    ConcatDetectionSource,
+    ConcatImageLabelSource,
     DetectionSource,
     ImageLabelSource,
-    SeveralDetection,
-    SeveralImageLabels,
 )
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
@@ -36,7 +36,9 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import Resize
 from yolo_lightning.tree.wordtree import WordTree
 
-Evaluated = DetectionSource | ImageLabelSource | list[DetectionSource | ImageLabelSource] | None
+EvaluationSource = (
+    DetectionSource | ImageLabelSource | list[DetectionSource | ImageLabelSource] | None
+)
 
 
 def _joined(given: Any) -> Any:
@@ -48,9 +50,9 @@ def _joined(given: Any) -> Any:
     if not isinstance(given, list):
         return given
     if all(isinstance(source, DetectionSource) for source in given):
-        return SeveralDetection(given)
+        return ConcatDetectionSource(given)
     if all(isinstance(source, ImageLabelSource) for source in given):
-        return SeveralImageLabels(given)
+        return ConcatImageLabelSource(given)
     raise InputError("a list of sources holds images with boxes and images with labels; part them")
 
 
@@ -91,8 +93,8 @@ class CombinedDataModule(pl.LightningDataModule):
         tree: str | list[str] | list[tuple[str, str, str]],
         detection: DetectionSource | list[DetectionSource] | None = None,
         classification: ImageLabelSource | list[ImageLabelSource] | None = None,
-        validation: Evaluated = None,
-        test: Evaluated = None,
+        validation: EvaluationSource = None,
+        test: EvaluationSource = None,
         detection_batch_size: int = 64,
         classification_batch_size: int = 64,
         classification_batches_per_detection_batch: float = 1,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from yolo_lightning.datamodules.annotated import AnnotatedImages
 from yolo_lightning.datamodules.labelled import LabelledImages
-from yolo_lightning.datamodules.source import Several, Source
+from yolo_lightning.datamodules.source import ConcatSource, Source
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample, read_image
 from yolo_lightning.tree.wordtree import WordTree
@@ -130,7 +130,7 @@ def _percentiles(values: NDArray[Any]) -> dict[str, float]:
 
 def parts_of(source: Source) -> list[Source]:
     """Return the sources that a source is made of."""
-    return list(source.sources) if isinstance(source, Several) else [source]
+    return list(source.sources) if isinstance(source, ConcatSource) else [source]
 
 
 def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -> Report:

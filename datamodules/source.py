@@ -148,7 +148,7 @@ class ImageLabelSource(Source):
 S = TypeVar("S", DetectionSource, ImageLabelSource)
 
 
-class Several(Generic[S]):
+class ConcatSource(Generic[S]):
     """Sources of one kind, one after the other."""
 
     name = "several sources"
@@ -192,7 +192,7 @@ class Several(Generic[S]):
         return source.image_name(place)
 
 
-class SeveralDetection(Several[DetectionSource], DetectionSource):
+class ConcatDetectionSource(ConcatSource[DetectionSource], DetectionSource):
     """Detection sources, one after the other."""
 
     def read(self, index: int, least_side: int | None = None) -> DetectionSample:
@@ -206,7 +206,7 @@ class SeveralDetection(Several[DetectionSource], DetectionSource):
         return np.concatenate(boxes), np.concatenate(images)
 
 
-class SeveralImageLabels(Several[ImageLabelSource], ImageLabelSource):
+class ConcatImageLabelSource(ConcatSource[ImageLabelSource], ImageLabelSource):
     """Image-label sources, one after the other."""
 
     def read(self, index: int, least_side: int | None = None) -> tuple[Image, int]:

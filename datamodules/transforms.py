@@ -14,7 +14,7 @@ from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import GREY, Image, Resize, fit, scaled
 
-_LEAST_SEEN, _PLACED_SIZES = 0.2, (0.25, 2.0)
+_MIN_SEEN, _PLACED_SIZES = 0.2, (0.25, 2.0)
 
 
 Geometry = Literal["crop", "place"]
@@ -38,7 +38,7 @@ def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox")
     return replace(sample, image=image, boxes_xyxy_px=boxes.astype(np.float32))
 
 
-def look_at(
+def crop_window(
     sample: DetectionSample, window_xyxy_px: NDArray[np.float64], size: int
 ) -> DetectionSample:
     """Return what a window shows of an image, stretched to a square; grey where it shows none.
@@ -70,7 +70,7 @@ def look_at(
     clipped = boxes.clip(0, size)
     sides = clipped[:, 2:] - clipped[:, :2]
     whole = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    kept = (sides.min(axis=1, initial=np.inf) >= 1) & (sides.prod(axis=1) >= _LEAST_SEEN * whole)
+    kept = (sides.min(axis=1, initial=np.inf) >= 1) & (sides.prod(axis=1) >= _MIN_SEEN * whole)
     boxes_xyxy_px = clipped[kept].astype(np.float32)
     return replace(sample.chosen(np.asarray(kept)), image=canvas, boxes_xyxy_px=boxes_xyxy_px)
 
@@ -156,7 +156,7 @@ class DetectionAugmentation:
         boxes = sample.boxes_xyxy_px.clip(0, [width, height, width, height])
         sample = replace(sample, boxes_xyxy_px=boxes)
         sample = sample.chosen(np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1)))
-        sample = look_at(sample, self.window(width, height, seed, resize), size)
+        sample = crop_window(sample, self.window(width, height, seed, resize), size)
         self._pipeline.set_random_seed(seed)
         rows = np.arange(len(sample.labels))
         out = self._pipeline(image=sample.image, bboxes=sample.boxes_xyxy_px, row=rows)

@@ -8,7 +8,7 @@ from yolo_lightning.tree.wordtree import WordTree
 Counts = Mapping[int, Counter[str]]
 """By node: how many objects or images each of the sources' own names gives it."""
 
-_MOST = 8
+_MAX = 8
 
 
 def vocabulary_report(tree: WordTree, boxes: Counts, images: Counts) -> str:
@@ -71,8 +71,8 @@ def _about(what: str, found: Iterable[str]) -> list[str]:
     listed = list(found)
     if not listed:
         return []
-    more = f", … and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
-    return [f"  {what}: {', '.join(listed[:_MOST])}{more}"]
+    more = f", … and {len(listed) - _MAX} more" if len(listed) > _MAX else ""
+    return [f"  {what}: {', '.join(listed[:_MAX])}{more}"]
 
 
 def _met(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:

@@ -36,7 +36,7 @@ model:
   class_path: yolo_lightning.ClassifierModule
   init_args:
     tree: {tree}
-    trunk: [[conv, 4], [pool], [conv, 8], [pool]]
+    backbone: [[conv, 4], [pool], [conv, 8], [pool]]
     learning_rate: 0.05
 data:
   class_path: yolo_lightning.CombinedDataModule
@@ -143,22 +143,22 @@ def saved(path: Path, module: DetectorModule | ClassifierModule) -> Path:
     return path
 
 
-def test_a_trunk_of_darknet_s_weights_fills_a_detector(tmp_path):
+def test_a_backbone_of_darknet_s_weights_fills_a_detector(tmp_path):
     tree = WordTree.flat(["a", "b"])
     classifier = Classifier(SMALL, 10)
-    trunk = sum(
+    backbone = sum(
         t.numel() for n, t in classifier.body.state_dict().items() if "num_batches" not in n
     )
-    path = write_values(tmp_path / "w", trunk + 257 * 10)
+    path = write_values(tmp_path / "w", backbone + 257 * 10)
     net = network(detector_layers(SMALL, 8, 4), tree)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     report = load_pretrained(net, tree, path, len(SMALL))
-    assert report.loaded_values == trunk
+    assert report.loaded_values == backbone
     text = str(report)
     assert "layers 0 … 10" in text
     assert "fresh      layers 11 … 17; boxes, objectness and classes" in text
     assert "2,570 values: a 1x1 convolution from 256 to 10 channels" in text
-    numbers = np.random.default_rng(0).uniform(0.1, 1, trunk).astype("<f4")
+    numbers = np.random.default_rng(0).uniform(0.1, 1, backbone).astype("<f4")
     block: Any = net.body[0]
     assert block.norm.bias.tolist() == numbers[:16].tolist()
     last: Any = net.body[10]
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_another_kind_is_refused(folders, capsys, write_voc):
     boxes = "{class_path: yolo_lightning.datamodules.VOCFolder, init_args: {root: boxes}}"
     detector = (
         "model:\n  class_path: yolo_lightning.DetectorModule\n  init_args:\n    tree: [cat, dog]\n"
-        "    trunk: small\n    head_channels: 8\n    anchors_wh_cell: [[1, 1]]\n"
+        "    backbone: small\n    head_channels: 8\n    anchors_wh_cell: [[1, 1]]\n"
         "data:\n  class_path: yolo_lightning.CombinedDataModule\n  init_args:\n"
         "    tree: [cat, dog]\n    image_size: 64\n    num_workers: 0\n"
         "    detection_batch_size: 1\n"
@@ -329,11 +329,11 @@ def test_an_imported_checkpoint_is_measured_like_a_trained_one(folders, capsys):
     assert "462 of the network's 462 values; layers 0 … 2; classes" in capsys.readouterr().out
 
 
-def test_another_trunk_than_the_checkpoint_s_is_refused(folders, capsys):
+def test_another_backbone_than_the_checkpoint_s_is_refused(folders, capsys):
     Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
     saved(Path("m.ckpt"), ClassifierModule(["cat", "dog"], [["conv", 5], ["pool"]]))
     assert main(["test", "--config", "r.yaml", "--ckpt_path", "m.ckpt"]) == 2
-    assert "model.trunk differs from the checkpoint's" in capsys.readouterr().err
+    assert "model.backbone differs from the checkpoint's" in capsys.readouterr().err
 
 
 def colourful(path: Path, height: int, width: int) -> None:
@@ -420,7 +420,7 @@ def test_the_three_ways_to_resize():
 def test_classify_refuses_images_that_no_memory_holds(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
-    monkeypatch.setattr("yolo_lightning.inference.classification.MOST_BYTES", 1000)
+    monkeypatch.setattr("yolo_lightning.inference.classification.MAX_BYTES", 1000)
     colourful(Path("large.png"), 40, 40)
     assert main(["classify", "m.ckpt", "large.png"]) == 2
     assert "large.png: too large" in capsys.readouterr().err
@@ -446,26 +446,26 @@ def test_load_gives_the_module_that_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5])
-def test_a_trunk_learns_at_its_own_rate_or_not_at_all(folders, factor):
+def test_a_backbone_learns_at_its_own_rate_or_not_at_all(folders, factor):
     Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
     module = ClassifierModule(["cat", "dog"], [["conv", 4], ["pool"], ["conv", 8], ["pool"]])
     saved(Path("m.ckpt"), module)
-    options = ["--model.pretrained", "m.ckpt", f"--model.trunk_factor={factor}"]
+    options = ["--model.pretrained", "m.ckpt", f"--model.backbone_lr_factor={factor}"]
     assert main(["fit", "--config", "r.yaml", *options]) == 0
     (path,) = Path("runs").glob("*/checkpoints/last.ckpt")
     before, after = module.state_dict(), load(path).state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert {"network.class_conv.weight", "network.class_conv.bias"} <= moved
-    in_trunk = {k for k in moved if k.startswith("network.body")}
-    assert bool(in_trunk) == bool(factor)
+    in_backbone = {k for k in moved if k.startswith("network.body")}
+    assert bool(in_backbone) == bool(factor)
     groups = read_checkpoint(path)["optimizer_states"][0]["param_groups"]
     assert [group["initial_lr"] for group in groups] == [0.05, 0.05 * factor]
-    # resuming keeps the frozen trunk, and the rates of the recipe
+    # resuming keeps the frozen backbone, and the rates of the recipe
     more = [*options, "--trainer.max_epochs=3", "--model.learning_rate=0.01"]
     assert main(["fit", "--config", "r.yaml", *more, "--ckpt_path", str(path)]) == 0
     resumed = read_checkpoint(path)
     groups = resumed["optimizer_states"][0]["param_groups"]
     assert [group["lr"] for group in groups] == [0.01, 0.01 * factor]
     if not factor:
-        for key in in_trunk | {k for k in before if k.startswith("network.body")}:
+        for key in in_backbone | {k for k in before if k.startswith("network.body")}:
             assert torch.equal(before[key], resumed["state_dict"][key]), key

@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers import miniatures
 from tests.helpers.paths import REPO
-from tests.helpers.trees import TREE, TRUNK
+from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.export.darknet import checkpoint_of
 
@@ -20,7 +20,7 @@ def test_the_python_door_of_the_pages_opens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(3)
     model = DetectorModule(
-        tree=TREE, anchors_wh_cell=[(1, 1), (2, 2)], trunk=TRUNK, head_channels=0,
+        tree=TREE, anchors_wh_cell=[(1, 1), (2, 2)], backbone=BACKBONE, head_channels=0,
         passthrough_channels=0, image_size=96,
     )  # fmt: skip
     with torch.no_grad():

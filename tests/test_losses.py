@@ -63,18 +63,18 @@ def test_terms_of_one_object_by_hand():
     assert terms["loss_obj"].item() == pytest.approx(2.5 * (iou - sig(0.7)) ** 2, rel=1e-5)
     assert terms["loss_noobj"].item() == pytest.approx(0.5 * 7 * 0.25, rel=1e-5)
     assert terms["loss_class"].item() == pytest.approx(math.log(1 + math.exp(1.5)), rel=1e-5)
-    assert terms["loss_prior"].item() == 0
+    assert terms["loss_anchor_prior"].item() == 0
 
 
-def test_prior_by_hand_only_while_few_images_were_seen():
+def test_anchor_by_hand_only_while_few_images_were_seen():
     box = torch.tensor([[[0.3, 0.25, 0.5, 0.5]]])
     raw = head(fill=0.2)
     early = detection_batch(box, torch.tensor([[0]]), images_seen=0)
     centre = 1 / (1 + math.exp(-0.2)) - 0.5
     expected = 0.01 * 0.5 * 7 * 2 * (centre**2 + 0.2**2)
-    assert terms_of(raw, early)["loss_prior"].item() == pytest.approx(expected, rel=1e-5)
+    assert terms_of(raw, early)["loss_anchor_prior"].item() == pytest.approx(expected, rel=1e-5)
     early.images_seen = 12_800
-    assert terms_of(raw, early)["loss_prior"].item() == 0
+    assert terms_of(raw, early)["loss_anchor_prior"].item() == 0
 
 
 def test_a_box_that_overlaps_enough_pays_no_objectness():
@@ -135,7 +135,7 @@ def test_classification_terms_by_hand():
     expected = 0.5 * (3 * sig(-2) ** 2 + 4 * sig(-3) ** 2)
     assert terms["loss_noobj"].item() == pytest.approx(expected, rel=1e-5)
     assert terms["loss_class"].item() == pytest.approx(math.log(2), rel=1e-5)
-    assert terms["loss_coord"].item() == terms["loss_prior"].item() == 0
+    assert terms["loss_coord"].item() == terms["loss_anchor_prior"].item() == 0
     silent = terms_of(raw, labelled(1, [0]), objectness_rule="darknet")
     assert silent["loss_obj"].item() == 0
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_MOST_PAIRS = 2**18
+_MAX_PAIRS = 2**18
 """Pairs of boxes that are compared at once: what a processor's cache holds."""
 
 
@@ -132,7 +132,7 @@ def _by_class(order: Tensor, classes: Tensor) -> Iterator[Tensor]:
     start = 0
     while start < len(by_size):
         end = start + 1
-        while end < len(by_size) and _pairs(by_size, start, end + 1) <= _MOST_PAIRS:
+        while end < len(by_size) and _pairs(by_size, start, end + 1) <= _MAX_PAIRS:
             end += 1
         yield torch.nn.utils.rnn.pad_sequence(by_size[start:end], True, -1)
         start = end

@@ -1,4 +1,4 @@
-"""The LightningModule of the classifier: any trunk, over a flat list of classes or a WordTree."""
+"""The LightningModule of the classifier, over a flat list of classes or a WordTree."""
 
 from typing import Any
 
@@ -14,33 +14,34 @@ from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import refuse_other_model, same_data_tree
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
-from yolo_lightning.models.backbones import Classifier, trunk_layers
+from yolo_lightning.models.backbones import Classifier, backbone_layers
 from yolo_lightning.models.layers import to_plain
-from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
+from yolo_lightning.optimization import SGDConfig, apply_recipe_rates, check_trainer, freeze, sgd
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree
 
-MOST_LOGGED = 100
+MAX_LOGGED = 100
 """Most classes whose accuracies are logged one by one."""
 
 
 class ClassifierModule(pl.LightningModule):
-    """Image classification; the trunk that it trains is what detectors start from.
+    """Image classification; the backbone that it trains is what detectors start from.
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        trunk: name of the trunk, or its layers as rows such as ``[conv, 32, 3]``.
+        backbone: name of the backbone, or its layers as rows such as ``[conv, 32, 3]``.
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: px, a side or height and width: where predictions are made unless asked
             otherwise; training sets it to the data's.
         learning_rate: per optimizer step, for a gradient averaged over the images of the global
             batch.
         momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
-        trunk_factor: of the trunk's learning rate; 0 freezes it, its running statistics included.
+        backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
+            running statistics.
         schedule: factor of the learning rate at each optimizer step.
 
     Raises:
-        InputError: an unknown trunk; on loading a checkpoint, a tree or layers that differ from
+        InputError: an unknown backbone; on loading a checkpoint, a tree or layers that differ from
             the recipe's.
 
     Source: YOLO9000, section 3, "Training for classification", and section 4, "Hierarchical
@@ -50,24 +51,26 @@ class ClassifierModule(pl.LightningModule):
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
-        trunk: str | list[list[Any]] = "darknet19",
+        backbone: str | list[list[Any]] = "darknet19",
         pretrained: str | None = None,
         image_size: int | list[int] = 224,
         learning_rate: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        trunk_factor: float = 1.0,
+        backbone_lr_factor: float = 1.0,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         self.tree = WordTree.of(tree)
-        layers = trunk_layers(trunk)
-        self.trunk_length, self.pretrained = len(layers), pretrained
+        layers = backbone_layers(backbone)
+        self.backbone_length, self.pretrained = len(layers), pretrained
         self.network = Classifier(layers, len(self.tree))
         # a fifth faster on CPUs
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = schedule or Schedule()
-        self.rates = Rates(learning_rate, momentum, weight_decay, trunk_factor, self.schedule)
+        self.sgd_config = SGDConfig(
+            learning_rate, momentum, weight_decay, backbone_lr_factor, self.schedule
+        )
         self._leaf_number = torch.full((len(self.tree),), -1)
         self._leaf_number[self.tree.leaves] = torch.arange(len(self.tree.leaves))
         leaves = max(2, len(self.tree.leaves))  # the metric counts from two classes on
@@ -81,12 +84,12 @@ class ClassifierModule(pl.LightningModule):
         self.save_hyperparameters(
             {
                 "tree": [list(row) for row in self.tree.rows],
-                "trunk": trunk,
+                "backbone": backbone,
                 "image_size": image_size,
                 "learning_rate": learning_rate,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
-                "trunk_factor": trunk_factor,
+                "backbone_lr_factor": backbone_lr_factor,
             },
             logger=False,
         )
@@ -106,10 +109,10 @@ class ClassifierModule(pl.LightningModule):
                 raise InputError(f"data.{name}: a classifier is measured on images with labels")
         check_trainer(self.trainer)
         if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
-            report = load_pretrained(self.network, self.tree, self.pretrained, self.trunk_length)
+            report = load_pretrained(self.network, self.tree, self.pretrained, self.backbone_length)
             rank_zero_only(print)(report)
-        if stage == "fit" and not self.rates.trunk_factor:
-            freeze(self._trunk())
+        if stage == "fit" and not self.sgd_config.backbone_lr_factor:
+            freeze(self._backbone())
 
     def on_fit_start(self) -> None:
         """Learn from the data at which size predictions are made."""
@@ -119,15 +122,15 @@ class ClassifierModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
-        trunk = [p for layer in self._trunk() for p in layer.parameters()]
-        return sgd(self, trunk, self.rates)
+        backbone = [p for layer in self._backbone() for p in layer.parameters()]
+        return sgd(self, backbone, self.sgd_config)
 
-    def _trunk(self) -> list[nn.Module]:
-        return list(self.network.body)[: self.trunk_length]
+    def _backbone(self) -> list[nn.Module]:
+        return list(self.network.body)[: self.backbone_length]
 
     def on_train_start(self) -> None:
-        """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
-        keep_recipe_rates(self, self.rates)
+        """Let the recipe's sgd_config hold on resuming, where the checkpoint brought its own."""
+        apply_recipe_rates(self, self.sgd_config)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits (B, K) of uint8 or float images (B, 3, H, W)."""
@@ -142,8 +145,8 @@ class ClassifierModule(pl.LightningModule):
         """Return the loss: the cross-entropies along each label's path, averaged over images."""
         loss = self.loss_terms(batch)["loss_class"]
         self.log("train/loss_class", loss.detach(), prog_bar=True, batch_size=len(batch))
-        rates = self.trainer.optimizers[0].param_groups[0]
-        settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}
+        sgd_config = self.trainer.optimizers[0].param_groups[0]
+        settings = {"train/lr": sgd_config["lr"], "train/image_size": float(batch.images.shape[-1])}
         self.log_dict(settings, batch_size=len(batch))
         return loss
 
@@ -190,7 +193,7 @@ class ClassifierModule(pl.LightningModule):
         for name, value in figures.items():
             self.log(f"{stage}/{name}", value.to(self.device), prog_bar=True, sync_dist=True)
         self.log_dict({f"{stage}/{name}": value for name, value in along.items()}, sync_dist=True)
-        if len(keys) <= MOST_LOGGED:
+        if len(keys) <= MAX_LOGGED:
             each = {f"{stage}/top1/{key}": value for key, value in self.per_class.items()}
             self.log_dict(each, sync_dist=True)
 
@@ -199,9 +202,9 @@ class ClassifierModule(pl.LightningModule):
         names = dict(zip(self.tree.keys, self.tree.names, strict=True))
         width = max([5, *(len(names[key]) for key in self.per_class)]) + 2
         rows = sorted(self.per_class.items(), key=lambda item: item[1])
-        lines = [f"{names[key]:<{width}}{value:>8.3f}" for key, value in rows[:MOST_LOGGED]]
-        if len(rows) > MOST_LOGGED:
-            lines.append(f"… and {len(rows) - MOST_LOGGED} classes with higher figures")
+        lines = [f"{names[key]:<{width}}{value:>8.3f}" for key, value in rows[:MAX_LOGGED]]
+        if len(rows) > MAX_LOGGED:
+            lines.append(f"… and {len(rows) - MAX_LOGGED} classes with higher figures")
         return "\n".join([f"{'class':<{width}}{'top-1':>8}", *lines])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -209,7 +212,7 @@ class ClassifierModule(pl.LightningModule):
         checkpoint["module"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that belong to other classes or another trunk.
+        """Refuse weights that belong to other classes or another backbone.
 
         Raises:
             InputError: names what differs.
@@ -218,6 +221,6 @@ class ClassifierModule(pl.LightningModule):
         own = to_plain(self.network.body.layers)
         parts = {
             "model.tree": (self.hparams["tree"], theirs["tree"]),
-            "model.trunk": (own, to_plain(trunk_layers(theirs["trunk"]))),
+            "model.backbone": (own, to_plain(backbone_layers(theirs["backbone"]))),
         }
         refuse_other_model(checkpoint, type(self).__name__, parts)

@@ -21,26 +21,26 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import FOUND_SCORE, DetectionEvaluation
 from yolo_lightning.images import Image, Resize, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
-from yolo_lightning.models.backbones import trunk_layers
+from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import Layer, ReorgKind, to_plain
 from yolo_lightning.models.yolov2 import Candidates, YOLOv2, candidates, detector_layers
-from yolo_lightning.optimization import Rates, check_trainer, freeze, keep_recipe_rates, sgd
+from yolo_lightning.optimization import SGDConfig, apply_recipe_rates, check_trainer, freeze, sgd
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree
 
 SCORE_THRESHOLD = 0.005
 """The least score that counts in evaluation, as in the original program."""
 
-MOST_PAIRS = 8192
+MAX_PAIRS = 8192
 """Most (box, class) pairs of an image that suppression compares; evaluation keeps 100 of them.
 Bounds the memory that a network takes while it is sure of nothing."""
 
-MOST_CLASSES = 1000
+MAX_CLASSES = 1000
 """Classes whose figures are logged one by one; reports hold those of all."""
 SHOWN = ("AP50", "AP50_boxed", "AP50_unboxed", "AP50_coarse")
 """Figures that stand beside the progress bar."""
 
-BOX_TERMS = ("loss_coord", "loss_prior")
+BOX_TERMS = ("loss_coord", "loss_anchor_prior")
 """What only images with boxes pay."""
 
 
@@ -49,8 +49,8 @@ class DetectorModule(pl.LightningModule):
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        anchors_wh_cell: widths and heights of the priors, in grid cells.
-        trunk: name of the trunk, or its layers as rows such as ``[conv, 32, 3]``.
+        anchors_wh_cell: widths and heights of the anchors, in grid cells.
+        backbone: name of the backbone, or its layers as rows such as ``[conv, 32, 3]``.
         head_channels: channels of the head's 3x3 convolutions; 0 for no head.
         passthrough_channels: channels of the passthrough's reducing convolution; null folds the
             finer features in whole, 0 leaves them out.
@@ -62,7 +62,8 @@ class DetectorModule(pl.LightningModule):
         learning_rate: per optimizer step, for a gradient averaged over the images of the global
             batch.
         momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
-        trunk_factor: of the trunk's learning rate; 0 freezes it, its running statistics included.
+        backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
+            running statistics.
         schedule: factor of the learning rate at each optimizer step.
         loss: scales and rules of the loss.
         iou_threshold: of non-maximum suppression.
@@ -70,7 +71,7 @@ class DetectorModule(pl.LightningModule):
             itself; training sets it to the data's.
 
     Raises:
-        InputError: an unknown trunk or anchors that are not positive pairs; on loading a
+        InputError: an unknown backbone or anchors that are not positive pairs; on loading a
             checkpoint, a tree or anchors that differ from the recipe's.
 
     Source: YOLO9000, sections 2 to 4.
@@ -82,7 +83,7 @@ class DetectorModule(pl.LightningModule):
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
         anchors_wh_cell: list[tuple[float, float]],
-        trunk: str | list[list[Any]] = "darknet19",
+        backbone: str | list[list[Any]] = "darknet19",
         head_channels: int = 1024,
         passthrough_channels: int | None = 64,
         reorg: ReorgKind = "darknet",
@@ -91,7 +92,7 @@ class DetectorModule(pl.LightningModule):
         learning_rate: float = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        trunk_factor: float = 1.0,
+        backbone_lr_factor: float = 1.0,
         schedule: Schedule | None = None,
         loss: LossSettings | None = None,
         iou_threshold: float = 0.45,
@@ -112,8 +113,8 @@ class DetectorModule(pl.LightningModule):
         if not 0 <= iou_threshold <= 1:
             raise InputError(f"model.iou_threshold is {iou_threshold}; allowed: 0 … 1")
         self.tree = WordTree.of(tree)
-        layers = trunk_layers(trunk)
-        self.trunk_length, self.pretrained = len(layers), pretrained
+        layers = backbone_layers(backbone)
+        self.backbone_length, self.pretrained = len(layers), pretrained
         self.network = YOLOv2(
             detector_layers(layers, head_channels, passthrough_channels, reorg),
             len(self.tree),
@@ -122,7 +123,9 @@ class DetectorModule(pl.LightningModule):
         # a fifth faster on CPUs
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = schedule or Schedule()
-        self.rates = Rates(learning_rate, momentum, weight_decay, trunk_factor, self.schedule)
+        self.sgd_config = SGDConfig(
+            learning_rate, momentum, weight_decay, backbone_lr_factor, self.schedule
+        )
         self.loss = LossSettings.of(loss)
         self.iou_threshold = iou_threshold
         # travel with the weights: `test` needs to know what training saw with boxes
@@ -133,7 +136,7 @@ class DetectorModule(pl.LightningModule):
             {
                 "tree": [list(row) for row in self.tree.rows],
                 "anchors_wh_cell": [[float(v) for v in pair] for pair in anchors_wh_cell],
-                "trunk": trunk,
+                "backbone": backbone,
                 "head_channels": head_channels,
                 "passthrough_channels": passthrough_channels,
                 "reorg": reorg,
@@ -141,7 +144,7 @@ class DetectorModule(pl.LightningModule):
                 "learning_rate": learning_rate,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
-                "trunk_factor": trunk_factor,
+                "backbone_lr_factor": backbone_lr_factor,
                 "loss": asdict(self.loss),
                 "iou_threshold": iou_threshold,
                 "resize": resize,
@@ -170,10 +173,10 @@ class DetectorModule(pl.LightningModule):
                 raise InputError(f"data.{name}: a detector is measured on images with boxes")
         check_trainer(self.trainer)
         if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
-            report = load_pretrained(self.network, self.tree, self.pretrained, self.trunk_length)
+            report = load_pretrained(self.network, self.tree, self.pretrained, self.backbone_length)
             rank_zero_only(print)(report)
-        if stage == "fit" and not self.rates.trunk_factor:
-            freeze(self._trunk())
+        if stage == "fit" and not self.sgd_config.backbone_lr_factor:
+            freeze(self._backbone())
 
     def on_fit_start(self) -> None:
         """Learn what the data says about predicting, now that weights are restored."""
@@ -196,15 +199,15 @@ class DetectorModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule, per optimizer step."""
-        trunk = [p for layer in self._trunk() for p in layer.parameters()]
-        return sgd(self, trunk, self.rates)
+        backbone = [p for layer in self._backbone() for p in layer.parameters()]
+        return sgd(self, backbone, self.sgd_config)
 
-    def _trunk(self) -> list[nn.Module]:
-        return list(self.network.body)[: self.trunk_length]
+    def _backbone(self) -> list[nn.Module]:
+        return list(self.network.body)[: self.backbone_length]
 
     def on_train_start(self) -> None:
-        """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
-        keep_recipe_rates(self, self.rates)
+        """Let the recipe's sgd_config hold on resuming, where the checkpoint brought its own."""
+        apply_recipe_rates(self, self.sgd_config)
 
     def loss_terms(self, batch: DetectionBatch | ClassificationBatch) -> dict[str, Tensor]:
         """Return the terms of the loss of a batch of either kind, weighted, by name."""
@@ -223,8 +226,8 @@ class DetectorModule(pl.LightningModule):
             if prefix == "train/" or name not in BOX_TERMS:
                 shown[prefix + name] = value.detach()
         self.log_dict(shown, prog_bar=True, batch_size=len(batch))
-        rates = self.trainer.optimizers[0].param_groups[0]
-        settings = {"train/lr": rates["lr"], "train/image_size": float(batch.images.shape[-1])}
+        sgd_config = self.trainer.optimizers[0].param_groups[0]
+        settings = {"train/lr": sgd_config["lr"], "train/image_size": float(batch.images.shape[-1])}
         self.log_dict(settings, batch_size=len(batch))
         return loss
 
@@ -439,7 +442,7 @@ class DetectorModule(pl.LightningModule):
             # equal on every rank: the mean changes nothing, and all may monitor it
             self.log(f"{stage}/{name}", value, prog_bar=name in SHOWN, sync_dist=True)
         each = self.class_figures()
-        if not self.trainer.sanity_checking and len(each) <= 2 * MOST_CLASSES:
+        if not self.trainer.sanity_checking and len(each) <= 2 * MAX_CLASSES:
             # not by `log`, which would ask all ranks once for each class
             connector = self.trainer._logger_connector
             connector.log_metrics({f"{stage}/{k}": torch.tensor(v) for k, v in each.items()})
@@ -487,7 +490,7 @@ class DetectorModule(pl.LightningModule):
 def _layers_of(hparams: dict[str, Any]) -> tuple[Layer, ...]:
     """Return the body that a checkpoint's values describe."""
     return detector_layers(
-        trunk_layers(hparams["trunk"]),
+        backbone_layers(hparams["backbone"]),
         hparams["head_channels"],
         hparams["passthrough_channels"],
         hparams["reorg"],
@@ -497,8 +500,8 @@ def _layers_of(hparams: dict[str, Any]) -> tuple[Layer, ...]:
 def _best_pairs(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return rows and columns of the scores above a threshold, of too many the highest."""
     row, column = (scores > threshold).nonzero(as_tuple=True)
-    if len(row) > MOST_PAIRS:
-        best = scores[row, column].topk(MOST_PAIRS).indices.sort().values
+    if len(row) > MAX_PAIRS:
+        best = scores[row, column].topk(MAX_PAIRS).indices.sort().values
         row, column = row[best], column[best]
     return row, column
 

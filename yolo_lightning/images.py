@@ -23,7 +23,7 @@ GREY = 127
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
-MOST_PIXELS = 178_000_000
+MAX_PIXELS = 178_000_000
 """A file may claim any size in a few bytes; larger images are refused before they are decoded."""
 
 _ORIENTATION = 0x0112
@@ -83,13 +83,13 @@ def _header(file: IO[bytes], path: Path) -> Header:
             turned = exif.get(_ORIENTATION) in _TURNED
     except Pillow.DecompressionBombError:
         raise UnreadableSample(
-            f"{path}: claims more than {MOST_PIXELS // 1_000_000} million pixels"
+            f"{path}: claims more than {MAX_PIXELS // 1_000_000} million pixels"
         ) from None
     except Exception:  # Pillow's readers raise whatever a broken header makes them stumble over
         raise UnreadableSample(f"{path}: not a readable image") from None
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise UnreadableSample(
-            f"{path}: {width} x {height} px, more than {MOST_PIXELS // 1_000_000} million"
+            f"{path}: {width} x {height} px, more than {MAX_PIXELS // 1_000_000} million"
         )
     return Header((width, height) if turned else (height, width), kind)
 

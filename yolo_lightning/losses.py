@@ -30,9 +30,9 @@ class LossSettings:
     Attributes:
         coord_scale, obj_scale, noobj_scale, class_scale: factors of the terms.
         ignore_iou: a box that overlaps a truth by more than this pays no no-object loss.
-        prior_images: while fewer images were seen, boxes without an object are drawn to their
-            anchors.
-        prior_scale: factor of that pull.
+        anchor_prior_images: while fewer images were seen, boxes without an object are pulled to
+            their anchors.
+        anchor_prior_scale: factor of that pull.
         label_noobj_scale: factor, on top of `noobj_scale`, of the no-object loss of images with a
             label alone: 1 as in the original program; the paper's text has none, 0.
         box_selection: which box a classification image trains: the one with the highest
@@ -52,8 +52,8 @@ class LossSettings:
     noobj_scale: float = 1.0
     class_scale: float = 1.0
     ignore_iou: float = 0.6
-    prior_images: int = 12_800
-    prior_scale: float = 0.01
+    anchor_prior_images: int = 12_800
+    anchor_prior_scale: float = 0.01
     label_noobj_scale: float = 1.0
     box_selection: BoxSelection = "boxed_ancestor"
     objectness_rule: ObjectnessRule = "paper"
@@ -166,7 +166,7 @@ def loss_noobj(objectness_logits: Tensor, counted: Tensor) -> Tensor:
     return 0.5 * (objectness_logits.sigmoid().square() * counted).sum()
 
 
-def loss_prior(box_logits: Tensor, counted: Tensor) -> Tensor:
+def loss_anchor_prior(box_logits: Tensor, counted: Tensor) -> Tensor:
     """Return the pull towards anchors in the middle of their cells, over bool (B, A, Gh, Gw)."""
     centre = (box_logits[:, :, :2].sigmoid() - 0.5).square().sum(dim=2)
     size = box_logits[:, :, 2:4].square().sum(dim=2)
@@ -197,14 +197,14 @@ def detection_loss(
     target = own_iou if settings.rescore else torch.ones_like(own_iou)
     empty = (~responsible & (best <= settings.ignore_iou)).view_as(box_logits[:, :, 4])
     free = (~responsible).view_as(box_logits[:, :, 4])
-    pulled = free if batch.images_seen < settings.prior_images else torch.zeros_like(free)
+    pulled = free if batch.images_seen < settings.anchor_prior_images else torch.zeros_like(free)
     logits = output.class_logits.at(found.image, found.anchor, found.cell)
     return {
         "loss_coord": settings.coord_scale * loss_coord(box_logits, found, anchors_wh_cell),
         "loss_obj": settings.obj_scale * loss_obj(box_logits[:, :, 4], found, target),
         "loss_noobj": settings.noobj_scale * loss_noobj(box_logits[:, :, 4], empty),
         "loss_class": settings.class_scale * tree.path_loss(logits.float(), found.labels).sum(),
-        "loss_prior": settings.prior_scale * loss_prior(box_logits, pulled),
+        "loss_anchor_prior": settings.anchor_prior_scale * loss_anchor_prior(box_logits, pulled),
     }
 
 
@@ -288,7 +288,7 @@ def classification_loss(
         "loss_obj": settings.obj_scale * 0.5 * shortfall.square().sum(),
         "loss_noobj": noobj_scale * loss_noobj(objectness, ~chosen.view_as(objectness)),
         "loss_class": settings.class_scale * tree.path_loss(logits.float(), batch.labels).sum(),
-        "loss_prior": nothing,
+        "loss_anchor_prior": nothing,
     }
 
 

@@ -12,68 +12,71 @@ from yolo_lightning.errors import InputError
 
 
 @dataclass(frozen=True)
-class Rates:
+class SGDConfig:
     """What SGD is told.
 
     Attributes:
         learning_rate: per optimizer step, for a gradient averaged over the images of the global
             batch.
         momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
-        trunk_factor: of the trunk's learning rate; 0 freezes it, its running statistics included.
-        schedule: factor of all rates at each optimizer step.
+        backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
+            running statistics.
+        schedule: factor of all learning rates at each optimizer step.
     """
 
     learning_rate: float
     momentum: float
     weight_decay: float
-    trunk_factor: float
+    backbone_lr_factor: float
     schedule: Callable[[int], float]
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "momentum", "weight_decay", "trunk_factor"):
+        for name in ("learning_rate", "momentum", "weight_decay", "backbone_lr_factor"):
             if getattr(self, name) < 0:
                 raise InputError(f"model.{name} is {getattr(self, name)}; allowed: 0 or more")
 
 
 def sgd(
-    module: pl.LightningModule, trunk: list[nn.Parameter], rates: Rates
+    module: pl.LightningModule, backbone: list[nn.Parameter], config: SGDConfig
 ) -> OptimizerLRSchedulerConfig:
     """Return SGD over a module and its schedule, per optimizer step.
 
     Args:
         module: with its trainer.
-        trunk: the parameters that `rates.trunk_factor` is of.
-        rates: of the recipe.
+        backbone: the parameters that `config.backbone_lr_factor` is of.
+        config: of the recipe.
     """
-    inside = {id(parameter) for parameter in trunk}
+    inside = {id(parameter) for parameter in backbone}
     rest = [p for p in module.parameters() if id(p) not in inside]
-    # two groups whatever the factor is, so that a resumed run may freeze the trunk or thaw it
-    groups = [(rest, 1.0), (trunk, rates.trunk_factor)]
+    # two groups whatever the factor is, so that a resumed run may freeze the backbone or thaw it
+    groups = [(rest, 1.0), (backbone, config.backbone_lr_factor)]
     # the fused kernel walks 29 million class weights once instead of four times; under mixed
     # precision it cannot be clipped
     fused = not module.trainer.gradient_clip_val
     optimizer = torch.optim.SGD(
-        [{"params": p, "lr": rates.learning_rate * factor} for p, factor in groups],
-        momentum=rates.momentum,
-        weight_decay=rates.weight_decay,
+        [{"params": p, "lr": config.learning_rate * factor} for p, factor in groups],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
         fused=fused,
     )
     # a function, not the object: its values stay out of the checkpoint and the recipe's hold
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates.schedule(step))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.schedule(step))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def keep_recipe_rates(module: pl.LightningModule, rates: Rates) -> None:
-    """Let the recipe's rates hold on resuming, where the checkpoint brought its own."""
+def apply_recipe_rates(module: pl.LightningModule, config: SGDConfig) -> None:
+    """Let the recipe's config hold on resuming, where the checkpoint brought its own."""
     scheduler = module.lr_schedulers()
     assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-    scheduler.base_lrs = [rates.learning_rate * factor for factor in (1.0, rates.trunk_factor)]
+    scheduler.base_lrs = [
+        config.learning_rate * factor for factor in (1.0, config.backbone_lr_factor)
+    ]
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
         group.update(
-            lr=rate * rates.schedule(scheduler.last_epoch),
+            lr=rate * config.schedule(scheduler.last_epoch),
             initial_lr=rate,
-            momentum=rates.momentum,
-            weight_decay=rates.weight_decay,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
 
 

@@ -26,14 +26,14 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 from yolo_lightning.export.darknet import checkpoint_of
 
-TRUNK: list[list[Any]] = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 16, 1]]
+BACKBONE: list[list[Any]] = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 16, 1]]
 ROOM = 200 << 20
 """Bytes of address space that refusing a file may take."""
 
 
 def module() -> DetectorModule:
     torch.manual_seed(0)
-    return DetectorModule(["a", "b"], [(1, 1), (2, 2)], TRUNK, 8, 4, image_size=64)
+    return DetectorModule(["a", "b"], [(1, 1), (2, 2)], BACKBONE, 8, 4, image_size=64)
 
 
 def sound(path: Path, **changes: Any) -> Path:
@@ -237,15 +237,15 @@ for _ in range(200):
         ({"head_channels": 9}, r"a network of [\d,]+ values, yet holds [\d,]+"),
         ({"head_channels": "8"}, "its head_channels, passthrough_channels or reorg"),
         ({"reorg": "x" * 10**6}, "its head_channels, passthrough_channels or reorg"),
-        ({"trunk": [["conv", 10**9], *TRUNK]}, r"a network of [\d,]+ values, yet holds"),
-        ({"trunk": [["conv", 10**300], *TRUNK]}, r"a network of [\d,]+ values, yet holds"),
-        ({"trunk": [["pool"]] * 1001}, "its trunk is no list of up to 1000 layers"),
-        ({"trunk": [*TRUNK, ["pool", 10**6, 1]]}, "layer 5 of its trunk: size is 1000000"),
-        ({"trunk": [["conv", 8, 3, 1, 10**6]]}, "layer 0 of its trunk: padding is 1000000"),
-        ({"trunk": [["route", *range(1000)]]}, "layer 0 of its trunk is no short list"),
-        ({"trunk": "x" * 10**6}, "the name of its trunk is too long"),
-        ({"trunk": "darknet19"}, r"a network of [\d,]+ values, yet holds"),
-        ({"trunk": 7}, "its trunk is no list"),
+        ({"backbone": [["conv", 10**9], *BACKBONE]}, r"a network of [\d,]+ values, yet holds"),
+        ({"backbone": [["conv", 10**300], *BACKBONE]}, r"a network of [\d,]+ values, yet holds"),
+        ({"backbone": [["pool"]] * 1001}, "its backbone is no list of up to 1000 layers"),
+        ({"backbone": [*BACKBONE, ["pool", 10**6, 1]]}, "layer 5 of its backbone: size is 1000000"),
+        ({"backbone": [["conv", 8, 3, 1, 10**6]]}, "layer 0 of its backbone: padding is 1000000"),
+        ({"backbone": [["route", *range(1000)]]}, "layer 0 of its backbone is no short list"),
+        ({"backbone": "x" * 10**6}, "the name of its backbone is too long"),
+        ({"backbone": "darknet19"}, r"a network of [\d,]+ values, yet holds"),
+        ({"backbone": 7}, "its backbone is no list"),
         ({"anchors_wh_cell": [(1, 1)] * 10**4}, r"a network of [\d,]+ values, yet holds"),
         ({"anchors_wh_cell": [(1, float("nan"))]}, "no pairs of positive numbers"),
         ({"anchors_wh_cell": 5}, "not a checkpoint of this program"),
@@ -377,8 +377,8 @@ def test_what_training_and_importing_write_is_not_hostile(tmp_path):
     modules: tuple[DetectorModule | ClassifierModule, ...] = (
         module(),
         DetectorModule(["a"], [(1, 1)], "small", 8, None, "space_to_depth"),
-        DetectorModule(["a", "b"], [(1, 1)], TRUNK, 0, 0),
-        ClassifierModule(["a", "b", "c"], TRUNK),
+        DetectorModule(["a", "b"], [(1, 1)], BACKBONE, 0, 0),
+        ClassifierModule(["a", "b", "c"], BACKBONE),
         ClassifierModule(["a"], [["conv", 4, 3, 2, 1, False, "relu"], ["dropout", 0.5]]),
     )
     for number, made in enumerate(modules):

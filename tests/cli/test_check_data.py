@@ -18,7 +18,7 @@ from yolo_lightning.cli.main import main
 RECIPE = """
 model:
   class_path: yolo_lightning.DetectorModule
-  init_args: {tree: [cat, dog], anchors_wh_cell: [[1, 1]], trunk: small}
+  init_args: {tree: [cat, dog], anchors_wh_cell: [[1, 1]], backbone: small}
 data:
   class_path: yolo_lightning.CombinedDataModule
   init_args:

@@ -87,7 +87,7 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, reports, 
     assert column("select status from runs") == ["FINISHED"]
     assert column("select name from runs") == [f"quickstart/{folder.name}"]
     metrics = set(column("select distinct key from metrics"))
-    for term in ("coord", "obj", "noobj", "class", "prior"):
+    for term in ("coord", "obj", "noobj", "class", "anchor"):
         assert f"train/loss_{term}" in metrics
     assert {"train/cls_loss_class", "train/cls_loss_obj", "train/cls_loss_noobj"} <= metrics
     assert {
@@ -210,7 +210,10 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
         ),
         (["--model.schedule.milestones=[1]"], ["milestones: no such option", "burn_in_steps"]),
         (["--trainer.precision=12"], ["trainer.precision: allowed: 64, 32, 16", "bf16-mixed"]),
-        (["--model.trunk=darknet20"], ["model.trunk is 'darknet20'", "did you mean 'darknet19'"]),
+        (
+            ["--model.backbone=darknet20"],
+            ["model.backbone is 'darknet20'", "did you mean 'darknet19'"],
+        ),
         (
             ["--model.loss.box_selection=biggest"],
             [
@@ -468,8 +471,8 @@ def test_a_refused_value_leaves_no_folder_and_no_other_error_on_any_rank(
 ):
     for rank in (0, 1):
         monkeypatch.setattr(runs, "rank", lambda rank=rank: rank)
-        assert main(["fit", *QUICK, *TINY, "--model.trunk=darknet20"]) == 2
-        assert "model.trunk is 'darknet20'" in capsys.readouterr().err
+        assert main(["fit", *QUICK, *TINY, "--model.backbone=darknet20"]) == 2
+        assert "model.backbone is 'darknet20'" in capsys.readouterr().err
         assert not list(workplace.glob("outputs/quickstart/*"))
 
 

@@ -144,14 +144,14 @@ def test_init_writes_a_recipe_with_what_it_found(place, capsys, write_voc):
     [
         (["--output", "x.txt"], "expected a name such as recipe.yaml"),
         (["--image-size", "100"], "--image-size is 100; allowed: multiples of 32"),
-        (["--trunk", "darknet20"], "did you mean 'darknet19'"),
+        (["--backbone", "darknet20"], "did you mean 'darknet19'"),
         (["--detection", "nowhere"], "'nowhere': no such file or folder"),
         (["--detection", "named"], "no images with boxes recognised; known: COCO JSON"),
         (["--classification", "set"], "no images with labels recognised; known: a folder with"),
         (["--classification", "cranes"], "'crane' means several things"),
         (["--classification", "cranes", "--hierarchy", "h.yaml"], "h.yaml:2: 'crane' lies under"),
         (["--pretrained", "gone.ckpt"], "--pretrained 'gone.ckpt' not found"),
-        (["--num-anchors", "9"], "9 priors need as many distinct boxes; found: 1"),
+        (["--num-anchors", "9"], "9 anchors need as many distinct boxes; found: 1"),
     ],
 )
 def test_what_init_refuses_leaves_no_files(place, capsys, write_voc, argv, said):
@@ -202,9 +202,9 @@ def test_any_name_of_a_folder_makes_a_recipe_that_parses(place, write_voc, name)
     assert recipe["trainer"]["default_root_dir"] == f"outputs/{name}"
 
 
-def test_a_recipe_follows_the_trunk_that_it_starts_from(place, write_voc, capsys):
+def test_a_recipe_follows_the_backbone_that_it_starts_from(place, write_voc, capsys):
     write_voc(place / "set", "a", [("zebra", 1, 1, 33, 25)])
-    argv = ["init", "--detection", "set", "--trunk", "darknet19", "--output"]
+    argv = ["init", "--detection", "set", "--backbone", "darknet19", "--output"]
     assert main([*argv, "large.yaml"]) == 0
     model = yaml.safe_load((place / "large.yaml").read_text())["model"]["init_args"]
     assert (model["head_channels"], model["learning_rate"]) == (1024, 0.001)

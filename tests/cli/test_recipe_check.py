@@ -11,7 +11,12 @@ import pytest
 from tests.helpers.paths import REPO
 from yolo_lightning.cli.launch import check_command_line, split_allowed
 from yolo_lightning.cli.main import main
-from yolo_lightning.cli.recipe_check import _CLASS_KEYS, check_option, check_recipe, hold_parser_to
+from yolo_lightning.cli.recipe_check import (
+    _CLASS_KEYS,
+    check_option,
+    check_recipe,
+    restrict_imports,
+)
 from yolo_lightning.errors import InputError
 
 TOO_MANY = "more than 100,000 values, with aliases and references followed"
@@ -213,7 +218,7 @@ def test_what_only_types_tell_is_refused_by_the_parser(hostile, workplace, capsy
     from jsonargparse import ArgumentParser
     from lightning.pytorch.loggers import Logger
 
-    hold_parser_to()
+    restrict_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--anything", type=Logger)
     with pytest.raises(Exception, match="not allowed"):
@@ -228,7 +233,7 @@ def test_no_resolver_but_the_environments_is_left(hostile, monkeypatch):
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    hold_parser_to()
+    restrict_imports()
     for name in ("coerce:hostile.Class,1", "decode:'[1]'", "create:{a: 1}", "select:a"):
         with pytest.raises(OmegaConfBaseException, match="Unsupported interpolation type"):
             OmegaConf.to_container(OmegaConf.create({"a": f"${{oc.{name}}}"}), resolve=True)

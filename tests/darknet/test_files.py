@@ -117,7 +117,7 @@ def test_import_carries_everything_over(files, wide, capsys):
     assert module.tree.names == ("cat", "dog")
     assert module.hparams["image_size"] == [32, 64]
     assert module.hparams["anchors_wh_cell"] == [[1.5, 2.0], [3.0, 2.5]]
-    assert (module.rates.learning_rate, module.rates.weight_decay) == (0.002, 0.0001)
+    assert (module.sgd_config.learning_rate, module.sgd_config.weight_decay) == (0.002, 0.0001)
     assert module.loss == LossSettings(
         coord_scale=3, obj_scale=4, noobj_scale=0.5, class_scale=2, ignore_iou=0.7, rescore=False
     )
@@ -289,7 +289,7 @@ def test_any_tree_survives_the_round_trip(parents, shuffle, tmp_path):
     assert (tmp_path / "u.tree").read_bytes() == (tmp_path / "t.tree").read_bytes()
 
 
-def test_partial_weights_fill_the_trunk_and_say_so(files, capsys):
+def test_partial_weights_fill_the_backbone_and_say_so(files, capsys):
     write_values(files / "x.weights", 248)  # the first convolution with its batch norm
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
     assert "partial weights: layer 3 and all that follows is fresh" in capsys.readouterr().out

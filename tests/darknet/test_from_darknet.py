@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import miniatures
 from tests.helpers.paths import REPO
-from tests.helpers.trees import TRUNK
+from tests.helpers.trees import BACKBONE
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.export.darknet import export_model
@@ -25,8 +25,8 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = DetectorModule(
-        tree=["dog", "bicycle"], anchors_wh_cell=[(1, 1), (2, 2)], trunk=TRUNK, head_channels=0,
-        passthrough_channels=0, image_size=64, reorg="darknet",
+        tree=["dog", "bicycle"], anchors_wh_cell=[(1, 1), (2, 2)], backbone=BACKBONE,
+        head_channels=0, passthrough_channels=0, image_size=64, reorg="darknet",
     )  # fmt: skip
     with torch.no_grad():
         model.network.box_conv.weight.mul_(40)

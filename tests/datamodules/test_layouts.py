@@ -37,7 +37,7 @@ from yolo_lightning.datamodules import (
     VOCFolder,
     YOLOText,
 )
-from yolo_lightning.datamodules.recognise import detection_source, label_source
+from yolo_lightning.datamodules.autodetect import detection_source, label_source
 from yolo_lightning.errors import InputError
 from yolo_lightning.tree.wordtree import WordTree
 

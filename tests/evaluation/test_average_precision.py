@@ -89,7 +89,7 @@ def test_parts_of_the_classes_give_what_all_at_once_give(monkeypatch):
     said[:, 4:] += rng.normal(0, 2, (200, 4))
     said[:, 2], said[:, 3] = rng.random(200), 0
     whole = coco_evaluation(truths, said)
-    monkeypatch.setattr(cocometrics, "_MOST_ROWS", 40)
+    monkeypatch.setattr(cocometrics, "_MAX_ROWS", 40)
     assert coco_evaluation(truths, said) == whole
     assert 0 < whole.figures["AP"] < 1
     assert len(whole.per_class) == 7
@@ -166,7 +166,7 @@ def one_by_one(truths: Any, said: Any, threshold: float) -> list[tuple[int, int]
 
 @pytest.mark.parametrize("at_once", [1, 9, 10**6])
 def test_voc_counts_all_at_once_what_it_counts_one_by_one(monkeypatch, at_once):
-    monkeypatch.setattr(boxtables, "_MOST_PAIRS", at_once)
+    monkeypatch.setattr(boxtables, "_MAX_PAIRS", at_once)
     rng = np.random.default_rng(at_once)
     low = rng.integers(0, 60, (50, 2))
     truths = np.column_stack([

@@ -26,7 +26,7 @@ from yolo_lightning.evaluation.average_precision import COCO_FIGURES, coco_evalu
 from yolo_lightning.evaluation.error_analysis import confusion, matches_at, mistakes
 from yolo_lightning.evaluation.matching import no_boxes
 from yolo_lightning.evaluation.plots import confusion_matrix, mistakes_grid, tile
-from yolo_lightning.evaluation.report import Evaluated, ReportOptions, write_report
+from yolo_lightning.evaluation.report import ReportData, ReportOptions, write_report
 from yolo_lightning.evaluation.tables import titles
 from yolo_lightning.export.darknet import checkpoint_of
 from yolo_lightning.images import UnreadableSample
@@ -59,7 +59,7 @@ def evaluated(truths=TRUTHS, detections=DETECTIONS, tree=FLAT):
     per_class = {tree.keys[node]: row for node, row in found.per_class.items()}
     figures = {k: v for k, v in found.figures.items() if v >= 0} | {"AP50_boxed": math.nan}
     about = {"recipe": "r.yaml", "checkpoint": "runs/a.ckpt", "images": 4, "image_size": 96}
-    return Evaluated(tree, truths, detections, figures, per_class, {}, about)
+    return ReportData(tree, truths, detections, figures, per_class, {}, about)
 
 
 def rows_of(path):
@@ -349,7 +349,7 @@ def test_a_classifier_is_measured_without_a_report_of_boxes(workplace, capsys):
     for label in ("cat", "dog"):
         plain(workplace / f"val/{label}/1.jpg")
     folder = {"class_path": "yolo_lightning.datamodules.ImageFolder", "init_args": {"root": "val"}}
-    init: dict[str, Any] = {"tree": ["cat", "dog"], "trunk": [["conv", 4], ["pool"]]}
+    init: dict[str, Any] = {"tree": ["cat", "dog"], "backbone": [["conv", 4], ["pool"]]}
     data: dict[str, Any] = {"tree": ["cat", "dog"], "validation": folder}
     data |= {"classification": folder, "image_size": 32, "num_workers": 0}
     recipe = {

@@ -36,7 +36,7 @@ PETS = WordTree(
 )  # fmt: skip
 BENGAL, CAT = 4, 2
 QUICK = "recipes/quickstart.yaml"
-TRUNK = [*[row for width in (4, 4, 8, 8) for row in (["conv", width], ["pool"])], ["conv", 16]]
+BACKBONE = [*[row for width in (4, 4, 8, 8) for row in (["conv", width], ["pool"])], ["conv", 16]]
 
 
 def raw_head(classes: int, grid: int = 3, seed: int = 0, size: float = 1.0) -> torch.Tensor:
@@ -60,16 +60,16 @@ def sigmoid(value: float) -> float:
 # --- numbers
 
 
-def test_the_responsible_cell_and_prior_and_the_decoded_box_are_those_by_hand():
+def test_the_responsible_cell_and_anchor_and_the_decoded_box_are_those_by_hand():
     raw = torch.zeros(1, 14, 2, 2)
     raw[0, 7:, 1, 0] = torch.tensor([0.4, -0.2, 0.1, 0.3, 0.7, 1.0, -0.5])
     # 1.6 x 1.2 cells about (0.8, 1.5): column 0, row 1; shape IoU 1/1.92 and 1.92/6
     (found,) = explained_boxes(raw, [[0.4, 0.75, 0.8, 0.6]], [0])[0].objects
-    assert (found.box.prior, found.box.row, found.box.column) == (0, 1, 0)
+    assert (found.box.anchor, found.box.row, found.box.column) == (0, 1, 0)
     assert found.shape_ious == pytest.approx((1 / 1.92, 1.92 / 6))
     # 2.4 x 2 cells: 1/4.8 and 4.8/6
     (found,) = explained_boxes(raw, [[0.4, 0.75, 1.2, 1.0]], [0])[0].objects
-    assert (found.box.prior, found.box.row, found.box.column) == (1, 1, 0)
+    assert (found.box.anchor, found.box.row, found.box.column) == (1, 1, 0)
     assert found.box.objectness == pytest.approx(sigmoid(0.7))
     x, y = sigmoid(0.4) / 2, (1 + sigmoid(-0.2)) / 2
     w, h = math.exp(0.1) * 3 / 2, math.exp(0.3) * 2 / 2
@@ -99,7 +99,7 @@ def test_shares_of_objects_and_other_boxes_add_up_to_the_loss(seen, rescore):
     )
     assert explained.terms == {name: value.item() for name, value in terms.items()}
     assert tuple(terms) == TERMS
-    assert (explained.terms["loss_prior"] > 0) == (seen == 0)
+    assert (explained.terms["loss_anchor_prior"] > 0) == (seen == 0)
     for name in ("loss_coord", "loss_obj", "loss_class"):
         shares = [item.terms[name] for item in explained.objects]
         assert min(shares) > 0
@@ -123,18 +123,18 @@ def test_boxes_that_pay_are_counted_those_near_a_truth_spared_and_sure_ones_name
     raw[0, [4, 11]] = -20.0  # sure of nothing, anywhere
     raw[0, 4, 0, 2] = 2.0
     raw[0, 4, 2, 0] = -1.0
-    # a truth of 1.3 x 1.1 cells in the middle, where prior 0 answers for it
+    # a truth of 1.3 x 1.1 cells in the middle, where anchor 0 answers for it
     truth = [[0.5, 0.5, 1.3 / 3, 1.1 / 3]]
     explained, terms = explained_boxes(raw, truth, [0])
     assert (explained.counted, explained.spared) == (17, 0)
     (one,) = explained.unexpected  # 0.27 is not sure
-    assert (one.box.prior, one.box.row, one.box.column) == (0, 0, 2)
+    assert (one.box.anchor, one.box.row, one.box.column) == (0, 0, 2)
     # they share 0.15 x 0.05 cells
     assert one.iou == pytest.approx(0.0075 / (1 + 1.43 - 0.0075), rel=1e-3)
     assert one.cost == pytest.approx(0.5 * sigmoid(2.0) ** 2)
     both = one.cost + 0.5 * sigmoid(-1.0) ** 2
     assert terms["loss_noobj"].item() == pytest.approx(both, rel=1e-5)
-    # prior 1 of the middle row overlaps the truth by 0.205, 0.238, 0.205
+    # anchor 1 of the middle row overlaps the truth by 0.205, 0.238, 0.205
     raw[0, 11, 1, 0] = 4.0
     near, terms = explained_boxes(raw, truth, [0], ignore_iou=0.2)
     assert (near.counted, near.spared) == (14, 3)
@@ -188,7 +188,7 @@ def test_the_chosen_box_is_that_of_the_loss_and_leads_the_ranking(rule, seed):
     for name in ("boxed_ancestor", "label", "largest"):
         anchor, cell = select_boxes(output, label, ANCHORS, PETS, ancestors, name)
         box = explained.candidates[0].box if name == rule else explained.others[name]
-        assert (box.prior, 4 * box.row + box.column) == (int(anchor), int(cell))
+        assert (box.anchor, 4 * box.row + box.column) == (int(anchor), int(cell))
     scores = [one.score for one in explained.candidates]
     assert len(scores) == 5
     assert scores == sorted(scores, reverse=True)
@@ -199,7 +199,7 @@ def test_the_chosen_box_is_that_of_the_loss_and_leads_the_ranking(rule, seed):
     assert explained.node == (None if node is None else PETS.names[node])
     for one in explained.candidates:
         x1, y1, x2, y2 = one.box.xyxy_norm
-        place = [torch.tensor([v]) for v in (0, one.box.prior, 4 * one.box.row + one.box.column)]
+        place = [torch.tensor([v]) for v in (0, one.box.anchor, 4 * one.box.row + one.box.column)]
         probs = PETS.log_probs(output.class_logits.at(*place))[0].exp()
         ranked = min(1, (x2 - x1) * (y2 - y1))
         if node is not None:
@@ -226,7 +226,7 @@ def test_only_boxes_that_are_sure_enough_are_candidates_for_the_largest():
     raw[0, 4, 1, 1] = raw[0, 15, 0, 2] = 3.0
     explained, *_ = explained_label(raw, "largest", torch.arange(6))
     assert explained.any_sure
-    assert {(one.box.prior, one.box.row, one.box.column) for one in explained.candidates} == {
+    assert {(one.box.anchor, one.box.row, one.box.column) for one in explained.candidates} == {
         (0, 1, 1), (1, 0, 2),
     }  # fmt: skip
 
@@ -236,12 +236,12 @@ def test_only_boxes_that_are_sure_enough_are_candidates_for_the_largest():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A detector of the quickstart's classes and priors, of random weights."""
+    """A detector of the quickstart's classes and anchors, of random weights."""
     torch.manual_seed(3)
     module = DetectorModule(
         tree=str(REPO / "recipes/trees/shapes.tsv"),
         anchors_wh_cell=[(1.6, 1.7), (2.4, 2.5)],
-        trunk=TRUNK,
+        backbone=BACKBONE,
         head_channels=0,
         passthrough_channels=0,
         image_size=96,
@@ -288,7 +288,7 @@ def test_the_printed_terms_of_an_image_with_boxes_are_those_of_the_loss(
     batch = EvaluationDataset(source, 96)[[5]]
     batch.images_seen = 3200
     output = module.network(unit_range(batch.images))
-    settings = LossSettings(prior_images=3200)
+    settings = LossSettings(anchor_prior_images=3200)
     anchors, nobody = module.network.anchors_wh_cell, torch.full((19,), -1)
     terms = yolo9000_loss(output, batch, anchors, module.tree, nobody, settings)
     values = [value.item() for value in terms.values()]
@@ -304,14 +304,14 @@ def test_the_printed_terms_of_an_image_with_boxes_are_those_of_the_loss(
     shares = [row(text, f"{k + 1} {name}")[-1] for k, name in enumerate(names)]
     shares.append(row(text, "other boxes")[-1])
     assert sum(shares) == pytest.approx(row(text, "image")[-1], abs=5e-4)
-    assert "loss_prior: over after the first 3,200 images" in text
+    assert "loss_anchor_prior: over after the first 3,200 images" in text
     width, height = png_size(workplace / "explain-detection-5.png")
     assert width > 1500
     assert height > 1000
     assert "picture: explain-detection-5.png" in text
 
 
-def test_the_prior_loss_counts_where_the_images_seen_are_few(explain, workplace):
+def test_the_anchor_loss_counts_where_the_images_seen_are_few(explain, workplace):
     text = explain(0, "--images-seen", "7", "--output", "a/b.jpg")
     assert row(text, "image")[4] == row(text, "other boxes")[1] > 0
     assert "7 of its first 3,200 images" in text
@@ -348,7 +348,7 @@ def test_an_image_with_a_label_is_told_why_its_box_was_chosen(explain, checkpoin
     boxed[[module.tree.node(name) for name in names]] = True
     supervised = module.tree.ancestors_or_self(boxed.nonzero().flatten())
     ancestors = module.tree.deepest_ancestor_in(supervised)
-    anchors, settings = module.network.anchors_wh_cell, LossSettings(prior_images=3200)
+    anchors, settings = module.network.anchors_wh_cell, LossSettings(anchor_prior_images=3200)
     terms = yolo9000_loss(output, batch, anchors, module.tree, ancestors, settings)
     values = [value.item() for value in terms.values()]
     assert row(text, "image") == pytest.approx([*values, sum(values)], abs=1e-4)
@@ -441,14 +441,14 @@ def test_an_unreadable_image_is_refused_by_name(tmp_path):
 
 
 def classifier(path) -> None:
-    module = ClassifierModule(tree=str(REPO / "recipes/trees/shapes.tsv"), trunk=TRUNK)
+    module = ClassifierModule(tree=str(REPO / "recipes/trees/shapes.tsv"), backbone=BACKBONE)
     torch.save(checkpoint_of(module, {}), path)
 
 
 def detector(path, tree=None, anchors=((1.6, 1.7), (2.4, 2.5))) -> None:
     module = DetectorModule(
         tree=tree or str(REPO / "recipes/trees/shapes.tsv"), anchors_wh_cell=[*anchors],
-        trunk=TRUNK, head_channels=0, passthrough_channels=0,
+        backbone=BACKBONE, head_channels=0, passthrough_channels=0,
     )  # fmt: skip
     torch.save(checkpoint_of(module, {}), path)
 

@@ -32,7 +32,7 @@ ROWS = [
     ("dog", "animal", "dog"), ("bengal", "cat", "Bengal"), ("manx", "cat", "Manx"),
     ("saw", "tool", "saw"), ("drill", "tool", "drill"),
 ]  # fmt: skip
-TRUNK = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8]]
+BACKBONE = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8]]
 KINDS = {"onnx": ".onnx", "torch-export": ".pt2"}
 OPTIONS: dict[str, Any] = {
     "score_threshold": 0.3,
@@ -42,11 +42,11 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def small(tree=ROWS, trunk=TRUNK, **options) -> DetectorModule:
+def small(tree=ROWS, backbone=BACKBONE, **options) -> DetectorModule:
     """Return a detector that is sure of many different things."""
     torch.manual_seed(0)
     given = {"head_channels": 8, "passthrough_channels": 4, "image_size": 48} | options
-    module = DetectorModule(tree, [(1.0, 1.5), (4.0, 3.0)], trunk, **given).eval()
+    module = DetectorModule(tree, [(1.0, 1.5), (4.0, 3.0)], backbone, **given).eval()
     with torch.no_grad():
         head = module.network
         spreads = torch.tensor([0.3, 0.3, 0.3, 0.3, 2.0] * 2)[:, None, None, None]
@@ -197,7 +197,13 @@ def test_three_ways_of_suppressing_keep_the_same(iou_threshold, top, expected):
         {"tree": ["a", "b", "c"], "passthrough_channels": 0},
         {"tree": ["alone"], "head_channels": 0, "passthrough_channels": 0},
         {
-            "trunk": [["conv", 8, 3, 2], ["pool", 3, 2], ["conv", 8], ["pool", 2, 1], ["conv", 8]],
+            "backbone": [
+                ["conv", 8, 3, 2],
+                ["pool", 3, 2],
+                ["conv", 8],
+                ["pool", 2, 1],
+                ["conv", 8],
+            ],
             "passthrough_channels": 0,
         },
     ],

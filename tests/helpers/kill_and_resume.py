@@ -29,7 +29,7 @@ model:
   class_path: yolo_lightning.DetectorModule
   init_args:
     tree: {tree}
-    trunk: small
+    backbone: small
     anchors_wh_cell: [[1.5, 1.5], [3, 3]]
     head_channels: 8
     passthrough_channels: 4

@@ -75,7 +75,7 @@ def quick_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let threads look often, and give up soon."""
 
     class Quick(ShippingThread):
-        LONGEST_PAUSE_S, HUNG_S = 0.2, 6.0
+        MAX_PAUSE_S, HUNG_S = 0.2, 6.0
 
         def __init__(self, shipper: Shipper) -> None:
             super().__init__(shipper, every_s=0.05)

@@ -41,7 +41,7 @@ TREE = [("animal", "-", "animal"), ("cat", "animal", "cat"), ("dog", "animal", "
         ("thing", "-", "thing"), ("cup", "thing", "cup"), ("jug", "thing", "jug")]  # fmt: skip
 
 
-TRUNK: list[list[Any]] = [
+BACKBONE: list[list[Any]] = [
     ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"],
     ["conv", 16], ["pool"], ["conv", 16],
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers import miniatures
-from tests.helpers.trees import TREE, TRUNK
+from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning import load
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
@@ -19,12 +19,12 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.export.darknet import checkpoint_of, export_model
 from yolo_lightning.images import read_image
 from yolo_lightning.inference.sources import (
-    Behind,
+    BackgroundWriter,
     Frame,
-    ahead,
     in_batches,
     newest,
     places_in,
+    prefetch,
 )
 
 LOW = "--score-threshold=0.05"
@@ -34,7 +34,7 @@ LOW = "--score-threshold=0.05"
 def module():
     torch.manual_seed(3)
     model = DetectorModule(
-        tree=TREE, anchors_wh_cell=[(0.6, 0.6), (2.0, 1.4)], trunk=TRUNK, head_channels=0,
+        tree=TREE, anchors_wh_cell=[(0.6, 0.6), (2.0, 1.4)], backbone=BACKBONE, head_channels=0,
         passthrough_channels=0, image_size=96, reorg="darknet",
     )  # fmt: skip
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_bad_input_gets_one_message(
 def test_other_kinds_of_models_are_refused(photos, tmp_path, capsys):
     from yolo_lightning.classifier import ClassifierModule
 
-    classifier = ClassifierModule(tree=["a", "b"], trunk=TRUNK, image_size=64)
+    classifier = ClassifierModule(tree=["a", "b"], backbone=BACKBONE, image_size=64)
     torch.save(checkpoint_of(classifier, {}), tmp_path / "c.ckpt")
     assert run(str(tmp_path / "c.ckpt"), photos) == 2
     assert "holds a classifier; detect takes a detector" in capsys.readouterr().err
@@ -378,13 +378,13 @@ def test_live_frames_do_not_wait_for_a_batch(photos):
 
 
 def test_reading_ahead_keeps_order_passes_errors_and_ends_with_its_reader():
-    assert list(ahead(iter(range(50)), 3)) == list(range(50))
+    assert list(prefetch(iter(range(50)), 3)) == list(range(50))
 
     def failing():
         yield 1
         raise InputError("broken")
 
-    items = ahead(failing(), 3)
+    items = prefetch(failing(), 3)
     assert next(items) == 1
     with pytest.raises(InputError, match="broken"):
         next(items)
@@ -398,7 +398,7 @@ def test_reading_ahead_keeps_order_passes_errors_and_ends_with_its_reader():
             closed.set()
 
     source = endless()
-    items = ahead(source, 2)
+    items = prefetch(source, 2)
     next(items)
     before = threading.active_count()
     items.close()
@@ -429,7 +429,7 @@ def test_live_frames_that_nobody_waited_for_are_left_out():
 
 def test_writing_behind_keeps_order_and_raises_what_went_wrong():
     done: list[int] = []
-    writing = Behind(done.append, 2)
+    writing = BackgroundWriter(done.append, 2)
     for k in range(20):
         writing.put(k)
     writing.close()
@@ -438,7 +438,7 @@ def test_writing_behind_keeps_order_and_raises_what_went_wrong():
     def refuse(item):
         raise OSError(28, "No space left on device")
 
-    writing = Behind(refuse, 2)
+    writing = BackgroundWriter(refuse, 2)
 
     def put_many():
         for _ in range(100):

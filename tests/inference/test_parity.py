@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import miniatures
-from tests.helpers.trees import TRUNK
+from tests.helpers.trees import BACKBONE
 from yolo_lightning import CombinedDataModule, load
 from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import VOCFolder
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
         miniatures.write_xml(folder / f"images/{k}.xml", "banana", (5, 5, 40, 40))
     torch.manual_seed(5)
     model = DetectorModule(
-        tree=NAMES, anchors_wh_cell=[(1, 1), (2, 1.5)], trunk=TRUNK, head_channels=0,
+        tree=NAMES, anchors_wh_cell=[(1, 1), (2, 1.5)], backbone=BACKBONE, head_channels=0,
         passthrough_channels=0, image_size=96,
     )  # fmt: skip
     with torch.no_grad():

@@ -32,12 +32,12 @@ from yolo_lightning.inference.loading import load
 from yolo_lightning.inference.timing import WARM_UP, Timing, measure, operations
 from yolo_lightning.models.yolov2 import HeadOutput, YOLOv2
 
-TRUNK: list[list[Any]] = [
+BACKBONE: list[list[Any]] = [
     ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"],
     ["conv", 16], ["pool"], ["conv", 16],
 ]  # fmt: skip
 MODEL: dict[str, Any] = {
-    "tree": ["box"], "anchors_wh_cell": [[1.0, 1.0]], "trunk": TRUNK, "head_channels": 0,
+    "tree": ["box"], "anchors_wh_cell": [[1.0, 1.0]], "backbone": BACKBONE, "head_channels": 0,
     "passthrough_channels": 0,
 }  # fmt: skip
 FEW = ("--runs", 2, "--batch-size", 3)
@@ -343,7 +343,7 @@ def test_bad_input_is_told_before_anything_is_written(
 
 
 def test_a_classifier_is_refused(workplace, capsys):
-    module = ClassifierModule(tree=["a", "b"], trunk=TRUNK)
+    module = ClassifierModule(tree=["a", "b"], backbone=BACKBONE)
     torch.save(checkpoint_of(module, {}), workplace / "classifier.ckpt")
     assert run("classifier.ckpt") == 2
     assert "holds a classifier; speed takes a detector" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from yolo_lightning.models.anchors import (
 from yolo_lightning.visualization.figures import COLOURS
 
 RECIPES = sorted(p for p in (REPO / "recipes").glob("*.yaml") if "anchors_wh_cell" in p.read_text())
-PRIORS = [[0.5, 1.25], [3.0, 2.0], [7.5, 8.0]]
+ANCHORS = [[0.5, 1.25], [3.0, 2.0], [7.5, 8.0]]
 
 
 def many_boxes(count: int, seed: int = 0) -> np.ndarray:
@@ -49,9 +49,9 @@ def test_average_iou_by_hand():
 
 
 def test_average_iou_over_several_chunks_equals_the_loss_own_iou():
-    boxes, priors = many_boxes(40_000), many_boxes(7, seed=1)
-    expected = shape_iou(torch.from_numpy(boxes), torch.from_numpy(priors)).amax(dim=1).mean()
-    assert average_iou(boxes, priors) == pytest.approx(float(expected), rel=1e-5)
+    boxes, anchors = many_boxes(40_000), many_boxes(7, seed=1)
+    expected = shape_iou(torch.from_numpy(boxes), torch.from_numpy(anchors)).amax(dim=1).mean()
+    assert average_iou(boxes, anchors) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("copies", [1, 8000])
@@ -85,8 +85,8 @@ def test_iou_clusters_match_better_than_squared_errors(num):
 def test_squared_error_clusters_have_the_smaller_squared_error():
     boxes = many_boxes(4000)
 
-    def error(priors: np.ndarray) -> float:
-        return float(((boxes[:, None] - priors[None]) ** 2).sum(axis=2).min(axis=1).mean())
+    def error(anchors: np.ndarray) -> float:
+        return float(((boxes[:, None] - anchors[None]) ** 2).sum(axis=2).min(axis=1).mean())
 
     assert error(cluster(boxes, 5, distance="squared_error")) < 0.9 * error(cluster(boxes, 5))
 
@@ -114,9 +114,9 @@ def test_the_best_state_is_returned_and_not_the_last(monkeypatch):
     states = []
     nearest = anchors._nearest
 
-    def watched(boxes_wh, priors_wh, distance):
-        cost, index = nearest(boxes_wh, priors_wh, distance)
-        if len(priors_wh) == 5:  # while starts are drawn there is one
+    def watched(boxes_wh, anchors_wh, distance):
+        cost, index = nearest(boxes_wh, anchors_wh, distance)
+        if len(anchors_wh) == 5:  # while starts are drawn there is one
             states.append(1 - float(cost.mean(dtype=np.float64)))
         return cost, index
 
@@ -127,12 +127,12 @@ def test_the_best_state_is_returned_and_not_the_last(monkeypatch):
     assert states[-1] < max(states)
 
 
-def test_priors_are_sorted_by_area():
+def test_anchors_are_sorted_by_area():
     areas = cluster(many_boxes(2000), 9).prod(axis=1)
     assert (np.diff(areas) > 0).all()
 
 
-def test_shapes_too_rare_for_the_sample_still_get_a_prior():
+def test_shapes_too_rare_for_the_sample_still_get_a_anchor():
     rare = np.array([[3.0, 90.0], [90.0, 3.0], [300.0, 300.0]])
     boxes = np.vstack([np.full((60_000, 2), 20.0), rare])
     expected = [[3.0, 90.0], [90.0, 3.0], [20.0, 20.0], [300.0, 300.0]]
@@ -140,10 +140,10 @@ def test_shapes_too_rare_for_the_sample_still_get_a_prior():
         np.testing.assert_array_equal(cluster(boxes, 4, seed=seed), expected)
 
 
-def test_fewer_distinct_boxes_than_priors_are_refused():
+def test_fewer_distinct_boxes_than_anchors_are_refused():
     boxes = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
     assert cluster(boxes, 2).tolist() == [[1.0, 2.0], [2.0, 1.0]]
-    with pytest.raises(InputError, match="3 priors need as many distinct boxes; found: 2"):
+    with pytest.raises(InputError, match="3 anchors need as many distinct boxes; found: 2"):
         cluster(boxes, 3)
 
 
@@ -168,8 +168,8 @@ def test_bad_input_is_refused(boxes, options, message):
 def test_the_elbow_never_falls():
     boxes = many_boxes(1000)
     curve = elbow(boxes, 15, restarts=1)
-    assert [len(priors) for priors in curve] == list(range(1, 16))
-    assert (np.diff([average_iou(boxes, priors) for priors in curve]) >= 0).all()
+    assert [len(anchors) for anchors in curve] == list(range(1, 16))
+    assert (np.diff([average_iou(boxes, anchors) for anchors in curve]) >= 0).all()
     np.testing.assert_array_equal(curve[4], cluster(boxes, 5, restarts=1))
 
 
@@ -178,23 +178,23 @@ def test_the_elbow_mends_a_clustering_that_ended_lower(monkeypatch):
     one = cluster(boxes, 1)
     monkeypatch.setattr(anchors, "cluster", lambda b, num, *_: one / num**2)
     curve = elbow(boxes, 4)
-    ious = [average_iou(boxes, priors) for priors in curve]
-    assert [len(priors) for priors in curve] == [1, 2, 3, 4]
+    ious = [average_iou(boxes, anchors) for anchors in curve]
+    assert [len(anchors) for anchors in curve] == [1, 2, 3, 4]
     assert (np.diff(ious) > 0).all()
-    assert all((np.diff(priors.prod(axis=1)) > 0).all() for priors in curve)
+    assert all((np.diff(anchors.prod(axis=1)) > 0).all() for anchors in curve)
 
 
 def test_the_elbow_ends_with_the_distinct_boxes():
     boxes = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
-    ious = [average_iou(boxes, priors) for priors in elbow(boxes)]
+    ious = [average_iou(boxes, anchors) for anchors in elbow(boxes)]
     # 1 x 2 and 2 x 1 share 1 of 3; the mean of the three shapes would match worse than 1 x 2
     assert ious == [pytest.approx((2 + 1 / 3) / 3), 1.0]
 
 
-def test_hand_picked_priors_are_three_scales_by_three_ratios():
-    priors = hand_picked()
-    np.testing.assert_allclose(priors.prod(axis=1), np.repeat([128**2, 256**2, 512**2], 3))
-    np.testing.assert_allclose(priors[:, 1] / priors[:, 0], np.tile([0.5, 1, 2], 3))
+def test_hand_picked_anchors_are_three_scales_by_three_ratios():
+    anchors = hand_picked()
+    np.testing.assert_allclose(anchors.prod(axis=1), np.repeat([128**2, 256**2, 512**2], 3))
+    np.testing.assert_allclose(anchors[:, 1] / anchors[:, 0], np.tile([0.5, 1, 2], 3))
 
 
 def test_boxes_are_scaled_with_their_images():
@@ -236,9 +236,9 @@ def test_writing_replaces_the_value_and_no_other_byte(tmp_path, before, after, l
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(around.format(before).replace("\n", line_break).encode())
     recipe.chmod(0o640)
-    write_anchors(recipe, PRIORS)
+    write_anchors(recipe, ANCHORS)
     assert recipe.read_bytes() == around.format(after).replace("\n", line_break).encode()
-    assert yaml.safe_load(recipe.read_bytes())["model"]["init_args"]["anchors_wh_cell"] == PRIORS
+    assert yaml.safe_load(recipe.read_bytes())["model"]["init_args"]["anchors_wh_cell"] == ANCHORS
     assert recipe.stat().st_mode & 0o777 == 0o640
     assert os.listdir(tmp_path) == ["recipe.yaml"]
 
@@ -248,10 +248,10 @@ def test_every_recipe_can_be_written_to(tmp_path, recipe):
     copy, link = tmp_path / recipe.name, tmp_path / "link.yaml"
     copy.write_bytes(recipe.read_bytes())
     link.symlink_to(copy)
-    write_anchors(link, PRIORS)
+    write_anchors(link, ANCHORS)
     assert link.is_symlink()
     before, after = yaml.safe_load(recipe.read_text()), yaml.safe_load(copy.read_text())
-    assert after["model"]["init_args"].pop("anchors_wh_cell") == PRIORS
+    assert after["model"]["init_args"].pop("anchors_wh_cell") == ANCHORS
     del before["model"]["init_args"]["anchors_wh_cell"]
     assert after == before
     comments = [
@@ -280,7 +280,7 @@ def test_what_cannot_be_replaced_is_refused_and_left_alone(tmp_path, value, mess
     text = f"model:\n  init_args:\n    {value}\n    c: 1\n"
     recipe.write_text(text)
     with pytest.raises(InputError, match=message):
-        write_anchors(recipe, PRIORS)
+        write_anchors(recipe, ANCHORS)
     assert recipe.read_text() == text
 
 
@@ -290,7 +290,7 @@ model:
   class_path: yolo_lightning.DetectorModule
   init_args:
     tree: [thing]
-    trunk: small
+    backbone: small
     anchors_wh_cell: [[1.28, 1.28], [5.12, 5.12]]  # too few
     head_channels: 16
     passthrough_channels: 8
@@ -306,7 +306,7 @@ data:
 """
 SHAPES = [(8, 8), (16, 8), (16, 16), (32, 32), (64, 64)]
 VALUES = [[0.64, 0.64], [1.28, 0.64], [1.28, 1.28], [2.56, 2.56], [5.12, 5.12]]
-"""In cells of 16 px: that is the stride of the trunk `small`."""
+"""In cells of 16 px: that is the stride of the backbone `small`."""
 
 
 @pytest.fixture
@@ -319,13 +319,13 @@ def place(workplace: Path, write_voc) -> Path:
     return workplace
 
 
-def test_the_command_prints_rows_and_priors_and_draws_both_pictures(place, capsys):
+def test_the_command_prints_rows_and_anchors_and_draws_both_pictures(place, capsys):
     main(["recipe.yaml", "--restarts", "2", "--output", "drawn"])
     printed = capsys.readouterr().out
     cells = [line.rsplit(maxsplit=2) for line in printed.splitlines() if line.startswith("  ")]
     rows = {name.strip(): figures for name, *figures in cells}
     # at 600 px the squares of 16, 32, 64 are hand-picked ones; 16 x 8 fills half, 8 x 8 a quarter
-    assert rows["hand-picked priors, 9"] == ["75.0", "60.9"]
+    assert rows["hand-picked anchors, 9"] == ["75.0", "60.9"]
     assert rows["sum-squared clusters, 5"] == ["100.0", "58.7"]
     assert rows["IoU clusters, 5"] == ["100.0", "61.0"]
     assert rows["IoU clusters, 9"] == ["-", "67.2"]
@@ -338,7 +338,7 @@ def test_the_command_prints_rows_and_priors_and_draws_both_pictures(place, capsy
     assert (place / "recipe.yaml").read_text() == RECIPE
 
 
-def test_the_command_writes_the_priors_into_the_recipe(place, capsys):
+def test_the_command_writes_the_anchors_into_the_recipe(place, capsys):
     main(["recipe.yaml", "--write", "--num", "5", "--restarts", "2"])
     assert "written into recipe.yaml" in capsys.readouterr().out
     assert (place / "recipe.yaml").read_text() == RECIPE.replace(
@@ -368,7 +368,7 @@ def test_the_command_takes_datasets_and_several_places(place, capsys):
 
 def test_the_command_hands_options_to_the_recipe(place, capsys):
     (place / "voc").rename(place / "elsewhere")
-    overrides = ["--data.detection.root", "elsewhere", "--model.trunk", "darknet19"]
+    overrides = ["--data.detection.root", "elsewhere", "--model.backbone", "darknet19"]
     main(["recipe.yaml", "--num", "1", "--restarts", "1", *overrides])
     expected = "recipe.yaml: 5 boxes, network input of 96 px, cells of 32 px"
     assert expected in capsys.readouterr().out

@@ -16,7 +16,7 @@ from yolo_lightning.checkpoints.pretrained import fill_last_conv, last_conv
 from yolo_lightning.darknet.config import LAYOUTS, Description
 from yolo_lightning.darknet.files import WeightsReader, blocks_of, read_weights, tensors_of
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.backbones import DARKNET19, SMALL, TRUNKS, Classifier, trunk_layers
+from yolo_lightning.models.backbones import BACKBONES, DARKNET19, SMALL, Classifier, backbone_layers
 from yolo_lightning.models.layers import (
     Conv,
     Dropout,
@@ -137,10 +137,10 @@ def test_pools_reach_over_the_right_and_lower_edges():
     assert LayerStack([Pool(3, 2)])(-image)[0, 0].tolist() == [[-1, -2], [-4, -5]]
 
 
-@pytest.mark.parametrize("name", TRUNKS)
-def test_trunks_take_any_multiple_of_their_stride(name):
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_take_any_multiple_of_their_stride(name):
     with torch.device("meta"):
-        body = LayerStack(TRUNKS[name])
+        body = LayerStack(BACKBONES[name])
         for height, width in ((64, 64), (96, 160)):
             out = body(torch.empty(1, 3, height, width))
             assert out.shape[2:] == (height // body.stride, width // body.stride)
@@ -155,7 +155,7 @@ def test_layers_survive_as_plain_values():
     assert plain[0] == ["conv", 8]
     assert plain[-1] == ["route", [-1, 0]]
     assert from_plain(plain) == layers
-    assert trunk_layers(plain) == layers
+    assert backbone_layers(plain) == layers
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_layers_that_do_not_fit_are_refused_by_number(rows, message):
         LayerStack(from_plain(rows))
 
 
-def test_an_unknown_trunk_names_the_near_one():
+def test_an_unknown_backbone_names_the_near_one():
     with pytest.raises(InputError, match="did you mean 'darknet19'"):
-        trunk_layers("darknet_19")
+        backbone_layers("darknet_19")
 
 
 def test_a_head_of_nothing_takes_no_passthrough():

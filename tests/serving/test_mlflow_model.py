@@ -27,7 +27,7 @@ from mlflow.tracking import MlflowClient
 from tests.helpers import miniatures
 from tests.helpers.images import exif_of
 from tests.helpers.paths import REPO
-from tests.helpers.trees import TREE, TRUNK
+from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning import ClassifierModule, DetectorModule, load
 from yolo_lightning.checkpoints.io import load_file
 from yolo_lightning.cli.commands.mlflow.model import main
@@ -54,7 +54,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     torch.manual_seed(3)
     module = DetectorModule(
-        tree=TREE, anchors_wh_cell=[(0.6, 0.6), (2.0, 1.4)], trunk=TRUNK, head_channels=0,
+        tree=TREE, anchors_wh_cell=[(0.6, 0.6), (2.0, 1.4)], backbone=BACKBONE, head_channels=0,
         passthrough_channels=0, image_size=96, iou_threshold=0.4,
     )  # fmt: skip
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_writing_leaves_mlflow_and_the_folders_as_they_were(place, tmp_path, mon
 
 def test_a_classifier_answers_with_names(tmp_path):
     torch.manual_seed(0)
-    module = ClassifierModule(tree=TREE, trunk=TRUNK, image_size=64).eval()
+    module = ClassifierModule(tree=TREE, backbone=BACKBONE, image_size=64).eval()
     save_model(write_checkpoint(tmp_path / "c.ckpt", module), tmp_path / "model")
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     file = miniatures.save(tmp_path / "a.jpg")

@@ -19,10 +19,10 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking import shipped_entries, shipping
 from yolo_lightning.tracking.journal import FOLDER, RUN_ID_FILE, Journal
-from yolo_lightning.tracking.shipped_entries import Telling
+from yolo_lightning.tracking.shipped_entries import EntryWriter
 from yolo_lightning.tracking.shipper import Shipper
 from yolo_lightning.tracking.shipping import ShippingThread
-from yolo_lightning.tracking.store import JournalLock, NotTaken
+from yolo_lightning.tracking.store import JournalLock, StoreUnavailable
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_deleted_run_is_said_with_the_way_back_and_goes_on_once_restored(place
     for step in range(3, 6):
         run.log_metrics({"loss": 1 / (step + 1), "lr": 0.1}, step)
     for _ in range(2):
-        with pytest.raises(NotTaken, match=f"mlflow runs restore --run-id {run_id}"):
+        with pytest.raises(StoreUnavailable, match=f"mlflow runs restore --run-id {run_id}"):
             ship(place / "a")
     client.restore_run(run_id)
     ship(place / "a")
@@ -249,13 +249,13 @@ def test_a_deleted_experiment_is_said_with_the_way_back(place, store):
     client.delete_experiment(experiment)
     run = trained(place / "a", store, range(2))
     way = f"mlflow experiments restore --experiment-id {experiment}"
-    with pytest.raises(NotTaken, match=way):
+    with pytest.raises(StoreUnavailable, match=way):
         ship(place / "a")
     client.restore_experiment(experiment)
     ship(place / "a")
     client.delete_experiment(experiment)  # the run with it
     run.log_metrics({"loss": 1 / 3, "lr": 0.1}, 2)
-    with pytest.raises(NotTaken, match=way):
+    with pytest.raises(StoreUnavailable, match=way):
         ship(place / "a")
     client.restore_experiment(experiment)
     ship(place / "a")
@@ -440,7 +440,7 @@ def test_figures_of_a_validation_join_the_run_once_unless_they_differ(place, sto
     assert asked(store, "select status from runs") == [("FINISHED",)]
     lonely = logger(place / "b", store, joins_at=4)
     lonely.log_metrics({"test/AP": 0.5}, 5)
-    with pytest.raises(NotTaken, match="not there"):
+    with pytest.raises(StoreUnavailable, match="not there"):
         ship(place / "b")
     assert len(runs(store)) == 1
 
@@ -462,9 +462,9 @@ def test_a_journal_is_shipped_by_one_at_a_time(place, store):
     run = trained(place / "a", store)
     first = Shipper(run.journal)
     first.ship()
-    with pytest.raises(NotTaken, match="another process"):
+    with pytest.raises(StoreUnavailable, match="another process"):
         ship(place / "a")
-    with pytest.raises(NotTaken, match="another process"):
+    with pytest.raises(StoreUnavailable, match="another process"):
         ship(place / "a")  # the refused one did not end the first one's lock
     first.close()
     ship(place / "a")
@@ -485,7 +485,7 @@ def test_a_lock_is_not_inherited_by_forked_workers(place):
         try:
             JournalLock(place).take()
             taken.put("taken")
-        except NotTaken:
+        except StoreUnavailable:
             taken.put("refused")
 
     for expected in ("refused", "taken"):
@@ -662,14 +662,14 @@ def test_a_thread_tries_files_again_beside_the_training(place, store, said, clos
 
 
 def test_a_file_that_always_fails_lets_the_others_go_first(place, store, monkeypatch):
-    real = Telling._file
+    real = EntryWriter._file
 
-    def picky(self: Telling, entry: dict[str, Any]) -> None:
+    def picky(self: EntryWriter, entry: dict[str, Any]) -> None:
         if entry["file"].endswith("bad"):
             raise RuntimeError("never")
         real(self, entry)
 
-    monkeypatch.setattr(Telling, "_file", picky)
+    monkeypatch.setattr(EntryWriter, "_file", picky)
     run = logger(place / "a", store)
     for name in ("bad", "good"):
         (place / name).write_text(name)

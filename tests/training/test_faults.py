@@ -65,7 +65,7 @@ def train(name, callbacks, frozen, steps, **options):
         ShapesImageLabels(length=32, image_size=64), detection_batch_size=4,
         classification_batch_size=4, image_size=64, num_workers=0, steps_per_epoch=40)
     model = DetectorModule(tree, [(1.5, 1.5)], "small", 0, 0, learning_rate=0.01,
-                           trunk_factor=0.0 if frozen else 1.0)
+                           backbone_lr_factor=0.0 if frozen else 1.0)
     diary = Diary()
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=devices, logger=False, default_root_dir=folder,

@@ -68,10 +68,10 @@ def test_multi_scale_refuses_sizes_off_the_grid():
         MultiScale([100])
 
 
-def test_trunks_have_the_paper_s_size_and_stride():
-    trunk = LayerStack(DARKNET19)
-    assert (trunk.stride, trunk.out_channels) == (32, 1024)
-    kernels = [p for p in trunk.parameters() if p.ndim == 4]
+def test_backbones_have_the_paper_s_size_and_stride():
+    backbone = LayerStack(DARKNET19)
+    assert (backbone.stride, backbone.out_channels) == (32, 1024)
+    kernels = [p for p in backbone.parameters() if p.ndim == 4]
     assert len(kernels) == 18
     # table 6, in thousands of weights, after the first two layers (864 and 18,432)
     by_hand = [73.728, 8.192, 73.728, 294.912, 32.768, 294.912]

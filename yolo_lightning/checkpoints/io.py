@@ -23,13 +23,13 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 PART = ".part"
 """Ends the name of a file that is being written."""
 
-MOST_OPERATIONS = 2_000_000
+MAX_OPERATIONS = 2_000_000
 """Of the pickle in a checkpoint, and values in it; a tree of 82,115 nodes takes 820,000."""
 
-_MOST_PICKLE_BYTES = 16 << 20
-_MOST_DIRECTORY_BYTES = 8 << 20
-_MOST_BUILDS = 8
-_MOST_LEVELS = 50
+_MAX_PICKLE_BYTES = 16 << 20
+_MAX_DIRECTORY_BYTES = 8 << 20
+_MAX_BUILDS = 8
+_MAX_LEVELS = 50
 
 _CALLED = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)"
@@ -195,8 +195,8 @@ def _check_directory(handle: Any, size: int) -> None:
         *_, length, start = _END64.unpack(tail[: _END64.size])
     if start + length != end:
         raise cut
-    if length > _MOST_DIRECTORY_BYTES:
-        raise InputError(f"a directory of {length:,} bytes; allowed: {_MOST_DIRECTORY_BYTES:,}")
+    if length > _MAX_DIRECTORY_BYTES:
+        raise InputError(f"a directory of {length:,} bytes; allowed: {_MAX_DIRECTORY_BYTES:,}")
 
 
 def _check_records(archive: zipfile.ZipFile, size: int) -> None:
@@ -227,9 +227,9 @@ def _pickle_of(archive: zipfile.ZipFile) -> bytes:
     found = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
     if len(found) != 1:
         raise InputError(f"not a checkpoint of this program ({len(found)} records data.pkl)")
-    if found[0].file_size > _MOST_PICKLE_BYTES:
+    if found[0].file_size > _MAX_PICKLE_BYTES:
         raise InputError(
-            f"a pickle of {found[0].file_size:,} bytes; allowed: {_MOST_PICKLE_BYTES:,}"
+            f"a pickle of {found[0].file_size:,} bytes; allowed: {_MAX_PICKLE_BYTES:,}"
         )
     return archive.read(found[0])
 
@@ -243,8 +243,8 @@ def _check_pickle(pickled: bytes) -> None:
     builds, latest = 0, ("", "")
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
         name = operation.name
-        if number >= MOST_OPERATIONS:
-            raise InputError(f"a pickle of more than {MOST_OPERATIONS:,} operations")
+        if number >= MAX_OPERATIONS:
+            raise InputError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
         if name in ("GLOBAL", "INST") and not _CALLED.fullmatch(str(argument)):
             asked = ".".join(str(argument).split(" ", 1))[:80]
             raise InputError(f"refused: it asks for {asked}; allowed: plain values and tensors")
@@ -252,7 +252,7 @@ def _check_pickle(pickled: bytes) -> None:
             latest[1] in ("TUPLE", "TUPLE3") and latest[0] == "REDUCE"
         )
         builds += name == "BUILD"
-        if (name == "REDUCE" and not arguments) or builds > _MOST_BUILDS:
+        if (name == "REDUCE" and not arguments) or builds > _MAX_BUILDS:
             raise InputError("refused: its pickle does more than hold plain values and tensors")
         if name not in ("BINPUT", "LONG_BINPUT"):
             latest = (latest[1], name)
@@ -263,7 +263,7 @@ def _check_values(held: Any) -> None:
     if not isinstance(held, dict):
         raise InputError("not a checkpoint of this program (no dict)")
     todo: list[tuple[Any, int]] = [(held, 0)]
-    left = MOST_OPERATIONS
+    left = MAX_OPERATIONS
     while todo:
         value, depth = todo.pop()
         if isinstance(value, Tensor):
@@ -279,9 +279,9 @@ def _check_values(held: Any) -> None:
             left -= len(value) // 100
         elif not isinstance(value, bool | int | float | None):
             raise InputError(f"a value of type {type(value).__name__}; allowed: plain ones")
-        if left < 0 or depth > _MOST_LEVELS:
+        if left < 0 or depth > _MAX_LEVELS:
             raise InputError(
-                f"more than {MOST_OPERATIONS:,} values, or more than {_MOST_LEVELS} levels of them"
+                f"more than {MAX_OPERATIONS:,} values, or more than {_MAX_LEVELS} levels of them"
             )
 
 

@@ -51,7 +51,7 @@ class Report:
 
 
 def load_pretrained(
-    network: YOLOv2 | Classifier, tree: WordTree, path: str | Path, trunk_length: int
+    network: YOLOv2 | Classifier, tree: WordTree, path: str | Path, backbone_length: int
 ) -> Report:
     """Fill a network with whatever of a file fits it.
 
@@ -64,7 +64,7 @@ def load_pretrained(
         tree: of the network.
         path: a Darknet `.weights` file, or one of our checkpoints; of a run that averaged its
             weights, the averaged ones.
-        trunk_length: how many of the network's layers are its trunk.
+        backbone_length: how many of the network's layers are its backbone.
 
     Raises:
         InputError: no such file, or nothing in it fits.
@@ -78,7 +78,7 @@ def load_pretrained(
     if is_checkpoint(path):
         _from_checkpoint(network, tree, path, report)
     else:
-        _from_darknet(network, path, trunk_length, report)
+        _from_darknet(network, path, backbone_length, report)
     if not report.loaded_values:
         raise InputError(f"model.pretrained {str(path)!r}: nothing in it fits; {report}")
     return report
@@ -190,21 +190,21 @@ def _take_rows(
 
 
 def _from_darknet(
-    network: YOLOv2 | Classifier, path: str | Path, trunk_length: int, report: Report
+    network: YOLOv2 | Classifier, path: str | Path, backbone_length: int, report: Report
 ) -> None:
     """Fill as much as the file's length proves to be there.
 
     A file says nothing about its layers. It may hold the whole network, end between two layers, or
-    hold a body or a trunk and the 1x1 convolution to classes (and boxes) that stood on it.
+    hold a body or a backbone and the 1x1 convolution to classes (and boxes) that stood on it.
     """
     weights = read_weights(path)
     blocks = blocks_of(network.body)
-    trunk = [(k, block) for k, block in blocks if k < trunk_length]
+    backbone = [(k, block) for k, block in blocks if k < backbone_length]
     last = last_conv(network)
     ends = np.cumsum([_size(block) for _, block in blocks]).tolist()
     count = len(weights.values)
     parts = [blocks[: ends.index(count) + 1]] if count in ends else []
-    for part in (*parts, blocks, trunk):
+    for part in (*parts, blocks, backbone):
         wanted = sum(_size(block) for _, block in part)
         rest = len(weights.values) - wanted
         whole = len(part) == len(blocks) and rest == sum(t.numel() for t in last)
@@ -212,7 +212,7 @@ def _from_darknet(
         if whole or (rest >= 0 and rest % (width + 1) == 0):
             break
     else:
-        named = {"its body": blocks, "its trunk": trunk}
+        named = {"its body": blocks, "its backbone": backbone}
         sizes = [f"{name} {sum(_size(b) for _, b in p):,}" for name, p in named.items()]
         raise InputError(
             f"model.pretrained {path}: {len(weights.values):,} values; the network has "

@@ -9,22 +9,22 @@ from torch import Tensor
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS, load_file, verify
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.backbones import trunk_layers
+from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import Conv, Layer, ReorgKind, extents
 from yolo_lightning.models.yolov2 import detector_layers
 from yolo_lightning.tree.wordtree import WordTree
 
-MOST_NODES = 100_000
+MAX_NODES = 100_000
 """Of the tree in a checkpoint; WordNet has 82,115 nouns."""
 
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 """Of the network in a checkpoint."""
 
-LARGEST_IMAGE_PX = 8192
+MAX_IMAGE_PX = 8192
 """Side of the network input that a checkpoint may ask for."""
 
-_MOST_CHANNELS = 2**31
-_LARGEST = 64
+_MAX_CHANNELS = 2**31
+_MAX = 64
 """Size, stride, and padding of a layer in a checkpoint; px or cells."""
 
 
@@ -90,22 +90,22 @@ def _check_described(kind: Any, described: dict[str, Any], state: dict[str, Tens
     tree, size = described["tree"], described.get("image_size", 32)
     if not (
         isinstance(tree, list)
-        and len(tree) <= MOST_NODES
+        and len(tree) <= MAX_NODES
         and all(isinstance(row, list | tuple) and _are(row, str) and len(row) == 3 for row in tree)
     ):
-        raise InputError(f"its tree is no list of up to {MOST_NODES:,} key, parent, name")
+        raise InputError(f"its tree is no list of up to {MAX_NODES:,} key, parent, name")
     sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(_is_count(side, LARGEST_IMAGE_PX) for side in sides):
-        raise InputError(f"image_size is {str(size)[:40]}; allowed: 1 … {LARGEST_IMAGE_PX} px")
+    if len(sides) != 2 or not all(_is_count(side, MAX_IMAGE_PX) for side in sides):
+        raise InputError(f"image_size is {str(size)[:40]}; allowed: 1 … {MAX_IMAGE_PX} px")
     if kind not in ("DetectorModule", "ClassifierModule"):
         return  # whoever knows what is needed refuses it
-    layers = _trunk_described(described["trunk"])
+    layers = _backbone_described(described["backbone"])
     anchors = 0
     if kind == "DetectorModule":
         anchors = _anchors_described(described["anchors_wh_cell"])
         head, passed = described["head_channels"], described["passthrough_channels"]
         reorg = described["reorg"]
-        counts = _is_count(head, _MOST_CHANNELS, 0) and _is_count(passed or 0, _MOST_CHANNELS, 0)
+        counts = _is_count(head, _MAX_CHANNELS, 0) and _is_count(passed or 0, _MAX_CHANNELS, 0)
         if not counts or reorg not in get_args(ReorgKind):
             raise InputError("its head_channels, passthrough_channels or reorg is no such thing")
         layers = detector_layers(layers, head, passed, reorg)
@@ -118,24 +118,24 @@ def _check_described(kind: Any, described: dict[str, Any], state: dict[str, Tens
         )
 
 
-def _trunk_described(trunk: Any) -> tuple[Layer, ...]:
-    """Return the layers of a trunk, refusing what no network has before it is looked at closely."""
-    if not isinstance(trunk, str):
-        if not isinstance(trunk, list | tuple) or len(trunk) > MOST_LAYERS:
-            raise InputError(f"its trunk is no list of up to {MOST_LAYERS} layers")
-        for number, row in enumerate(trunk):
+def _backbone_described(backbone: Any) -> tuple[Layer, ...]:
+    """Return the layers of a backbone; implausible sizes are refused first."""
+    if not isinstance(backbone, str):
+        if not isinstance(backbone, list | tuple) or len(backbone) > MAX_LAYERS:
+            raise InputError(f"its backbone is no list of up to {MAX_LAYERS} layers")
+        for number, row in enumerate(backbone):
             if not isinstance(row, list | tuple) or len(row) > 10 or len(str(row)) > 1000:
-                raise InputError(f"layer {number} of its trunk is no short list of values")
-    elif len(trunk) > 100:
-        raise InputError("the name of its trunk is too long")
-    layers = trunk_layers(trunk)
+                raise InputError(f"layer {number} of its backbone is no short list of values")
+    elif len(backbone) > 100:
+        raise InputError("the name of its backbone is too long")
+    layers = backbone_layers(backbone)
     for number, layer in enumerate(layers):
         for name in ("size", "stride", "padding"):
             value = getattr(layer, name, None)
-            if value is not None and not _is_count(value, _LARGEST, least=0):
+            if value is not None and not _is_count(value, _MAX, least=0):
                 raise InputError(
-                    f"layer {number} of its trunk: {name} is {str(value)[:40]}; "
-                    f"allowed: up to {_LARGEST}"
+                    f"layer {number} of its backbone: {name} is {str(value)[:40]}; "
+                    f"allowed: up to {_MAX}"
                 )
     return layers
 
@@ -187,7 +187,7 @@ def refuse_other_model(
     if checkpoint.get("module") != kind:
         raise InputError(
             f"the checkpoint holds a {checkpoint.get('module', 'module of an older version')}, "
-            f"the recipe names a {kind}; for its trunk alone, name it in model.pretrained"
+            f"the recipe names a {kind}; for its backbone alone, name it in model.pretrained"
         )
     for name, (own, theirs) in parts.items():
         if own != theirs:

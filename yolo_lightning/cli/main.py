@@ -19,7 +19,7 @@ COMMANDS = {
     "check-data": ("commands.check_data", "read all of a dataset and report"),
     "anchors": (
         "commands.anchors",
-        "cluster the boxes of a dataset into priors",
+        "cluster the boxes of a dataset into anchors",
     ),
     "batch": ("commands.batch", "show what a training step reads"),
     "benchmark": ("commands.benchmark", "measure how fast a dataset is read"),
@@ -115,7 +115,7 @@ def _checked(args: Sequence[str]) -> list[str]:
     values = launch.check_command_line([*unnamed, *args[1:]], allowed)
     if args[0] in ("fit", "quickstart"):
         launch.check_launch(values, os.environ, lambda: launch.visible_gpus(os.environ))
-    recipe_check.hold_parser_to(allowed)
+    recipe_check.restrict_imports(allowed)
     return args
 
 

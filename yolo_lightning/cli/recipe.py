@@ -37,7 +37,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import check_level
 from yolo_lightning.evaluation.report import (
-    Evaluated,
+    ReportData,
     ReportOptions,
     check_options,
     image_reader,
@@ -51,7 +51,7 @@ _RESUME_HELP = (
     "`auto`: go on with this job's run where it has a checkpoint, else begin; a job is one of "
     "SLURM's or torchrun's, elsewhere it is the newest run of the recipe"
 )
-_NETWORK = ("trunk", "head_channels", "passthrough_channels", "reorg")
+_NETWORK = ("backbone", "head_channels", "passthrough_channels", "reorg")
 
 
 class _Complaint(Exception):
@@ -317,7 +317,7 @@ class RecipeCLI(LightningCLI):
         """Write the report, say where it is, and put it into the MLflow run."""
         data, options = self.datamodule, self._report_options
         source = data.test if self.subcommand == "test" else data.validation
-        found = Evaluated.of(evaluation, self._about(len(source)))
+        found = ReportData.of(evaluation, self._about(len(source)))
         folder = Path(options.folder) if options.folder else self._fresh_report_folder()
         said = write_report(folder, found, image_reader(source), source.image_name, options)
         print("\n".join(["", *said, f"report: {folder}"]))
@@ -396,16 +396,16 @@ def _config_files(args: Sequence[str]) -> list[str]:
 def _model_of(checkpoint: dict[str, Any], config: Namespace, args: Sequence[str]) -> dict[str, Any]:
     """Return the model that a checkpoint describes, as a recipe would.
 
-    Where the recipe names another trunk, the checkpoint says nothing about the network: the head
-    of one on the trunk of another is neither.
+    Where the recipe names another backbone, the checkpoint says nothing about the network: the head
+    of one on the backbone of another is neither.
     """
     name = checkpoint.get("module", "DetectorModule")
     values = dict(checkpoint["hyper_parameters"])
-    named = any(arg.startswith(("--model.trunk", "--model.init_args.trunk")) for arg in args)
+    named = any(arg.startswith(("--model.backbone", "--model.init_args.backbone")) for arg in args)
     for recipe in RecipeParser.recipes:
         model = (yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}).get("model") or {}
-        named |= "trunk" in (model.get("init_args") or {})
-    if named and config.model.init_args.get("trunk") != values.get("trunk"):
+        named |= "backbone" in (model.get("init_args") or {})
+    if named and config.model.init_args.get("backbone") != values.get("backbone"):
         values = {key: value for key, value in values.items() if key not in _NETWORK}
     return {"class_path": f"yolo_lightning.{name}", "init_args": values}
 

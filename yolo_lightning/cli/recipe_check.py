@@ -3,7 +3,7 @@
 The parser imports a `class_path` before it looks at its type, reads strings that hold YAML or name
 a file as parts of the recipe, and expands aliases; OmegaConf's resolver `oc.coerce` imports
 modules. So a recipe is read here first: bounded in size, of plain values, and with classes from
-allowed modules alone. `hold_parser_to` gives the parser the same list, for what only types tell.
+allowed modules alone. `restrict_imports` gives the parser the same list, for what only types tell.
 """
 
 import os
@@ -62,7 +62,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     }
 
 
-def hold_parser_to(allowed: Sequence[str] = ()) -> None:
+def restrict_imports(allowed: Sequence[str] = ()) -> None:
     """Make the parser refuse the same, wherever types or a checkpoint's values say more than text.
 
     Args:

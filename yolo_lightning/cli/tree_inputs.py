@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from yolo_lightning.darknet.files import read_names
-from yolo_lightning.datamodules.recognise import (
-    SeveralDatasets,
+from yolo_lightning.datamodules.autodetect import (
+    AmbiguousLayout,
     detection_source,
     label_source,
 )
@@ -54,7 +54,7 @@ def _recognised(place: str) -> Counter[str]:
     """Return the labels of a folder as training reads it, with boxes or with labels alone."""
     try:
         return detection_source(place).name_counts()
-    except SeveralDatasets:
+    except AmbiguousLayout:
         raise
     except InputError:
         pass  # no boxes: labels alone, perhaps
@@ -170,15 +170,15 @@ def _composed(text: str, path: Path) -> yaml.Node | None:
         raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
 
 
-_MOST_NESTED = 200
+_MAX_NESTED = 200
 
 
 def _nested(
     node: yaml.Node | None, parent: str, path: Path, depth: int
 ) -> Iterator[tuple[int, str, str]]:
     """Yield line, child and parent of nested YAML."""
-    if depth > _MOST_NESTED:
-        raise InputError(f"{path}: nested more than {_MOST_NESTED} deep")
+    if depth > _MAX_NESTED:
+        raise InputError(f"{path}: nested more than {_MAX_NESTED} deep")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1

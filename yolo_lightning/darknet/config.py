@@ -20,10 +20,10 @@ from yolo_lightning.models.layers import (
 )
 from yolo_lightning.models.yolov2 import detector_layers
 
-MOST_VALUES = 200_000_000
+MAX_VALUES = 200_000_000
 """Largest network that is built, in weights: four times YOLO9000."""
 
-MOST_LAYERS, MOST_FILTERS, MOST_PX = 1000, 1_000_000, 65_536
+MAX_LAYERS, MAX_FILTERS, MAX_PX = 1000, 1_000_000, 65_536
 
 VOC_NAMES = (
     "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,"
@@ -50,7 +50,7 @@ _YOLO9000_ANCHORS = [0.77871, 1.14074, 3.00525, 4.31277, 9.22725, 9.61974]
 
 @dataclass(frozen=True)
 class Region:
-    """A `[region]` section: the detector's priors and what its loss weighs.
+    """A `[region]` section: the detector's anchors and what its loss weighs.
 
     Attributes:
         anchors: widths and heights in grid cells, one after the other.
@@ -242,7 +242,7 @@ def describe(sections: Sequence[Section], origin: str) -> Description:
     net = _Reader(sections[0], origin)
     if sections[0].kind != "net":
         raise net.refuse("comes first; expected [net]")
-    size_hw = (net.whole("height", 0, 1, MOST_PX), net.whole("width", 0, 1, MOST_PX))
+    size_hw = (net.whole("height", 0, 1, MAX_PX), net.whole("width", 0, 1, MAX_PX))
     net.whole("channels", 3, 3, 3)
     training = {
         ours: net.number(theirs, 0.0)
@@ -314,8 +314,8 @@ def _split(
             raise reader.refuse(f"follows [{tail[-1].kind}]; expected the end of the network")
         else:
             body.append(section)
-    if not 0 < len(body) <= MOST_LAYERS:
-        raise InputError(f"{origin}: holds {len(body)} layers; allowed: 1 … {MOST_LAYERS}")
+    if not 0 < len(body) <= MAX_LAYERS:
+        raise InputError(f"{origin}: holds {len(body)} layers; allowed: 1 … {MAX_LAYERS}")
     return body, tail, list(dict.fromkeys(left_out))
 
 
@@ -328,7 +328,7 @@ def _layer(reader: _Reader) -> Layer:
             if reader.whole("pad", 0, 0, 1):
                 padding = size // 2
             return Conv(
-                reader.whole("filters", 1, 1, MOST_FILTERS),
+                reader.whole("filters", 1, 1, MAX_FILTERS),
                 size,
                 reader.whole("stride", 1, 1, 1000),
                 None if padding == size // 2 else padding,
@@ -362,15 +362,15 @@ def _check_size(layers: Sequence[Layer], sections: Sequence[Section], origin: st
             found = extents(layers[: number + 1])
         except InputError as error:
             raise reader.refuse(str(error)) from None
-        if found[-1].channels > MOST_FILTERS:
+        if found[-1].channels > MAX_FILTERS:
             raise reader.refuse(
-                f"gives {found[-1].channels} channels; allowed: up to {MOST_FILTERS}"
+                f"gives {found[-1].channels} channels; allowed: up to {MAX_FILTERS}"
             )
         if isinstance(layer, Conv):
             values += layer.filters * (before * layer.size**2 + 4)
-        if values > MOST_VALUES:
+        if values > MAX_VALUES:
             raise reader.refuse(
-                f"brings the network to {values:,} weights; allowed: up to {MOST_VALUES:,}"
+                f"brings the network to {values:,} weights; allowed: up to {MAX_VALUES:,}"
             )
 
 
@@ -387,7 +387,7 @@ def _check_last(last: Layer, reader: _Reader) -> None:
 def _region(reader: _Reader) -> tuple[Region, int]:
     """Return the region and its number of classes."""
     options = reader.section.options
-    classes = reader.whole("classes", 20, 1, MOST_FILTERS)
+    classes = reader.whole("classes", 20, 1, MAX_FILTERS)
     num = reader.whole("num", 1, 1, 1000)
     anchors = reader.numbers("anchors") if "anchors" in options else []
     if len(anchors) != 2 * num:

@@ -17,7 +17,7 @@ from yolo_lightning.tree.wordtree import WordTree
 VERSION = (0, 2, 0)
 """Of the files that are written; from 0.2 on images are counted in 64 bits."""
 
-MOST_TEXT_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 64 * 2**20
 
 _LONG_NAMES = {
     "network": "net",
@@ -394,8 +394,8 @@ def _text(file: Path) -> str:
         InputError: too large, not UTF-8, or with NUL bytes; names the byte.
     """
     size = file.stat().st_size
-    if size > MOST_TEXT_BYTES:
-        raise InputError(f"{file}: {size} bytes; expected a text of at most {MOST_TEXT_BYTES}")
+    if size > MAX_TEXT_BYTES:
+        raise InputError(f"{file}: {size} bytes; expected a text of at most {MAX_TEXT_BYTES}")
     data = file.read_bytes()
     if b"\0" in data:
         place = data.index(b"\0")

@@ -40,7 +40,7 @@ apart images that have no id, and two that have the same."""
 _entries = itertools.count()
 _ENTRIES_OF_A_RANK = 2**40
 
-Evaluated = tuple[dict[str, float], dict[int, dict[str, float]]]
+Scores = tuple[dict[str, float], dict[int, dict[str, float]]]
 """Figures over all classes, by name, and those of each class, by node."""
 
 
@@ -102,7 +102,7 @@ class BoxAveragePrecision(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `figures` as scalars, the same on every rank."""
         shared = self._is_synced  # the first rank has just been given the rows of all
-        told: list[Evaluated] = [({}, {})]
+        told: list[Scores] = [({}, {})]
         self.tables = no_boxes(), no_boxes()
         if not shared or distributed.get_rank(self.process_group) == 0:
             self.tables = _joined(self.truths, self.detections)
@@ -113,7 +113,7 @@ class BoxAveragePrecision(Metric):
         return {name: torch.tensor(value) for name, value in self.figures.items()}
 
 
-def evaluated(truths: Table, detections: Table) -> Evaluated:
+def evaluated(truths: Table, detections: Table) -> Scores:
     """Return `figures` and `per_class` of `BoxAveragePrecision`.
 
     Args:

@@ -20,14 +20,14 @@ from yolo_lightning.evaluation.matching import (
     best_overlaps,
 )
 
-_LARGEST_AREA = 1e10
-_MOST_DETECTIONS = (1, 10, 100)
-_MOST_ROWS, _EXCUSED = 50_000, 0.5
+_MAX_AREA = 1e10
+_MAX_DETECTIONS = (1, 10, 100)
+_MAX_ROWS, _EXCUSED = 50_000, 0.5
 _AREAS = {
-    "all": (0, _LARGEST_AREA),
+    "all": (0, _MAX_AREA),
     "small": (0, 32**2),
     "medium": (32**2, 96**2),
-    "large": (96**2, _LARGEST_AREA),
+    "large": (96**2, _MAX_AREA),
 }
 
 COCO_FIGURES = (
@@ -81,7 +81,7 @@ def coco_evaluation(truths: Table, detections: Table) -> CocoEvaluation:
     figures = [
         *(_mean(precision[rows, :, :, 0, -1]) for rows in (slice(None), slice(1), slice(5, 6))),
         *(_mean(precision[:, :, :, area, -1]) for area in (1, 2, 3)),
-        *(_mean(recall[:, :, 0, most]) for most in range(len(_MOST_DETECTIONS))),
+        *(_mean(recall[:, :, 0, most]) for most in range(len(_MAX_DETECTIONS))),
         *(_mean(recall[:, :, area, -1]) for area in (1, 2, 3)),
     ]
     each = precision[:, :, :, 0, -1]
@@ -111,7 +111,7 @@ def _class_parts(classes: list[int], truths: Table, detections: Table) -> Iterat
     counts = np.bincount(labels, minlength=classes[-1] + 1)
     part: list[int] = []
     for label in classes:
-        if part and counts[[*part, label]].sum() > _MOST_ROWS:
+        if part and counts[[*part, label]].sum() > _MAX_ROWS:
             yield part
             part = []
         part.append(label)
@@ -139,7 +139,7 @@ def _evaluated(
     evaluation.params.catIds = classes
     evaluation.params.areaRng = [list(bounds) for bounds in _AREAS.values()]
     evaluation.params.areaRngLbl = list(_AREAS)
-    evaluation.params.maxDets = list(_MOST_DETECTIONS)
+    evaluation.params.maxDets = list(_MAX_DETECTIONS)
     evaluation.evaluate()
     evaluation.accumulate()
     return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])

@@ -22,7 +22,7 @@ Rows = NDArray[np.int64]
 FOUND_IOU = 0.5
 """IoU at and above which an object is found."""
 
-_MOST_CLASSES = 1e7
+_MAX_CLASSES = 1e7
 CONFIDENCES: Table = np.arange(201) / 200
 RECALLS: Table = np.linspace(0, 1, 101)
 
@@ -117,7 +117,7 @@ def match(
     hits = np.full(len(detections), -1, dtype=np.int64)
     excused = np.zeros(len(detections), dtype=np.bool_)
     # one number an image and class
-    keys = [table[:, [IMAGE, LABEL]] @ [_MOST_CLASSES, 1.0] for table in (truths, detections)]
+    keys = [table[:, [IMAGE, LABEL]] @ [_MAX_CLASSES, 1.0] for table in (truths, detections)]
     for own, said in groups(*keys):
         rows = said[np.argsort(-detections[said, SCORE], kind="stable")]
         flags = truths[own, FLAG]

@@ -24,7 +24,7 @@ from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.tree.wordtree import WordTree
 
 FOUND_SCORE, FOUND_IOU = 0.25, 0.5
-MOST_LEVELS = 4
+MAX_LEVELS = 4
 """Levels of a tree that average precision is computed at: each costs as much as the classes do."""
 _GROUPS = {
     "_boxed": "classes with boxes",
@@ -106,7 +106,7 @@ class DetectionEvaluation(nn.Module):
         along_tree_figures: accuracy by depth and the kinds of mistakes, see `TreeAccuracy`.
         levels: those of the tree that average precision is asked for at, from the top: number,
             int64 (K,) what stands for each node there, int64 (L,) the classes; one that asks for
-            the same classes as the next one is left out, and no more than `MOST_LEVELS` are kept.
+            the same classes as the next one is left out, and no more than `MAX_LEVELS` are kept.
         truths, detections: float64 (N, 8), all that `per_class` was computed from, as
             `coco_evaluation` takes them: images are sample ids, boxes in px of the original
             images. In distributed runs the first rank has those of all, the others have none.
@@ -118,7 +118,7 @@ class DetectionEvaluation(nn.Module):
         self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
         self.names, self.along_tree = NameAccuracy(len(tree)), TreeAccuracy(tree)
         self.has_depth = tree.paths.shape[1] > 1
-        self.at_levels = nn.ModuleList(BoxAveragePrecision() for _ in range(MOST_LEVELS))
+        self.at_levels = nn.ModuleList(BoxAveragePrecision() for _ in range(MAX_LEVELS))
         self.levels: list[tuple[int, Tensor, Tensor]] = []
         self.seen: Tensor | None = None
         self.figures: dict[str, float] = {}
@@ -160,7 +160,7 @@ class DetectionEvaluation(nn.Module):
             if not torch.equal(asked, below):
                 found.append((level, stands_for, asked))
             below = asked
-        return found[::-1][:MOST_LEVELS]
+        return found[::-1][:MAX_LEVELS]
 
     def update(
         self,

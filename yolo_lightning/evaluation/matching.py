@@ -14,7 +14,7 @@ DIFFICULT, CROWD = 1, 2
 
 Table = NDArray[np.float64]
 
-_MOST_PAIRS = 500_000
+_MAX_PAIRS = 500_000
 """Pairs of boxes that are compared at once: bounds the memory that this takes."""
 
 
@@ -48,7 +48,7 @@ def best_overlaps(
     counts = last - first
     some = np.flatnonzero(counts)
     ends = np.cumsum(counts[some])
-    full = np.arange(_MOST_PAIRS, ends.max(initial=0), _MOST_PAIRS)
+    full = np.arange(_MAX_PAIRS, ends.max(initial=0), _MAX_PAIRS)
     for rows in np.split(some, np.searchsorted(ends, full)):
         if not len(rows):
             continue

@@ -25,15 +25,15 @@ ReadImage = Callable[[int], tuple[Image, tuple[float, float]]]
 them, along x and y, are a px of the original."""
 
 _DPI, _MEAN = 150, "#202020"
-_MOST_NAMED, _LONGEST_NAME = 12, 24
-_LARGEST_CELL, _SMALLEST_CELL, _CELLS_WIDE = 0.5, 0.105, 9.0
-_SHORTEST_SIDE, _LONGEST_SIDE = 2.2, 24.0
-_MOST_NUMBERS, _MOST_LINES, _MOST_LABELS = 16, 90, 230
+_MAX_NAMED, _MAX_NAME = 12, 24
+_MAX_CELL, _MIN_CELL, _CELLS_WIDE = 0.5, 0.105, 9.0
+_MIN_SIDE, _MAX_SIDE = 2.2, 24.0
+_MAX_NUMBERS, _MAX_LINES, _MAX_LABELS = 16, 90, 230
 
 COLUMNS = 6
 _TILE, _GAP, _EDGE, _HEAD, _CAPTION = 172, 10, 18, 34, 38
 _GREEN, _ORANGE, _GREY, _INK = (24, 160, 70), (245, 110, 0), (110, 110, 110), (25, 25, 25)
-_PAPER, _NOTHING, _LEAST_CROP, _MARGIN = (255, 255, 255), (228, 228, 228), 24.0, 1.5
+_PAPER, _NOTHING, _MIN_CROP, _MARGIN = (255, 255, 255), (228, 228, 228), 24.0, 1.5
 _MEANING = {
     "wrong class": "lies on an object of another class",
     "badly placed": "near an object, IoU 0.1 to 0.5",
@@ -112,7 +112,7 @@ def _lines(
     axes: "Axes", across: Table, each: Table, mean: Table, labels: Sequence[str], prefix: str
 ) -> None:
     """Draw a thin line a class, faint where there are many, and their mean."""
-    few = len(each) <= _MOST_NAMED
+    few = len(each) <= _MAX_NAMED
     for number, values in enumerate(each):
         colour = COLOURS[number % len(COLOURS)] if few else "#8a8a8a"
         style = "-" if number < len(COLOURS) or not few else (0, (5, 1.5))
@@ -150,8 +150,8 @@ def confusion_matrix(found: Confusion, names: Mapping[int, str], title: str) -> 
         InputError: no matplotlib.
     """
     count = len(found.counts)
-    side = count * min(_LARGEST_CELL, max(_SMALLEST_CELL, _CELLS_WIDE / count))
-    side = max(_SHORTEST_SIDE, min(_LONGEST_SIDE, side))
+    side = count * min(_MAX_CELL, max(_MIN_CELL, _CELLS_WIDE / count))
+    side = max(_MIN_SIDE, min(_MAX_SIDE, side))
     figure = _figure(side + 3.0, side + 2.0)
     from matplotlib.colors import PowerNorm
 
@@ -163,7 +163,7 @@ def confusion_matrix(found: Confusion, names: Mapping[int, str], title: str) -> 
     size = max(4.5, min(10.0, side / count * 72 * 0.62))
     _label(axes, found, [_short(names[node]) for node in found.nodes.tolist()], size)
     _rule(axes, count)
-    if count <= _MOST_NUMBERS:
+    if count <= _MAX_NUMBERS:
         for row, column in np.argwhere(found.counts > 0).tolist():
             share = shares[row, column]
             ink = "white" if share > 0.5 else _MEAN
@@ -182,7 +182,7 @@ def _label(axes: "Axes", found: Confusion, names: Sequence[str], size: float) ->
     axes.tick_params(length=0, colors=TEXT)
     axes.set(xticks=[], yticks=[])
     count, totals = len(found.counts), found.counts.sum(axis=1).tolist()
-    if count > _MOST_LABELS:
+    if count > _MAX_LABELS:
         return
     rows = [f"{name}  {total}" for name, total in zip([*names, "background"], totals, strict=True)]
     axes.set_yticks(range(count), rows, fontsize=size)
@@ -192,13 +192,13 @@ def _label(axes: "Axes", found: Confusion, names: Sequence[str], size: float) ->
 def _rule(axes: "Axes", count: int) -> None:
     """Draw lines between the cells, where these are wide enough, and before background."""
     for draw in (axes.axhline, axes.axvline):
-        for place in range(count - 2 if count <= _MOST_LINES else 0):
+        for place in range(count - 2 if count <= _MAX_LINES else 0):
             draw(place + 0.5, color=LINE, linewidth=0.5, zorder=1)
-        draw(count - 1.5, color=_MEAN, linewidth=1.2 if count <= _MOST_LABELS else 0.3)
+        draw(count - 1.5, color=_MEAN, linewidth=1.2 if count <= _MAX_LABELS else 0.3)
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
 
 
 def _figure(width_inch: float, height_inch: float) -> "Figure":
@@ -313,7 +313,7 @@ def tile(mistake: Mistake, read: ReadImage) -> Pillow.Image:
     low = np.min([box[:2] for box, *_ in boxes], axis=0)
     high = np.max([box[2:] for box, *_ in boxes], axis=0)
     size = np.array([pixels.shape[1], pixels.shape[0]])
-    side = int(min(max(_MARGIN * (high - low).max(), _LEAST_CROP), size.max()))
+    side = int(min(max(_MARGIN * (high - low).max(), _MIN_CROP), size.max()))
     start = ((low + high - side) / 2).astype(int).clip(0, (size - side).clip(0))
     part = pixels[start[1] : start[1] + side, start[0] : start[0] + side]
     scale = _TILE / side

@@ -46,7 +46,7 @@ _AT_BEST = ("precision", "recall", "f1")
 
 
 @dataclass
-class Evaluated:
+class ReportData:
     """What a report is made of.
 
     Attributes:
@@ -68,7 +68,7 @@ class Evaluated:
     about: Mapping[str, Any]
 
     @classmethod
-    def of(cls, found: DetectionEvaluation, about: Mapping[str, Any]) -> "Evaluated":
+    def of(cls, found: DetectionEvaluation, about: Mapping[str, Any]) -> "ReportData":
         """Return what an evaluation has just found."""
         tables = found.truths, found.detections
         return cls(
@@ -142,7 +142,7 @@ def check_options(args: Sequence[str]) -> None:
 
 def write_report(
     folder: Path,
-    found: Evaluated,
+    found: ReportData,
     read: ReadImage,
     name: Callable[[int], str] = str,
     options: ReportOptions | None = None,
@@ -205,7 +205,7 @@ def image_reader(source: ImageSource) -> ReadImage:
     return read
 
 
-def _class_rows(found: Evaluated, over: Curves) -> dict[str, dict[str, Any]]:
+def _class_rows(found: ReportData, over: Curves) -> dict[str, dict[str, Any]]:
     """Return the figures of each class by key; those at the best confidence come last."""
     keys = [found.tree.keys[node] for node in over.nodes.tolist()]
     rows: dict[str, dict[str, Any]] = {}
@@ -242,7 +242,7 @@ def _pictures(
 
 
 def _plain(
-    found: Evaluated,
+    found: ReportData,
     rows: Mapping[str, Mapping[str, Any]],
     over: Curves,
     matches: Matches,

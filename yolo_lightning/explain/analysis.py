@@ -23,7 +23,7 @@ from yolo_lightning.losses import (
 from yolo_lightning.models.yolov2 import HeadOutput, decode_boxes
 from yolo_lightning.tree.wordtree import WordTree
 
-TERMS = ("loss_coord", "loss_obj", "loss_noobj", "loss_class", "loss_prior")
+TERMS = ("loss_coord", "loss_obj", "loss_noobj", "loss_class", "loss_anchor_prior")
 CANDIDATES, UNEXPECTED = 5, 3
 UNEXPECTED_OBJECTNESS = 0.3
 """Boxes without an object that are surer than this are told about: mistakes, or missing truths."""
@@ -36,12 +36,12 @@ class Box:
     """One of the network's boxes.
 
     Attributes:
-        prior, row, column: its place, from 0.
+        anchor, row, column: its place, from 0.
         xyxy_norm: corners as decoded, 0…1 of the network input; may reach beyond.
         objectness: 0…1.
     """
 
-    prior: int
+    anchor: int
     row: int
     column: int
     xyxy_norm: Corners
@@ -74,8 +74,8 @@ class ExplainedObject:
         name: of its label.
         truth_xyxy_norm: corners, 0…1 of the network input.
         box: the one that is responsible.
-        shape_ious: of the truth with each prior, as if their centres coincided; the largest decides
-            which is responsible.
+        shape_ious: IoU of the truth with each anchor, centres aligned; the largest decides
+            which anchor is responsible.
         iou: of the box with the truth.
         target: what its objectness learns.
         path: from the top of the tree to the label.
@@ -115,7 +115,7 @@ class BoxesExplained:
 
     Attributes:
         grid_hw: Gh, Gw.
-        priors_wh_norm: widths and heights, relative to the network input.
+        anchors_wh_norm: widths and heights, relative to the network input.
         objects: in the order of the annotation.
         terms: of the image, as `yolo9000_loss` returns them.
         counted: boxes that pay no-object loss.
@@ -124,7 +124,7 @@ class BoxesExplained:
     """
 
     grid_hw: tuple[int, int]
-    priors_wh_norm: tuple[tuple[float, float], ...]
+    anchors_wh_norm: tuple[tuple[float, float], ...]
     objects: tuple[ExplainedObject, ...]
     terms: Mapping[str, float]
     counted: int
@@ -154,7 +154,7 @@ class LabelExplained:
     """What an image with a label costs.
 
     Attributes:
-        grid_hw, priors_wh_norm: see `BoxesExplained`.
+        grid_hw, anchors_wh_norm: see `BoxesExplained`.
         name: of the label.
         rule: how the box was chosen.
         node: name of the node that the rule looked at; None where there is none.
@@ -168,7 +168,7 @@ class LabelExplained:
     """
 
     grid_hw: tuple[int, int]
-    priors_wh_norm: tuple[tuple[float, float], ...]
+    anchors_wh_norm: tuple[tuple[float, float], ...]
     name: str
     rule: BoxSelection
     node: str | None
@@ -187,7 +187,7 @@ class _Boxes:
     Attributes:
         xyxy_norm: float (A, G, 4).
         objectness: float (A, G).
-        priors_wh_norm: float (A, 2).
+        anchors_wh_norm: float (A, 2).
     """
 
     def __init__(self, output: HeadOutput, anchors_wh_cell: Tensor) -> None:
@@ -197,15 +197,15 @@ class _Boxes:
         self.xyxy_norm = cxcywh_to_xyxy(decoded.transpose(1, 2))
         self.objectness = logits[0, :, 4].sigmoid().flatten(1)
         grid_wh = anchors_wh_cell.new_tensor([self.grid_hw[1], self.grid_hw[0]])
-        self.priors_wh_norm = anchors_wh_cell / grid_wh
+        self.anchors_wh_norm = anchors_wh_cell / grid_wh
 
     def at(self, anchor: int, cell: int) -> Box:
         row, column = divmod(cell, self.grid_hw[1])
         objectness = float(self.objectness[anchor, cell])
         return Box(anchor, row, column, _corners(self.xyxy_norm[anchor, cell]), objectness)
 
-    def priors(self) -> tuple[tuple[float, float], ...]:
-        return tuple((float(w), float(h)) for w, h in self.priors_wh_norm)
+    def anchors(self) -> tuple[tuple[float, float], ...]:
+        return tuple((float(w), float(h)) for w, h in self.anchors_wh_norm)
 
 
 def _corners(xyxy: Tensor) -> Corners:
@@ -264,7 +264,7 @@ def explain_boxes(
     near = overlap > settings.ignore_iou
     return BoxesExplained(
         boxes.grid_hw,
-        boxes.priors(),
+        boxes.anchors(),
         tuple(
             _explain_object(
                 output, claim, boxes, anchors_wh_cell, tree, settings,
@@ -313,7 +313,7 @@ def _explain_object(
         "loss_obj": settings.obj_scale * float(obj),
         "loss_class": settings.class_scale * float(kind),
     }
-    shape_ious = shape_iou(claim.boxes_cxcywh_norm[:, 2:], boxes.priors_wh_norm)[0]
+    shape_ious = shape_iou(claim.boxes_cxcywh_norm[:, 2:], boxes.anchors_wh_norm)[0]
     return ExplainedObject(
         tree.names[label],
         _corners(truth[0]),
@@ -375,7 +375,7 @@ def explain_label(
     logits = _logits(output, torch.tensor([chosen[rule]]))[0]
     return LabelExplained(
         boxes.grid_hw,
-        boxes.priors(),
+        boxes.anchors(),
         tree.names[label],
         rule,
         tree.names[node] if node >= 0 else None,

@@ -20,8 +20,8 @@ from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_OBJECTS, ALL_PRIORS_UP_TO = 10, 3
-"""Objects that are told about; and up to how many the picture has room for every prior."""
+MAX_OBJECTS, ALL_ANCHORS_UP_TO = 10, 3
+"""Objects that are told about; and up to how many the picture has room for every anchor."""
 
 _DPI = 150
 # inches
@@ -104,7 +104,7 @@ def save_boxes(
     """
     objects = explained.objects
     by_size = sorted(range(len(objects)), key=lambda k: -_area(objects[k].truth_xyxy_norm))
-    shown = sorted(by_size[:MOST_OBJECTS])
+    shown = sorted(by_size[:MAX_OBJECTS])
     colours = {k: COLOURS[rank % len(COLOURS)] for rank, k in enumerate(shown)}
     folded = {k: [told[k][0], *_folded(told[k][1:])] for k in shown}
     rows = {k: max(_ROW, (len(lines) + 1.5) * _LINE) for k, lines in folded.items()}
@@ -116,7 +116,7 @@ def save_boxes(
     page.lines(_LEFT, end, summary, **_MONO)
     left, top = _LEFT + _SIDE + _GAP, _TOP
     if objects:
-        page.text(left, top, "truth and priors about one middle; the most alike is responsible")
+        page.text(left, top, "truth and anchors about one middle; the most alike is responsible")
         top += 0.25
     for k, (head, *rest) in folded.items():
         _draw_shapes(page.axes(left, top, _TILE), explained, objects[k], size, colours[k])
@@ -135,14 +135,14 @@ def _draw_objects(
 ) -> None:
     """Draw the boxes of those objects that have a colour, and what is unexpected."""
     tags = list[Corners]()
-    priors = range(len(explained.priors_wh_norm))
+    anchors = range(len(explained.anchors_wh_norm))
     for k in set(range(len(explained.objects))) - set(colours):
         _rectangle(axes, explained.objects[k].truth_xyxy_norm, size, TEXT, 0.9, "-", "white")
     for one in explained.unexpected:
         _rectangle(axes, one.box.xyxy_norm, size, "black", 1.3, "-.", halo="white")
     for k, colour in colours.items():
         item = explained.objects[k]
-        dotted = priors if len(colours) <= ALL_PRIORS_UP_TO else [item.box.prior]
+        dotted = anchors if len(colours) <= ALL_ANCHORS_UP_TO else [item.box.anchor]
         _responsible(axes, explained, item.box, size, colour, dotted)
         _rectangle(axes, item.truth_xyxy_norm, size, colour, 2.6, "-")
     for k, colour in colours.items():
@@ -179,7 +179,7 @@ def save_label(
         if k:
             _rectangle(axes, one.box.xyxy_norm, size, COLOURS[k], 1.5, "-", "white")
             continue
-        _responsible(axes, explained, one.box, size, COLOURS[0], [one.box.prior])
+        _responsible(axes, explained, one.box, size, COLOURS[0], [one.box.anchor])
         _rectangle(axes, one.box.xyxy_norm, size, COLOURS[0], 3.0, "-", "black")
     for k, one in ranked:
         _tag(axes, one.box.xyxy_norm, size, str(k + 1), COLOURS[k], tags)
@@ -218,8 +218,8 @@ def _network_input(page: _Page, view: View, explained: BoxesExplained | LabelExp
     size, (height, width) = len(view.image), explained.grid_hw
     cell = size / width
     page.text(_LEFT, 0.12, view.title[-120:], weight="bold", fontsize=9)
-    priors = len(explained.priors_wh_norm)
-    grid = f"{size} x {size} px, grid {height} x {width} of {cell:.0f} px cells, {priors} priors"
+    anchors = len(explained.anchors_wh_norm)
+    grid = f"{size} x {size} px, grid {height} x {width} of {cell:.0f} px cells, {anchors} anchors"
     page.text(_LEFT, 0.33, grid)
     axes = page.axes(_LEFT, _TOP, _SIDE)
     axes.imshow(view.image, extent=(0, size, size, 0))
@@ -260,9 +260,9 @@ def _responsible(
     box: Box,
     size: int,
     colour: str,
-    priors: Sequence[int],
+    anchors: Sequence[int],
 ) -> None:
-    """Fill a box's cell, and dot priors about its middle, its own bold."""
+    """Fill a box's cell, and dot anchors about its middle, its own bold."""
     from matplotlib.patches import Rectangle
 
     height, width = explained.grid_hw
@@ -271,9 +271,9 @@ def _responsible(
     axes.add_patch(Rectangle(corner, cell, cell, facecolor=colour, alpha=0.35, linewidth=0))
     axes.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor=colour, linewidth=1.2))
     x, y = (box.column + 0.5) / width, (box.row + 0.5) / height
-    for prior in priors:
-        w, h = explained.priors_wh_norm[prior]
-        own = prior == box.prior
+    for anchor in anchors:
+        w, h = explained.anchors_wh_norm[anchor]
+        own = anchor == box.anchor
         xyxy = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
         _rectangle(axes, xyxy, size, colour, 2.4 if own else 1.0, _DOTS, "white")
 
@@ -281,12 +281,12 @@ def _responsible(
 def _draw_shapes(
     axes: "Axes", explained: BoxesExplained, item: ExplainedObject, size: int, colour: str
 ) -> None:
-    """Draw the truth and all priors about one middle: what chooses the responsible prior."""
+    """Draw the truth and all anchors about one middle: what chooses the responsible anchor."""
     x1, y1, x2, y2 = item.truth_xyxy_norm
-    shapes = [*explained.priors_wh_norm, (x2 - x1, y2 - y1)]
+    shapes = [*explained.anchors_wh_norm, (x2 - x1, y2 - y1)]
     reach = 0.53 * size * max(max(shape) for shape in shapes)
     for k, (w, h) in enumerate(shapes):
-        own, truth = k == item.box.prior, k == len(shapes) - 1
+        own, truth = k == item.box.anchor, k == len(shapes) - 1
         xyxy = (-w / 2, -h / 2, w / 2, h / 2)
         width = 2.0 if own or truth else 0.9
         _rectangle(axes, xyxy, size, colour, width, "-" if truth else _DOTS)
@@ -338,10 +338,10 @@ def _object_handles() -> list[Any]:
     colour = COLOURS[0]
     return [
         _line(colour, 2.6, "-", "truth"),
-        _line("white", 1.4, _DASHES, "decoded box of that cell and prior", colour),
+        _line("white", 1.4, _DASHES, "decoded box of that cell and anchor", colour),
         _cell("responsible cell"),
-        _line(colour, 2.4, _DOTS, "responsible prior"),
-        _line(colour, 1.0, _DOTS, "other priors"),
+        _line(colour, 2.4, _DOTS, "responsible anchor"),
+        _line(colour, 1.0, _DOTS, "other anchors"),
         _line("black", 1.3, "-.", "objectness where no object is"),
     ]
 
@@ -351,7 +351,7 @@ def _label_handles() -> list[Any]:
     return [
         _line(colour, 3.0, "-", "chosen box"),
         _cell("its cell"),
-        _line(colour, 2.4, _DOTS, "its prior"),
+        _line(colour, 2.4, _DOTS, "its anchor"),
         _line(COLOURS[1], 1.5, "-", "next best, ranked"),
     ]
 

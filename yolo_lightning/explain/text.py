@@ -17,7 +17,7 @@ _NAME, _HEADING = 24, 16
 
 def _place(box: Box) -> str:
     """Return where a box is, in words."""
-    return f"row {box.row}, column {box.column}, prior {box.prior}"
+    return f"row {box.row}, column {box.column}, anchor {box.anchor}"
 
 
 def _path(path: Sequence[Step]) -> str:
@@ -30,20 +30,22 @@ def _path(path: Sequence[Step]) -> str:
     return " · ".join(parts) + product
 
 
-def object_lines(number: int, item: ExplainedObject, prior_wh_px: tuple[float, float]) -> list[str]:
+def object_lines(
+    number: int, item: ExplainedObject, anchor_wh_px: tuple[float, float]
+) -> list[str]:
     """Return what is told about an object, its name first.
 
     Args:
         number: of the object, from 1.
         item: the object.
-        prior_wh_px: of its prior, px of the network input.
+        anchor_wh_px: of its anchor, px of the network input.
     """
     own, *rest = sorted(item.shape_ious, reverse=True)
     other = f", next {rest[0]:.2f}" if rest else ""
     learns = f", learns {item.target:.2f}" if item.taken_by is None else ""
     lines = [
         f"{number}  {item.name}",
-        f"{_place(item.box)}: {prior_wh_px[0]:.0f} x {prior_wh_px[1]:.0f} px, "
+        f"{_place(item.box)}: {anchor_wh_px[0]:.0f} x {anchor_wh_px[1]:.0f} px, "
         f"shape IoU {own:.2f}{other}",
         f"decoded box: IoU {item.iou:.2f}; objectness {item.box.objectness:.2f}{learns}",
         f"path: {_path(item.path)}",
@@ -86,7 +88,7 @@ def boxes_summary(explained: BoxesExplained, settings: LossSettings, each: bool)
     if not each:
         own = {term: sum(item.terms.get(term, 0.0) for item in objects) for term in TERMS}
         rows = [("objects", {term: own[term] for term in ("loss_coord", "loss_obj", "loss_class")})]
-    others = {term: total[term] for term in ("loss_noobj", "loss_prior")}
+    others = {term: total[term] for term in ("loss_noobj", "loss_anchor_prior")}
     return [*lines, "", *_terms_table([*rows, ("other boxes", others), ("image", total)])]
 
 
@@ -145,11 +147,11 @@ def candidates_table(explained: LabelExplained, size: int) -> list[str]:
         columns.append(("product", [one.score for one in listed]))
     if explained.rule != "label":
         columns.append((_chance(explained.name), [one.prob_label for one in listed]))
-    lines = [f"{'':<3}{'row':>3}{'column':>8}{'prior':>7}{'w x h px':>12}"]
+    lines = [f"{'':<3}{'row':>3}{'column':>8}{'anchor':>7}{'w x h px':>12}"]
     for k, one in enumerate(listed):
         box, (x1, y1, x2, y2) = one.box, one.box.xyxy_norm
         extent = f"{(x2 - x1) * size:.0f} x {(y2 - y1) * size:.0f}"
-        lines.append(f"{k + 1:<3}{box.row:>3}{box.column:>8}{box.prior:>7}{extent:>12}")
+        lines.append(f"{k + 1:<3}{box.row:>3}{box.column:>8}{box.anchor:>7}{extent:>12}")
     for name, values in columns:
         cells = [name, *(f"{value:.4f}" for value in values)]
         width = max(map(len, cells)) + 2
@@ -170,10 +172,10 @@ def label_summary(explained: LabelExplained) -> list[str]:
 
 
 def warm_up(seen: int, settings: LossSettings) -> str:
-    """Return whether `loss_prior` counts; `seen` images came before."""
-    most = settings.prior_images
+    """Return whether `loss_anchor_prior` counts; `seen` images came before."""
+    most = settings.anchor_prior_images
     if not most:
-        return "loss_prior: none, loss.prior_images is 0"
+        return "loss_anchor_prior: none, loss.anchor_prior_images is 0"
     if seen >= most:
-        return f"loss_prior: over after the first {most:,} images"
-    return f"loss_prior: {seen:,} of its first {most:,} images were seen"
+        return f"loss_anchor_prior: over after the first {most:,} images"
+    return f"loss_anchor_prior: {seen:,} of its first {most:,} images were seen"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from yolo_lightning.export.graph import GraphSettings
 
 
-MOST_APART = 1e-3
+MAX_APART = 1e-3
 """How far a file's boxes, relative to the sides of the image, and scores may be from the module's.
 Two runtimes of the same arithmetic differ by about 1e-6."""
 
@@ -133,7 +133,7 @@ class Comparison:
     @property
     def close(self) -> bool:
         """Whether both differences are allowed; what is no number is not."""
-        return self.of_boxes <= MOST_APART and self.of_scores <= MOST_APART
+        return self.of_boxes <= MAX_APART and self.of_scores <= MAX_APART
 
 
 def apart(ours: "Detections", theirs: "Detections", size_hw_orig: Sequence[int]) -> "Tensor":

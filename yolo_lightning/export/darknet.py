@@ -125,12 +125,12 @@ def _build(description: Description, tree: WordTree) -> DetectorModule | Classif
     size: int | list[int] = list(description.size_hw)
     if description.size_hw[0] == description.size_hw[1]:
         size = description.size_hw[0]
-    trunk, rows = to_plain(description.layers), [tuple(row) for row in tree.rows]
+    backbone, rows = to_plain(description.layers), [tuple(row) for row in tree.rows]
     region = description.region
     if region is None:
         return ClassifierModule(
             rows,  # type: ignore[arg-type]
-            trunk,
+            backbone,
             image_size=size,
             **description.training,  # type: ignore[arg-type]
         )
@@ -138,7 +138,7 @@ def _build(description: Description, tree: WordTree) -> DetectorModule | Classif
     return DetectorModule(
         rows,  # type: ignore[arg-type]
         pairs,
-        trunk,
+        backbone,
         head_channels=0,
         passthrough_channels=0,
         image_size=size,

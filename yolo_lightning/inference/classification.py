@@ -15,11 +15,11 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import IMAGE_SUFFIXES, UnreadableSample
 from yolo_lightning.images import read_image as decode
 
-MOST_BYTES = 2**28
+MAX_BYTES = 2**28
 """Of a decoded image: 89 million pixels."""
 
 
-MOST_SIDE = 8192
+MAX_SIDE = 8192
 """Of a network input, px; thin images reach it when their shorter side is fitted."""
 
 
@@ -36,7 +36,7 @@ def read_image(path: Path) -> Tensor:
         UnreadableSample: the file is missing or no image.
     """
     try:
-        pixels = libstb.imread(str(path), channels=3, orient=True, max_bytes=MOST_BYTES)
+        pixels = libstb.imread(str(path), channels=3, orient=True, max_bytes=MAX_BYTES)
     except libstb.LimitError as error:
         raise UnreadableSample(f"{path}: too large ({error})") from None
     except (OSError, ValueError, libstb.Error):
@@ -64,7 +64,7 @@ def resized(image: Tensor, size_hw: tuple[int, int], how: str) -> Tensor:
         scale = max(size_hw[0] / height, size_hw[1] / width)
         new_height = max(size_hw[0], int(height * scale))
         new_width = max(size_hw[1], int(width * scale))
-    if max(new_height, new_width) > MOST_SIDE:
+    if max(new_height, new_width) > MAX_SIDE:
         raise UnreadableSample(f"{width} x {height} px is too thin for {how}; letterbox takes it")
     # corners on corners, as the original program interpolates
     small = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)

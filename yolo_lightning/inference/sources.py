@@ -165,7 +165,7 @@ def _named_apart(
 
 
 @dataclass
-class Reading:
+class FrameReader:
     """Reads frames, and remembers what could not be read.
 
     Attributes:
@@ -239,7 +239,7 @@ def in_batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
         yield batch
 
 
-def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Yield items that a thread reads in advance.
 
     Args:
@@ -317,7 +317,7 @@ def newest(items: Iterable[T]) -> Iterator[T]:
         thread.join(timeout=10)
 
 
-class Behind(Generic[T]):
+class BackgroundWriter(Generic[T]):
     """Hands items to a function in a thread, in their order; few wait at a time.
 
     Args:

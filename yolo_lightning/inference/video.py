@@ -33,7 +33,7 @@ _SLACK_S = 0.0005  # times are compared to the millisecond: Matroska keeps no fi
 _USUAL_RATE = Fraction(25)
 _DAMAGED = "its data are damaged there"
 _STATE_THEIR_LENGTH = {"matroska", "mp4", "avi", "flv", "asf"}  # the others' lengths are estimates
-_LONGEST_HEADER = 1024  # bytes between two packets of Matroska; others store them far apart
+_MAX_HEADER = 1024  # bytes between two packets of Matroska; others store them far apart
 _ATTACHED_PICTURE = 0x400  # the cover of a song counts as a video stream
 
 # encoder, clock, its options, the container's options: fast ones, since a network runs beside them
@@ -330,7 +330,7 @@ class _Decoder:
                     until = (packet.pts + (packet.duration or 0)) * packet.time_base
                     self._packets_end_s = max(self._packets_end_s, float(until))
                 if "matroska" in self._formats and packet.pos is not None and packet.size:
-                    self._skipped_bytes |= end is not None and packet.pos - end > _LONGEST_HEADER
+                    self._skipped_bytes |= end is not None and packet.pos - end > _MAX_HEADER
                     end = packet.pos + packet.size
                 if packet.stream.index == self.stream.index:
                     yield packet

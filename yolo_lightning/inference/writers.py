@@ -15,7 +15,7 @@ from yolo_lightning.inference.video import VideoWriter
 from yolo_lightning.tree.wordtree import WordTree
 from yolo_lightning.visualization.drawing import annotated, save, stamp
 
-_MOST_JPEG_SIDE = 65_500
+_MAX_JPEG_SIDE = 65_500
 
 
 class Output(ABC):
@@ -59,7 +59,7 @@ class Pictures(Output):
         image = annotated(frame.image, found)
         if frame.place.kind == "image":
             # JPEG ends at 65,500 px a side
-            suffix = ".jpg" if max(image.shape) <= _MOST_JPEG_SIDE else ".png"
+            suffix = ".jpg" if max(image.shape) <= _MAX_JPEG_SIDE else ".png"
             save(self.folder / f"{frame.place.name}{suffix}", image)
             return
         if self.overlay:

@@ -1,4 +1,4 @@
-"""Trunks, a readable list of layers each, and the classifier on top of one."""
+"""Backbones, a readable list of layers each, and the classifier on top of one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +51,7 @@ SMALL: tuple[Layer, ...] = (
 )  # fmt: skip
 """Our own, for CPUs and small images: Darknet-19's pattern with one level less, stride 16."""
 
-TRUNKS: dict[str, tuple[Layer, ...]] = {
+BACKBONES: dict[str, tuple[Layer, ...]] = {
     "darknet19": DARKNET19,
     "tiny_darknet": TINY_DARKNET,
     "tiny_yolov2_voc": TINY_YOLOV2_VOC,
@@ -60,25 +60,27 @@ TRUNKS: dict[str, tuple[Layer, ...]] = {
 }
 
 
-def trunk_layers(trunk: str | Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
-    """Return the layers of a trunk: a name, or rows such as ``["conv", 32, 3]``.
+def backbone_layers(backbone: str | Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
+    """Return the layers of a backbone: a name, or rows such as ``["conv", 32, 3]``.
 
     Raises:
         InputError: an unknown name, or rows that are no layers.
     """
-    if not isinstance(trunk, str):
-        return from_plain(trunk)
-    if trunk not in TRUNKS:
-        hint = nearest(trunk, TRUNKS) or f"allowed: {', '.join(TRUNKS)}, or a list of layers"
-        raise InputError(f"model.trunk is {trunk!r}; {hint}")
-    return TRUNKS[trunk]
+    if not isinstance(backbone, str):
+        return from_plain(backbone)
+    if backbone not in BACKBONES:
+        hint = (
+            nearest(backbone, BACKBONES) or f"allowed: {', '.join(BACKBONES)}, or a list of layers"
+        )
+        raise InputError(f"model.backbone is {backbone!r}; {hint}")
+    return BACKBONES[backbone]
 
 
 class Classifier(nn.Module):
-    """A trunk, a 1x1 convolution to the classes, and the mean over all cells.
+    """A backbone, a 1x1 convolution to the classes, and the mean over all cells.
 
     Args:
-        layers: the trunk's.
+        layers: the backbone's.
         num_nodes: K, nodes of the WordTree.
 
     Source: YOLO9000, section 3, "Darknet-19".

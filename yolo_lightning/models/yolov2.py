@@ -117,7 +117,7 @@ class HeadOutput:
 
 
 def detector_layers(
-    trunk: Sequence[Layer],
+    backbone: Sequence[Layer],
     head_channels: int = 1024,
     passthrough_channels: int | None = 64,
     reorg: ReorgKind = "space_to_depth",
@@ -125,15 +125,15 @@ def detector_layers(
     """Return the layers from the image to the features that the last 1x1 convolution reads.
 
     Args:
-        trunk: the trunk's layers.
+        backbone: the backbone's layers.
         head_channels: channels of the head's three 3x3 convolutions; 0 for no head at all, as in
             the released YOLO9000 and in Tiny YOLOv2.
-        passthrough_channels: of the reducing 1x1 convolution before the features of the trunk's
+        passthrough_channels: of the reducing 1x1 convolution before the features of the backbone's
             last finer level are folded in; None folds them in whole, 0 leaves them out.
         reorg: how they are folded, see `Reorg`.
 
     Raises:
-        InputError: a passthrough without a head, or from a trunk without a finer level.
+        InputError: a passthrough without a head, or from a backbone without a finer level.
 
     Source: YOLO9000, section 2, "Fine-Grained Features", and section 3, "Training for detection".
     The paper folds 512 channels in whole (3,072 after joining); the released configuration
@@ -145,12 +145,14 @@ def detector_layers(
                 f"model.passthrough_channels is {passthrough_channels}; allowed without a head "
                 "(model.head_channels 0): 0"
             )
-        return tuple(trunk)
-    layers = [*trunk, Conv(head_channels), Conv(head_channels)]
+        return tuple(backbone)
+    layers = [*backbone, Conv(head_channels), Conv(head_channels)]
     if passthrough_channels != 0:
-        pools = [k for k, layer in enumerate(trunk) if layer == Pool()]
+        pools = [k for k, layer in enumerate(backbone) if layer == Pool()]
         if not pools:
-            raise InputError("model.trunk has no pool of stride 2: nothing finer to pass through")
+            raise InputError(
+                "model.backbone has no pool of stride 2: nothing finer to pass through"
+            )
         deep = len(layers) - 1
         layers.append(Route((pools[-1] - 1 - len(layers),)))
         if passthrough_channels is not None:

@@ -26,7 +26,7 @@ from yolo_lightning.tracking.journal import FOLDER, Journal
 from yolo_lightning.tracking.names import EXPERIMENT, KEY, PARAM, RUN, TAG, Names, clean, flattened
 from yolo_lightning.tracking.shipper import Shipper
 from yolo_lightning.tracking.shipping import ShippingThread
-from yolo_lightning.tracking.store import LateClient, absolute, public, without_password
+from yolo_lightning.tracking.store import LazyClient, absolute, public, without_password
 from yolo_lightning.tracking.system_metrics import SystemMetrics
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
@@ -109,7 +109,7 @@ class RunLogger(MLFlowLogger):
         self._shipper: Shipper | None = None
         self._thread: ShippingThread | None = None
         self._system: SystemMetrics | None = None
-        self._client = LateClient(self._tracking_uri)
+        self._client = LazyClient(self._tracking_uri)
         self._names = Names()
         self._warned: set[str] = set()
         self._params: dict[str, str] = {}

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from yolo_lightning.tracking.store import SQLITE, NotTaken, creation_lock, public
+from yolo_lightning.tracking.store import SQLITE, StoreUnavailable, creation_lock, public
 
 TOKEN_TAG = "yolo_lightning.token"
 SWEEP_TAG = "yolo_lightning.sweep"
@@ -35,7 +35,7 @@ def find_run(
         token: of the journal: a run that was opened by a request without an answer has it.
 
     Raises:
-        NotTaken: the run or its experiment was deleted, or may not be opened.
+        StoreUnavailable: the run or its experiment was deleted, or may not be opened.
         MlflowException: of the store.
     """
     run = _known_run(client, ids)
@@ -43,10 +43,10 @@ def find_run(
         experiment_id = _experiment(client, opening["experiment"])
         run = _run_of_token(client, experiment_id, token)
         if run is None and opening["joins"]:
-            raise NotTaken("the run that these figures belong to is not there")
+            raise StoreUnavailable("the run that these figures belong to is not there")
         run = run or _new_run(client, experiment_id, opening, token)
     if not run.info.run_id:
-        raise NotTaken("the answer names no run")
+        raise StoreUnavailable("the answer names no run")
     return run
 
 
@@ -54,16 +54,16 @@ def check_active(client: MlflowClient, run: Run) -> None:
     """Refuse a deleted run.
 
     Raises:
-        NotTaken: how it is brought back.
+        StoreUnavailable: how it is brought back.
         MlflowException: of the store.
     """
     if run.info.lifecycle_stage != "deleted":
         return
     experiment = client.get_experiment(run.info.experiment_id)
     if experiment.lifecycle_stage == "deleted":
-        raise NotTaken(_deleted_experiment(experiment))
+        raise StoreUnavailable(_deleted_experiment(experiment))
     run_id = run.info.run_id
-    raise NotTaken(
+    raise StoreUnavailable(
         f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings it back"
     )
 
@@ -101,9 +101,9 @@ def _experiment(client: MlflowClient, name: str) -> str:
             if error.error_code != _TAKEN or found is None:
                 raise
     if found.lifecycle_stage == "deleted":
-        raise NotTaken(_deleted_experiment(found))
+        raise StoreUnavailable(_deleted_experiment(found))
     if not found.experiment_id:
-        raise NotTaken("the answer names no experiment")
+        raise StoreUnavailable("the answer names no experiment")
     return str(found.experiment_id)
 
 

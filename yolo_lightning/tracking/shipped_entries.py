@@ -26,7 +26,7 @@ class Unsendable(Exception):
     """An entry that no store could take; the message says why."""
 
 
-class Telling:
+class EntryWriter:
     """Tells a run one entry.
 
     Args:

@@ -13,10 +13,10 @@ from mlflow.exceptions import MlflowException
 
 from yolo_lightning.tracking.journal import RUN_ID_FILE, Journal
 from yolo_lightning.tracking.run_finding import GONE, REFUSED, TOKEN_TAG, check_active, find_run
-from yolo_lightning.tracking.shipped_entries import Telling, Unsendable
+from yolo_lightning.tracking.shipped_entries import EntryWriter, Unsendable
 from yolo_lightning.tracking.store import (
     JournalLock,
-    NotTaken,
+    StoreUnavailable,
     client_of,
     public,
     short,
@@ -26,7 +26,7 @@ from yolo_lightning.tracking.system_metrics import PREFIX as SYSTEM
 
 _BATCH = 1000  # points, MLflow's limit of a request
 _TRIES = 3  # of a pass over what was put off
-_LONGEST_RETRY_S = 600.0
+_MAX_RETRY_S = 600.0
 
 
 class Shipper:
@@ -65,7 +65,7 @@ class Shipper:
         """Bring the next entries into the store; tell whether there were any.
 
         Raises:
-            NotTaken: the run was deleted, or another process is shipping.
+            StoreUnavailable: the run was deleted, or another process is shipping.
             Exception: whatever the store's client says.
         """
         if not self.run_id:
@@ -129,12 +129,12 @@ class Shipper:
         """Find or open the run, and how far it holds the journal.
 
         Raises:
-            NotTaken: it was deleted, or another process is shipping.
+            StoreUnavailable: it was deleted, or another process is shipping.
         """
         self._lock.take()
         opened = [entry for entry, _ in self.journal.entries(0, "open")]
         if not opened:
-            raise NotTaken("the journal does not say which run it belongs to")
+            raise StoreUnavailable("the journal does not say which run it belongs to")
         # who only adds to a run, such as `validate`, opens none where a training has not yet
         opening = ([one for one in opened if not one["joins"]] or opened)[-1]
         self.store = self._wanted_store or opening["store"]
@@ -170,7 +170,7 @@ class Shipper:
         for at in noted.get("put_off", []):
             self.put_off += [(at, entry) for entry, _ in self.journal.entries(at)][:1]
         self._system_from = noted.get("system_from", self._samples(run) if adopted else 0)
-        self._telling = Telling(self._client, self.store, run, self.journal)
+        self._telling = EntryWriter(self._client, self.store, run, self.journal)
         self.run_id = run.info.run_id
         self._note()
 
@@ -189,7 +189,7 @@ class Shipper:
             points = [point for entry in entries for point in self._points(entry)]
             for start in range(0, len(points), _BATCH):
                 self._told(points[start : start + _BATCH], self._telling.points)
-        elif entries[0]["op"] in Telling.FILES:
+        elif entries[0]["op"] in EntryWriter.FILES:
             self._take_file(entries[0])
         else:
             self._tell(entries[0])
@@ -254,7 +254,7 @@ class Shipper:
         """Ask for the run.
 
         Raises:
-            NotTaken: it was deleted.
+            StoreUnavailable: it was deleted.
             MlflowException: of the store; where the run is gone, the next one is looked for.
         """
         try:
@@ -308,7 +308,7 @@ class Shipper:
         finally:
             self.put_off = [*waiting, *failed]  # what fails always lets the others go first
             taken = len(self.put_off) < before
-            self._retry_s = self.RETRY_S if taken else min(2 * self._retry_s, _LONGEST_RETRY_S)
+            self._retry_s = self.RETRY_S if taken else min(2 * self._retry_s, _MAX_RETRY_S)
             self._retry_at = time.monotonic() + self._retry_s
         self._note()
         self._telling.release()

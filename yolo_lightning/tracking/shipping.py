@@ -17,7 +17,7 @@ class ShippingThread:
         every_s: seconds between two looks at the journal.
     """
 
-    LONGEST_PAUSE_S = 30.0
+    MAX_PAUSE_S = 30.0
     """Between two tries where the store fails."""
 
     LAST_PAUSES_S = (0.5, 1.0)
@@ -45,7 +45,7 @@ class ShippingThread:
                 self._ship_all(ending)  # a database that was busy for a moment
             if ending:
                 break
-            pause = min(self.every_s * 2 ** min(self._failures, 10), self.LONGEST_PAUSE_S)
+            pause = min(self.every_s * 2 ** min(self._failures, 10), self.MAX_PAUSE_S)
             self._wake.wait(pause)
         self.shipper.close()
 

@@ -18,7 +18,7 @@ _SHOWN = 300
 _creating = threading.Lock()
 
 
-class NotTaken(Exception):
+class StoreUnavailable(Exception):
     """The store does not take entries now; the message says why."""
 
 
@@ -63,7 +63,7 @@ def client_of(store: str) -> MlflowClient:
         return MlflowClient(store)
 
 
-class LateClient:
+class LazyClient:
     """A client of a store that is made when something is first asked of it.
 
     Lightning looks at the clients of all loggers, on all ranks, before training begins.
@@ -97,12 +97,12 @@ class JournalLock:
         """Take it, once.
 
         Raises:
-            NotTaken: another one has it.
+            StoreUnavailable: another one has it.
         """
         with self._guard:
             if self._taken:
                 return
-            busy = NotTaken("another process is shipping this journal")
+            busy = StoreUnavailable("another process is shipping this journal")
             if self._folder in self._here:  # opening the file would end that one's lock
                 raise busy
             with contextlib.suppress(OSError):  # a full disk, or a file system without locks

@@ -9,7 +9,7 @@ from yolo_lightning.tree.wordnet import is_wnid, wordnet
 
 _TABLE = Path(__file__).parent / "data/reviewed_labels.tsv"
 
-MOST_SENSES = 8
+MAX_SENSES = 8
 
 
 @cache
@@ -89,8 +89,8 @@ def _meant(word: str, name: str, where: str, trouble: list[str], own: Iterable[s
     if len(senses) == 1:
         return senses[0]
     if senses:
-        listed = "\n    ".join(table.describe(wnid) for wnid in senses[:MOST_SENSES])
-        more = f"\n    … and {len(senses) - MOST_SENSES} more" if len(senses) > MOST_SENSES else ""
+        listed = "\n    ".join(table.describe(wnid) for wnid in senses[:MAX_SENSES])
+        more = f"\n    … and {len(senses) - MAX_SENSES} more" if len(senses) > MAX_SENSES else ""
         trouble.append(
             f"{place}{name!r} means several things; say which one in the mapping{_hint(name)}:"
             f"\n    {listed}{more}"

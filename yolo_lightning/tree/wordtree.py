@@ -14,7 +14,7 @@ from torch import Tensor
 
 from yolo_lightning.errors import InputError, nearest
 
-MOST_LEVELS = 200
+MAX_LEVELS = 200
 """The authors' tree has 17; the table of paths grows with the deepest one."""
 
 Row = tuple[str, str, str]
@@ -410,7 +410,7 @@ def _paths(parents: list[int], keys: Sequence[str], where: Callable[[int], str])
         path = [start]
         while parents[path[-1]] >= 0:
             path.append(parents[path[-1]])
-            if len(path) > MOST_LEVELS:
+            if len(path) > MAX_LEVELS:
                 if _is_cycle(parents, start):
                     raise InputError(
                         f"{where(start)}: node {keys[start]!r} hangs in a cycle of parents: "
@@ -418,7 +418,7 @@ def _paths(parents: list[int], keys: Sequence[str], where: Callable[[int], str])
                     )
                 raise InputError(
                     f"{where(start)}: node {keys[start]!r} hangs too deep; allowed: "
-                    f"{MOST_LEVELS} levels"
+                    f"{MAX_LEVELS} levels"
                 )
         paths.append(path)
     depth = max(len(path) for path in paths)

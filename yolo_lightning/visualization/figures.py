@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 COLOURS = ("#1f77d0", "#f08c00", "#2a9d3a", "#c2337e", "#7a5cc9", "#8c6d4f", "#16a0a8", "#9a9a9a")
 TEXT, LINE = "#404040", "#d8d8d8"
 _PANELS_WIDE, _DPI = 3, 150
-_MOST_BARS, _FEW_BARS = 30, 5
+_MAX_BARS, _FEW_BARS = 30, 5
 
 
 @dataclass
 class ElbowCurve:
-    """How well more and more priors match the boxes of one dataset.
+    """How well more and more anchors match the boxes of one dataset.
 
     Attributes:
-        average_ious: of 1, 2, … priors, 0…1.
-        hand_picked: average IoU of the nine hand-picked priors, 0…1.
+        average_ious: of 1, 2, … anchors, 0…1.
+        hand_picked: average IoU of the nine hand-picked anchors, 0…1.
     """
 
     average_ious: Sequence[float]
@@ -34,26 +34,26 @@ class ElbowCurve:
 
 
 @dataclass
-class PriorsPicture:
-    """What a picture of priors shows.
+class AnchorsPicture:
+    """What a picture of anchors shows.
 
     Attributes:
-        priors_wh_px: widths and heights in the network input, by ascending area.
+        anchors_wh_px: widths and heights in the network input, by ascending area.
         image_size: side of the network input, px.
         cell_px: side of a grid cell, px.
     """
 
-    priors_wh_px: Sequence[Sequence[float]]
+    anchors_wh_px: Sequence[Sequence[float]]
     image_size: int
     cell_px: int
 
 
 def save_elbow(curves: Mapping[str, ElbowCurve], chosen: int, path: Path) -> None:
-    """Draw average IoU against the number of priors, a curve for each dataset.
+    """Draw average IoU against the number of anchors, a curve for each dataset.
 
     Args:
         curves: by the name of the dataset.
-        chosen: number of priors to mark.
+        chosen: number of anchors to mark.
         path: of the PNG file; its folder is made.
 
     Raises:
@@ -76,17 +76,17 @@ def save_elbow(curves: Mapping[str, ElbowCurve], chosen: int, path: Path) -> Non
             label += f": {percent[chosen - 1]:.1f} % with {chosen}"
         axes.plot(range(1, len(percent) + 1), percent, "o-", color=colour, ms=4, label=label)
         axes.plot(9, 100 * curve.hand_picked, "D", color=colour, mfc="white", ms=7, zorder=3)
-    axes.plot([], [], "D", color=TEXT, mfc="white", ms=7, label="9 hand-picked priors")
+    axes.plot([], [], "D", color=TEXT, mfc="white", ms=7, label="9 hand-picked anchors")
     axes.set_xticks(range(1, max(most, 9) + 1))
-    axes.set_xlabel("priors")
-    axes.set_ylabel("average IoU with the closest prior, %")
+    axes.set_xlabel("anchors")
+    axes.set_ylabel("average IoU with the closest anchor, %")
     axes.grid(color=LINE, linewidth=0.6)
     axes.legend(loc="lower right", frameon=True, facecolor="white", edgecolor="none")
     _save(figure, path)
 
 
-def save_priors(pictures: Mapping[str, PriorsPicture], path: Path) -> None:
-    """Draw priors as centred boxes in the network input, a square for each dataset.
+def save_anchors(pictures: Mapping[str, AnchorsPicture], path: Path) -> None:
+    """Draw anchors as centred boxes in the network input, a square for each dataset.
 
     Args:
         pictures: by the name of the dataset.
@@ -104,7 +104,7 @@ def save_priors(pictures: Mapping[str, PriorsPicture], path: Path) -> None:
     for axes in grid[len(pictures) :]:
         axes.set_axis_off()
     for axes, (name, picture) in zip(grid, pictures.items(), strict=False):
-        _draw_priors(axes, name, picture)
+        _draw_anchors(axes, name, picture)
     _save(figure, path)
 
 
@@ -164,7 +164,7 @@ def save_labels(picture: LabelsPicture, path: Path) -> None:
 
 def _draw_classes(axes: "Axes", classes: Mapping[str, int]) -> None:
     ranked = sorted(classes.items(), key=lambda item: -item[1])
-    shown = ranked[:_MOST_BARS]
+    shown = ranked[:_MAX_BARS]
     axes.bar(range(len(shown)), [count for _, count in shown], color=COLOURS[0])
     title = "classes" if len(shown) == len(ranked) else f"{len(shown)} of {len(ranked)} classes"
     axes.set_title(title, fontsize=10, color=TEXT)
@@ -191,18 +191,18 @@ def _density(axes: "Axes", values_norm: NDArray[Any], title: str) -> None:
     axes.set_title(title, fontsize=10, color=TEXT)
 
 
-def _draw_priors(axes: "Axes", name: str, picture: PriorsPicture) -> None:
+def _draw_anchors(axes: "Axes", name: str, picture: AnchorsPicture) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    side, cell, count = picture.image_size, picture.cell_px, len(picture.priors_wh_px)
+    side, cell, count = picture.image_size, picture.cell_px, len(picture.anchors_wh_px)
     for line in range(cell, side, cell):
         axes.axvline(line, color=LINE, linewidth=0.5, zorder=0)
         axes.axhline(line, color=LINE, linewidth=0.5, zorder=0)
     step, width = min(0.07, 0.95 / count), 2.4 if count <= 9 else 1.3
     axes.text(1.05, 1, "w x h, px", color=TEXT, transform=axes.transAxes, va="top")
     for number in reversed(range(count)):  # the largest first, so that the smaller lie above
-        w, h = picture.priors_wh_px[number]
+        w, h = picture.anchors_wh_px[number]
         colour = colormaps["viridis"](0.8 * (1 - number / max(1, count - 1)))
         corner = ((side - w) / 2, (side - h) / 2)
         axes.add_patch(Rectangle(corner, w, h, fill=False, edgecolor=colour, linewidth=width))

@@ -18,8 +18,8 @@ COLOURS = {
     "neither": "#9a9a9a",
 }
 LINE = "#c8c8c8"
-MOST_NODES = 1500
-LEAST_SIDE, MOST_SIDE = 2400, 6000
+MAX_NODES = 1500
+MIN_SIDE, MAX_SIDE = 2400, 6000
 _READABLE, _SPREAD = 12.0, 0.7
 
 
@@ -42,7 +42,7 @@ class Drawing:
     reach: float = 0.0
 
 
-def depth_for(tree: WordTree, most: int = MOST_NODES) -> int:
+def depth_for(tree: WordTree, most: int = MAX_NODES) -> int:
     """Return how many levels can be shown with at most so many nodes; at least one."""
     levels = (tree.paths >= 0).sum(dim=1)
     depth = 1
@@ -182,7 +182,7 @@ def _svg_arc(radius: float, first: float, last: float) -> str:
 def side_for(drawing: Drawing) -> int:
     """Return the side of a square image, px, in which the smallest names can be read."""
     smallest = min((text[4] for text in drawing.texts), default=_READABLE)
-    return int(min(MOST_SIDE, max(LEAST_SIDE, 2 * drawing.reach * _READABLE / smallest)))
+    return int(min(MAX_SIDE, max(MIN_SIDE, 2 * drawing.reach * _READABLE / smallest)))
 
 
 def to_image(drawing: Drawing, legend: Mapping[str, str]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""`yolo-lightning anchors`: priors from the boxes of a dataset, and how well they match."""
+"""`yolo-lightning anchors`: anchors from the boxes of a dataset, and how well they match."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from yolo_lightning.errors import InputError
 from yolo_lightning.models.anchors import (
     CELL_PX,
-    MOST_CLUSTERS,
+    MAX_CLUSTERS,
     as_yaml_values,
     average_iou,
     cluster,
@@ -24,13 +24,18 @@ from yolo_lightning.models.anchors import (
     letterboxed_wh,
     shorter_side_wh,
 )
-from yolo_lightning.visualization.figures import ElbowCurve, PriorsPicture, save_elbow, save_priors
+from yolo_lightning.visualization.figures import (
+    AnchorsPicture,
+    ElbowCurve,
+    save_anchors,
+    save_elbow,
+)
 
 KEYS = ("model", "init_args", "anchors_wh_cell")
 PAPER = {
     "sum-squared clusters, 5": 58.7,
     "IoU clusters, 5": 61.0,
-    "hand-picked priors, 9": 60.9,
+    "hand-picked anchors, 9": 60.9,
     "IoU clusters, 9": 67.2,
 }
 """Average IoU on VOC 2007, percent. Source: YOLO9000, table 1."""
@@ -45,7 +50,7 @@ class Shapes:
         boxes_wh_600: float (N, 2), px of images whose shorter side is 600 px.
         image_size: side of the network input, px.
         cell_px: side of a grid cell, px.
-        anchors_wh_cell: float (A, 2), the priors that a recipe has so far.
+        anchors_wh_cell: float (A, 2), the anchors that a recipe has so far.
     """
 
     boxes_wh_px: NDArray[np.float64]
@@ -66,7 +71,7 @@ def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str
     Raises:
         InputError: nothing there, no boxes, or an option of a recipe beside a dataset.
     """
-    size, cell_px, priors, stretched = 416, CELL_PX, None, False
+    size, cell_px, anchors, stretched = 416, CELL_PX, None, False
     if is_recipe(place):
         from yolo_lightning.cli.data import DataCLI
 
@@ -76,11 +81,11 @@ def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str
             raise InputError(f"{place}: names no data.detection, so it has no boxes")
         source, size, stretched = data.detection, data.image_size, data.resize == "stretch"
         source.bind(data.tree)
-        cell_px, priors = _grid_of(run.recipe.model.init_args)
+        cell_px, anchors = _grid_of(run.recipe.model.init_args)
     else:
         if overrides:
             raise InputError(f"{overrides[0]}: {place!r} is no recipe and has no such option")
-        from yolo_lightning.datamodules.recognise import detection_source
+        from yolo_lightning.datamodules.autodetect import detection_source
 
         source = detection_source(place)
         source.open()
@@ -89,16 +94,16 @@ def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str
         raise InputError(f"{place}: has no boxes")
     size = image_size or size
     fitted = boxes / images * size if stretched else letterboxed_wh(boxes, images, size)
-    return Shapes(fitted, shorter_side_wh(boxes, images), size, cell_px, priors)
+    return Shapes(fitted, shorter_side_wh(boxes, images), size, cell_px, anchors)
 
 
 def _grid_of(model: Any) -> tuple[int, NDArray[np.float64] | None]:
-    """Return the trunk's px per cell, and the priors that a model's options name."""
-    from yolo_lightning.models.backbones import trunk_layers
+    """Return the backbone's px per cell, and the anchors that a model's options name."""
+    from yolo_lightning.models.backbones import backbone_layers
     from yolo_lightning.models.layers import extents
 
-    trunk, values = model.get("trunk"), model.get("anchors_wh_cell")
-    stride = extents(trunk_layers(trunk))[-1].stride if trunk else CELL_PX
+    backbone, values = model.get("backbone"), model.get("anchors_wh_cell")
+    stride = extents(backbone_layers(backbone))[-1].stride if backbone else CELL_PX
     return stride, np.array(values, dtype=np.float64) if values else None
 
 
@@ -119,17 +124,17 @@ def is_recipe(place: str) -> bool:
 def rows_of(
     shapes: Shapes, curve: Sequence[NDArray[np.float64]], num: int, restarts: int, seed: int
 ) -> dict[str, float]:
-    """Return average IoUs in percent by what gave the priors, those of the paper first.
+    """Return average IoUs in percent by what gave the anchors, those of the paper first.
 
     Args:
         shapes: of the boxes.
-        curve: IoU clusters for 1, 2, … priors.
-        num: how many priors were asked for.
+        curve: IoU clusters for 1, 2, … anchors.
+        num: how many anchors were asked for.
         restarts: of the clustering by squared error.
         seed: of the clustering by squared error.
     """
     boxes = shapes.boxes_wh_px
-    rows = {"hand-picked priors, 9": 100 * average_iou(shapes.boxes_wh_600, hand_picked())}
+    rows = {"hand-picked anchors, 9": 100 * average_iou(shapes.boxes_wh_600, hand_picked())}
     if len(curve) >= 5:
         squared = cluster(boxes, 5, restarts, seed, "squared_error")
         rows["sum-squared clusters, 5"] = 100 * average_iou(boxes, squared)
@@ -142,7 +147,7 @@ def rows_of(
 def table(rows: Mapping[str, float]) -> str:
     """Return average IoUs as text, with the paper's beside them where it has any."""
     lines = [
-        f"{'average IoU with the closest prior, %':<40}{'here':>6}{'VOC 2007 in the paper':>24}"
+        f"{'average IoU with the closest anchor, %':<40}{'here':>6}{'VOC 2007 in the paper':>24}"
     ]
     for name in [*PAPER, *(name for name in rows if name not in PAPER)]:
         here = f"{rows[name]:.1f}" if name in rows else "-"
@@ -152,18 +157,18 @@ def table(rows: Mapping[str, float]) -> str:
 
 
 def write_anchors(path: Path, values: Sequence[Sequence[float]]) -> None:
-    """Replace the priors in a recipe; every byte around them stays.
+    """Replace the anchors in a recipe; every byte around them stays.
 
     Args:
         path: of the recipe.
-        values: width and height of each prior, grid cells.
+        values: width and height of each anchor, grid cells.
 
     Raises:
-        InputError: no priors there, or not as a plain list; the file stays as it is.
+        InputError: no anchors there, or not as a plain list; the file stays as it is.
     """
     path = path.resolve()  # a link stays one
     text = _text(path)
-    start, end = _place_of_priors(text, path)
+    start, end = _place_of_anchors(text, path)
     pairs = [f"[{', '.join(map(repr, pair))}]" for pair in values]
     fresh = f"[{', '.join(pairs)}]"
     if text[start] == "-":  # a list of lines stays one
@@ -179,8 +184,8 @@ def write_anchors(path: Path, values: Sequence[Sequence[float]]) -> None:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _place_of_priors(text: str, path: Path) -> tuple[int, int]:
-    """Return where the list of priors begins and ends, in characters."""
+def _place_of_anchors(text: str, path: Path) -> tuple[int, int]:
+    """Return where the list of anchors begins and ends, in characters."""
     where = f"{path}: {'.'.join(KEYS)}"
     node = _member(_document(text, path), KEYS)
     if node is None:
@@ -239,7 +244,7 @@ def examine(
     boxes = shapes.boxes_wh_px
     grid = f"network input of {shapes.image_size} px, cells of {shapes.cell_px} px"
     print(f"{place}: {len(boxes)} boxes, {grid}", flush=True)
-    curve = elbow(boxes, max(options.num, MOST_CLUSTERS), options.restarts, options.seed)
+    curve = elbow(boxes, max(options.num, MAX_CLUSTERS), options.restarts, options.seed)
     if options.num > len(curve):
         raise InputError(
             f"{place}: --num is {options.num}; allowed: 1 … {len(curve)}, its distinct boxes"
@@ -252,29 +257,29 @@ def examine(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print rows and priors of every place, write them where asked to, and draw both pictures."""
+    """Print rows and anchors of every place, write them where asked to, and draw both pictures."""
     options, overrides = _parse(argv)
     recipe = Path(options.places[0]).expanduser()
     if options.write:  # refuse before the work
         if len(options.places) > 1 or not is_recipe(options.places[0]):
             given = ", ".join(options.places)
             raise InputError(f"--write fills in one recipe; given: {given}")
-        _place_of_priors(_text(recipe), recipe)
+        _place_of_anchors(_text(recipe), recipe)
     curves, pictures = {}, {}
     for place, name in zip(options.places, short_names(options.places), strict=True):
         shapes, curve = examine(place, options, overrides)
-        priors = curve[options.num - 1]
-        values = as_yaml_values(priors / shapes.cell_px)
+        anchors = curve[options.num - 1]
+        values = as_yaml_values(anchors / shapes.cell_px)
         print(f"\nanchors_wh_cell: {values}\n")
         ious = [average_iou(shapes.boxes_wh_px, some) for some in curve]
         curves[name] = ElbowCurve(ious, average_iou(shapes.boxes_wh_600, hand_picked()))
-        pictures[name] = PriorsPicture(priors.tolist(), shapes.image_size, shapes.cell_px)
+        pictures[name] = AnchorsPicture(anchors.tolist(), shapes.image_size, shapes.cell_px)
     if options.write:
         write_anchors(recipe, values)
         print(f"written into {recipe}")
     elbow_png, anchors_png = options.output / "elbow.png", options.output / "anchors.png"
     save_elbow(curves, options.num, elbow_png)
-    save_priors(pictures, anchors_png)
+    save_anchors(pictures, anchors_png)
     print(f"pictures: {elbow_png}, {anchors_png}")
 
 
@@ -282,21 +287,21 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, checked, and those that are the recipe's."""
     parser = argparse.ArgumentParser(
         prog="yolo-lightning anchors",
-        description="Cluster the shapes of training boxes into priors.",
+        description="Cluster the shapes of training boxes into anchors.",
         epilog="Any other option goes to the recipe, such as --data.detection.root PATH.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "places", nargs="+", metavar="RECIPE", help="a recipe, or a dataset's folder or file"
     )
-    parser.add_argument("--num", type=int, default=5, help="how many priors (5)")
+    parser.add_argument("--num", type=int, default=5, help="how many anchors (5)")
     parser.add_argument("--restarts", type=int, default=10, help="starts to choose from (10)")
     parser.add_argument("--seed", type=int, default=0, help="of the starts (0)")
     parser.add_argument(
         "--image-size", type=int, metavar="PX", help="network input (the recipe's, else 416)"
     )
     parser.add_argument("--output", default="outputs/anchors", type=Path, help="folder of pictures")
-    parser.add_argument("--write", action="store_true", help="put the priors into the recipe")
+    parser.add_argument("--write", action="store_true", help="put the anchors into the recipe")
     options, overrides = parser.parse_known_args(list(argv))
     options.places = list(dict.fromkeys(options.places))
     for name, least in (("num", 1), ("restarts", 1), ("seed", 0)):

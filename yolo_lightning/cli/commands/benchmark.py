@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from yolo_lightning.datamodules.annotated import AnnotatedImages
+from yolo_lightning.datamodules.autodetect import detection_source
 from yolo_lightning.datamodules.batching import JointDataset
-from yolo_lightning.datamodules.recognise import detection_source
 from yolo_lightning.datamodules.sampler import JointOrder
 from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.datamodules.transforms import DetectionAugmentation

@@ -16,7 +16,7 @@ from yolo_lightning.errors import InputError
 if TYPE_CHECKING:
     from yolo_lightning.detections import Detection
     from yolo_lightning.detector import DetectorModule
-    from yolo_lightning.inference.sources import Frame, Reading
+    from yolo_lightning.inference.sources import Frame, FrameReader
     from yolo_lightning.inference.writers import Output
 
 READ_AHEAD, WRITE_BEHIND = 3, 3
@@ -156,13 +156,13 @@ class Done:
 
 
 @dataclass
-class Tally:
+class RunStats:
     """What was done, and how long each stage took.
 
     Attributes:
         frames, detections: how many.
         stopped: whether somebody ended it.
-        network_s, writing_s: seconds that each stage worked; reading is told by `Reading`.
+        network_s, writing_s: seconds that each stage worked; reading is told by `FrameReader`.
         started: when.
     """
 
@@ -238,8 +238,8 @@ def _outputs(folder: Path, module: "DetectorModule", options: argparse.Namespace
 
 
 def run(
-    batches: "Iterator[list[Frame]]", find: Any, outputs: "Sequence[Output]", reading: "Reading"
-) -> Tally:
+    batches: "Iterator[list[Frame]]", find: Any, outputs: "Sequence[Output]", reading: "FrameReader"
+) -> RunStats:
     """Find objects in every batch and write them; reading, network and writing overlap.
 
     What was done is kept whatever ends it: an interrupt, which ends cameras, or an error.
@@ -250,9 +250,9 @@ def run(
         outputs: what is written.
         reading: knows how many frames there are.
     """
-    from yolo_lightning.inference.sources import Behind, ahead
+    from yolo_lightning.inference.sources import BackgroundWriter, prefetch
 
-    tally = Tally()
+    tally = RunStats()
 
     def write(done: Done) -> None:
         started = time.perf_counter()
@@ -261,9 +261,9 @@ def run(
                 output.add(frame, found, done.frames_per_second)
         tally.writing_s += time.perf_counter() - started
 
-    writing = Behind(write, WRITE_BEHIND)
+    writing = BackgroundWriter(write, WRITE_BEHIND)
     try:
-        for frames in ahead(batches, READ_AHEAD):
+        for frames in prefetch(batches, READ_AHEAD):
             started = time.perf_counter()
             found = find(frames)
             tally.network_s += time.perf_counter() - started
@@ -304,7 +304,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint, sources = _sources(options)
     folder = named_folder(options.output) if options.output is not None else None
 
-    from yolo_lightning.inference.sources import Reading, in_batches, places_in
+    from yolo_lightning.inference.sources import FrameReader, in_batches, places_in
 
     places = places_in(sources)
     still = all(place.kind == "image" for place in places)
@@ -317,7 +317,7 @@ def main(argv: Sequence[str]) -> None:
         from yolo_lightning.cli.runs import numbered_folder
 
         folder = numbered_folder(Path("outputs"), "detect")
-    reading = Reading(
+    reading = FrameReader(
         size_hw,
         module.hparams["resize"],
         options.start or 0.0,

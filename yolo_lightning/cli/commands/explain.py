@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning explain",
         description="Draw what the loss sees in one image of a recipe: who answers for what, "
-        "path probabilities, and every term. Rows, columns and priors count from 0.",
+        "path probabilities, and every term. Rows, columns and anchors count from 0.",
         epilog="Any other option, after the recipe, overrides its values: "
         "--model.loss.box_selection label.",
         allow_abbrev=False,
@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         "--images-seen",
         type=int,
         metavar="N",
-        help="loss_prior counts while fewer than loss.prior_images were seen; as many as the "
-        "checkpoint's training saw, else all of them",
+        help="images seen so far, which decide whether loss_anchor_prior counts (the checkpoint's, "
+        "else all of the training)",
     )
     add("--output", metavar="FILE", help="the picture (explain-SOURCE-N.png)")
     return parser
@@ -115,7 +115,7 @@ def network(options: argparse.Namespace, run: Any) -> "tuple[DetectorModule, Los
         run: the recipe, as `DataCLI` reads it.
 
     Raises:
-        InputError: a classifier, or one with other classes or priors than the recipe's.
+        InputError: a classifier, or one with other classes or anchors than the recipe's.
     """
     from yolo_lightning.checkpoints.validation import first_difference
     from yolo_lightning.detector import DetectorModule
@@ -128,10 +128,10 @@ def network(options: argparse.Namespace, run: Any) -> "tuple[DetectorModule, Los
     model = run.recipe.model
     if "anchors_wh_cell" not in model.init_args:
         raise InputError(f"{options.recipe}: model is {model.class_path}; explain takes a detector")
-    priors = [[float(v) for v in pair] for pair in model.init_args.anchors_wh_cell]
+    anchors = [[float(v) for v in pair] for pair in model.init_args.anchors_wh_cell]
     for name, own, theirs in (
         ("data.tree", run.datamodule.tree.rows, module.tree.rows),
-        ("model.anchors_wh_cell", priors, module.hparams["anchors_wh_cell"]),
+        ("model.anchors_wh_cell", anchors, module.hparams["anchors_wh_cell"]),
     ):
         if own != theirs:
             difference = first_difference(own, theirs, "the recipe", "the checkpoint")
@@ -182,7 +182,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     seen = options.images_seen
     if seen is None:
         seen = images_seen(read_checkpoint(options.checkpoint), data)
-    batch.images_seen = settings.prior_images if seen is None else seen
+    batch.images_seen = settings.anchor_prior_images if seen is None else seen
     path = Path(options.output or f"explain-{name}-{options.image}.png")
     view = View(batch.images[0].permute(1, 2, 0).numpy(), f"{name} {options.image}: {called}", path)
     print(f"{view.title}, {size} x {size} px")
@@ -209,9 +209,9 @@ def _tell_boxes(
     anchors = module.network.anchors_wh_cell
     explained = explain_boxes(output, batch, anchors, module.tree, settings)
     size = len(view.image)
-    priors_wh_px = [(w * size, h * size) for w, h in explained.priors_wh_norm]
+    anchors_wh_px = [(w * size, h * size) for w, h in explained.anchors_wh_norm]
     told = [
-        object_lines(k + 1, item, priors_wh_px[item.box.prior])
+        object_lines(k + 1, item, anchors_wh_px[item.box.anchor])
         for k, item in enumerate(explained.objects)
     ]
     note = warm_up(batch.images_seen, settings)

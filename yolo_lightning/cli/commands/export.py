@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.check import MOST_APART, compare, metadata_of, open_onnx, open_torch
+from yolo_lightning.export.check import MAX_APART, compare, metadata_of, open_onnx, open_torch
 
 if TYPE_CHECKING:
     from yolo_lightning.detector import DetectorModule
@@ -156,7 +156,7 @@ def _write_checked(
     )
     if not found.close:
         raise InputError(
-            f"{output}: differs from the checkpoint, {differs}; allowed: {MOST_APART}. Not kept"
+            f"{output}: differs from the checkpoint, {differs}; allowed: {MAX_APART}. Not kept"
         )
     stride = module.network.stride
     print(

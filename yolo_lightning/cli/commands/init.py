@@ -16,20 +16,20 @@ from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
 from yolo_lightning.cli.commands.wordtree import write
 from yolo_lightning.cli.tree_inputs import read_hierarchy, read_mapping, tree_of
 from yolo_lightning.datamodules.annotated import AnnotatedImages
+from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.labelled import LabelledImages
-from yolo_lightning.datamodules.recognise import detection_source, held_out, label_source
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.models.anchors import as_yaml_values, cluster, letterboxed_wh
-from yolo_lightning.models.backbones import TRUNKS, trunk_layers
+from yolo_lightning.models.backbones import BACKBONES, backbone_layers
 from yolo_lightning.models.layers import extents
 from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import reviewed
 from yolo_lightning.tree.wordtree import WordTree
 
 ANCHORS = 5
-BATCH, PASSES, LEAST_STEPS, MOST_STEPS = 16, 60, 600, 80_000
+BATCH, PASSES, MIN_STEPS, MAX_STEPS = 16, 60, 600, 80_000
 _READ, _SHOWN = 64, 10
 
 _RECIPE = """\
@@ -50,9 +50,9 @@ model:
   class_path: yolo_lightning.DetectorModule
   init_args:
     tree: {tree}
-    trunk: {trunk}  # tiny_darknet for two cores; darknet19 for a GPU
+    backbone: {backbone}  # tiny_darknet for two cores; darknet19 for a GPU
     pretrained: {pretrained}  # Darknet's .weights or a checkpoint to start from; null begins afresh
-    anchors_wh_cell: {anchors}  # priors; yolo-lightning anchors shows how they fit
+    anchors_wh_cell: {anchors}  # anchors; yolo-lightning anchors shows how they fit
     head_channels: {head_channels}
     passthrough_channels: {passthrough_channels}
     reorg: {reorg}  # darknet, for networks that Darknet shall run
@@ -66,7 +66,7 @@ model:
         total_steps: ${{.....trainer.max_steps}}
         power: 1.0
     loss:
-      prior_images: {prior_images}  # while fewer images were seen, boxes are drawn to their anchors
+      anchor_prior_images: {anchor_prior_images}  # images until which boxes are pulled to anchors
       label_noobj_scale: 0.0
       box_selection: boxed_ancestor  # which box an image label trains: docs/box-selection.md
       objectness_rule: paper
@@ -203,30 +203,30 @@ def _tree(options: argparse.Namespace, found: Found) -> WordTree:
 
 
 def _network(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the network's options: those of the checkpoint to start from, else the trunk's."""
-    values: dict[str, Any] = {"trunk": options.trunk, "prior_images": 3200}
+    """Return the network's options: those of the checkpoint to start from, else the backbone's."""
+    values: dict[str, Any] = {"backbone": options.backbone, "anchor_prior_images": 3200}
     path, held = options.pretrained, {}
     if path is not None:
         if not Path(path).expanduser().is_file():
             raise InputError(f"--pretrained {path!r} not found (working folder: {Path.cwd()})")
         if is_checkpoint(path):
             held = read_checkpoint(path)["hyper_parameters"]
-    values["trunk"] = held.get("trunk", options.trunk)
-    values["head_channels"] = 1024 if values["trunk"] == "darknet19" else 128
+    values["backbone"] = held.get("backbone", options.backbone)
+    values["head_channels"] = 1024 if values["backbone"] == "darknet19" else 128
     values |= {"passthrough_channels": 64, "reorg": "space_to_depth"}
     if "anchors_wh_cell" in held:  # a detector goes on as it is
         names = ("head_channels", "passthrough_channels", "reorg", "anchors_wh_cell")
         values |= {name: held[name] for name in names}
-        values["prior_images"] = 0
+        values["anchor_prior_images"] = 0
     return values
 
 
 def _anchors(options: argparse.Namespace, found: Found, network: Mapping[str, Any]) -> Any:
-    """Return priors, in cells; those of a detector to start from stay."""
+    """Return anchors, in cells; those of a detector to start from stay."""
     held = network.get("anchors_wh_cell")
     if held is not None:
         return [list(pair) for pair in held]
-    stride = extents(trunk_layers(network["trunk"]))[-1].stride
+    stride = extents(backbone_layers(network["backbone"]))[-1].stride
     boxes = letterboxed_wh(*found.detection.shapes_wh_px(), options.image_size) / stride
     most = len(np.unique(boxes, axis=0))
     return as_yaml_values(cluster(boxes, options.num_anchors or min(ANCHORS, most)))
@@ -259,7 +259,7 @@ def recipe_of(
     images = len(found.classification) if found.classification is not None else 0
     ratio = min(4, max(1, round(images / len(found.detection)))) if images else 0
     batches = max(1, len(found.detection) // BATCH)
-    steps = int(np.clip(PASSES * batches * (1 + ratio), LEAST_STEPS, MOST_STEPS))
+    steps = int(np.clip(PASSES * batches * (1 + ratio), MIN_STEPS, MAX_STEPS))
     sizes = [s for s in range(size - 64, size + 65, 32) if s >= 96]
     recipe, stem = Path(options.output), Path(options.output).stem
     counts = sum(found.detection.name_counts().values())
@@ -274,14 +274,14 @@ def recipe_of(
         tree=_plain(str(recipe.with_suffix(".tsv"))),
         batch=BATCH,
         alternating=f", and {ratio} x {BATCH} with labels after each" if ratio else "",
-        trunk=_plain(network["trunk"]),
+        backbone=_plain(network["backbone"]),
         pretrained=_plain(options.pretrained),
         anchors=json.dumps(_anchors(options, found, network)),
         head_channels=network["head_channels"],
         passthrough_channels=_plain(network["passthrough_channels"]),
         reorg=network["reorg"],
-        prior_images=network["prior_images"],
-        learning_rate=0.001 if network["trunk"] == "darknet19" else 0.005,
+        anchor_prior_images=network["anchor_prior_images"],
+        learning_rate=0.001 if network["backbone"] == "darknet19" else 0.005,
         detection=_source(found.detection),
         classification=f"\n{labelled}" if labelled else " null",
         validation=f"\n{validation}" if validation else " null  # images with boxes to measure on",
@@ -303,7 +303,7 @@ def recipe_of(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning init",
-        description="Check datasets, and write a tree, priors and a recipe that trains on them.",
+        description="Check datasets, and write a tree, anchors and a recipe that trains on them.",
     )
     parser.add_argument("--detection", required=True, help="images with boxes, in a usual layout")
     parser.add_argument("--classification", help="images with labels, such as a folder per class")
@@ -315,8 +315,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", default=ENTITY, help="wnid above the tree (entity)")
     parser.add_argument("--flat", action="store_true", help="no hierarchy: names side by side")
     parser.add_argument("--image-size", type=int, default=416, help="px, a multiple of 32 (416)")
-    parser.add_argument("--num-anchors", type=int, help=f"priors a cell ({ANCHORS})")
-    parser.add_argument("--trunk", default="tiny_darknet", help=f"{', '.join(TRUNKS)}")
+    parser.add_argument("--num-anchors", type=int, help=f"anchors a cell ({ANCHORS})")
+    parser.add_argument("--backbone", default="tiny_darknet", help=f"{', '.join(BACKBONES)}")
     parser.add_argument("--pretrained", help="Darknet's .weights, or a checkpoint to go on from")
     return parser
 
@@ -332,9 +332,9 @@ def _checked(options: argparse.Namespace) -> None:
         raise InputError(
             f"--image-size is {options.image_size}; allowed: multiples of 32 from 96 on"
         )
-    if options.trunk not in TRUNKS:
-        hint = nearest(options.trunk, TRUNKS) or f"allowed: {', '.join(TRUNKS)}"
-        raise InputError(f"--trunk {options.trunk!r}; {hint}")
+    if options.backbone not in BACKBONES:
+        hint = nearest(options.backbone, BACKBONES) or f"allowed: {', '.join(BACKBONES)}"
+        raise InputError(f"--backbone {options.backbone!r}; {hint}")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import reviewed
 from yolo_lightning.tree.wordnet import is_wnid
 from yolo_lightning.tree.wordtree import WordTree
-from yolo_lightning.visualization.tree import MOST_NODES, depth_for, layout, save
+from yolo_lightning.visualization.tree import MAX_NODES, depth_for, layout, save
 
 
 def write(tree: WordTree, output: str) -> None:
@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     plotter.add_argument("tree", help="tree.tsv, or Darknet's NAME.tree")
     plotter.add_argument("--output", required=True, help="NAME.svg or NAME.png")
     plotter.add_argument(
-        "--depth", type=int, help=f"levels to draw; as many as {MOST_NODES} nodes have"
+        "--depth", type=int, help=f"levels to draw; as many as {MAX_NODES} nodes have"
     )
     for kind in ("detection", "classification"):
         plotter.add_argument(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _COLUMNS, _WIDTH, _HEIGHT, _LEGEND_LINE = 3, 5.4, 3.9, 0.2
 _CHARACTERS_AN_INCH, _STYLES = 12.0, ("-", (0, (5, 1.5)), (0, (1, 1)))
-_MOST_POINTS, _FEW_POINTS = 200, 60
+_MAX_POINTS, _FEW_POINTS = 200, 60
 
 
 def thinned(curve: Curve) -> tuple[Curve, int]:
@@ -24,7 +24,7 @@ def thinned(curve: Curve) -> tuple[Curve, int]:
     Steps become means as well, rounded. Values that are not finite become NaN, which is not drawn.
     """
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
-    size = -(-len(values) // _MOST_POINTS)
+    size = -(-len(values) // _MAX_POINTS)
     if size == 1:
         return Curve(curve.steps, values), 1
     starts = np.arange(0, len(values), size)

@@ -20,8 +20,8 @@ KNOWN = (
     "val/AP50", "val/AP", "val/top1", "val/top5", "test/AP50", "test/AP", "test/top1", "train/loss",
 )  # fmt: skip
 """Metrics that are shown unless others are asked for: the first two of them that a run has."""
-_PAGE, _SHORTEST_ID, _MOST_LISTED = 200, 6, 20
-_LARGEST = float(np.finfo(np.float64).max)
+_PAGE, _MIN_ID, _MAX_LISTED = 200, 6, 20
+_MAX = float(np.finfo(np.float64).max)
 _PARENT = "mlflow.parentRunId"
 
 
@@ -176,7 +176,7 @@ def named(runs: Iterable[TrackedRun], words: Sequence[str]) -> list[TrackedRun]:
     chosen: dict[str, TrackedRun] = {}
     for word in words:
         found = [run for run in listed if word in (run.name, run.run_id)] or [
-            run for run in listed if len(word) >= _SHORTEST_ID and run.run_id.startswith(word)
+            run for run in listed if len(word) >= _MIN_ID and run.run_id.startswith(word)
         ]
         if not found:
             hint = nearest(word, [run.name for run in listed]) or "--max-runs lists the newest"
@@ -197,7 +197,7 @@ def metrics_of(runs: Sequence[TrackedRun], wanted: Sequence[str]) -> list[str]:
     present = sorted(found, key=lambda name: (name.startswith("system/"), name))
     for name in wanted:
         if name not in present:
-            hint = nearest(name, present) or f"there are: {', '.join(present[:_MOST_LISTED])} …"
+            hint = nearest(name, present) or f"there are: {', '.join(present[:_MAX_LISTED])} …"
             raise InputError(f"--metric {name!r}: none of these runs has it; {hint}")
     if wanted:
         return list(dict.fromkeys(wanted))
@@ -210,7 +210,7 @@ def read_curve(client: Any, run_id: str, metric: str) -> Curve:
     newest = {p.step: p.value for p in sorted(points, key=lambda p: (p.step, p.timestamp))}
     values = np.array(list(newest.values()), dtype=np.float64)
     # databases hold infinity as the largest number
-    values[np.abs(values) >= _LARGEST] *= np.inf
+    values[np.abs(values) >= _MAX] *= np.inf
     return Curve(np.array(list(newest), dtype=np.int64), values)
 
 

@@ -15,7 +15,7 @@ from yolo_lightning.tracking.compare.runs import TrackedRun, first_difference
 
 FEW_PARAMS = 3
 """So many differing parameters stand in the table of runs; more get lines of their own."""
-_MOST_VALUES, _LONGEST = 6, 40
+_MAX_VALUES, _MAX = 6, 40
 
 Cell = str | float | None
 
@@ -68,7 +68,7 @@ def _shown(cell: Cell) -> str:
     return "-" if cell is None else cut(str(cell))
 
 
-def cut(text: str, longest: int = _LONGEST) -> str:
+def cut(text: str, longest: int = _MAX) -> str:
     """Return a text, a long one without its middle."""
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[: longest - 1 - half]}…{text[-half:]}"
@@ -224,7 +224,7 @@ def params_text(params: Mapping[str, list[str]], owners: Sequence[str]) -> str:
             having.setdefault(value, []).append(owner)
         known = sorted(having, key=_rank)
         text = ";  ".join(f"{cut(value)} ({', '.join(having[value])})" for value in known)
-        if len(having) > _MOST_VALUES:
+        if len(having) > _MAX_VALUES:
             text = f"{len(having)} values: {cut(known[0])}, {cut(known[1])} … {cut(known[-1])}"
         lines.append(f"  {name:<{max(map(len, params))}}  {text}")
     return "\n".join(lines)

@@ -12,9 +12,9 @@ import numpy as np
 
 from yolo_lightning.cli.commands.anchors import is_recipe
 from yolo_lightning.cli.commands.check_data.page import Part, page
+from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.datamodules.inspection import Report, inspect, parts_of, same_files
-from yolo_lightning.datamodules.recognise import detection_source, held_out, label_source
 from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
 from yolo_lightning.errors import InputError
 from yolo_lightning.visualization.drawing import batch_picture, save

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from yolo_lightning.tracking.compare.runs import TrackedRun
     from yolo_lightning.tracking.compare.tables import Table
 
-_MOST_NAMED = 2
+_MAX_NAMED = 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,7 +114,7 @@ def _show_runs(
     if len(runs) > 1:
         recorded = [read_batches(client, run.run_id) for run in runs]
         print(f"\n{tables.batches_text(recorded, labels)}")
-    about = alike if len(alike) <= _MOST_NAMED else {}
+    about = alike if len(alike) <= _MAX_NAMED else {}
     lines = {}
     for k, (label, run) in enumerate(zip(labels, runs, strict=True)):
         values = [f"{name.split('.')[-1]} {tables.cut(params[name][k])}" for name in about]

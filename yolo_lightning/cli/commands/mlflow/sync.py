@@ -48,14 +48,14 @@ def _sync(folder: Path, store: str | None) -> str:
     from yolo_lightning.tracking.journal import Journal
     from yolo_lightning.tracking.logger import prepare_environment
     from yolo_lightning.tracking.shipper import Shipper
-    from yolo_lightning.tracking.store import NotTaken, absolute, public, short
+    from yolo_lightning.tracking.store import StoreUnavailable, absolute, public, short
 
     prepare_environment()
     journal = Journal(folder)
     shipper = Shipper(journal, absolute(store) if store else _with_password(journal))
     try:
         said = _ship(shipper)
-    except NotTaken as error:
+    except StoreUnavailable as error:
         return f"{folder.parent}: {error}"
     except Exception as error:
         return f"{folder.parent}: {public(shipper.store)} does not take it: {short(error)}"

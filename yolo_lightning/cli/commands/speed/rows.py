@@ -36,7 +36,7 @@ from yolo_lightning.inference.timing import (
     usable_device,
 )
 
-LEAST_IMAGES = 8
+MIN_IMAGES = 8
 """Single images are timed over so many different ones."""
 
 _EVALUATED_AT_ONCE, _NOISE_CELLS = 8, 9
@@ -130,7 +130,7 @@ def row_of(
     Raises:
         InputError: too little memory for one image.
     """
-    count = max(options.batch_size, LEAST_IMAGES)
+    count = max(options.batch_size, MIN_IMAGES)
     if data is None:
         images, sizes = noise(image_size, count)
     else:

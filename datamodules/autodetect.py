@@ -20,7 +20,7 @@ _SPLITS = {"train", "val", "valid", "validation", "test"}
 LABEL_LAYOUTS = "a folder with one folder of images per class; ImageNet's; a CSV of path,label"
 
 
-class SeveralDatasets(InputError):
+class AmbiguousLayout(InputError):
     """A folder holds more than one dataset, and nothing tells which is meant."""
 
 
@@ -78,7 +78,7 @@ def _detection_folder(path: Path, place: str, split: str | None) -> AnnotatedIma
         named = [file for file in named if file.stem.startswith("instances")] or named
         if len(named) != 1:
             listed = ", ".join(str(file) for file in coco)
-            raise SeveralDatasets(f"{place}: several COCO files; name one of {listed}")
+            raise AmbiguousLayout(f"{place}: several COCO files; name one of {listed}")
         coco = named
     if coco:
         return COCOJson(str(coco[0]))
