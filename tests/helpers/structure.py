@@ -104,13 +104,14 @@ def report(repository: Path) -> str:
         by_part[part_of(name)].append(file)
     total = lines_of(modules.values())
     rows = [
-        f"{part:<16}{len(files):>6}{lines_of(files):>8}  {', '.join(sorted(between.get(part, ())))}"
+        f"{part:<16}{len(files):>6}{lines_of(files):>8}"
+        f"{docstring_lines(files) / lines_of(files):>12.1%}  {', '.join(sorted(between[part]))}"
         for part, files in sorted(by_part.items(), key=lambda item: -lines_of(item[1]))
     ]
     tests = sorted((repository / "tests").rglob("*.py"))
     return "\n".join(
         [
-            f"{'part':<16}{'files':>6}{'lines':>8}  imports",
+            f"{'part':<16}{'files':>6}{'lines':>8}{'docstrings':>12}  imports",
             *rows,
             "",
             f"{total:,} lines in {len(modules)} files; tests {lines_of(tests):,} in {len(tests)}",
