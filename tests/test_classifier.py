@@ -22,9 +22,9 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import KINDS
 from yolo_lightning.export.darknet import checkpoint_of
 from yolo_lightning.inference.classification import resized
-from yolo_lightning.models.backbones import SMALL, Classifier
+from yolo_lightning.models.backbones import SMALL, detector_layers
 from yolo_lightning.models.layers import to_plain
-from yolo_lightning.models.yolov2 import YOLOv2, detector_layers
+from yolo_lightning.models.networks import Classifier, YOLOv2
 from yolo_lightning.tree.wordtree import Row
 
 TREE: list[Row] = [

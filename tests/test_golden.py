@@ -8,7 +8,7 @@ from tests.helpers.golden import GOLDEN, detection_batch, load
 from yolo_lightning.batches import ClassificationBatch
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
 from yolo_lightning.losses import LossSettings, ObjectnessRule, yolo9000_loss
-from yolo_lightning.models.yolov2 import HeadOutput, candidates
+from yolo_lightning.models.head import HeadOutput, candidates
 from yolo_lightning.tree.wordtree import WordTree
 
 

@@ -11,14 +11,9 @@ from tests.helpers.golden import detection_batch
 from tests.helpers.trees import trees
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
-from yolo_lightning.models.backbones import SMALL
-from yolo_lightning.models.yolov2 import (
-    DenseClassLogits,
-    HeadOutput,
-    SparseClassLogits,
-    YOLOv2,
-    detector_layers,
-)
+from yolo_lightning.models.backbones import SMALL, detector_layers
+from yolo_lightning.models.head import DenseClassLogits, HeadOutput, SparseClassLogits
+from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.tree.wordtree import WordTree
 
 ANCHORS = torch.tensor([[1.0, 1.0], [3.0, 2.0]])

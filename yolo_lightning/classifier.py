@@ -14,8 +14,9 @@ from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import refuse_other_model, same_data_tree
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
-from yolo_lightning.models.backbones import Classifier, backbone_layers
+from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import to_plain
+from yolo_lightning.models.networks import Classifier
 from yolo_lightning.optimization import SGDConfig, apply_recipe_rates, check_trainer, freeze, sgd
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree

@@ -21,9 +21,10 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import FOUND_SCORE, DetectionEvaluation
 from yolo_lightning.images import Image, Resize, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
-from yolo_lightning.models.backbones import backbone_layers
+from yolo_lightning.models.backbones import backbone_layers, detector_layers
+from yolo_lightning.models.head import Candidates, candidates
 from yolo_lightning.models.layers import Layer, ReorgKind, to_plain
-from yolo_lightning.models.yolov2 import Candidates, YOLOv2, candidates, detector_layers
+from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.optimization import SGDConfig, apply_recipe_rates, check_trainer, freeze, sgd
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree

@@ -14,7 +14,7 @@ from torch import Tensor
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou, shape_iou
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.yolov2 import HeadOutput, decode_boxes
+from yolo_lightning.models.head import HeadOutput, decode_boxes
 from yolo_lightning.tree.wordtree import WordTree, segment_log_softmax
 
 BoxSelection = Literal["label", "boxed_ancestor", "largest"]

@@ -25,7 +25,7 @@ from yolo_lightning.explain import picture as explain_picture
 from yolo_lightning.explain.analysis import TERMS, explain_boxes, explain_label, path_of
 from yolo_lightning.export.darknet import checkpoint_of
 from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
-from yolo_lightning.models.yolov2 import HeadOutput
+from yolo_lightning.models.head import HeadOutput
 from yolo_lightning.tree.wordtree import WordTree
 
 ANCHORS = torch.tensor([[1.0, 1.0], [3.0, 2.0]])

@@ -9,12 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from yolo_lightning.checkpoints.pretrained import last_conv
 from yolo_lightning.darknet.config import LAYOUTS, Description
-from yolo_lightning.models.backbones import Classifier
 from yolo_lightning.models.layers import (
     Conv,
     extents,
 )
-from yolo_lightning.models.yolov2 import YOLOv2
+from yolo_lightning.models.networks import Classifier, YOLOv2
 
 
 def write_values(path: Path, count: int, wide: bool = False, seed: int = 0) -> Path:

@@ -30,7 +30,8 @@ from yolo_lightning.images import UnreadableSample
 from yolo_lightning.inference import timing
 from yolo_lightning.inference.loading import load
 from yolo_lightning.inference.timing import WARM_UP, Timing, measure, operations
-from yolo_lightning.models.yolov2 import HeadOutput, YOLOv2
+from yolo_lightning.models.head import HeadOutput
+from yolo_lightning.models.networks import YOLOv2
 
 BACKBONE: list[list[Any]] = [
     ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 8], ["pool"],

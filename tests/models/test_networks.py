@@ -16,21 +16,25 @@ from yolo_lightning.checkpoints.pretrained import fill_last_conv, last_conv
 from yolo_lightning.darknet.config import LAYOUTS, Description
 from yolo_lightning.darknet.files import WeightsReader, blocks_of, read_weights, tensors_of
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.backbones import BACKBONES, DARKNET19, SMALL, Classifier, backbone_layers
+from yolo_lightning.models.backbones import (
+    BACKBONES,
+    DARKNET19,
+    SMALL,
+    backbone_layers,
+    detector_layers,
+)
 from yolo_lightning.models.layers import (
     Conv,
     Dropout,
     Layer,
-    LayerStack,
     Pool,
     Reorg,
     ReorgKind,
     Route,
     from_plain,
-    space_to_depth,
     to_plain,
 )
-from yolo_lightning.models.yolov2 import YOLOv2, detector_layers
+from yolo_lightning.models.networks import Classifier, LayerStack, YOLOv2, space_to_depth
 
 
 def filled(description: Description, path: Path) -> YOLOv2 | Classifier:

@@ -8,9 +8,9 @@ from yolo_lightning.boxes import xyxy_to_cxcywh
 from yolo_lightning.callbacks.multi_scale import MultiScale, resize, size_at
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.average_precision import BoxAveragePrecision
-from yolo_lightning.models.backbones import DARKNET19, SMALL
-from yolo_lightning.models.layers import LayerStack
-from yolo_lightning.models.yolov2 import YOLOv2, candidates, decode_boxes, detector_layers
+from yolo_lightning.models.backbones import DARKNET19, SMALL, detector_layers
+from yolo_lightning.models.head import candidates, decode_boxes
+from yolo_lightning.models.networks import LayerStack, YOLOv2
 from yolo_lightning.schedules import PolynomialDecay, Schedule, StepDecay
 
 

@@ -6,7 +6,7 @@ import torch
 from tests.helpers.trees import absolute_by_hand
 from yolo_lightning import DetectorModule, WordTree
 from yolo_lightning.batches import unit_range
-from yolo_lightning.models.yolov2 import candidates
+from yolo_lightning.models.head import candidates
 
 ROWS = [
     ("animal", "-", "animal"), ("tool", "-", "tool"), ("cat", "animal", "cat"),

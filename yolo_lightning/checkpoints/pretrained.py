@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
 from yolo_lightning.darknet.files import WeightsReader, blocks_of, read_weights, tensors_of
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.backbones import Classifier
-from yolo_lightning.models.layers import ConvBlock
-from yolo_lightning.models.yolov2 import YOLOv2
+from yolo_lightning.models.networks import Classifier, ConvBlock, YOLOv2
 from yolo_lightning.tree.wordtree import WordTree
 
 _CLASS_ROWS = {"class_weight": 1, "class_bias": 1, "class_conv.weight": 0, "class_conv.bias": 0}

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS, load_file, verify
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.backbones import backbone_layers
+from yolo_lightning.models.backbones import backbone_layers, detector_layers
 from yolo_lightning.models.layers import Conv, Layer, ReorgKind, extents
-from yolo_lightning.models.yolov2 import detector_layers
 from yolo_lightning.tree.wordtree import WordTree
 
 MAX_NODES = 100_000

@@ -7,7 +7,13 @@ from typing import Any
 
 from yolo_lightning.darknet.files import Section
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.models.backbones import DARKNET19, TINY_DARKNET, TINY_YOLOV2, TINY_YOLOV2_VOC
+from yolo_lightning.models.backbones import (
+    DARKNET19,
+    TINY_DARKNET,
+    TINY_YOLOV2,
+    TINY_YOLOV2_VOC,
+    detector_layers,
+)
 from yolo_lightning.models.layers import (
     Conv,
     Dropout,
@@ -18,7 +24,6 @@ from yolo_lightning.models.layers import (
     check_sizes,
     extents,
 )
-from yolo_lightning.models.yolov2 import detector_layers
 
 MAX_VALUES = 200_000_000
 """Largest network that is built, in weights: four times YOLO9000."""

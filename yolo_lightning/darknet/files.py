@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.layers import ConvBlock
+from yolo_lightning.models.networks import ConvBlock
 from yolo_lightning.tree.wordtree import WordTree
 
 VERSION = (0, 2, 0)

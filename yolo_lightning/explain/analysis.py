@@ -20,7 +20,7 @@ from yolo_lightning.losses import (
     select_boxes,
     yolo9000_loss,
 )
-from yolo_lightning.models.yolov2 import HeadOutput, decode_boxes
+from yolo_lightning.models.head import HeadOutput, decode_boxes
 from yolo_lightning.tree.wordtree import WordTree
 
 TERMS = ("loss_coord", "loss_obj", "loss_noobj", "loss_class", "loss_anchor_prior")

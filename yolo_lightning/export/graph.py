@@ -18,8 +18,9 @@ from torch.export import Dim, ExportedProgram
 
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, pairwise_iou
 from yolo_lightning.images import Resize
-from yolo_lightning.models.layers import Reorg, space_to_depth
-from yolo_lightning.models.yolov2 import SparseClassLogits, YOLOv2, decode_boxes
+from yolo_lightning.models.head import SparseClassLogits, decode_boxes
+from yolo_lightning.models.layers import Reorg
+from yolo_lightning.models.networks import YOLOv2, space_to_depth
 from yolo_lightning.tree.wordtree import WordTree
 
 INPUTS = ("images", "sizes_hw_orig")

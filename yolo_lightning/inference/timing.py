@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from yolo_lightning.checkpoints.pretrained import last_conv
 from yolo_lightning.detections import Detections
 from yolo_lightning.errors import InputError
+from yolo_lightning.models.head import HeadOutput, candidates
 from yolo_lightning.models.layers import check_sizes
-from yolo_lightning.models.yolov2 import HeadOutput, YOLOv2, candidates
+from yolo_lightning.models.networks import YOLOv2
 
 SCORE_THRESHOLD = 0.25
 """The least score of what is described while the time is taken: what `detect` shows."""

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.models.layers import Conv, Layer, LayerStack, Pool, from_plain, init_weights
+from yolo_lightning.models.layers import Conv, Layer, Pool, Reorg, ReorgKind, Route, from_plain
 
 DARKNET19: tuple[Layer, ...] = (
     Conv(32), Pool(),
@@ -76,29 +73,47 @@ def backbone_layers(backbone: str | Sequence[Sequence[Any]]) -> tuple[Layer, ...
     return BACKBONES[backbone]
 
 
-class Classifier(nn.Module):
-    """A backbone, a 1x1 convolution to the classes, and the mean over all cells.
+def detector_layers(
+    backbone: Sequence[Layer],
+    head_channels: int = 1024,
+    passthrough_channels: int | None = 64,
+    reorg: ReorgKind = "space_to_depth",
+) -> tuple[Layer, ...]:
+    """Return the layers from the image to the features that the last 1x1 convolution reads.
 
     Args:
-        layers: the backbone's.
-        num_nodes: K, nodes of the WordTree.
+        backbone: the backbone's layers.
+        head_channels: channels of the head's three 3x3 convolutions; 0 for no head at all, as in
+            the released YOLO9000 and in Tiny YOLOv2.
+        passthrough_channels: of the reducing 1x1 convolution before the features of the backbone's
+            last finer level are folded in; None folds them in whole, 0 leaves them out.
+        reorg: how they are folded, see `Reorg`.
 
-    Source: YOLO9000, section 3, "Darknet-19".
+    Raises:
+        InputError: a passthrough without a head, or from a backbone without a finer level.
+
+    Source: YOLO9000, section 2, "Fine-Grained Features", and section 3, "Training for detection".
+    The paper folds 512 channels in whole (3,072 after joining); the released configuration
+    reduces them to 64 first.
     """
-
-    def __init__(self, layers: Sequence[Layer], num_nodes: int) -> None:
-        super().__init__()
-        self.body = LayerStack(layers)
-        self.class_conv = nn.Conv2d(self.body.out_channels, num_nodes, 1)
-        init_weights(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return class logits (B, K).
-
-        Args:
-            images: float (B, 3, H, W), RGB in 0…1; any size of at least one cell.
-        """
-        # the mean and the linear convolution change places: a cell's worth of arithmetic
-        features = self.body(images).mean(dim=(2, 3))
-        weight = self.class_conv.weight.flatten(1)
-        return F.linear(features, weight, self.class_conv.bias)
+    if not head_channels:
+        if passthrough_channels != 0:
+            raise InputError(
+                f"model.passthrough_channels is {passthrough_channels}; allowed without a head "
+                "(model.head_channels 0): 0"
+            )
+        return tuple(backbone)
+    layers = [*backbone, Conv(head_channels), Conv(head_channels)]
+    if passthrough_channels != 0:
+        pools = [k for k, layer in enumerate(backbone) if layer == Pool()]
+        if not pools:
+            raise InputError(
+                "model.backbone has no pool of stride 2: nothing finer to pass through"
+            )
+        deep = len(layers) - 1
+        layers.append(Route((pools[-1] - 1 - len(layers),)))
+        if passthrough_channels is not None:
+            layers.append(Conv(passthrough_channels, 1))
+        layers.append(Reorg(2, reorg))
+        layers.append(Route((-1, deep - len(layers))))
+    return (*layers, Conv(head_channels))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.explain.picture import View
     from yolo_lightning.losses import LossSettings
-    from yolo_lightning.models.yolov2 import HeadOutput
+    from yolo_lightning.models.head import HeadOutput
 
 SOURCES = ("detection", "classification", "validation", "test")
 FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")

@@ -1,24 +1,11 @@
-"""The YOLOv2 network: passthrough, detection head with class scores on demand, decoding."""
+"""The detection head: dense boxes and objectness, class logits on demand, and decoding."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from yolo_lightning.errors import InputError
-from yolo_lightning.models.layers import (
-    Conv,
-    Layer,
-    LayerStack,
-    Pool,
-    Reorg,
-    ReorgKind,
-    Route,
-    init_weights,
-)
+from torch import Tensor
 
 
 class ClassLogits(Protocol):
@@ -114,86 +101,6 @@ class HeadOutput:
         """Split a dense head's output (B, A * (5 + K), Gh, Gw), anchor by anchor."""
         dense = raw.unflatten(1, (num_anchors, -1))
         return cls(dense[:, :, :5], DenseClassLogits(dense[:, :, 5:]))
-
-
-def detector_layers(
-    backbone: Sequence[Layer],
-    head_channels: int = 1024,
-    passthrough_channels: int | None = 64,
-    reorg: ReorgKind = "space_to_depth",
-) -> tuple[Layer, ...]:
-    """Return the layers from the image to the features that the last 1x1 convolution reads.
-
-    Args:
-        backbone: the backbone's layers.
-        head_channels: channels of the head's three 3x3 convolutions; 0 for no head at all, as in
-            the released YOLO9000 and in Tiny YOLOv2.
-        passthrough_channels: of the reducing 1x1 convolution before the features of the backbone's
-            last finer level are folded in; None folds them in whole, 0 leaves them out.
-        reorg: how they are folded, see `Reorg`.
-
-    Raises:
-        InputError: a passthrough without a head, or from a backbone without a finer level.
-
-    Source: YOLO9000, section 2, "Fine-Grained Features", and section 3, "Training for detection".
-    The paper folds 512 channels in whole (3,072 after joining); the released configuration
-    reduces them to 64 first.
-    """
-    if not head_channels:
-        if passthrough_channels != 0:
-            raise InputError(
-                f"model.passthrough_channels is {passthrough_channels}; allowed without a head "
-                "(model.head_channels 0): 0"
-            )
-        return tuple(backbone)
-    layers = [*backbone, Conv(head_channels), Conv(head_channels)]
-    if passthrough_channels != 0:
-        pools = [k for k, layer in enumerate(backbone) if layer == Pool()]
-        if not pools:
-            raise InputError(
-                "model.backbone has no pool of stride 2: nothing finer to pass through"
-            )
-        deep = len(layers) - 1
-        layers.append(Route((pools[-1] - 1 - len(layers),)))
-        if passthrough_channels is not None:
-            layers.append(Conv(passthrough_channels, 1))
-        layers.append(Reorg(2, reorg))
-        layers.append(Route((-1, deep - len(layers))))
-    return (*layers, Conv(head_channels))
-
-
-class YOLOv2(nn.Module):
-    """The detector: layers, and a last 1x1 convolution whose class rows are computed on demand.
-
-    Args:
-        layers: from the image to the last features, see `detector_layers`.
-        num_nodes: K, nodes of the WordTree.
-        anchors_wh_cell: (A, 2), widths and heights in grid cells.
-    """
-
-    anchors_wh_cell: Tensor
-
-    def __init__(self, layers: Sequence[Layer], num_nodes: int, anchors_wh_cell: Tensor) -> None:
-        super().__init__()
-        self.body = LayerStack(layers)
-        self.stride = self.body.stride
-        channels, num_anchors = self.body.out_channels, len(anchors_wh_cell)
-        self.box_conv = nn.Conv2d(channels, num_anchors * 5, 1)
-        init_weights(self)
-        nn.init.normal_(self.box_conv.weight, std=0.01)
-        self.class_weight = nn.Parameter(0.01 * torch.randn(num_anchors, num_nodes, channels))
-        self.class_bias = nn.Parameter(torch.zeros(num_anchors, num_nodes))
-        self.register_buffer("anchors_wh_cell", anchors_wh_cell.float())
-
-    def forward(self, images: Tensor) -> HeadOutput:
-        """Return boxes and objectness for every cell, and classes on demand.
-
-        Args:
-            images: float (B, 3, H, W), RGB in 0…1; H and W multiples of the stride.
-        """
-        features = self.body(images)
-        boxes = self.box_conv(features).unflatten(1, (-1, 5))
-        return HeadOutput(boxes, SparseClassLogits(features, self.class_weight, self.class_bias))
 
 
 def decode_boxes(box_logits: Tensor, anchors_wh_cell: Tensor) -> Tensor:

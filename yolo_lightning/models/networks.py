@@ -1,0 +1,235 @@
+"""Networks: a stack of layers, the classifier, and YOLOv2."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolo_lightning.models.head import HeadOutput, SparseClassLogits
+from yolo_lightning.models.layers import (
+    Conv,
+    Dropout,
+    Layer,
+    Pool,
+    Reorg,
+    Route,
+    extents,
+    sources_of,
+)
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "linear": nn.Identity,
+    "relu": nn.ReLU,
+    "logistic": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+}
+
+
+class ConvBlock(nn.Module):
+    """Convolution, batch norm or bias, activation.
+
+    Deviation: batch norm divides by sqrt(variance + 1e-5), as the original program does on GPUs;
+    on CPUs it divides by sqrt(variance) + 1e-6.
+    """
+
+    def __init__(self, in_channels: int, layer: Conv) -> None:
+        super().__init__()
+        padding = layer.size // 2 if layer.padding is None else layer.padding
+        self.conv = nn.Conv2d(
+            in_channels,
+            layer.filters,
+            layer.size,
+            layer.stride,
+            padding,
+            bias=not layer.batch_norm,
+        )
+        self.norm = nn.BatchNorm2d(layer.filters) if layer.batch_norm else None
+        self.activation = (
+            nn.LeakyReLU(0.1, inplace=True)
+            if layer.activation == "leaky"
+            else _ACTIVATIONS[layer.activation]()
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C, H, W)."""
+        features = self.conv(features)
+        if self.norm is not None:
+            features = self.norm(features)
+        return torch.as_tensor(self.activation(features))
+
+
+class _MaxPool(nn.Module):
+    def __init__(self, layer: Pool) -> None:
+        super().__init__()
+        self.size, self.stride = layer.size, layer.stride
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C, H / stride, W / stride), rounded up."""
+        if self.size == self.stride == 2:  # the usual case needs no margin of its own
+            return F.max_pool2d(features, 2, ceil_mode=True)
+        before = (self.size - 1) // 2
+        after = self.size - 1 - before
+        padded = F.pad(features, (before, after) * 2, value=-torch.inf)
+        return F.max_pool2d(padded, self.size, self.stride)
+
+
+class _Fold(nn.Module):
+    def __init__(self, layer: Reorg) -> None:
+        super().__init__()
+        self.stride, self.kind = layer.stride, layer.kind
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C * stride², H / stride, W / stride)."""
+        s = self.stride
+        batch, channels, height, width = features.shape
+        if self.kind == "space_to_depth":
+            return space_to_depth(features, s)
+        reread = features.reshape(batch, channels // s**2, height * s, width * s)
+        return space_to_depth(reread, s).reshape(batch, channels * s**2, height // s, width // s)
+
+
+def space_to_depth(features: Tensor, stride: int) -> Tensor:
+    """Return (B, C * stride², H / stride, W / stride); a block's places vary before channels do."""
+    blocks = features.unflatten(3, (-1, stride)).unflatten(2, (-1, stride))  # (B, C, H, s, W, s)
+    folded: Tensor = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+    return folded
+
+
+class LayerStack(nn.ModuleList):
+    """The network that a list of layers describes; module k is layer k.
+
+    Args:
+        layers: from the image on.
+
+    Attributes:
+        layers: as given.
+        out_channels: channels of the last layer.
+        stride: network input px per cell of the last layer.
+
+    Raises:
+        InputError: layers that do not fit together; names the layer.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        found = extents(layers)
+        channels = 3
+        for layer, extent in zip(layers, found, strict=True):
+            self.append(_module_of(layer, channels))
+            channels = extent.channels
+        self.out_channels, self.stride = found[-1].channels, found[-1].stride
+        self._sources = {
+            number: sources_of(number, layer)
+            for number, layer in enumerate(layers)
+            if isinstance(layer, Route)
+        }
+        self._routed = {source for sources in self._sources.values() for source in sources}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the last features (B, C, Gh, Gw).
+
+        Args:
+            images: float (B, 3, H, W), RGB in 0…1.
+        """
+        kept: dict[int, Tensor] = {}
+        features = images
+        for number, module in enumerate(self):
+            if number in self._sources:
+                sources = [kept[k] for k in self._sources[number]]
+                features = torch.cat(sources, dim=1) if len(sources) > 1 else sources[0]
+            else:
+                features = module(features)
+            if number in self._routed:
+                kept[number] = features
+        return features
+
+
+def _module_of(layer: Layer, channels: int) -> nn.Module:
+    match layer:
+        case Conv():
+            return ConvBlock(channels, layer)
+        case Pool():
+            return _MaxPool(layer)
+        case Reorg():
+            return _Fold(layer)
+        case Dropout():
+            return nn.Dropout(layer.probability)
+        case Route():
+            return nn.Identity()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw convolution kernels as He et al. do, for leaky ReLU of slope 0.1.
+
+    Paper is silent: the original program draws uniformly with the same variance.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, a=0.1, nonlinearity="leaky_relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+class Classifier(nn.Module):
+    """A backbone, a 1x1 convolution to the classes, and the mean over all cells.
+
+    Args:
+        layers: the backbone's.
+        num_nodes: K, nodes of the WordTree.
+
+    Source: YOLO9000, section 3, "Darknet-19".
+    """
+
+    def __init__(self, layers: Sequence[Layer], num_nodes: int) -> None:
+        super().__init__()
+        self.body = LayerStack(layers)
+        self.class_conv = nn.Conv2d(self.body.out_channels, num_nodes, 1)
+        init_weights(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class logits (B, K).
+
+        Args:
+            images: float (B, 3, H, W), RGB in 0…1; any size of at least one cell.
+        """
+        # the mean and the linear convolution change places: a cell's worth of arithmetic
+        features = self.body(images).mean(dim=(2, 3))
+        weight = self.class_conv.weight.flatten(1)
+        return F.linear(features, weight, self.class_conv.bias)
+
+
+class YOLOv2(nn.Module):
+    """The detector: layers, and a last 1x1 convolution whose class rows are computed on demand.
+
+    Args:
+        layers: from the image to the last features, see `detector_layers`.
+        num_nodes: K, nodes of the WordTree.
+        anchors_wh_cell: (A, 2), widths and heights in grid cells.
+    """
+
+    anchors_wh_cell: Tensor
+
+    def __init__(self, layers: Sequence[Layer], num_nodes: int, anchors_wh_cell: Tensor) -> None:
+        super().__init__()
+        self.body = LayerStack(layers)
+        self.stride = self.body.stride
+        channels, num_anchors = self.body.out_channels, len(anchors_wh_cell)
+        self.box_conv = nn.Conv2d(channels, num_anchors * 5, 1)
+        init_weights(self)
+        nn.init.normal_(self.box_conv.weight, std=0.01)
+        self.class_weight = nn.Parameter(0.01 * torch.randn(num_anchors, num_nodes, channels))
+        self.class_bias = nn.Parameter(torch.zeros(num_anchors, num_nodes))
+        self.register_buffer("anchors_wh_cell", anchors_wh_cell.float())
+
+    def forward(self, images: Tensor) -> HeadOutput:
+        """Return boxes and objectness for every cell, and classes on demand.
+
+        Args:
+            images: float (B, 3, H, W), RGB in 0…1; H and W multiples of the stride.
+        """
+        features = self.body(images)
+        boxes = self.box_conv(features).unflatten(1, (-1, 5))
+        return HeadOutput(boxes, SparseClassLogits(features, self.class_weight, self.class_bias))
