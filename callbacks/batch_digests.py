@@ -1,4 +1,4 @@
-"""What each step read, small enough to keep for every step and to compare between runs."""
+"""`BatchDigests`: one checksum per step, to compare the batches of two runs."""
 
 import zlib
 from pathlib import Path
@@ -14,13 +14,12 @@ _BYTES = 4
 
 
 class BatchDigests(pl.Callback):
-    """Write the CRC-32 of what a step reads, over all ranks, into a file of the run's folder.
+    """Writes a CRC-32 of each batch, over all ranks, to ``batches/steps.crc32`` in the run folder.
 
-    Little-endian uint32, one a batch, batch n at byte 4 n; 0 where none was trained. A resumed run
-    writes the same numbers over the same places. The file joins the MLflow run after each
-    validation and at the end, as ``batches/steps.crc32``: two runs read the same up to the first
-    number that differs. Samples count by their numbers in their sources, and these by their
-    fingerprints.
+    The file has one little-endian uint32 per batch, batch n at byte 4 n, and 0 for a batch that was
+    not trained. A resumed run overwrites values with equal values. The file is logged to MLflow
+    after each validation and at the end. Two runs read the same batches up to the first value that
+    differs. Samples are identified by their indices and the fingerprints of their sources.
     """
 
     def __init__(self) -> None:
@@ -28,13 +27,15 @@ class BatchDigests(pl.Callback):
         self._order: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the order of the samples and the fingerprints of their sources, on rank 0."""
+        """Read the sample order and the fingerprints of the sources, on rank 0."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._order = getattr(data, "order", None)
         if trainer.is_global_zero and hasattr(data, "inputs"):
-            read = [one for one in data.inputs() if one["use"] == "training"]
+            inputs = [item for item in data.inputs() if item["use"] == "training"]
             for kind, holds in (("detection", "boxes"), ("classification", "image labels")):
-                self._sources[kind] = [r["fingerprint"] for r in read if r["holds"] == holds]
+                self._sources[kind] = [
+                    item["fingerprint"] for item in inputs if item["holds"] == holds
+                ]
 
     def on_train_batch_end(
         self,
@@ -44,15 +45,15 @@ class BatchDigests(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Write the step's digest, on rank 0."""
+        """Write the digest of the batch, on rank 0."""
         if not trainer.is_global_zero or self._order is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(batch, DetectionBatch | ClassificationBatch):
             return
-        plan = self._order.plan(batch.step)  # of the ranks together
+        plan = self._order.plan(batch.step)  # of all ranks
         size = tuple(batch.images.shape[-2:])
-        what = f"{plan.kind} {self._sources.get(plan.kind)} {size} {plan.indices}"
-        digest = zlib.crc32(what.encode()) or 1
+        content = f"{plan.kind} {self._sources.get(plan.kind)} {size} {plan.indices}"
+        digest = zlib.crc32(content.encode()) or 1
         path = self.path(trainer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +61,11 @@ class BatchDigests(pl.Callback):
                 file.seek(_BYTES * batch.step)
                 file.write(digest.to_bytes(_BYTES, "little"))
         except OSError:
-            return  # a full disk, which the checkpoints will tell of
+            return  # a full disk is reported when a checkpoint is saved
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
-        """Return where the file lies."""
+        """Return the path of the file."""
         return Path(trainer.default_root_dir) / "batches" / FILE
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,4 +80,4 @@ class BatchDigests(pl.Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and self.path(trainer).is_file():
             for logger in run_loggers(trainer):
-                logger.log_file(self.path(trainer), "batches")
+                logger.log_artifact(self.path(trainer), "batches")

@@ -1,4 +1,4 @@
-"""`torch.compile` that holds through multi-scale training, and never gives up in silence."""
+"""`CompileNetwork`: `torch.compile` for multi-scale training."""
 
 from typing import Any
 
@@ -10,18 +10,15 @@ from yolo_lightning.errors import InputError
 
 
 class CompileNetwork(pl.Callback):
-    """Compile the network's layers, height and width left open, so that new sizes compile nothing.
+    """Compile the layers of the network with dynamic height and width.
 
-    What compiles anew all the same is counted and said (`train/compiled_graphs`), and where the
-    compiler would fall back to slow code after too many of them, training ends with its reason.
-    Checkpoints stay as they are: layers are compiled in place.
+    Recompilations are printed and logged (`train/compiled_graphs`); exceeding the recompilation
+    limit is an error instead of a silent fallback to slow code. Layers are compiled in place, which
+    does not change checkpoints.
 
     Args:
-        backend: of `torch.compile`.
-        mode: of `torch.compile`, such as `max-autotune`; the backend's usual one where None.
-
-    Raises:
-        InputError: a backend that is not there.
+        backend: backend of `torch.compile`.
+        mode: mode of `torch.compile`, such as `max-autotune`.
     """
 
     def __init__(self, backend: str = "inductor", mode: str | None = None) -> None:
@@ -32,7 +29,7 @@ class CompileNetwork(pl.Callback):
         self._graphs = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compile in place; what is compiled is decided by the first batch."""
+        """Compile in place; the compilation itself runs in the first batch."""
         import torch._dynamo.config as settings
 
         settings.fail_on_recompile_limit_hit = True
@@ -49,7 +46,7 @@ class CompileNetwork(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Say what was compiled anew."""
+        """Print and log recompilations."""
         graphs = compiled_graphs()
         if graphs > self._graphs:
             size = tuple(batch.images.shape)
@@ -62,7 +59,7 @@ class CompileNetwork(pl.Callback):
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs this process has compiled."""
+    """Return the number of graphs that this process has compiled."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

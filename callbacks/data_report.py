@@ -1,4 +1,4 @@
-"""What the data teaches, and what was repaired or skipped in it."""
+"""Report what the classes learn from, and which data was repaired or skipped."""
 
 from collections import Counter
 from typing import Any
@@ -8,11 +8,11 @@ import torch.distributed as dist
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 
-_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 class DataReport(pl.Callback):
-    """Tell before training what each class learns from, and at the end what was faulty."""
+    """Print what each class learns from before training, and the faults of the data at the end."""
 
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
@@ -29,7 +29,7 @@ class DataReport(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Collect."""
+        """Collect the faults of a batch."""
         self._collect(batch)
 
     def on_validation_batch_end(
@@ -41,7 +41,7 @@ class DataReport(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collect."""
+        """Collect the faults of a batch."""
         self._collect(batch)
 
     def on_test_batch_end(
@@ -53,41 +53,41 @@ class DataReport(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collect."""
+        """Collect the faults of a batch."""
         self._collect(batch)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print what each class will learn from."""
+        """Print what each class learns from."""
         report = getattr(trainer.datamodule, "vocabulary_report", None)  # type: ignore[attr-defined]
         if report is not None and trainer.is_global_zero:
             print(report())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the report."""
+        """Print the faults."""
         self._report(trainer)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the report."""
+        """Print the faults."""
         self._report(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the report after `validate`; inside `fit` there is more to come."""
+        """Print the report after `validate`, but not for validation during `fit`."""
         if trainer.state.fn == "validate":
             self._report(trainer)
 
     def _report(self, trainer: pl.Trainer) -> None:
-        """Join what all ranks saw; rank 0 prints."""
+        """Gather the faults of all ranks and print them on rank 0."""
         faults = Counter(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
-        every: list[Counter[str] | None] = [self.faults]
+        by_rank: list[Counter[str] | None] = [self.faults]
         if dist.is_available() and dist.is_initialized():
-            every = [None] * trainer.world_size
-            dist.all_gather_object(every, self.faults)
-        for seen in every:
-            faults.update(seen or Counter())
+            by_rank = [None] * trainer.world_size
+            dist.all_gather_object(by_rank, self.faults)
+        for rank_faults in by_rank:
+            faults.update(rank_faults or Counter())
         if faults and trainer.is_global_zero:
             print(f"Data: {len(faults)} repaired or skipped:")
-            for fault in list(faults)[:_SHOWN]:
+            for fault in list(faults)[:_MAX_SHOWN]:
                 print(f"  {fault}")
-            if len(faults) > _SHOWN:
-                print(f"  … and {len(faults) - _SHOWN} more")
+            if len(faults) > _MAX_SHOWN:
+                print(f"  … and {len(faults) - _MAX_SHOWN} more")
         self.faults.clear()

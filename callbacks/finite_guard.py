@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: skipped on all ranks, up to a number."""
+"""`FiniteGuard`: skips steps with NaN or infinite loss or gradients."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,124 +10,127 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.callbacks.last_checkpoint import most_over_ranks
+from yolo_lightning.callbacks.last_checkpoint import max_over_ranks
 from yolo_lightning.errors import InputError
 
 Batch = DetectionBatch | ClassificationBatch
 
 
-_MAX_OVERFLOWS = 40
-"""In a row, of float16's gradients: its scale is down at nothing then, and they are no numbers."""
+_MAX_OVERFLOWS = 40  # consecutive ones in float16, after which the scale is nearly zero
 
 
-class NotFinite(RuntimeError):
-    """Training ended since too many steps in a row were skipped."""
+class NonFiniteError(RuntimeError):
+    """Too many consecutive steps were skipped."""
 
 
 class FiniteGuard(pl.Callback):
-    """Skip steps whose loss or gradient is NaN or infinite, on all ranks alike, up to a number.
+    """Skip steps whose loss or gradient is NaN or infinite, on all ranks.
 
-    A skipped step changes nothing: neither weights nor momentum, and running statistics go back to
-    what they were, since one NaN in them would spoil every later validation. After more than
-    `most_in_a_row` the training ends; every rank whose own batch was bad has saved it then.
+    A skipped step changes neither weights nor momentum, and running statistics are restored, since
+    one NaN in them would corrupt all later validations. After more than `max_consecutive` skipped
+    steps, each rank with a non-finite batch saves it, and the training fails.
 
-    In float16 the gradient scaler skips overflowing steps by itself and lowers its scale, which is
-    no fault; there gradients count after forty steps in a row.
+    In float16 the gradient scaler itself skips overflowing steps and lowers its scale; there,
+    gradients count only after 40 consecutive steps.
 
     Args:
-        most_in_a_row: steps that may be skipped one after the other.
-
-    Raises:
-        InputError: less than none.
+        max_consecutive: maximum number of consecutive skipped steps, 0 or more.
     """
 
-    def __init__(self, most_in_a_row: int = 10) -> None:
-        if most_in_a_row < 0:
-            raise InputError(f"FiniteGuard: most_in_a_row is {most_in_a_row}; allowed: 0 or more")
-        self.most_in_a_row = most_in_a_row
+    def __init__(self, max_consecutive: int = 10) -> None:
+        if max_consecutive < 0:
+            raise InputError(
+                f"FiniteGuard: max_consecutive is {max_consecutive}; allowed: 0 or more"
+            )
+        self.max_consecutive = max_consecutive
         self.skipped = 0
-        self._in_a_row = self._overflows = 0
+        self._consecutive = self._overflows = 0
         self._batches: list[Batch] = []
-        self._bad: list[bool] = []
-        self._kept: list[Tensor] = []
+        self._non_finite_losses: list[bool] = []
+        self._saved_statistics: list[Tensor] = []
         self._statistics: list[Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make room for a copy of the running statistics."""
+        """Allocate a copy of the running statistics."""
         self._statistics = [b for b in pl_module.buffers() if b.is_floating_point()]
-        self._kept = [buffer.clone() for buffer in self._statistics]
+        self._saved_statistics = [buffer.clone() for buffer in self._statistics]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Copy the running statistics where an optimizer step begins."""
+        """Copy the running statistics at the start of an optimizer step."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._batches, self._bad = [], []
-            if self._kept:
-                torch._foreach_copy_(self._kept, self._statistics)
+            self._batches, self._non_finite_losses = [], []
+            if self._saved_statistics:
+                torch._foreach_copy_(self._saved_statistics, self._statistics)
         self._batches.append(batch)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Remember whether this rank's own loss is a number."""
-        self._bad.append(not bool(torch.isfinite(loss.detach()).all()))
+        """Record whether the loss of this rank is finite."""
+        self._non_finite_losses.append(not bool(torch.isfinite(loss.detach()).all()))
 
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Undo a step on all ranks where it is bad on one.
-
-        Raises:
-            NotFinite: more steps in a row than allowed.
-        """
+        """Skip a step on all ranks if it is non-finite on one, or raise `NonFiniteError`."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        # one rank's bad loss makes the gradients of all bad, which is no news of theirs
+        # after the all-reduce, a non-finite loss on one rank makes the gradients of all non-finite
         finite = _finite_gradients(pl_module)
         self._overflows = 0 if finite else self._overflows + 1
         overflow = scaled and self._overflows <= _MAX_OVERFLOWS
-        own = 2 if any(self._bad) else int(not finite and not overflow)
-        worst = most_over_ranks(trainer, own)
-        if not worst:
-            self._in_a_row = 0
+        severity = 2 if any(self._non_finite_losses) else int(not finite and not overflow)
+        max_severity = max_over_ranks(trainer, severity)
+        if not max_severity:
+            self._consecutive = 0
             return
-        bad = own == worst
-        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
-        if self._kept:
-            torch._foreach_copy_(self._statistics, self._kept)
-        if not scaled:  # the scaler has seen the overflow, and skips the step itself
+        is_cause = severity == max_severity
+        self.skipped, self._consecutive = self.skipped + 1, self._consecutive + 1
+        if self._saved_statistics:
+            torch._foreach_copy_(self._statistics, self._saved_statistics)
+        if not scaled:  # the scaler detects the overflow and skips the step itself
             for parameter in pl_module.parameters():
-                parameter.grad = None  # the optimizer passes it over: no momentum, no decay
-        if bad:
-            print(f"rank {trainer.global_rank}, {self._told()}; the step is skipped", flush=True)
-        if self._in_a_row > self.most_in_a_row:
-            self._end(trainer, bad)
+                parameter.grad = None  # the optimizer skips it: no momentum, no weight decay
+        if is_cause:
+            print(
+                f"rank {trainer.global_rank}, {self._describe_step()}; the step is skipped",
+                flush=True,
+            )
+        if self._consecutive > self.max_consecutive:
+            self._stop_training(trainer, is_cause)
 
-    def _told(self) -> str:
-        """Return which samples the step read."""
+    def _describe_step(self) -> str:
+        """Return a message with the samples of the non-finite batches."""
         parts = []
-        flags = self._bad if any(self._bad) else [True] * len(self._batches)
+        has_loss = any(self._non_finite_losses)
+        flags = self._non_finite_losses if has_loss else [True] * len(self._batches)
         for batch, flag in zip(self._batches, flags, strict=True):
             if flag:
                 kind = "detection" if isinstance(batch, DetectionBatch) else "classification"
                 ids = ", ".join(str(number) for number in batch.sample_ids.tolist())
                 parts.append(f"step {batch.step}, {kind} samples {ids}")
-        what = "loss" if any(self._bad) else "gradient"
-        return f"{what} is not finite: {'; '.join(parts)}"
+        return f"{'loss' if has_loss else 'gradient'} is not finite: {'; '.join(parts)}"
 
-    def _end(self, trainer: pl.Trainer, bad: bool) -> None:
-        """Save what was bad on this rank, and end the training."""
-        said = f"{self._in_a_row} steps in a row were not finite; allowed: {self.most_in_a_row}"
+    def _stop_training(self, trainer: pl.Trainer, save_batches: bool) -> None:
+        """Save the batches if they are non-finite on this rank, and raise `NonFiniteError`."""
+        message = (
+            f"{self._consecutive} consecutive steps were not finite; allowed: "
+            f"{self.max_consecutive}"
+        )
         folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
-        if bad:
+        if save_batches:
             folder.mkdir(parents=True, exist_ok=True)
             step = self._batches[-1].step
             file = folder / f"not-finite-step{step}-rank{trainer.global_rank}.pt"
             torch.save([asdict(batch.to("cpu")) for batch in self._batches], file)
-            said += f"\n  rank {trainer.global_rank}, {self._told()}\n  the batches are in {file}"
-        trainer.strategy.barrier("not finite")  # every rank has saved what is its own
-        raise NotFinite(said)
+            message += (
+                f"\n  rank {trainer.global_rank}, {self._describe_step()}\n"
+                f"  the batches are saved in {file}"
+            )
+        trainer.strategy.barrier("not finite")  # all ranks have saved their batches
+        raise NonFiniteError(message)
 
 
 def _finite_gradients(module: pl.LightningModule) -> bool:

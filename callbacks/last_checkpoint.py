@@ -1,4 +1,4 @@
-"""The newest state of a run, to resume from, and the one before it."""
+"""`LastCheckpoint`: saves the newest state of a run, and keeps the one before it."""
 
 import contextlib
 from pathlib import Path
@@ -13,32 +13,29 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.checkpoints.io import (
     LAST,
-    PART,
+    PARTIAL_SUFFIX,
     PREVIOUS,
     DurableCheckpointIO,
     rotate,
+    use_durable_io,
     verify,
-    write_durably,
 )
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking.logger import run_loggers
 
 
 class LastCheckpoint(Checkpoint):
-    """Save ``checkpoints/last.ckpt`` in the run's folder every few steps and at the last one.
+    """Save ``checkpoints/last.ckpt`` in the folder of the run every N steps and at the end.
 
-    The one before it stays as ``previous.ckpt``; at every moment one of the two is whole. A state
-    that the disk does not take is a warning, and is tried again when the next one is due; a
-    training whose last state cannot be saved ends in an error.
+    The checkpoint before it is kept as ``previous.ckpt``; one of the two is always complete. A
+    write error is a warning, and the next checkpoint is tried as usual; if the final state cannot
+    be saved, the training fails.
 
     Lightning's ``save_last`` writes only when the best checkpoint changes, and its
-    ``every_n_train_steps`` leaves out what remains at the end.
+    ``every_n_train_steps`` omits the last steps.
 
     Args:
-        every_n_steps: optimizer steps between two checkpoints.
-
-    Raises:
-        InputError: less than one step.
+        every_n_steps: optimizer steps between two checkpoints, 1 or more.
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:
@@ -47,30 +44,30 @@ class LastCheckpoint(Checkpoint):
                 f"LastCheckpoint: every_n_steps is {every_n_steps}; allowed: 1 or more"
             )
         self.every_n_steps = every_n_steps
-        self._saved_at = (-1, False)
+        self._last_saved = (-1, False)  # global step, whether a validation is due
         self._validation_is_due = False
-        self._known_sound = False
-        self._carried: tuple[int, dict[str, float]] = (0, {})
+        self._last_is_valid = False
+        self._resumed_metrics: tuple[int, dict[str, float]] = (0, {})  # epoch, metrics
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
-        """Return where the checkpoint lies."""
+        """Return the path of the checkpoint."""
         return Path(trainer.default_root_dir) / "checkpoints" / LAST
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have checkpoints written durably; remove what a killed run left half-written."""
+        """Install durable checkpoint writing; remove partial files of a killed run."""
         if stage != "fit":
             return
-        write_durably(trainer)
-        _same_state_on_all_ranks(trainer)
+        use_durable_io(trainer)
+        _check_same_checkpoint_on_ranks(trainer)
         if trainer.is_global_zero:
-            for part in self.path(trainer).parent.glob(f"*{PART}"):
+            for file in self.path(trainer).parent.glob(f"*{PARTIAL_SUFFIX}"):
                 with contextlib.suppress(OSError):
-                    part.unlink()
+                    file.unlink()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note that the state which training goes on from is saved."""
-        self._saved_at = (trainer.global_step, False)
+        """Record that the initial state is already saved."""
+        self._last_saved = (trainer.global_step, False)
 
     def on_train_batch_end(
         self,
@@ -80,49 +77,42 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save where the step asks for it.
-
-        Raises:
-            InputError: the last step could not be saved.
-        """
-        if not is_whole_step(trainer, batch_idx):
-            return  # no checkpoint holds half a gradient
+        """Save every N steps, before a validation, and after the last step."""
+        if not completes_optimizer_step(trainer, batch_idx):
+            return  # accumulated gradients are not saved
         self._log_step(trainer)
         step = trainer.global_step
         self._validation_is_due = _validation_follows(trainer)
         if step == trainer.max_steps:
             self.save_now(trainer)
         elif self._validation_is_due or step % self.every_n_steps == 0:
-            self._save(trainer)  # before a validation too: a stop in one only has to leave
+            self._save(trainer)  # before a validation too, so that a stop during it loses nothing
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note that it is done, before other callbacks save what it found."""
+        """Record that the validation is done, before other callbacks save checkpoints."""
         self._validation_is_due = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what the validation chose, once the other checkpoints have."""
+        """Save the state after the validation and after the other checkpoint callbacks."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Have a resumed training begin with the validation that was due or broken off.
+        """Save the step metrics, and make a resumed training restart an unfinished validation.
 
-        Lightning goes on in the middle of one, without what was measured before, and leaves out
-        one that was due; so its first batch is written down as begun, and nothing of it as done.
-
-        Until an epoch ends, each step logs the newest figures of both kinds of batches, so those of
-        the kind that this step did not train go along.
+        Lightning would continue in the middle of a validation without its earlier results, and skip
+        one that was due; so the progress is saved as started, with no completed batch.
         """
         if run_loggers(trainer):
-            checkpoint["figures"] = self._figures(trainer)
+            checkpoint["step_metrics"] = self._step_metrics(trainer)
         if not self._validation_is_due:
             return
         loops = checkpoint["loops"]["fit_loop"]
         for part in ("total", "current"):
-            trained = loops["epoch_loop.batch_progress"][part]
-            trained["completed"] = trained["processed"]
+            progress = loops["epoch_loop.batch_progress"][part]
+            progress["completed"] = progress["processed"]
             loops["epoch_loop.val_loop.batch_progress"][part].update(
                 ready=1, started=1, processed=0, completed=0
             )
@@ -130,128 +120,120 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take over the figures of the steps before."""
-        self._carried = (checkpoint["epoch"], checkpoint.get("figures", {}))
+        """Restore the step metrics."""
+        self._resumed_metrics = (checkpoint["epoch"], checkpoint.get("step_metrics", {}))
 
-    def _figures(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return the newest figures of this epoch's steps."""
-        epoch, carried = self._carried
+    def _step_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the newest metrics of the steps of this epoch."""
+        epoch, resumed = self._resumed_metrics
         results = trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
         newest = convert_tensors_to_scalars(results)
-        return {**(carried if epoch == trainer.current_epoch else {}), **newest}
+        return {**(resumed if epoch == trainer.current_epoch else {}), **newest}
 
     def _log_step(self, trainer: pl.Trainer) -> None:
-        """Log figures before the step is saved: Lightning does it after, when a stop may come."""
+        """Log metrics before saving: Lightning would log them after it, when a stop is possible."""
         loggers = run_loggers(trainer)
         if loggers and trainer._logger_connector.should_update_logs:
-            figures = self._figures(trainer)
-            # last: MLflow's pages show the first one first
-            figures = {**figures, "epoch": figures.get("epoch", trainer.current_epoch)}
+            metrics = self._step_metrics(trainer)
+            # epoch is the last one: MLflow's pages show metrics in this order
+            metrics = {**metrics, "epoch": metrics.get("epoch", trainer.current_epoch)}
             for logger in loggers:
-                logger.log_metrics(figures, trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.log_metrics(metrics, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save after the last epoch.
-
-        Raises:
-            InputError: it could not be saved.
-        """
+        """Save after the last epoch."""
         if trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs:
             self.save_now(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Save this state; every rank calls it.
+        """Save the current state; call it on every rank.
 
         Raises:
-            InputError: it could not be saved, on every rank.
+            InputError: it could not be saved; raised on every rank.
         """
-        problem = self._save(trainer)
-        if problem:
+        error = self._save(trainer)
+        if error:
             folder = self.path(trainer).parent
-            whole = [name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
+            existing = [name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
             raise InputError(
-                f"step {trainer.global_step} could not be saved: {problem}; earlier steps are in "
-                f"{folder}: {', '.join(whole) or 'none'}"
+                f"step {trainer.global_step} could not be saved: {error}; earlier steps are in "
+                f"{folder}: {', '.join(existing) or 'none'}"
             )
 
     def _save(self, trainer: pl.Trainer) -> str:
-        """Save unless this step is saved; return what went wrong, on every rank alike."""
+        """Save the state if it is new; return the error message, or "", on every rank."""
         state = (trainer.global_step, self._validation_is_due)
-        if self._saved_at == state or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._last_saved == state or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return ""
-        write_durably(trainer)  # else a full disk would leave the other ranks waiting
+        use_durable_io(trainer)  # otherwise the other ranks would wait after a full disk
         last = self.path(trainer)
-        fresh = last.with_name(last.name + PART)
-        trainer.save_checkpoint(fresh, weights_only=False)  # every rank takes part, rank 0 writes
-        problem = self._rotate(trainer, fresh, last) if trainer.is_global_zero else ""
-        problem = trainer.strategy.broadcast(problem)
-        if not problem:
-            self._saved_at = state
-        return problem
+        new = last.with_name(last.name + PARTIAL_SUFFIX)
+        trainer.save_checkpoint(new, weights_only=False)  # collective call, rank 0 writes
+        error = self._rotate(trainer, new, last) if trainer.is_global_zero else ""
+        error = trainer.strategy.broadcast(error)
+        if not error:
+            self._last_saved = state
+        return error
 
-    def _rotate(self, trainer: pl.Trainer, fresh: Path, last: Path) -> str:
-        """Let the fresh checkpoint be the last one, on rank 0; return what went wrong."""
-        writer = trainer.strategy.checkpoint_io
-        if isinstance(writer, DurableCheckpointIO) and writer.problem:
-            return writer.problem
+    def _rotate(self, trainer: pl.Trainer, new: Path, last: Path) -> str:
+        """Make the new checkpoint the last one, on rank 0; return the error message."""
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if isinstance(checkpoint_io, DurableCheckpointIO) and checkpoint_io.last_error:
+            return checkpoint_io.last_error
         try:
-            if not self._known_sound:
-                _drop_broken(last)
-            rotate(fresh, last)
+            if not self._last_is_valid:
+                _remove_if_damaged(last)
+            rotate(new, last)
         except OSError as error:
             with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
-            problem = f"{last}: {error.strerror or error}"
-            rank_zero_warn(f"checkpoint not written, {problem}; training goes on")
-            return problem
-        self._known_sound = True
+                new.unlink(missing_ok=True)
+            message = f"{last}: {error.strerror or error}"
+            rank_zero_warn(f"checkpoint not written, {message}; training continues")
+            return message
+        self._last_is_valid = True
         return ""
 
 
-def most_over_ranks(trainer: pl.Trainer, value: int) -> int:
-    """Return the largest value that a rank has; alone, a process asks no device."""
+def max_over_ranks(trainer: pl.Trainer, value: int) -> int:
+    """Return the maximum over all ranks; with one rank, without using the device."""
     if trainer.world_size == 1:
         return value
-    own = torch.tensor(float(value), device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(own, reduce_op="max"))
+    tensor = torch.tensor(float(value), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(tensor, reduce_op="max"))
 
 
-def is_whole_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Tell whether an optimizer step ends with this batch of the epoch."""
+def completes_optimizer_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Return whether an optimizer step ends with this batch of the epoch."""
     number = batch_idx + 1
     return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
 
 
-def _same_state_on_all_ranks(trainer: pl.Trainer) -> None:
-    """Refuse ranks that would go on from different steps.
-
-    Raises:
-        InputError: says what each rank found.
-    """
+def _check_same_checkpoint_on_ranks(trainer: pl.Trainer) -> None:
+    """Check that all ranks resume from the same checkpoint."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     path = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
-    own = f"{path.name}, {path.stat().st_size:,} bytes" if path and path.is_file() else "nothing"
-    found: list[str] = [""] * trainer.world_size
-    dist.all_gather_object(found, own)
-    if len(set(found)) > 1:
-        said = "; ".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
+    file = f"{path.name}, {path.stat().st_size:,} bytes" if path and path.is_file() else "nothing"
+    files: list[str] = [""] * trainer.world_size
+    dist.all_gather_object(files, file)
+    if len(set(files)) > 1:
+        listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(files))
         raise InputError(
-            f"the ranks found different states to go on from ({said}); run folders have to lie "
-            "where every rank can read them"
+            f"the ranks found different checkpoints to resume from ({listed}); the run folder must "
+            "be on a file system that every rank can read"
         )
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:
-    """Tell whether the batch that ends is followed by a validation."""
+    """Return whether a validation follows the current batch."""
     loop = trainer.fit_loop.epoch_loop
     fetcher = trainer.fit_loop._data_fetcher
-    has_images = bool(trainer.fit_loop.epoch_loop.val_loop.max_batches)
-    return fetcher is not None and has_images and loop._should_check_val_fx(fetcher)
+    has_validation = bool(trainer.fit_loop.epoch_loop.val_loop.max_batches)
+    return fetcher is not None and has_validation and loop._should_check_val_fx(fetcher)
 
 
-def _drop_broken(last: Path) -> None:
-    """Keep a damaged checkpoint of an earlier process from taking the place of the sound one."""
+def _remove_if_damaged(last: Path) -> None:
+    """Remove a damaged checkpoint, so that rotating does not replace the valid previous one."""
     if not last.is_file():
         return
     try:

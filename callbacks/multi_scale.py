@@ -1,4 +1,4 @@
-"""A new image size every few batches."""
+"""Multi-scale training: a new image size every few batches."""
 
 from typing import Any
 
@@ -12,59 +12,59 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.errors import InputError
 
 
-def size_at(step: int, sizes: list[int], every: int, seed: int) -> int:
-    """Return the image size, px, of a step: a pure function, so that ranks agree untold.
+def size_at_step(step: int, sizes: list[int], every: int, seed: int) -> int:
+    """Return the image size of a step, px; all ranks compute the same one.
 
     Args:
         step: number of the batch since training began.
         sizes: the sizes to choose from, px.
-        every: batches between two draws.
-        seed: chooses the sequence.
+        every: number of batches with one size.
+        seed: of the sequence of sizes.
     """
     draw = np.random.SeedSequence((seed, step // every)).generate_state(1)[0]
     return sizes[int(draw) % len(sizes)]
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Return float images in 0…1, (B, 3, size, size), of uint8 or float ones, on their device."""
+    """Return float images (B, 3, size, size) in 0…1 of uint8 or float images, on their device."""
     unit = images.float() / 255 if not images.is_floating_point() else images
     if images.shape[-1] == size:
         return unit
     return F.interpolate(unit, size=(size, size), mode="bilinear", antialias=True)
 
 
-def rehearse(module: pl.LightningModule, batch: Any) -> None:
-    """Run a step forward and backward, and leave everything as it was.
+def dry_run(module: pl.LightningModule, batch: Any) -> None:
+    """Run a forward and a backward pass without side effects.
 
-    Gradients are asked for, not accumulated: nothing that waits for other ranks hears of them.
+    `torch.autograd.grad` does not accumulate gradients, so that no hooks of DDP run.
 
     Args:
-        module: with `loss_terms`.
-        batch: on its device.
+        module: with a method `loss_terms`.
+        batch: on the module's device.
     """
     buffers = list(module.buffers())
-    kept = [buffer.clone() for buffer in buffers]
+    saved = [buffer.clone() for buffer in buffers]
     parameters = [p for p in module.parameters() if p.requires_grad]
     terms: dict[str, Tensor] = module.loss_terms(batch)  # type: ignore[operator]
     loss = torch.stack(list(terms.values())).sum()
     torch.autograd.grad(loss, parameters, allow_unused=True)
-    for buffer, before in zip(buffers, kept, strict=True):
-        buffer.copy_(before)
+    for buffer, value in zip(buffers, saved, strict=True):
+        buffer.copy_(value)
 
 
 class MultiScale(pl.Callback):
-    """Resize each training batch to a size that changes every few batches; keeps no state.
+    """Resize training batches to a random size that changes every few batches; has no state.
 
-    Boxes are relative to the image, so only the images change.
+    Boxes are relative to the image and do not change.
 
     Args:
-        sizes: sizes to choose from, px, multiples of 32, none above the data's canvas.
-        every_n_batches: batches between two draws.
-        seed: chooses the sequence of sizes.
+        sizes: px, multiples of 32, at most `data.canvas_size`.
+        every_n_batches: number of batches with one size.
+        seed: of the sequence of sizes.
 
     Raises:
-        InputError: no sizes, a size that is not a multiple of 32, or, when training starts, one
-            above the canvas.
+        InputError: no sizes, a size that is not a multiple of 32, or, when training starts, a size
+            above `data.canvas_size`.
 
     Source: YOLO9000, section 2, "Multi-Scale Training".
     """
@@ -79,7 +79,11 @@ class MultiScale(pl.Callback):
         self.sizes, self.every_n_batches, self.seed = sizes, every_n_batches, seed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse sizes that would have to be enlarged from a smaller canvas."""
+        """Check that no size is above the canvas size.
+
+        Raises:
+            InputError: one is.
+        """
         canvas = getattr(trainer.datamodule, "canvas_size", max(self.sizes))  # type: ignore[attr-defined]
         if max(self.sizes) > canvas:
             raise InputError(
@@ -88,9 +92,9 @@ class MultiScale(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Try a step of each kind at the largest size, so that too little memory ends it now.
+        """Run a step of each kind at the largest size, to find out now if memory is too small.
 
-        Nothing stays of it: no gradient, no running statistics, no random number.
+        It leaves no gradients, running statistics or random state behind.
 
         Raises:
             InputError: out of memory.
@@ -105,13 +109,13 @@ class MultiScale(pl.Callback):
             batch.images = resize(batch.images, size)
             try:
                 with trainer.precision_plugin.train_step_context():
-                    rehearse(pl_module, batch)
+                    dry_run(pl_module, batch)
             except torch.OutOfMemoryError as error:
                 raise InputError(
-                    f"{len(batch)} images of {size} px, the largest size of MultiScale, take more "
-                    f"memory than there is ({str(error).splitlines()[0]}); smaller: "
-                    "data.detection_batch_size, data.classification_batch_size, with "
-                    "trainer.accumulate_grad_batches in their place"
+                    f"{len(batch)} images of {size} px, the largest size of MultiScale, need more "
+                    f"memory than is available ({str(error).splitlines()[0]}); reduce "
+                    "data.detection_batch_size or data.classification_batch_size, and increase "
+                    "trainer.accumulate_grad_batches instead"
                 ) from None
 
     def on_train_batch_start(
@@ -121,7 +125,7 @@ class MultiScale(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Assign the resized images."""
+        """Resize the images of the batch."""
         if isinstance(batch, DetectionBatch | ClassificationBatch):
-            size = size_at(batch.step, self.sizes, self.every_n_batches, self.seed)
+            size = size_at_step(batch.step, self.sizes, self.every_n_batches, self.seed)
             batch.images = resize(batch.images, size)

@@ -1,4 +1,4 @@
-"""Pictures of what the detector finds on the same validation images, as training goes on."""
+"""Callback that draws predictions on fixed validation images during training."""
 
 import contextlib
 from typing import Any
@@ -16,26 +16,26 @@ from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, UnreadableSample
 from yolo_lightning.tracking.logger import run_loggers
-from yolo_lightning.visualization.drawing import draw_boxes, grid
+from yolo_lightning.visualization.drawing import draw_boxes, make_grid
 
-_TILE, _COLUMNS, _PAPER = 320, 4, 228
+_TILE, _COLUMNS, _GREY = 320, 4, 228
 _GREEN, _ORANGE, _WHITE = (24, 160, 70), (245, 110, 0), (255, 255, 255)
 _FONT, _TEXT_SCALE, _DASH = cv2.FONT_HERSHEY_SIMPLEX, 0.4, 6
-_AT_ONCE = 4
+_BATCH_SIZE = 4
 
 
 class PredictionGrid(pl.Callback):
-    """Draw predictions and truths of the same validation images after every few validations.
+    """Draw predictions and ground truth of the same validation images every n validations.
 
-    The images lie evenly over the validation source; those that cannot be read are left out. The
-    weights are those that the validation measures, averaged ones too. The picture goes to every
-    `RunLogger`; without one, and for classifiers, nothing is done. Training is as without it: what
-    goes wrong here is a warning, and random numbers stay as they are.
+    The images are spaced evenly over the validation source; unreadable ones are left out. The
+    weights are those of the validation, including averaged ones. The grid is logged to every
+    `RunLogger`; without one, and for classifiers, nothing is drawn. Training is not affected:
+    errors become warnings, and the state of random number generators is restored.
 
     Args:
-        images: how many to draw.
-        every_n_validations: validations from one picture to the next.
-        score_threshold: the least score that is drawn, 0…1.
+        images: number of images to draw.
+        every_n_validations: validations from one grid to the next.
+        score_threshold: minimum score of drawn predictions, 0…1.
 
     Raises:
         InputError: a value out of range.
@@ -56,11 +56,11 @@ class PredictionGrid(pl.Callback):
         self._validations = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many validations there were, for a resumed training to go on counting."""
+        """Return the number of validations so far."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of validations."""
         self._validations = state_dict["validations"]
 
     def on_validation_batch_end(
@@ -72,7 +72,7 @@ class PredictionGrid(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw after the last batch: once the epoch has ended, averaged weights are gone."""
+        """Draw after the last batch; at the end of the epoch averaged weights are swapped out."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if batch_idx + 1 != trainer.num_val_batches[dataloader_idx]:
@@ -80,98 +80,94 @@ class PredictionGrid(pl.Callback):
         self._validations += 1
         loggers = run_loggers(trainer)
         source = getattr(trainer.datamodule, "validation", None)  # type: ignore[attr-defined]
-        due = self._validations % self.every_n_validations == 0 and trainer.is_global_zero
-        if not (due and loggers and source is not None and isinstance(batch, DetectionBatch)):
+        is_due = self._validations % self.every_n_validations == 0 and trainer.is_global_zero
+        if not (is_due and loggers and source is not None and isinstance(batch, DetectionBatch)):
             return
-        with isolate_rng(include_cuda=False):  # nothing here draws on a device
+        with isolate_rng(include_cuda=False):  # no random numbers on the device
             try:
-                picture = self._picture(trainer, pl_module, source)
-            except Exception as error:  # a picture may fail, training may not
-                rank_zero_warn(f"no picture of predictions: {type(error).__name__}: {error}")
+                image = self._draw(trainer, pl_module, source)
+            except Exception as error:  # a failed drawing must not stop training
+                rank_zero_warn(f"cannot draw predictions: {type(error).__name__}: {error}")
                 return
-        if picture is not None:
-            for logger in loggers:  # where the figures of the same validation stand
+        if image is not None:
+            for logger in loggers:  # at the step of the metrics of this validation
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.log_picture("predictions", picture, step)
+                logger.log_image("predictions", image, step)
 
-    def _picture(self, trainer: pl.Trainer, module: Any, source: Any) -> Image | None:
-        """Return the grid, None where no image can be read."""
-        places = evenly(self.images, len(source))
+    def _draw(self, trainer: pl.Trainer, module: Any, source: Any) -> Image | None:
+        """Return the grid; None if no image can be read."""
+        indices = evenly_spaced(self.images, len(source))
         tiles: list[Image] = []
-        for start in range(0, len(places), _AT_ONCE):
-            samples = _readable(source, places[start : start + _AT_ONCE], module.size_hw())
+        for start in range(0, len(indices), _BATCH_SIZE):
+            samples = _read_samples(
+                source, indices[start : start + _BATCH_SIZE], module.input_size_hw()
+            )
             if not samples:
                 continue
-            fitted, sizes_hw = zip(*(module.fitted(one.image) for one in samples), strict=True)
+            fitted, sizes_hw = zip(*(module.preprocess(one.image) for one in samples), strict=True)
             images = torch.stack(fitted).to(module.device)
             with trainer.precision_plugin.val_step_context():
-                found = module.describe(images, torch.tensor(sizes_hw), self.score_threshold)
-            for sample, predicted in zip(samples, found, strict=True):
+                predictions = module.detect_most_specific(
+                    images, torch.tensor(sizes_hw), self.score_threshold
+                )
+            for sample, predicted in zip(samples, predictions, strict=True):
                 names = [module.tree.names[label] for label in sample.labels.tolist()]
-                told = predicted.told(module.tree)
-                tiles.append(tile(sample.image, sample.boxes_xyxy_px, names, told))
+                detections = predicted.to_list(module.tree)
+                tiles.append(draw_tile(sample.image, sample.boxes_xyxy_px, names, detections))
         legend = (
-            f"Step {trainer.global_step}: truths dashed green, "
+            f"Step {trainer.global_step}: ground truth dashed green, "
             f"predictions of {self.score_threshold:g} and above solid orange"
         )
-        return grid(tiles, min(_COLUMNS, len(tiles)), legend) if tiles else None
+        return make_grid(tiles, min(_COLUMNS, len(tiles)), legend) if tiles else None
 
 
-def _readable(source: Any, places: list[int], size_hw: tuple[int, int]) -> list[Any]:
-    """Return the samples that can be read, without what an evaluation does not ask for."""
+def _read_samples(source: Any, indices: list[int], size_hw: tuple[int, int]) -> list[Any]:
+    """Return the readable samples, without difficult targets."""
     samples = []
-    for index in places:
+    for index in indices:
         with contextlib.suppress(UnreadableSample):
             sample = source.read(index, max(_TILE, *size_hw))
-            samples.append(sample.chosen(~sample.difficult))
+            samples.append(sample.select(~sample.difficult))
     return samples
 
 
-def evenly(wanted: int, size: int) -> list[int]:
-    """Return the numbers of at most `wanted` of `size` things, from the first to the last."""
-    count = min(wanted, size)
+def evenly_spaced(max_count: int, size: int) -> list[int]:
+    """Return at most `max_count` indices, evenly spaced from 0 to `size` - 1."""
+    count = min(max_count, size)
     return [round(k * (size - 1) / max(1, count - 1)) for k in range(count)]
 
 
-def tile(
+def draw_tile(
     image: Image,
-    truths_xyxy_px: NDArray[np.float32],
+    targets_xyxy_px: NDArray[np.float32],
     names: list[str],
-    found: list[Detection],
+    detections: list[Detection],
 ) -> Image:
-    """Return an image fitted into a square, with what it shows and what was found in it.
-
-    Args:
-        image: uint8 (H, W, 3), RGB.
-        truths_xyxy_px: float (N, 4), px of `image`.
-        names: of the truths.
-        found: in px of `image`.
-    """
+    """Return an image fitted into a square, with its targets and detections, in px of `image`."""
     height, width = image.shape[:2]
     scale = _TILE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     left, top = (_TILE - size[0]) // 2, (_TILE - size[1]) // 2
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    canvas = np.full((_TILE, _TILE, 3), _PAPER, np.uint8)
+    canvas = np.full((_TILE, _TILE, 3), _GREY, np.uint8)
     canvas[top : top + size[1], left : left + size[0]] = cv2.resize(
         image, size, interpolation=method
     )
     offset = np.array([left, top, left, top])
-    placed = np.round(truths_xyxy_px * scale + offset).clip(0, _TILE - 1).astype(int).tolist()
-    for corners in placed:
-        _dash(canvas, corners)
-    boxes = np.array([one.box_xyxy_orig_px for one in found], np.float32).reshape(-1, 4)
-    captions = [f"{one.name} {one.score:.2f}" for one in found]
-    drawn = draw_boxes(
-        canvas, (boxes * scale + offset).astype(np.float32), captions, [_ORANGE] * len(found)
-    )
-    for corners, name in zip(placed, names, strict=True):  # last, so that no line crosses them
-        _name(drawn, corners, name)
+    targets = np.round(targets_xyxy_px * scale + offset).clip(0, _TILE - 1).astype(int).tolist()
+    for corners in targets:
+        _draw_dashed_box(canvas, corners)
+    boxes = np.array([one.box_xyxy_orig_px for one in detections], np.float32).reshape(-1, 4)
+    captions = [f"{one.name} {one.score:.2f}" for one in detections]
+    boxes = (boxes * scale + offset).astype(np.float32)
+    drawn = draw_boxes(canvas, boxes, captions, [_ORANGE] * len(detections))
+    for corners, name in zip(targets, names, strict=True):  # last, on top of all lines
+        _draw_name(drawn, corners, name)
     return drawn
 
 
-def _dash(canvas: Image, corners: list[int]) -> None:
-    """Draw a box in green dashes with white between them, which is seen on every ground."""
+def _draw_dashed_box(canvas: Image, corners: list[int]) -> None:
+    """Draw a box in green and white dashes, visible on every background."""
     x1, y1, x2, y2 = corners
     cv2.rectangle(canvas, (x1, y1), (x2, y2), _WHITE, 1)
     for x in range(x1, x2, 2 * _DASH):
@@ -182,8 +178,7 @@ def _dash(canvas: Image, corners: list[int]) -> None:
             cv2.line(canvas, (x, y), (x, min(y + _DASH, y2)), _GREEN, 1)
 
 
-def _name(canvas: Image, corners: list[int], name: str) -> None:
-    """Write what a truth is at the foot of its box."""
+def _draw_name(canvas: Image, corners: list[int], name: str) -> None:
     x1, _, _, y2 = corners
     (width, height), _ = cv2.getTextSize(name, _FONT, _TEXT_SCALE, 1)
     left = max(0, min(x1, _TILE - width - 2))

@@ -1,4 +1,4 @@
-"""Stopping when the cluster asks for it, with nothing lost."""
+"""`Preemption`: saves a checkpoint and stops on SIGTERM and SIGUSR1."""
 
 import os
 import subprocess
@@ -9,42 +9,41 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from yolo_lightning import signals
-from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint, is_whole_step, most_over_ranks
+from yolo_lightning.callbacks.last_checkpoint import (
+    LastCheckpoint,
+    completes_optimizer_step,
+    max_over_ranks,
+)
 
-STOPPED = 143
-"""Exit code of a training that was asked to stop: 128 + SIGTERM, what schedulers expect."""
+EXIT_PREEMPTED = 143  # 128 + SIGTERM, as schedulers expect
 
-_REQUEUE_S = 20
+_REQUEUE_TIMEOUT_S = 20
 
 
-class Preempted(SystemExit):
-    """Ends the process once all ranks have agreed to, and the state is saved.
-
-    Args:
-        requeued: whether the job is in the queue again.
-    """
+class PreemptionExit(SystemExit):
+    """Exit after all ranks have stopped and the checkpoint is saved."""
 
     def __init__(self, requeued: bool = False) -> None:
-        super().__init__(STOPPED)
+        super().__init__(EXIT_PREEMPTED)
         self.requeued = requeued
 
 
 class Preemption(Checkpoint):
-    """After each batch, ask all ranks whether one was told to stop; then save once and leave.
+    """After each optimizer step, save and exit if any rank has received a stop signal.
 
-    SIGUSR1, which `sbatch --signal` sends before the limit, also puts the SLURM job back into the
-    queue. SIGTERM does not: who preempts a job does so by himself, and who cancels one means it.
+    SIGUSR1, which `sbatch --signal` sends before the time limit, also requeues the SLURM job.
+    SIGTERM does not: SLURM itself requeues preempted jobs, and a cancelled job must not return.
 
-    Replaces Lightning's handlers: its own one saves inside the handler, and one rank alone that
-    gets SIGTERM leaves the others waiting. A kind of checkpoint callback, since these come last,
-    when the step is whole.
+    Replaces Lightning's signal handlers, which save inside the handler, and which leave the other
+    ranks waiting if only one receives SIGTERM. Derived from `Checkpoint`, because Lightning calls
+    checkpoint callbacks last, when the step is complete.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen, and keep Lightning from taking the signals over before the first step."""
+        """Install the signal handlers and keep Lightning from replacing them."""
         if stage == "fit":
-            signals.listen()
-            trainer._signal_connector.register_signal_handlers = _leave_them  # type: ignore[method-assign]
+            signals.install_handlers()
+            trainer._signal_connector.register_signal_handlers = _do_not_register  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self,
@@ -54,9 +53,9 @@ class Preemption(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Stop if any rank was asked to; never between two halves of an optimizer step."""
-        if is_whole_step(trainer, batch_idx):
-            self._stop_if_asked(trainer)
+        """Stop if any rank received a signal; only after a complete optimizer step."""
+        if completes_optimizer_step(trainer, batch_idx):
+            self._stop_if_signalled(trainer)
 
     def on_validation_batch_end(
         self,
@@ -67,17 +66,17 @@ class Preemption(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop if any rank was asked to; resuming begins the validation anew."""
+        """Stop if any rank received a signal; resuming restarts the validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._stop_if_asked(trainer)
+            self._stop_if_signalled(trainer)
 
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        number = most_over_ranks(trainer, signals.asked())
+    def _stop_if_signalled(self, trainer: pl.Trainer) -> None:
+        number = max_over_ranks(trainer, signals.received_signal())
         if not number:
             return
-        names = {int(one): one.name for one in signals.SIGNALS}
-        keeper = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
-        (keeper or LastCheckpoint()).save_now(trainer)
+        names = {int(stop_signal): stop_signal.name for stop_signal in signals.SIGNALS}
+        callback = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
+        (callback or LastCheckpoint()).save_now(trainer)
         rank_zero_info(
             f"{names[number]}: stopped at step {trainer.global_step}, saved to "
             f"{LastCheckpoint.path(trainer)}"
@@ -86,15 +85,15 @@ class Preemption(Checkpoint):
         if number == signals.STOP_AND_REQUEUE and trainer.is_global_zero:
             requeued = requeue()
         trainer.strategy.barrier("preemption")
-        raise Preempted(requeued)
+        raise PreemptionExit(requeued)
 
 
-def _leave_them() -> None:
-    """Do nothing."""
+def _do_not_register() -> None:
+    """Replace Lightning's registration of signal handlers."""
 
 
 def requeue() -> bool:
-    """Put the SLURM job that this is back into the queue; tell whether that went well."""
+    """Requeue this SLURM job; return whether it succeeded."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
@@ -102,16 +101,16 @@ def requeue() -> bool:
     if array is not None:
         job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["scontrol", "requeue", job],
             capture_output=True,
             text=True,
-            timeout=_REQUEUE_S,
+            timeout=_REQUEUE_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        rank_zero_warn(f"job {job} could not be put back into the queue: {error}")
+        rank_zero_warn(f"job {job} could not be requeued: {error}")
         return False
-    if done.returncode:
-        rank_zero_warn(f"job {job} could not be put back into the queue: {done.stderr.strip()}")
-    return done.returncode == 0
+    if result.returncode:
+        rank_zero_warn(f"job {job} could not be requeued: {result.stderr.strip()}")
+    return result.returncode == 0

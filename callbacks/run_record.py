@@ -1,4 +1,4 @@
-"""What a run needs to be understood, beside its checkpoints and in its MLflow run."""
+"""`RunRecord`: saves the recipe of a run, and describes the run in MLflow."""
 
 import csv
 from pathlib import Path
@@ -9,60 +9,60 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
-from yolo_lightning.callbacks.preemption import Preempted
+from yolo_lightning.callbacks.preemption import PreemptionExit
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.serving.mlflow_model import save_model
-from yolo_lightning.tracking.journal import FOLDER
+from yolo_lightning.tracking.journal import JOURNAL_FOLDER
 from yolo_lightning.tracking.logger import RunLogger, run_loggers
 from yolo_lightning.tracking.provenance import device_name, git_state, versions
-from yolo_lightning.tracking.store import without_password
+from yolo_lightning.tracking.store import strip_passwords
 
 
 class RunRecord(pl.Callback):
-    """Save the recipe as written and as resolved, and keep the MLflow run's account of itself.
+    """Saves the recipe as written and as resolved, and logs parameters, tags and the final model.
 
     Args:
-        folder: the run's own folder.
-        written: the recipe files, byte for byte, and the command line: name and text each.
-        resolved: every value that holds, nested.
-        recipe: what the recipe is called.
+        folder: run folder.
+        files: name and text of the recipe files, unchanged, and of the command line.
+        resolved: all values of the recipe, nested.
+        recipe: name of the recipe.
     """
 
     def __init__(
-        self, folder: Path, written: dict[str, str], resolved: dict[str, Any], recipe: str = "run"
+        self, folder: Path, files: dict[str, str], resolved: dict[str, Any], recipe: str = "run"
     ) -> None:
-        self.folder, self.written, self.resolved = folder, written, resolved
+        self.folder, self.files, self.resolved = folder, files, resolved
         self.recipe = recipe
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the files and the parameters, on rank 0."""
+        """Write the recipe files and log the parameters, on rank 0."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         resumed = (self.folder / "resolved.yaml").exists()
-        # the copies of a resumed run stand beside the first ones
-        prefix = f"resumed-{_next_number(self.folder)}-" if resumed else ""
-        texts = {**self.written, "resolved.yaml": yaml.safe_dump(self.resolved, sort_keys=False)}
+        # a resumed run keeps the files of earlier processes
+        prefix = f"resumed-{_next_resume_number(self.folder)}-" if resumed else ""
+        texts = {**self.files, "resolved.yaml": yaml.safe_dump(self.resolved, sort_keys=False)}
         for name, text in texts.items():
-            (self.folder / f"{prefix}{name}").write_text(without_password(text), encoding="utf-8")
+            (self.folder / f"{prefix}{name}").write_text(strip_passwords(text), encoding="utf-8")
         for logger in run_loggers(trainer):
-            logger.log_hyperparams(self._parameters())
+            logger.log_hyperparams(self._params())
             for name in texts:
-                logger.log_file(self.folder / f"{prefix}{name}", "recipe")
+                logger.log_artifact(self.folder / f"{prefix}{name}", "recipe")
 
-    def _parameters(self) -> dict[str, Any]:
-        """Return the recipe without what belongs to one start of it, or is said by the data."""
+    def _params(self) -> dict[str, Any]:
+        """Return the recipe without values of this process, and without duplicates."""
         values = {key: value for key, value in self.resolved.items() if key != "ckpt_path"}
         model = dict((values.get("model") or {}).get("init_args") or {})
         data = (values.get("data") or {}).get("init_args") or {}
-        if "image_size" in data:  # the model takes it over
+        if "image_size" in data:  # the model uses this value
             model.pop("image_size", None)
             values["model"] = {**values["model"], "init_args": model}
         return values
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what the run runs on and learns from, once all of it is there."""
+        """Log tags, datasets, the tree and the anchors."""
         loggers = run_loggers(trainer)
         if not loggers or not trainer.is_global_zero:
             return
@@ -75,22 +75,22 @@ class RunRecord(pl.Callback):
             "world_size": str(trainer.world_size),
             "precision": str(trainer.precision),
             **(git_state(Path.cwd()) or git_state(Path(__file__).parent)),
-            **{f"version.{name}": text for name, text in versions().items()},
+            **{f"version.{name}": version for name, version in versions().items()},
             **_data_tags(inputs),
-            "mlflow.note.content": self._note(inputs),
+            "mlflow.note.content": self._description(inputs),
         }
-        files = self._tables(pl_module)
+        files = self._write_tables(pl_module)
         for logger in loggers:
             logger.set_tags(tags)
-            logger.log_datasets([_dataset(one) for one in inputs])
+            logger.log_inputs([_to_mlflow_dataset(data) for data in inputs])
             for path, folder in files:
-                logger.log_file(path, folder)
+                logger.log_artifact(path, folder)
 
-    def _tables(self, module: Any) -> list[tuple[Path, str]]:
-        """Write the tree and the anchors as files; return these, and their folders in the run."""
+    def _write_tables(self, module: Any) -> list[tuple[Path, str]]:
+        """Write files with the tree and the anchors; return their paths and artifact folders."""
         written = []
         if (tree := getattr(module, "tree", None)) is not None:
-            (self.folder / "tree.tsv").write_text(tree.text(), encoding="utf-8")
+            (self.folder / "tree.tsv").write_text(tree.to_text(), encoding="utf-8")
             written.append((self.folder / "tree.tsv", "tree"))
         network = getattr(module, "network", None)
         if (anchors := getattr(network, "anchors_wh_cell", None)) is not None:
@@ -100,9 +100,9 @@ class RunRecord(pl.Callback):
             written.append((path, "anchors"))
         return written
 
-    def _note(self, inputs: list[dict[str, Any]]) -> str:
-        """Return what the run's page says about it, as Markdown."""
-        recipe = self.written.get("recipe.yaml", "")
+    def _description(self, inputs: list[dict[str, Any]]) -> str:
+        """Return the description of the run, as Markdown."""
+        recipe = self.files.get("recipe.yaml", "")
         comment = []
         for line in recipe.splitlines():
             if not line.startswith("#"):
@@ -110,36 +110,36 @@ class RunRecord(pl.Callback):
             comment.append(line.removeprefix("#").removeprefix(" "))
         purpose = "\n".join(comment).split("\n\n")[0] if comment else ""
         rows = [
-            f"| {one['use']} | {one['holds']} | {one['name']} | {one['images']:,} "
-            f"| {one['labelled']:,} | {one['nodes']:,} | `{one['fingerprint']}` |"
-            for one in inputs
+            f"| {data['use']} | {data['holds']} | {data['name']} | {data['images']:,} "
+            f"| {data['labelled']:,} | {data['nodes']:,} | `{data['fingerprint']}` |"
+            for data in inputs
         ]
-        table = ["| | holds | source | images | labelled | classes | fingerprint |",
+        table = ["| use | labels | source | images | labelled | classes | fingerprint |",
                  "| --- | --- | --- | --- | --- | --- | --- |", *rows]  # fmt: skip
-        command = self.written.get("command.txt", "").strip()
+        command = self.files.get("command.txt", "").strip()
         return "\n".join(
             [f"# {self.recipe}", "", purpose, "", *table, "", f"`{command}`", "",
-             f"Everything of this run lies in `{self.folder}`."]
+             f"All files of this run are in `{self.folder}`."]
         )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say from which step on training runs, and whether it repeats what a kill cut off."""
-        own = self.folder / "checkpoints"
+        """Tell the loggers the first step, and whether it repeats steps that a kill cut off."""
+        checkpoints = self.folder / "checkpoints"
         path = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
-        newest = path is None or (path.name in (LAST, PREVIOUS) and path.parent == own)
+        is_newest = path is None or (path.name in (LAST, PREVIOUS) and path.parent == checkpoints)
         for logger in run_loggers(trainer):
-            logger.begin(trainer.global_step, repeats=newest)
+            logger.start_training(trainer.global_step, replay=is_newest)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Name the MLflow run in the checkpoint, once the store has."""
+        """Store the MLflow run id in the checkpoint, if it is known."""
         for logger in run_loggers(trainer)[:1]:
             if logger.run_id is not None:
                 checkpoint["mlflow_run_id"] = logger.run_id
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the best checkpoint as a model, or the last one where none is chosen."""
+        """Log the best checkpoint as a model, or the last one if there is no best one."""
         loggers = run_loggers(trainer)
         if not loggers or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -149,7 +149,7 @@ class RunRecord(pl.Callback):
             try:
                 self._log_model(logger, path, trainer)
             except Exception as error:  # tracking may fail, training may not
-                rank_zero_warn(f"{path} is no MLflow model of the run: {error}")
+                rank_zero_warn(f"{path} cannot be logged as an MLflow model: {error}")
 
     def _log_model(self, logger: RunLogger, path: Path, trainer: pl.Trainer) -> None:
         if not path.is_file():
@@ -157,52 +157,51 @@ class RunRecord(pl.Callback):
         source = getattr(trainer.datamodule, "validation", None)  # type: ignore[attr-defined]
         first = source.read(0) if source is not None and len(source) else None
         example = first[0] if isinstance(first, tuple) else getattr(first, "image", None)
-        folder = self.folder / FOLDER / "model.part"
+        folder = self.folder / JOURNAL_FOLDER / "model.part"
         save_model(path, folder, example)
-        held = read_checkpoint(path)
-        name = held["module"].removesuffix("Module").lower()
-        logger.log_model(folder, name, held["global_step"])
+        checkpoint = read_checkpoint(path)
+        name = checkpoint["module"].removesuffix("Module").lower()
+        logger.log_model(folder, name, checkpoint["global_step"])
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Tell a training that was stopped from one that failed."""
+        """Set the final status of an interrupted training, which differs from a failed one."""
         status = ""
-        if isinstance(exception, Preempted):
+        if isinstance(exception, PreemptionExit):
             status = "RUNNING" if exception.requeued else "KILLED"
         elif isinstance(exception, KeyboardInterrupt):
             status = "KILLED"
         for logger in run_loggers(trainer):
-            logger.ends_as(status)
+            logger.set_final_status(status)
 
 
 def _data_tags(inputs: list[dict[str, Any]]) -> dict[str, str]:
-    """Return fingerprints and node counts, numbered where a use has several sources."""
+    """Return fingerprints and counts, numbered if there are several sources for one use."""
     tags: dict[str, str] = {}
-    for one in inputs:
-        name = f"data.{one['use']}.{one['holds'].replace(' ', '_')}"
+    for data in inputs:
+        name = f"data.{data['use']}.{data['holds'].replace(' ', '_')}"
         number = 2
         while f"{name}.fingerprint" in tags:
             name = f"{name.rstrip('0123456789-')}-{number}"
             number += 1
-        tags |= {f"{name}.{key}": str(one[key]) for key in ("fingerprint", "images", "nodes")}
+        tags |= {f"{name}.{key}": str(data[key]) for key in ("fingerprint", "images", "nodes")}
     return tags
 
 
-def _dataset(one: dict[str, Any]) -> dict[str, Any]:
-    """Return a source as MLflow describes datasets."""
-    shown = {key: one[key] for key in ("holds", "images", "labelled", "nodes")}
+def _to_mlflow_dataset(data: dict[str, Any]) -> dict[str, Any]:
+    profile = {key: data[key] for key in ("holds", "images", "labelled", "nodes")}
     return {
-        "use": one["use"],
+        "use": data["use"],
         "dataset": {
-            "name": one["name"][-500:],
-            "digest": one["fingerprint"],
+            "name": data["name"][-500:],
+            "digest": data["fingerprint"],
             "source_type": "local",
-            "source": yaml.safe_dump({"name": one["name"]}),
-            "profile": yaml.safe_dump(shown, sort_keys=False),
+            "source": yaml.safe_dump({"name": data["name"]}),
+            "profile": yaml.safe_dump(profile, sort_keys=False),
         },
     }
 
 
-def _next_number(folder: Path) -> int:
+def _next_resume_number(folder: Path) -> int:
     return 1 + len(list(folder.glob("resumed-*-resolved.yaml")))

@@ -1,4 +1,4 @@
-"""The report of a training's last validation."""
+"""Callback that writes a report of the last validation of a training."""
 
 from pathlib import Path
 from typing import Any
@@ -7,22 +7,22 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.evaluation.detection import DetectionEvaluation
-from yolo_lightning.evaluation.report import ReportData, image_reader, images_read, write_report
+from yolo_lightning.evaluation.report import ReportData, image_reader, num_images_read, write_report
 from yolo_lightning.tracking.logger import run_loggers
 
 
 class ValidationReport(pl.Callback):
     """Write the report of a detector's last validation when training ends, as `validate` does.
 
-    It lies in ``report`` in the run's folder, and goes to every `RunLogger` as ``plots``. A process
-    that has validated nothing writes none. What goes wrong here is a warning.
+    The report is written to ``report`` in the run folder, and logged to every `RunLogger` as
+    ``plots``. Without a validation in this process there is no report. Errors become warnings.
     """
 
     def __init__(self) -> None:
         self._step: int | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note at which step the newest figures are measured."""
+        """Store the step of the last validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._step = trainer.global_step
 
@@ -38,21 +38,22 @@ class ValidationReport(pl.Callback):
             return
         folder = Path(trainer.default_root_dir) / "report"
         try:
-            found = ReportData.of(evaluation, self._about(trainer, len(source)))
-            said = write_report(folder, found, image_reader(source), source.image_name)
-        except Exception as error:  # a report may fail, training may not
+            data = ReportData.from_evaluation(evaluation, self._metadata(trainer, len(source)))
+            summary = write_report(folder, data, image_reader(source), source.image_name)
+        except Exception as error:  # a failed report must not stop training
             rank_zero_warn(f"no report of the last validation: {type(error).__name__}: {error}")
             return
-        print("\n".join([*said, f"report: {folder}"]))
+        print("\n".join([*summary, f"report: {folder}"]))
         for logger in run_loggers(trainer):
-            logger.log_folder(folder, "plots")
+            logger.log_artifacts(folder, "plots")
 
-    def _about(self, trainer: pl.Trainer, images: int) -> dict[str, Any]:
-        """Return where the figures come from, of a source with so many images."""
+    def _metadata(self, trainer: pl.Trainer, source_length: int) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
         return {
             "command": "fit",
             "step": self._step,
             "image_size": data.image_size,
-            "images": images_read(trainer.num_val_batches, data, trainer.world_size, images),
+            "images": num_images_read(
+                trainer.num_val_batches, data, trainer.world_size, source_length
+            ),
         }

@@ -1,4 +1,4 @@
-"""Data: sources, augmentation, the alternating sampler, the combined datamodule."""
+"""Sources of images, augmentation, the alternating sampler, and the datamodule."""
 
 if __name__ != "yolo_lightning.datamodules":
     raise ImportError(
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from yolo_lightning.datamodules.voc import ILSVRCDetection, VOCFolder
     from yolo_lightning.datamodules.yolo_txt import YOLOText
 
-# imported on first use: what only reads annotations needs neither Lightning nor albumentations
+# imported on first use: reading annotations needs neither Lightning nor albumentations
 _HOME = {
     "COCOJson": "coco",
     "ClassificationAugmentation": "transforms",

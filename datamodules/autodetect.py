@@ -1,12 +1,11 @@
-"""Which source reads a dataset: told from its files."""
+"""Choose the source for a dataset by its files."""
 
 from pathlib import Path
 
-from yolo_lightning.datamodules.annotated import AnnotatedImages
 from yolo_lightning.datamodules.coco import COCOJson, is_coco
-from yolo_lightning.datamodules.image_folder import ImageFolder, LabelCSV, images_below
+from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages, iter_images
+from yolo_lightning.datamodules.image_folder import ImageFolder, LabelCSV
 from yolo_lightning.datamodules.imagenet import ImageNet
-from yolo_lightning.datamodules.labelled import LabelledImages
 from yolo_lightning.datamodules.voc import ILSVRCDetection, VOCFolder
 from yolo_lightning.datamodules.yolo_txt import YOLOText
 from yolo_lightning.errors import InputError
@@ -15,130 +14,135 @@ DETECTION_LAYOUTS = (
     "COCO JSON; a folder with Pascal VOC XML files; YOLO text (data.yaml, .data, or images/ beside "
     "labels/); ILSVRC folders"
 )
-_HELD_OUT = {"validation": ("val", "valid", "validation"), "test": ("test",)}
-_SPLITS = {"train", "val", "valid", "validation", "test"}
 LABEL_LAYOUTS = "a folder with one folder of images per class; ImageNet's; a CSV of path,label"
+_HELD_OUT_SPLITS = {"validation": ("val", "valid", "validation"), "test": ("test",)}
+_SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class AmbiguousLayout(InputError):
-    """A folder holds more than one dataset, and nothing tells which is meant."""
+    """A folder contains several datasets."""
 
 
-def detection_source(place: str, split: str | None = None) -> AnnotatedImages:
-    """Return the source that reads images with boxes.
+def detection_source(path: str, split: str | None = None) -> AnnotatedImages:
+    """Return the source for a file or folder of images with boxes.
 
     Args:
-        place: a file or a folder.
-        split: which part, where the layout has parts; the usual one for training by default.
+        path: of the dataset.
+        split: if the layout has splits; by default the usual one for training.
 
     Raises:
-        InputError: nothing there, or a layout that is not known.
+        InputError: the path is missing, or its layout is unknown.
     """
-    path = _existing(place)
-    if path.is_file():
-        if path.suffix == ".json":
-            return COCOJson(place)
-        if path.suffix in (".yaml", ".yml", ".data", ".txt"):
-            return YOLOText(place, split or "train")
-    elif (path / "Annotations" / "DET").is_dir():
-        return ILSVRCDetection(place, split or "train")
-    elif (path / "Annotations" / "CLS-LOC").is_dir():
-        return ILSVRCDetection(place, split or "train", "CLS-LOC")
+    root = _require(path)
+    if root.is_file():
+        if root.suffix == ".json":
+            return COCOJson(path)
+        if root.suffix in (".yaml", ".yml", ".data", ".txt"):
+            return YOLOText(path, split or "train")
+    elif (root / "Annotations" / "DET").is_dir():
+        return ILSVRCDetection(path, split or "train")
+    elif (root / "Annotations" / "CLS-LOC").is_dir():
+        return ILSVRCDetection(path, split or "train", "CLS-LOC")
     else:
-        found = _detection_folder(path, place, split)
-        if found is not None:
-            return found
-    raise InputError(f"{place}: no images with boxes recognised; known: {DETECTION_LAYOUTS}")
+        source = (
+            _voc_source(root, path, split)
+            or _coco_source(root, path, split)
+            or _yolo_folder(root, path, split)
+        )
+        if source is not None:
+            return source
+    raise InputError(f"{path}: no images with boxes recognised; known: {DETECTION_LAYOUTS}")
 
 
-def _detection_folder(path: Path, place: str, split: str | None) -> AnnotatedImages | None:
-    years = sorted(f.name for f in path.glob("VOC[0-9]*") if (f / "Annotations").is_dir())
+def _voc_source(root: Path, path: str, split: str | None) -> AnnotatedImages | None:
+    """Return the source for a VOC folder, or for a description of a YOLO dataset."""
+    years = sorted(f.name for f in root.glob("VOC[0-9]*") if (f / "Annotations").is_dir())
     if years:
         numbers = [int(year.removeprefix("VOC")) for year in years]
-        return VOCFolder(place, split or "trainval", numbers)
-    if (path / "ImageSets" / "Main").is_dir():
-        lists = {f.stem for f in (path / "ImageSets" / "Main").glob("*.txt")}
-        return VOCFolder(
-            place, split or next((n for n in ("trainval", "train") if n in lists), None)
-        )
+        return VOCFolder(path, split or "trainval", numbers)
+    if (root / "ImageSets" / "Main").is_dir():
+        sets = {f.stem for f in (root / "ImageSets" / "Main").glob("*.txt")}
+        default = next((name for name in ("trainval", "train") if name in sets), None)
+        return VOCFolder(path, split or default)
     for name in ("data.yaml", "dataset.yaml"):
-        if (path / name).is_file():
-            return YOLOText(str(path / name), split or "train")
-    for folder in (path, path / "Annotations", path / "annotations"):
+        if (root / name).is_file():
+            return YOLOText(str(root / name), split or "train")
+    for folder in (root, root / "Annotations", root / "annotations"):
         if next(folder.glob("*.xml"), None):
-            return VOCFolder(place, split)
-    for folder in (path / (split or "train"), path):
+            return VOCFolder(path, split)
+    for folder in (root / (split or "train"), root):
         if next(folder.glob("*.xml"), None):
-            return VOCFolder(place, split or "train")
-    files = [*sorted(path.glob("*.json")), *sorted(path.glob("annotations/*.json"))]
-    files += sorted((path / (split or "train")).glob("*.json"))
-    coco = [file for file in files if is_coco(file)]
-    if len(coco) > 1:
-        named = [file for file in coco if (split or "train") in f"{file.parent.name}/{file.stem}"]
-        named = [file for file in named if file.stem.startswith("instances")] or named
-        if len(named) != 1:
-            listed = ", ".join(str(file) for file in coco)
-            raise AmbiguousLayout(f"{place}: several COCO files; name one of {listed}")
-        coco = named
-    if coco:
-        return COCOJson(str(coco[0]))
-    if (path / "labels").is_dir() or next(path.rglob("labels"), None):
-        return YOLOText(place, split or "train")
+            return VOCFolder(path, split or "train")
     return None
 
 
-def held_out(place: str, trained: AnnotatedImages) -> dict[str, AnnotatedImages]:
-    """Return the parts of a dataset that its layout sets apart, by what a recipe calls them.
+def _coco_source(root: Path, path: str, split: str | None) -> AnnotatedImages | None:
+    files = [*sorted(root.glob("*.json")), *sorted(root.glob("annotations/*.json"))]
+    files += sorted((root / (split or "train")).glob("*.json"))
+    files = [file for file in files if is_coco(file)]
+    if len(files) > 1:
+        matches = [
+            file for file in files if (split or "train") in f"{file.parent.name}/{file.stem}"
+        ]
+        matches = [file for file in matches if file.stem.startswith("instances")] or matches
+        if len(matches) != 1:
+            names = ", ".join(str(file) for file in files)
+            raise AmbiguousLayout(f"{path}: several COCO files; name one of {names}")
+        files = matches
+    return COCOJson(str(files[0])) if files else None
 
-    Parts that hold images which are trained on are left out: VOC's `val` lies within `trainval`.
 
-    Args:
-        place: as for `detection_source`.
-        trained: the part that is trained on.
+def _yolo_folder(root: Path, path: str, split: str | None) -> AnnotatedImages | None:
+    if (root / "labels").is_dir() or next(root.rglob("labels"), None):
+        return YOLOText(path, split or "train")
+    return None
+
+
+def held_out(path: str, training: AnnotatedImages) -> dict[str, AnnotatedImages]:
+    """Return the held-out splits of a dataset, ``validation`` and ``test``, if it has them.
+
+    Splits that share images with training are left out, such as VOC's `val`, a part of `trainval`.
     """
-    used = {trained.image_name(k) for k in range(len(trained))}
-    found: dict[str, AnnotatedImages] = {}
-    for part, splits in _HELD_OUT.items():
+    training_names = {training.image_name(k) for k in range(len(training))}
+    sources: dict[str, AnnotatedImages] = {}
+    for part, splits in _HELD_OUT_SPLITS.items():
         for split in splits:
             try:
-                source = detection_source(place, split)
+                source = detection_source(path, split)
                 names = {source.image_name(k) for k in range(len(source))}
             except InputError:
-                continue  # this layout has no such part
-            if names and not names & used:
-                found[part] = source
+                continue  # the layout has no such split
+            if names and not names & training_names:
+                sources[part] = source
                 break
-    return found
+    return sources
 
 
-def label_source(place: str) -> LabelledImages:
-    """Return the source that reads images with a label each.
-
-    Args:
-        place: a file or a folder.
+def label_source(path: str) -> LabelledImages:
+    """Return the source for a file or folder of images with one label each.
 
     Raises:
-        InputError: nothing there, or a layout that is not known.
+        InputError: the path is missing, or its layout is unknown.
     """
-    path = _existing(place)
-    if path.is_file():
-        if path.suffix in (".csv", ".tsv"):
-            return LabelCSV(place)
-    elif (path / "Data" / "CLS-LOC").is_dir() or next(path.glob("train/n" + "[0-9]" * 8), None):
-        return ImageNet(place)
-    elif (path / "train").is_dir() and {f.name for f in _shown_folders(path)} <= _SPLITS:
-        return label_source(str(path / "train"))
-    elif any(next(images_below(f, []), None) for f in path.iterdir() if f.is_dir()):
-        return ImageFolder(place)
-    raise InputError(f"{place}: no images with labels recognised; known: {LABEL_LAYOUTS}")
+    root = _require(path)
+    if root.is_file():
+        if root.suffix in (".csv", ".tsv"):
+            return LabelCSV(path)
+    elif (root / "Data" / "CLS-LOC").is_dir() or next(root.glob("train/n" + "[0-9]" * 8), None):
+        return ImageNet(path)
+    elif (root / "train").is_dir() and {f.name for f in _visible_folders(root)} <= _SPLITS:
+        return label_source(str(root / "train"))
+    elif any(next(iter_images(f, []), None) for f in root.iterdir() if f.is_dir()):
+        return ImageFolder(path)
+    raise InputError(f"{path}: no images with labels recognised; known: {LABEL_LAYOUTS}")
 
 
-def _existing(place: str) -> Path:
-    path = Path(place).expanduser()
-    if not path.exists():
-        raise InputError(f"{place!r}: no such file or folder (working folder: {Path.cwd()})")
-    return path
+def _require(path: str) -> Path:
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise InputError(f"{path!r}: no such file or folder (working folder: {Path.cwd()})")
+    return root
 
 
-def _shown_folders(path: Path) -> list[Path]:
-    return [f for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")]
+def _visible_folders(root: Path) -> list[Path]:
+    return [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""From plans to batches: read, augment, collate."""
+"""Datasets whose items are whole batches: read, augment, collate."""
 
 import math
 from collections.abc import Iterator
@@ -6,12 +6,17 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.batches import (
+    ClassificationBatch,
+    DetectionBatch,
+    DetectionSample,
+    collate_detection,
+    stack_images,
+)
 from yolo_lightning.datamodules.sampler import BatchPlan
-from yolo_lightning.datamodules.source import DetectionSample, DetectionSource, ImageLabelSource
+from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
@@ -22,20 +27,21 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, Resize, UnreadableSample, fit
 
 Batch = DetectionBatch | ClassificationBatch
-Read = TypeVar("Read", covariant=True)
+Item = TypeVar("Item", covariant=True)
 
 
-class _Readable(Protocol[Read]):
+class _Readable(Protocol[Item]):
     def __len__(self) -> int: ...
 
-    def read(self, index: int, least_side: int | None = None) -> Read: ...
+    def read(self, index: int, min_side: int | None = None) -> Item: ...
 
 
-_GOLDEN, _TOLD = 0.618, 20
+_GOLDEN_RATIO = 0.618
+_MAX_REPORTED = 20
 
 
 class JointDataset(Dataset[Batch]):
-    """Turn a plan into a batch: decode, augment, collate; a pure function of the plan."""
+    """Turn plans into training batches; a batch depends on its plan alone."""
 
     def __init__(
         self,
@@ -51,52 +57,47 @@ class JointDataset(Dataset[Batch]):
         self.canvas_size, self.seed, self.resize = canvas_size, seed, resize
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        """Return the batch that a plan names."""
+        """Return the batch of a plan."""
         faults: list[str] = []
+        entries = list(zip(plan.indices, plan.passes, strict=True))
         if plan.kind == "detection":
-            batch: Batch = collate_detection(
-                [self._detection_sample(*place, faults) for place in _places(plan)]
-            )
+            samples = [self._read_sample(index, number, faults) for index, number in entries]
+            batch: Batch = collate_detection(samples)
         else:
-            pairs = [self._labelled_image(*place, faults) for place in _places(plan)]
-            batch = ClassificationBatch(
-                _stack([image for image, _ in pairs]),
-                torch.zeros(0),
-                torch.tensor([node for _, node in pairs]),
-            )
+            pairs = [self._read_image(index, number, faults) for index, number in entries]
+            images, nodes = zip(*pairs, strict=True)
+            batch = ClassificationBatch(stack_images(images), torch.zeros(0), torch.tensor(nodes))
         batch.sample_ids = torch.tensor(plan.indices)
         batch.step, batch.images_seen = plan.step, plan.images_seen
         batch.faults = [*batch.faults, *faults]
         return batch
 
-    def _detection_sample(self, index: int, number: int, faults: list[str]) -> DetectionSample:
-        source = self.detection
-        assert source is not None, "the order holds no detection batches without a source"
-        least = self.canvas_size
-        if self.detection_augmentation is not None:
-            least = self.detection_augmentation.longest_side(least)
-        sample = _read_or_next(source, index, least, faults)
-        sample = sample.chosen(~sample.difficult)
-        if self.detection_augmentation is None:
-            return fit_sample(sample, self.canvas_size, self.resize)
-        seed = _seed(self.seed, 0, number, index)
-        return self.detection_augmentation(sample, self.canvas_size, seed, self.resize)
+    def _read_sample(self, index: int, pass_number: int, faults: list[str]) -> DetectionSample:
+        """Return an augmented sample without its difficult objects."""
+        source, augmentation = self.detection, self.detection_augmentation
+        assert source is not None, "a plan without a detection source has no detection batches"
+        size = self.canvas_size
+        min_side = augmentation.required_side(size) if augmentation is not None else size
+        sample = _read_or_replace(source, index, min_side, faults)
+        sample = sample.select(~sample.difficult)
+        if augmentation is None:
+            return fit_sample(sample, size, self.resize)
+        return augmentation(sample, size, _seed(self.seed, 0, pass_number, index), self.resize)
 
-    def _labelled_image(self, index: int, number: int, faults: list[str]) -> tuple[Image, int]:
-        source = self.classification
-        assert source is not None, "the order holds no classification batches without a source"
-        least = self.canvas_size
-        if self.classification_augmentation is not None:
-            least = self.classification_augmentation.longest_side(least)
-        image, node = _read_or_next(source, index, least, faults)
-        if self.classification_augmentation is None:
-            return fit(image, (self.canvas_size, self.canvas_size))[0], node
-        seed = _seed(self.seed, 1, number, index)
-        return self.classification_augmentation(image, self.canvas_size, seed), node
+    def _read_image(self, index: int, pass_number: int, faults: list[str]) -> tuple[Image, int]:
+        """Return an augmented image and its node."""
+        source, augmentation = self.classification, self.classification_augmentation
+        assert source is not None, "a plan without a classification source has no label batches"
+        size = self.canvas_size
+        min_side = augmentation.required_side(size) if augmentation is not None else size
+        image, node = _read_or_replace(source, index, min_side, faults)
+        if augmentation is None:
+            return fit(image, (size, size))[0], node
+        return augmentation(image, size, _seed(self.seed, 1, pass_number, index)), node
 
 
 class EvaluationDataset(Dataset[Batch]):
-    """Whole images, boxes in the network input; padding has the sample id -1."""
+    """Whole images and their boxes in the network input; padding has the sample id -1."""
 
     def __init__(
         self, source: DetectionSource, image_size: int, resize: Resize = "letterbox"
@@ -104,19 +105,18 @@ class EvaluationDataset(Dataset[Batch]):
         self.source, self.image_size, self.resize = source, image_size, resize
 
     def __getitem__(self, positions: list[int]) -> DetectionBatch:
-        """Return the images at these positions; those past the end stand in as padding."""
+        """Return the images at these positions; positions beyond the end give padding."""
         samples, sizes, ids, faults = [], [], [], []
         for position in positions:
             index = position % len(self.source)
             try:
                 sample = self.source.read(index, self.image_size)
             except UnreadableSample as error:
-                # evaluation never puts another image in the place of one that it cannot read
+                # evaluation never replaces an image by another one
                 faults.append(f"{error}; left out of the evaluation")
-                empty = np.zeros((0,), dtype=np.int64)
                 blank = np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
-                boxes = np.zeros((0, 4), dtype=np.float32)
-                sample = DetectionSample(blank, boxes, empty, empty.astype(np.bool_))
+                boxes, no_labels = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
+                sample = DetectionSample(blank, boxes, no_labels, np.zeros(0, dtype=np.bool_))
                 position = len(self.source)
             sizes.append(sample.size_hw_orig)
             ids.append(position if position < len(self.source) else -1)
@@ -128,13 +128,13 @@ class EvaluationDataset(Dataset[Batch]):
 
 
 class LabelEvaluationDataset(Dataset[Batch]):
-    """The middles of images with one label each; padding has the sample id -1."""
+    """Centre crops of images with one label each; padding has the sample id -1."""
 
     def __init__(self, source: ImageLabelSource, image_size: int) -> None:
         self.source, self.image_size = source, image_size
 
     def __getitem__(self, positions: list[int]) -> ClassificationBatch:
-        """Return the images at these positions; those past the end stand in as padding."""
+        """Return the images at these positions; positions beyond the end give padding."""
         images, labels, ids, faults = [], [], [], []
         for position in positions:
             try:
@@ -147,18 +147,12 @@ class LabelEvaluationDataset(Dataset[Batch]):
             labels.append(node)
             ids.append(position if position < len(self.source) else -1)
         return ClassificationBatch(
-            _stack(images), torch.tensor(ids), torch.tensor(labels), faults=faults
+            stack_images(images), torch.tensor(ids), torch.tensor(labels), faults=faults
         )
 
 
 class EvaluationSampler(Sampler[list[int]]):
-    """Each rank's batches of positions: equally many for all, so that no rank waits for another.
-
-    Args:
-        size: number of images.
-        batch_size: images in a batch of one rank.
-        rank, world_size: this process among all.
-    """
+    """Batches of positions 0…size - 1 for one rank; every rank gets equally many."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         share = -(-size // world_size)
@@ -173,71 +167,30 @@ class EvaluationSampler(Sampler[list[int]]):
         return iter(self._batches)
 
 
-def _places(plan: BatchPlan) -> Iterator[tuple[int, int]]:
-    return zip(plan.indices, plan.passes, strict=True)
-
-
 def _seed(*key: int) -> int:
-    """Return the seed of one sample's augmentation."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def _read_or_next(source: _Readable[Read], index: int, least_side: int, faults: list[str]) -> Read:
-    """Return a sample, or another readable one in its place; says so in `faults`.
+def _read_or_replace(source: _Readable[Item], index: int, min_side: int, faults: list[str]) -> Item:
+    """Return a sample, or a readable one from elsewhere if it cannot be read; report to `faults`.
 
-    Stand-ins come from all over the source: neighbours are often of one class, and broken together.
+    Neighbours are often of one class and unreadable together, so replacements come from far away.
     """
-    size, at, stride = len(source), index, 0
-    for number in range(size):
+    size, stride = len(source), 0
+    for attempt in range(size):
         try:
-            return source.read(at, least_side)
+            return source.read(index, min_side)
         except UnreadableSample as error:
-            if number < _TOLD:
-                faults.append(f"{error}; another image stands in")
-            stride = stride or _stride(size)
-            at = (at + stride) % size
+            if attempt < _MAX_REPORTED:
+                faults.append(f"{error}; another image is used instead")
+            stride = stride or _coprime_stride(size)
+            index = (index + stride) % size
     raise InputError(f"no readable image among {size}: {faults[-1]}")
 
 
-def _stride(size: int) -> int:
-    """Return a step that reaches every sample before any comes again, each far from the last."""
-    stride = max(1, round(size * _GOLDEN))
+def _coprime_stride(size: int) -> int:
+    """Return a stride, near the golden ratio of the size, that reaches every index."""
+    stride = max(1, round(size * _GOLDEN_RATIO))
     while math.gcd(stride, size) > 1:
         stride += 1
     return stride
-
-
-def _stack(images: list[Image]) -> Tensor:
-    """Return uint8 (B, 3, H, W), channels last in memory, as networks here want them."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def collate_detection(samples: list[DetectionSample]) -> DetectionBatch:
-    """Stack samples of one size; the number of object slots is a power of two, at least 8."""
-    images = _stack([sample.image for sample in samples])
-    most = max(len(sample.labels) for sample in samples)
-    slots = 8
-    while slots < most:
-        slots *= 2
-    count, height, width = len(samples), images.shape[2], images.shape[3]
-    boxes = torch.zeros(count, slots, 4)
-    labels = torch.full((count, slots), -1)
-    difficult = torch.zeros(count, slots, dtype=torch.bool)
-    crowd = torch.zeros_like(difficult)
-    areas = torch.zeros(count, slots)
-    unit = np.array([width, height, width, height], dtype=np.float32)
-    for row, sample in enumerate(samples):
-        n = len(sample.labels)
-        x1, y1, x2, y2 = (sample.boxes_xyxy_px / unit).T
-        centre_size = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
-        boxes[row, :n] = torch.from_numpy(centre_size)
-        labels[row, :n] = torch.from_numpy(sample.labels)
-        difficult[row, :n] = torch.from_numpy(sample.difficult)
-        crowd[row, :n] = torch.from_numpy(sample.crowd)
-        areas[row, :n] = torch.from_numpy(sample.areas_orig_px2)
-    sizes = torch.tensor([[height, width]] * count)
-    ids = torch.zeros(count, dtype=torch.long)
-    faults = [fault for sample in samples for fault in sample.faults]
-    return DetectionBatch(
-        images, ids, boxes, labels, difficult, crowd, sizes, areas_orig_px2=areas, faults=faults
-    )

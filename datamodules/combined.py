@@ -1,4 +1,4 @@
-"""Detection and classification batches on one stateless, alternating order."""
+"""The datamodule: detection and classification batches in one alternating, stateless order."""
 
 from fractions import Fraction
 from typing import Any
@@ -41,51 +41,50 @@ EvaluationSource = (
 )
 
 
-def _joined(given: Any) -> Any:
-    """Return a list of sources of one kind as one source.
-
-    Raises:
-        InputError: both kinds in one list, or an empty list.
-    """
-    if not isinstance(given, list):
-        return given
-    if all(isinstance(source, DetectionSource) for source in given):
-        return ConcatDetectionSource(given)
-    if all(isinstance(source, ImageLabelSource) for source in given):
-        return ConcatImageLabelSource(given)
-    raise InputError("a list of sources holds images with boxes and images with labels; part them")
+def _concat(sources: Any) -> Any:
+    """Return a list of sources of one kind as one source, anything else unchanged."""
+    if not isinstance(sources, list):
+        return sources
+    if all(isinstance(source, DetectionSource) for source in sources):
+        return ConcatDetectionSource(sources)
+    if all(isinstance(source, ImageLabelSource) for source in sources):
+        return ConcatImageLabelSource(sources)
+    raise InputError(
+        "a list of sources mixes images with boxes and images with labels; use separate lists"
+    )
 
 
 class CombinedDataModule(pl.LightningDataModule):
-    """Any detection source and any classification source, in alternating batches, or either alone.
+    """A detection source and a classification source in alternating batches, or one of them alone.
 
-    Not Lightning's ``CombinedLoader``: it has no mode that alternates in ``fit``. Resuming one in
-    the middle of an epoch also repeats or loses batches, where here batch number g is computed.
+    Lightning's ``CombinedLoader`` cannot replace it: it cannot alternate in ``fit``, and it repeats
+    or loses batches when training resumes within an epoch. Here each batch is computed from its
+    number.
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        detection: images with boxes, a list for several sources; None trains a classifier on labels
-            alone.
-        classification: images with labels, a list for several sources; None trains on boxes alone.
-        validation: what ``validate``, and ``fit`` in between, measure on.
-        test: what ``test`` measures on; `validation` by default.
+        detection: images with boxes, or a list of such sources; None to train a classifier.
+        classification: images with labels, or a list of such sources; None to train on boxes only.
+        validation: images for ``validate``, and for validation during ``fit``.
+        test: images for ``test``; `validation` by default.
         detection_batch_size: images in a detection batch, over *all* ranks.
         classification_batch_size: images in a classification batch, over *all* ranks.
         classification_batches_per_detection_batch: 0 or more, fractions allowed.
-        image_size: side of the network input in evaluation, px, a multiple of 32; images with
-            boxes are letterboxed, of images with labels the middle is taken.
-        canvas_size: side of training images, px; the largest that `MultiScale` draws, which
-            shrinks them on the device. `image_size` by default.
-        steps_per_epoch: batches of an epoch; by default one pass of the detection source with its
-            interleaved classification batches, or of the classification source alone.
-        resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`, each
-            side by itself, as the original program trained.
-        detection_augmentation, classification_augmentation: none where None.
-        num_workers: loader processes of each rank.
-        seed: chooses order and augmentation; the batch of a step depends on nothing else.
+        image_size: side of the network input in evaluation, px, a multiple of 32. Images with boxes
+            are fitted as `resize` says, images with labels are cropped at the centre.
+        canvas_size: side of training images, px, at least the largest size of `MultiScale`, which
+            resizes them on the device. `image_size` by default.
+        steps_per_epoch: by default one pass over the detection source with its interleaved
+            classification batches, or one pass over the classification source alone.
+        resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`, which
+            changes the aspect ratio, as in the original program's training.
+        detection_augmentation: no augmentation if None.
+        classification_augmentation: no augmentation if None.
+        num_workers: loader processes per rank.
+        seed: of order and augmentation; the batch of a step depends on nothing else.
 
     Raises:
-        InputError: a size or a ratio out of range; on `setup`, whatever the sources find.
+        InputError: a size or a ratio out of range; on `setup`, errors of the sources.
     """
 
     def __init__(
@@ -110,11 +109,11 @@ class CombinedDataModule(pl.LightningDataModule):
         super().__init__()
         if detection is None and classification is None:
             raise InputError("data.detection and data.classification: name at least one of them")
-        self.tree = WordTree.of(tree)
-        self.detection = _joined(detection)
-        self.classification = _joined(classification)
-        self.validation = _joined(validation)
-        self.test = self.validation if test is None else _joined(test)
+        self.tree = WordTree.from_source(tree)
+        self.detection = _concat(detection)
+        self.classification = _concat(classification)
+        self.validation = _concat(validation)
+        self.test = self.validation if test is None else _concat(test)
         self.batch_sizes = (detection_batch_size, classification_batch_size)
         ratio = classification_batches_per_detection_batch
         for name, value in (
@@ -146,52 +145,50 @@ class CombinedDataModule(pl.LightningDataModule):
         self._bound: set[int] = set()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the indices of the sources that a stage needs, and map their labels to nodes."""
+        """Bind the sources that a stage needs to the tree."""
         if stage == "validate" and self.validation is None:
-            raise InputError("the recipe names no data.validation to measure on")
-        needed: dict[str, list[DetectionSource | ImageLabelSource | None]] = {
+            raise InputError("data.validation is not set: nothing to validate on")
+        sources: dict[str, list[DetectionSource | ImageLabelSource | None]] = {
             "fit": [self.detection, self.classification, self.validation],
             "validate": [self.validation],
             "test": [self.test],
         }
-        for source in needed.get(stage or "fit", []):
+        for source in sources.get(stage or "fit", []):
             if source is not None and id(source) not in self._bound:
                 source.bind(self.tree)
                 self._bound.add(id(source))
         if stage == "fit" and self.detection is not None and not len(self.detection.nodes):
-            raise InputError(f"data.detection: {self.detection.name} holds no box to learn from")
+            raise InputError(f"data.detection: {self.detection.name} contains no box to learn from")
 
     @property
     def source_faults(self) -> list[str]:
-        """What the sources read so far repaired or skipped, a sentence each."""
+        """What the bound sources repaired or skipped, one sentence each."""
         sources = (self.detection, self.classification, self.validation, self.test)
         unique = {id(s): s for s in sources if s is not None and id(s) in self._bound}
         return [fault for source in unique.values() for fault in source.faults]
 
     def vocabulary_report(self) -> str:
-        """Return which names met, which labels are coarser, and what each class learns from."""
+        """Return what each class learns from, as text."""
         return vocabulary_report(self.tree, *self._counts())
 
     def vocabulary_table(self) -> list[dict[str, object]]:
-        """Return for every class what labels it with boxes and with images."""
+        """Return one row per class with its labels, from boxes and from images."""
         return vocabulary_table(self.tree, *self._counts())
 
     def _counts(self) -> tuple[Counts, Counts]:
-        """Return what boxes and what image labels training learns from, by node and name."""
+        """Return the training boxes and training image labels, by node and name."""
         uses_labels = self.ratio or self.detection is None
         boxes = self.detection.node_counts() if self.detection is not None else {}
         labels = self.classification if uses_labels else None
         return boxes, labels.node_counts() if labels is not None else {}
 
     def inputs(self) -> list[dict[str, Any]]:
-        """Return what training and its validations read, one entry a source; after `setup`.
+        """Return one entry per bound source of training and validation.
 
-        Returns:
-            ``use`` (training, validation), ``holds`` (boxes, image labels), ``name``,
-            ``fingerprint``, ``images``, ``nodes`` and ``labelled``: objects, or images.
+        ``labelled`` is the number of objects, or of images with a label.
         """
         uses_labels = self.ratio or self.detection is None
-        used = [
+        entries = [
             ("training", "boxes", self.detection),
             ("training", "image labels", self.classification if uses_labels else None),
             ("validation", "boxes" if self.detection is not None else "", self.validation),
@@ -206,19 +203,19 @@ class CombinedDataModule(pl.LightningDataModule):
                 "nodes": len(source.node_counts()),
                 "labelled": sum(sum(c.values()) for c in source.node_counts().values()),
             }
-            for use, holds, joined in used
-            if joined is not None and id(joined) in self._bound
-            for source in getattr(joined, "sources", [joined])
+            for use, holds, whole in entries
+            if whole is not None and id(whole) in self._bound
+            for source in getattr(whole, "sources", [whole])
         ]
 
     @property
     def boxed_nodes(self) -> Tensor:
-        """int64, sorted: the nodes that training boxes are labelled with."""
+        """int64, sorted: the nodes that occur as labels of training boxes."""
         return self.detection.nodes if self.detection is not None else torch.zeros(0).long()
 
     @property
     def order(self) -> JointOrder:
-        """Which samples each step reads."""
+        """The samples of each step."""
         uses_labels = self.ratio or self.detection is None
         return JointOrder(
             len(self.detection) if self.detection is not None else 0,
@@ -229,23 +226,26 @@ class CombinedDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> "ResumableLoader":
-        """Return the loader of both kinds of batches."""
+        """Return the loader of training batches.
+
+        Raises:
+            InputError: trainer options that would change the order of batches.
+        """
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         if trainer and world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError(
-                "trainer.use_distributed_sampler has to be false: the data's own sampler gives "
-                "each rank its share"
+                "trainer.use_distributed_sampler must be false: the data's own sampler gives each "
+                "rank its share"
             )
-
-        if trainer and _cuts_epochs(trainer):
+        if trainer and _limits_epochs(trainer):
             raise InputError(
-                "trainer.limit_train_batches and trainer.overfit_batches would cut epochs short "
-                "behind the sampler's back; set data.steps_per_epoch, or a source's length, instead"
+                "trainer.limit_train_batches and trainer.overfit_batches would shorten epochs "
+                "without the sampler; set data.steps_per_epoch, or a source's length, instead"
             )
 
         def steps_trained() -> int:
-            # `processed` counts batches that were trained, through epochs, resumes, accumulation
+            # `processed` counts trained batches over all epochs, also after resuming
             if trainer is None:
                 return 0
             return int(
@@ -258,18 +258,13 @@ class CombinedDataModule(pl.LightningDataModule):
         return ResumableLoader(self._training_dataset(), sampler, self.num_workers)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return what a rank reads at a step; `setup` comes before.
-
-        Args:
-            step: number of the batch since training began.
-            rank: the process.
-            world_size: how many there are.
+        """Return the batch of a rank at a step, counted since training began.
 
         Raises:
-            InputError: a global batch that the ranks cannot share equally.
+            InputError: a global batch size that is not a multiple of `world_size`.
         """
         order = self.order
-        AlternatingBatchSampler(order, 1, lambda: step, rank, world_size)  # refuses unequal shares
+        AlternatingBatchSampler(order, 1, lambda: step, rank, world_size)  # checks the shares
         return self._training_dataset()[order.plan(step, rank, world_size)]
 
     def _training_dataset(self) -> JointDataset:
@@ -283,13 +278,13 @@ class CombinedDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> "ResumableLoader | list[Any]":
-        """Return the loader of validation images, none where the recipe names none."""
+        """Return the loader of validation images, or no loader without `validation`."""
         return self._evaluation_loader(self.validation)
 
     def test_dataloader(self) -> "ResumableLoader | list[Any]":
         """Return the loader of test images."""
         if self.test is None:
-            raise InputError("the recipe names neither data.test nor data.validation")
+            raise InputError("data.test and data.validation are not set: nothing to test on")
         return self._evaluation_loader(self.test)
 
     def _evaluation_loader(
@@ -312,10 +307,10 @@ class CombinedDataModule(pl.LightningDataModule):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader whose sampler names whole batches, and that has no position to save.
+    """A loader whose sampler yields whole batches, and whose state is empty.
 
-    Lightning warns about a resume in mid-epoch unless a loader can save its state: this one's is
-    empty, since the sampler asks the trainer where it stands.
+    Lightning warns about resuming within an epoch unless a loader has a state. This one needs none:
+    the sampler continues from the trainer's number of steps.
     """
 
     def __init__(self, dataset: Dataset[Batch], sampler: Sampler[Any], num_workers: int) -> None:
@@ -326,24 +321,24 @@ class ResumableLoader(DataLoader[Batch]):
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_init_worker,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the order is computed."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing: the order is computed."""
+        """Ignore the state."""
 
 
-def _cuts_epochs(trainer: Any) -> bool:
+def _limits_epochs(trainer: Any) -> bool:
     if trainer.fast_dev_run:
         return False
     limit = trainer.limit_train_batches
     return bool(isinstance(limit, int) or limit != 1.0 or trainer.overfit_batches)
 
 
-def _begin_worker(worker_id: int) -> None:
+def _init_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
-    signals.ignore()  # a scheduler signals every process of a job, forked ones too
+    signals.ignore_stop_signals()  # schedulers signal every process of a job, workers too

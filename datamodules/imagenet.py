@@ -1,4 +1,4 @@
-"""ImageNet's image labels, in the folders that its archives unpack to."""
+"""ImageNet's image labels, in the folders of its unpacked archives."""
 
 import csv
 import os
@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.datamodules.image_folder import images_below
-from yolo_lightning.datamodules.index import Parsed
-from yolo_lightning.datamodules.labelled import LabelledImages, label_index
-from yolo_lightning.datamodules.source import existing_folder
+from yolo_lightning.datamodules.annotations import build_label_index
+from yolo_lightning.datamodules.files import LabelledImages, iter_images, require_folder
+from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import is_image
 
@@ -21,23 +20,18 @@ _NUMBER = re.compile(r"_(\d{8})$")
 
 
 class ImageNet(LabelledImages):
-    """ImageNet's classification images; labels are wnids.
+    """ImageNet's classification images; labels are WordNet ids (wnids).
 
-    Folders of wnids hold their images (``train/n01440764/…``). Where images lie in one folder
-    (``val/ILSVRC2012_val_00000001.JPEG``), their labels come from Kaggle's
-    ``LOC_val_solution.csv``, a list with a wnid for each image in order, or the development kit;
-    these are looked for in `root`, up to two levels below it, and up to two above it.
+    Images lie in one folder per wnid (``train/n01440764/…``), or all in one folder
+    (``val/ILSVRC2012_val_00000001.JPEG``). The labels of the latter come from Kaggle's
+    ``LOC_val_solution.csv``, a list with the wnid of each image in order, or the development kit,
+    which are searched in `root`, up to two levels below it, and up to two levels above it.
 
     Args:
         root: the folder with ``train`` and ``val``, or with ``Data/CLS-LOC``.
         split: which folder.
-        labels: file or folder that names the labels of images in one folder; found by itself where
-            it has its usual name.
-        mapping: nodes by wnid, where the tree has other keys.
-
-    Raises:
-        InputError: on `bind`: a missing folder, no labels to be found, lists that do not fit the
-            images, or a wnid that is not in the tree.
+        labels: file or folder with the labels of images in one folder, if not in a usual place.
+        mapping: nodes by wnid, if the tree has other keys.
     """
 
     def __init__(
@@ -51,46 +45,45 @@ class ImageNet(LabelledImages):
         self.root, self.split, self.labels = root, split, labels
         self.name = f"ImageNet {root} ({split})"
 
-    def _key(self) -> tuple[Path, dict[str, Any]]:
-        root = existing_folder(self.root, "ImageNet")
+    def _cache_key(self) -> tuple[Path, dict[str, Any]]:
+        root = require_folder(self.root, "ImageNet")
         labels = Path(self.labels).expanduser().absolute() if self.labels is not None else None
         return root, {"split": self.split, "labels": str(labels)}
 
-    def _parse(self) -> Parsed:
-        """List wnid folders, or one folder of images and its labels."""
-        root = existing_folder(self.root, "ImageNet").absolute()
-        places = [root / self.split, root / "Data" / "CLS-LOC" / self.split]
-        folder = next((place for place in places if place.is_dir()), None)
+    def _parse(self) -> Index:
+        root = require_folder(self.root, "ImageNet").absolute()
+        candidates = [root / self.split, root / "Data" / "CLS-LOC" / self.split]
+        folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
         if folder is None:
             folders = (f.name for f in root.iterdir() if f.is_dir() and f.name[:1] != ".")
             choices = ", ".join(sorted(folders))
             raise InputError(f"ImageNet {self.root!r}: no split {self.split!r}; found: {choices}")
         watched = [root, folder]
-        loose = sorted(name for name in os.listdir(folder) if is_image(Path(name)))
+        names = sorted(name for name in os.listdir(folder) if is_image(Path(name)))
         faults: list[str] = []
-        if loose:
-            file, wnids = self._labels_of(root, loose, faults)
+        if names:
+            file, wnids = self._read_labels(root, names, faults)
             watched += [file, file.parent / _META]
-            images = [str((folder / name).relative_to(root)) for name in loose if name in wnids]
-            labels = [wnids[name] for name in loose if name in wnids]
+            images = [str((folder / name).relative_to(root)) for name in names if name in wnids]
+            labels = [wnids[name] for name in names if name in wnids]
             origins = dict.fromkeys(labels, str(file))
         else:
             images, labels = [], []
-            below = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[:1] != ".")
-            for place in below:
-                files = [str(file.relative_to(root)) for file in images_below(place, watched)]
+            subfolders = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[:1] != ".")
+            for subfolder in subfolders:
+                files = [str(file.relative_to(root)) for file in iter_images(subfolder, watched)]
                 if not files:
-                    faults.append(f"{place}: no images")
+                    faults.append(f"{subfolder}: no images")
                 images.extend(files)
-                labels.extend([place.name] * len(files))
+                labels.extend([subfolder.name] * len(files))
             origins = {label: str(folder / label) for label in dict.fromkeys(labels)}
-        return label_index(root, images, labels, origins, faults, watched)
+        return build_label_index(root, images, labels, origins, faults, watched)
 
-    def _labels_of(
+    def _read_labels(
         self, root: Path, names: list[str], faults: list[str]
     ) -> tuple[Path, dict[str, str]]:
-        """Return the file that labels these images, and the wnid of each."""
-        file = self._label_file(root)
+        """Return the file with the labels of these images, and the wnid of each image."""
+        file = self._find_label_file(root)
         if file.suffix == ".csv":
             rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
             by_stem = {
@@ -99,10 +92,10 @@ class ImageNet(LabelledImages):
                 if len(row) > 1 and row[1].strip()
             }
         else:
-            lines = [line.split()[-1] for line in _lines(file)]
+            lines = [line.split()[-1] for line in _read_lines(file)]
             if file.name == _DEVKIT:
-                wnid_of = _devkit_wnids(file.parent / _META)
-                lines = [wnid_of.get(line, "") for line in lines]
+                wnids = _read_devkit_wnids(file.parent / _META)
+                lines = [wnids.get(line, "") for line in lines]
             numbers = [_NUMBER.search(Path(name).stem) for name in names]
             ranks = [int(n.group(1)) - 1 if n else k for k, n in enumerate(numbers)]
             if max(ranks) >= len(lines):
@@ -112,37 +105,38 @@ class ImageNet(LabelledImages):
                 )
             pairs = zip(names, ranks, strict=True)
             by_stem = {Path(name).stem: lines[rank] for name, rank in pairs}
-        found = {name: by_stem.get(Path(name).stem, "") for name in names}
-        faults += [f"{file}: no label for {name}, skipped" for name, w in found.items() if not w]
-        return file, {name: wnid for name, wnid in found.items() if wnid}
+        wnid_by_name = {name: by_stem.get(Path(name).stem, "") for name in names}
+        unlabelled = [name for name, wnid in wnid_by_name.items() if not wnid]
+        faults += [f"{file}: no label for {name}, skipped" for name in unlabelled]
+        return file, {name: wnid for name, wnid in wnid_by_name.items() if wnid}
 
-    def _label_file(self, root: Path) -> Path:
-        wanted = (_KAGGLE, *_SYNSETS, _DEVKIT)
+    def _find_label_file(self, root: Path) -> Path:
+        file_names = (_KAGGLE, *_SYNSETS, _DEVKIT)
         start = Path(self.labels).expanduser() if self.labels is not None else root
         if start.is_file():
             return start
         if start.is_dir():
             patterns = ("", "*/", "*/*/", *(["../", "../../"] if self.labels is None else []))
-            for name in wanted:
+            for name in file_names:
                 for pattern in patterns:
                     for file in sorted(start.glob(pattern + name)):
                         return file
         raise InputError(
             f"ImageNet {self.root!r}: the images of {self.split!r} lie in one folder, and none of "
-            f"{', '.join(wanted)} is below {str(start)!r}; name the one that you have: labels: PATH"
+            f"{', '.join(file_names)} is below {str(start)!r}; set labels: PATH"
         )
 
 
-def _lines(file: Path) -> list[str]:
+def _read_lines(file: Path) -> list[str]:
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _devkit_wnids(meta: Path) -> dict[str, str]:
-    """Return wnids by the development kit's own numbers, as it writes them."""
+def _read_devkit_wnids(meta: Path) -> dict[str, str]:
+    """Return wnids by the development kit's own class numbers."""
     from scipy.io import loadmat
 
     try:
         synsets = loadmat(str(meta), squeeze_me=True)["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
-    except Exception as error:  # scipy raises classes of its own for damaged files
+    except Exception as error:  # scipy raises many kinds for damaged files
         raise InputError(f"{meta}: not the development kit's list of synsets ({error})") from None

@@ -1,7 +1,7 @@
-"""What a source knows about its images: arrays, parsed once, kept in a file, memory-mapped.
+"""The cached index of a dataset: arrays and metadata, parsed once, then memory-mapped.
 
-Loader workers and ranks map the same file, so a source costs each of them next to nothing however
-many images it has.
+Loader workers and ranks map the same file, so however many images a source has, it costs each of
+them almost no memory.
 """
 
 import hashlib
@@ -9,9 +9,9 @@ import json
 import os
 import struct
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-VERSION = 2
-"""Raised whenever what an index holds changes; older files are made anew."""
+VERSION = 3
+"""Increase it when the content of an index changes: files of other versions are rebuilt."""
 
 CACHE_VARIABLE = "YOLO_LIGHTNING_CACHE"
-"""Environment variable: a folder for all indices, instead of one beside each dataset."""
+"""Environment variable: one folder for all indices, instead of a folder in each dataset."""
 
 CACHE_FOLDER = ".yolo_lightning"
 
@@ -32,182 +32,154 @@ _MAGIC = b"yolo-lightning index\n"
 _ALIGNMENT = 64
 
 
+@dataclass(eq=False)
 class Index:
-    """Arrays and plain values of a source.
+    """Arrays and metadata of a parsed dataset.
 
-    Args:
-        arrays: by name.
-        facts: whatever JSON holds, such as the names of classes.
-        file: where it is kept; what is handed to a worker process is this path alone.
+    Pickling stores only the path of the cache file, of which loaded arrays are read-only views.
     """
 
-    def __init__(
-        self, arrays: Mapping[str, Array], facts: Mapping[str, Any], file: Path | None = None
-    ) -> None:
-        self.arrays, self.facts, self.file = dict(arrays), dict(facts), file
-
-    def __getitem__(self, name: str) -> Array:
-        return self.arrays[name]
-
-    def text(self, name: str, number: int) -> str:
-        """Return one of the texts that `pack` put under this name."""
-        first, last = self.arrays[f"{name}_at"][number : number + 2]
-        return bytes(self.arrays[name][first:last]).decode("utf-8", "surrogateescape")
+    arrays: dict[str, Array]
+    metadata: dict[str, Any]  # values that JSON can store, such as class names
+    # files and folders that were parsed: the index is stale when one of them changes
+    watched: list[Path] = field(default_factory=list)
+    file: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.file is None:
-            return self.__dict__
-        return {"file": self.file}
+        return self.__dict__ if self.file is None else {"file": self.file}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if "arrays" not in state:
-            self.__dict__.update(load(state["file"]).__dict__)
+        self.__dict__.update(state if "arrays" in state else load(state["file"]).__dict__)
 
 
-@dataclass
-class Parsed:
-    """What parsing a dataset gave.
-
-    Attributes:
-        index: its arrays and facts.
-        watched: files and folders that were read; the index is stale once one of them changes.
-    """
-
-    index: Index
-    watched: list[Path] = field(default_factory=list)
+def pack_strings(name: str, strings: Iterable[str]) -> dict[str, Array]:
+    """Return strings as two arrays: their UTF-8 bytes, and the offset of each (N + 1)."""
+    encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(string) for string in encoded], out=offsets[1:])
+    return {name: np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{name}_offsets": offsets}
 
 
-def pack(name: str, texts: Iterable[str]) -> dict[str, Array]:
-    """Return texts as two arrays: all bytes one after the other, and where each begins."""
-    encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
-    at = np.zeros(len(encoded) + 1, dtype=np.int64)
-    np.cumsum([len(text) for text in encoded], out=at[1:])
-    return {name: np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{name}_at": at}
-
-
-def cached(root: Path, key: Mapping[str, Any], parse: Callable[[], Parsed]) -> Index:
-    """Return the index of a dataset: the kept one where nothing has changed, else a fresh one.
+def cache_file(root: Path, options: Mapping[str, Any]) -> Path | None:
+    """Return where the index of a dataset is cached; None if no folder is writable.
 
     Args:
-        root: the dataset's folder; the index is kept below it, or in the user's cache folder where
-            it is read-only.
-        key: all else that the index depends on, such as a split.
-        parse: reads the dataset.
+        root: the dataset's folder. The index is cached in a subfolder of it, or in the user's cache
+            folder if it is read-only.
+        options: everything else that the index depends on, such as a split.
     """
-    identity = json.dumps({"root": str(root.absolute()), **key}, sort_keys=True)
+    identity = json.dumps({"root": str(root.absolute()), **options}, sort_keys=True)
     name = hashlib.sha256(identity.encode()).hexdigest()[:16] + ".index"
     folder = _cache_folder(root)
-    if folder is None:
-        return parse().index
-    kept = _load_fresh(folder / name)
-    if kept is not None:
-        return kept
-    started = time.time_ns()
-    parsed = parse()
-    watched = [str(path) for path in parsed.watched]
-    arrays = {
-        **parsed.index.arrays,
-        **pack("watched", watched),
-        "stamps": np.array([_stamp(path, started) for path in watched], np.int64).reshape(-1, 2),
-    }
-    try:
-        save(folder / name, Index(arrays, parsed.index.facts))
-    except OSError:
-        return parsed.index  # no room for it: this run goes on without
-    return load(folder / name)
+    return None if folder is None else folder / name
 
 
 def _cache_folder(root: Path) -> Path | None:
-    """Return a folder that can be written: the one asked for, beside the data, or the user's."""
-    asked = os.environ.get(CACHE_VARIABLE)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    places = [Path(asked)] if asked else [Path(home) / "yolo-lightning"]
-    # not for write permission alone: the superuser has it everywhere
-    if not asked and root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
-        places.insert(0, root / CACHE_FOLDER)
-    for place in places:
+    configured = os.environ.get(CACHE_VARIABLE)
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folders = [Path(configured)] if configured else [user_cache / "yolo-lightning"]
+    # check the mode bits too: the superuser may write everywhere
+    if not configured and root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
+        folders.insert(0, root / CACHE_FOLDER)
+    for folder in folders:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             continue
-        return place
+        return folder
     return None
 
 
-def _stamp(path: str, before_ns: int | None = None) -> tuple[int, int]:
-    """Return size and time of the last change, -1 where there is nothing.
+def _stamp(path: str, parsing_since_ns: int | None = None) -> tuple[int, int]:
+    """Return size and modification time, (-1, -1) if the path is missing.
 
-    What was changed after `before_ns`, while it was being read, gets a stamp that nothing has.
+    A path that changed while it was parsed gets (-2, -2), which never matches.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return -1, -1
-    if before_ns is not None and found.st_mtime_ns > before_ns:
+    if parsing_since_ns is not None and status.st_mtime_ns > parsing_since_ns:
         return -2, -2
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-def _load_fresh(file: Path) -> Index | None:
-    """Return a kept index; None where it is missing, broken, of another version, or stale."""
+def load_fresh(file: Path) -> Index | None:
+    """Load an index; return None if it is missing, damaged, of another version, or stale."""
     try:
         index = load(file)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    stamps = index["stamps"].tolist()
-    fresh = all(list(_stamp(index.text("watched", k))) == stamp for k, stamp in enumerate(stamps))
+    data = bytes(index.arrays["watched"])
+    spans = pairwise(index.arrays["watched_offsets"].tolist())
+    watched = (data[start:end].decode("utf-8", "surrogateescape") for start, end in spans)
+    stamps = index.arrays["stamps"].tolist()
+    fresh = all(list(_stamp(path)) == stamp for path, stamp in zip(watched, stamps, strict=True))
     return index if fresh else None
 
 
-def save(file: Path, index: Index) -> None:
-    """Write an index beside its place, then move it there: whoever reads sees all of it or none."""
-    places, at = {}, 0
-    for name, array in index.arrays.items():
-        places[name] = [at, str(array.dtype), list(array.shape)]
-        at += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    head = json.dumps({"version": VERSION, "places": places, "facts": index.facts, "end": at})
-    packed = head.encode("utf-8", "surrogateescape")
-    handle, fresh = tempfile.mkstemp(dir=file.parent, suffix=".fresh")
+def save(index: Index, file: Path, parsing_since_ns: int) -> Index:
+    """Save a new index and return it memory-mapped, or unchanged if the file cannot be written.
+
+    The file is replaced atomically. Paths that changed after `parsing_since_ns` make it stale.
+    """
+    watched = [str(path) for path in index.watched]
+    stamps = np.array([_stamp(path, parsing_since_ns) for path in watched], np.int64)
+    arrays = {**index.arrays, **pack_strings("watched", watched), "stamps": stamps.reshape(-1, 2)}
     try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(_MAGIC + struct.pack("<q", len(packed)) + packed)
+        _write(file, arrays, index.metadata)
+    except OSError:
+        return index
+    return load(file)
+
+
+def _write(file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any]) -> None:
+    """Write a JSON header and the arrays, each at a multiple of 64 bytes."""
+    layout: dict[str, list[Any]] = {}
+    end = 0
+    for name, array in arrays.items():
+        layout[name] = [end, str(array.dtype), list(array.shape)]
+        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    values = {"version": VERSION, "layout": layout, "metadata": metadata, "end": end}
+    header = json.dumps(values).encode("utf-8", "surrogateescape")
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(_MAGIC + struct.pack("<q", len(header)) + header)
             out.write(b"\0" * (-out.tell() % _ALIGNMENT))
-            for array in index.arrays.values():
+            for array in arrays.values():
                 out.write(np.ascontiguousarray(array).data)
                 out.write(b"\0" * (-array.nbytes % _ALIGNMENT))
-        os.chmod(fresh, 0o644)
-        os.replace(fresh, file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
     finally:
-        Path(fresh).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def load(file: Path) -> Index:
-    """Map an index.
+    """Memory-map an index.
 
     Raises:
-        OSError: it is missing.
-        ValueError: it is no index, of another version, or cut off.
+        ValueError: not an index, of another version, or truncated.
     """
-    with file.open("rb") as source:
-        if source.read(len(_MAGIC)) != _MAGIC:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if stream.read(len(_MAGIC)) != _MAGIC:
             raise ValueError(f"{file}: not an index")
-        length = source.read(8)
-        if len(length) < 8:
-            raise ValueError(f"{file}: cut off")
-        head_length = struct.unpack("<q", length)[0]
-        if not 0 < head_length <= file.stat().st_size:
-            raise ValueError(f"{file}: cut off")
-        head = json.loads(source.read(head_length))
-        start = -(-source.tell() // _ALIGNMENT) * _ALIGNMENT
-    if head["version"] != VERSION:
-        raise ValueError(f"{file}: of version {head['version']}")
-    if file.stat().st_size != start + head["end"]:
-        raise ValueError(f"{file}: cut off")
+        length = stream.read(8)
+        header_length = struct.unpack("<q", length)[0] if len(length) == 8 else 0
+        if not 0 < header_length <= size:
+            raise ValueError(f"{file}: truncated")
+        header = json.loads(stream.read(header_length))
+        start = -(-stream.tell() // _ALIGNMENT) * _ALIGNMENT
+    if header["version"] != VERSION:
+        raise ValueError(f"{file}: version {header['version']}, expected {VERSION}")
+    if size != start + header["end"]:
+        raise ValueError(f"{file}: truncated")
+    mapped = np.memmap(file, dtype=np.uint8, mode="r")
     arrays: dict[str, Array] = {}
-    mapped: Sequence[Any] | NDArray[np.uint8] = np.memmap(file, dtype=np.uint8, mode="r")
-    for name, (at, kind, shape) in head["places"].items():
-        dtype = np.dtype(kind)
-        size = int(np.prod(shape)) * dtype.itemsize
-        arrays[name] = np.asarray(mapped[start + at : start + at + size]).view(dtype).reshape(shape)
-    return Index(arrays, head["facts"], file)
+    for name, (offset, dtype, shape) in header["layout"].items():
+        length_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        data = mapped[start + offset : start + offset + length_bytes]
+        arrays[name] = np.asarray(data).view(dtype).reshape(shape)
+    return Index(arrays, header["metadata"], file=file)

@@ -1,4 +1,4 @@
-"""Everything about a source, read whole: what it holds, what is faulty, what is there twice."""
+"""Inspect a source: read every image, and report sizes, classes, faults and duplicates."""
 
 import hashlib
 import os
@@ -14,20 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from yolo_lightning.datamodules.annotated import AnnotatedImages
-from yolo_lightning.datamodules.labelled import LabelledImages
+from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
 from yolo_lightning.datamodules.source import ConcatSource, Source
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample, read_image
 from yolo_lightning.tree.wordtree import WordTree
 
 FAULTS = {
-    "no usable box": "boxes that are no four numbers",
+    "no usable box": "boxes that are not four numbers",
     "has no area": "boxes without an area",
     "swapped corners": "boxes with swapped corners",
     "outside the image": "boxes outside their image",
-    "over the edge": "boxes over the edge",
-    "there twice": "objects or images listed twice",
+    "beyond the image": "boxes that extend beyond their image",
+    "listed twice": "objects or images listed twice",
     "is missing": "missing images",
     "no such file": "images without a text file",
     "empty, its image": "empty text files",
@@ -35,61 +34,48 @@ FAULTS = {
     ": class ": "unknown class numbers",
     "not readable": "unreadable annotations",
     "gives the size as": "sizes of zero",
-    "its annotation says": "sizes that are not the image's",
+    "but annotated as": "image sizes that differ from the file's",
 }
-"""Kinds of faults by a part of their sentence."""
+"""Kinds of faults by a part of their messages."""
 
 _SMALL, _MEDIUM = 32**2, 96**2
 
 
 @dataclass
 class Report:
-    """What was found in one source.
-
-    Attributes:
-        name: of the source.
-        kind: ``boxes`` or ``image labels``.
-        images: how many.
-        classes: objects, or images, by the source's own names.
-        sizes_wh_px: int64 (N, 2), of the images that could be read.
-        boxes_wh_px, boxes_of_wh_px: float32 (M, 2), boxes and the images that they lie in.
-        centres_norm: float32 (M, 2), centres of boxes, 0…1 of their images.
-        objects_per_image: int64 (N,).
-        unreadable: images that cannot be decoded, a sentence each.
-        faults: what is repaired or skipped, a sentence each.
-        digests: of the files' bytes, by path.
-        problem: why training would not start, if it would not.
-        generated: whether images are drawn instead of read.
-    """
+    """Content of one source: N readable images with M boxes."""
 
     name: str
-    kind: str
+    kind: str  # "boxes" or "image labels"
     images: int = 0
+    # number of objects, or images, by label name
     classes: Counter[str] = field(default_factory=Counter)
+    # (N, 2), (M, 2), and the size of the image of each box (M, 2)
     sizes_wh_px: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     boxes_wh_px: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     boxes_of_wh_px: NDArray[np.float32] = field(
         default_factory=lambda: np.zeros((0, 2), np.float32)
     )
+    # (M, 2), 0…1 of the image
     centres_norm: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     objects_per_image: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     unreadable: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
-    problem: str | None = None
-    generated: bool = False
+    faults: list[str] = field(default_factory=list)  # what is repaired or skipped
+    digests: dict[str, str] = field(default_factory=dict)  # hashes of the image files, by path
+    problem: str | None = None  # why training would not start
+    generated: bool = False  # images are drawn instead of read
 
     def fault_kinds(self) -> Counter[str]:
-        """Return how many faults of each kind there are."""
-        found: Counter[str] = Counter()
-        for fault in self.faults:
-            found[next((kind for part, kind in FAULTS.items() if part in fault), "others")] += 1
-        return found
+        """Return the number of faults of each kind."""
+        return Counter(
+            next((kind for part, kind in FAULTS.items() if part in fault), "others")
+            for fault in self.faults
+        )
 
     def to_plain(self) -> dict[str, Any]:
-        """Return counts, percentiles and sentences, as JSON holds them."""
+        """Return counts, percentiles and messages as JSON values."""
         areas = self.boxes_wh_px.prod(axis=1)
-        least, most = self.boxes_wh_px.min(axis=1), self.boxes_wh_px.max(axis=1)
+        shorter, longer = self.boxes_wh_px.min(axis=1), self.boxes_wh_px.max(axis=1)
         return {
             "name": self.name,
             "kind": self.kind,
@@ -105,7 +91,7 @@ class Report:
             "box_side_relative": _percentiles(
                 np.sqrt(areas / self.boxes_of_wh_px.prod(axis=1).clip(min=1))
             ),
-            "box_longer_to_shorter_side": _percentiles(most / least.clip(min=1e-6)),
+            "box_longer_to_shorter_side": _percentiles(longer / shorter.clip(min=1e-6)),
             "boxes_by_area": {
                 "small, below 32 x 32 px": int((areas < _SMALL).sum()),
                 "medium": int(((areas >= _SMALL) & (areas < _MEDIUM)).sum()),
@@ -124,28 +110,25 @@ def _percentiles(values: NDArray[Any]) -> dict[str, float]:
     if not len(values):
         return {}
     points = np.percentile(values, [0, 5, 50, 95, 100])
-    names = ("least", "5 %", "median", "95 %", "most")
+    names = ("min", "5 %", "median", "95 %", "max")
     return {name: round(float(v), 3) for name, v in zip(names, points, strict=True)}
 
 
 def parts_of(source: Source) -> list[Source]:
-    """Return the sources that a source is made of."""
+    """Return the sources that a source concatenates, or the source itself."""
     return list(source.sources) if isinstance(source, ConcatSource) else [source]
 
 
 def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -> Report:
-    """Read a source whole.
+    """Read all of a source; check its labels if there is a tree.
 
-    Args:
-        source: bound or not.
-        tree: what its labels are looked up in; None where there is none yet.
-        workers: processes that decode; as many as there are cores by default.
+    `workers` is the number of processes that decode, by default one per core.
     """
     has_boxes = hasattr(source, "shapes_wh_px")
     report = Report(source.name, "boxes" if has_boxes else "image labels")
     try:
         if isinstance(source, AnnotatedImages | LabelledImages):
-            source.open()
+            source.load_index()
         if tree is not None:
             source.bind(tree)
     except InputError as error:
@@ -156,16 +139,16 @@ def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -
             report.classes.update(counts)
         return report
     try:
-        index = source.open()
+        index = source.load_index()
     except InputError:
         return report
     report.images, report.classes = len(source), source.name_counts()
-    report.faults = list(index.facts["faults"])
+    report.faults = list(index.metadata["faults"])
     if isinstance(source, AnnotatedImages):
-        report.objects_per_image = np.diff(index["first"])
+        report.objects_per_image = np.diff(index.arrays["box_offsets"])
         report.boxes_wh_px, report.boxes_of_wh_px, report.centres_norm = _boxes_of(source)
     if not report.images and report.problem is None:
-        report.problem = f"{source.name}: holds no images"
+        report.problem = f"{source.name}: contains no images"
     _read_all(source, report, workers)
     return report
 
@@ -173,19 +156,21 @@ def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -
 def _boxes_of(
     source: AnnotatedImages,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Return sizes of boxes, of their images, and relative centres."""
-    index = source.open()
-    sizes = np.repeat(index["sizes_wh"], np.diff(index["first"]), axis=0).astype(np.float32)
+    """Return sizes of boxes, sizes of their images, and centres (0…1)."""
+    index = source.load_index()
+    arrays = index.arrays
+    counts = np.diff(arrays["box_offsets"])
+    sizes = np.repeat(arrays["sizes_wh"], counts, axis=0).astype(np.float32)
     known = (sizes > 0).all(axis=1)
-    boxes, sizes = np.array(index["boxes_xyxy"])[known], sizes[known]
-    if index.facts["normalised"]:
+    boxes, sizes = np.array(arrays["boxes_xyxy"])[known], sizes[known]
+    if index.metadata["normalized"]:
         boxes *= np.tile(sizes, 2)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / sizes
     return boxes[:, 2:] - boxes[:, :2], sizes, centres
 
 
-class _Files(Dataset[tuple[str, int, int, str]]):
-    """Digest, width, height and fault of each image."""
+class _ImageChecks(Dataset[tuple[str, int, int, str]]):
+    """Hash, width, height and fault of each image."""
 
     def __init__(self, source: AnnotatedImages | LabelledImages) -> None:
         self.source = source
@@ -209,11 +194,11 @@ class _Files(Dataset[tuple[str, int, int, str]]):
 def _read_all(
     source: AnnotatedImages | LabelledImages, report: Report, workers: int | None
 ) -> None:
-    """Decode every image, with all cores; an image that two labels share is read twice."""
-    count = len(source)
-    stated = (
-        source.open()["sizes_wh"].tolist()
-        if isinstance(source, AnnotatedImages) and not source.open().facts["normalised"]
+    """Decode every image, in several processes."""
+    count, index_data = len(source), source.load_index()
+    annotated = (
+        index_data.arrays["sizes_wh"].tolist()
+        if isinstance(source, AnnotatedImages) and not index_data.metadata["normalized"]
         else []
     )
     sizes = []
@@ -225,9 +210,9 @@ def _read_all(
             report.unreadable.append(fault)
         else:
             sizes.append((width, height))
-            if stated and all(stated[index]) and stated[index] != [width, height]:
-                said = f"{stated[index][0]} x {stated[index][1]}"
-                report.faults.append(f"{path}: is {width} x {height}, its annotation says {said}")
+            if annotated and all(annotated[index]) and annotated[index] != [width, height]:
+                size = f"{annotated[index][0]} x {annotated[index][1]}"
+                report.faults.append(f"{path}: is {width} x {height}, but annotated as {size}")
         if sys.stderr.isatty() and (index % 50 == 0 or index == count - 1):
             end = "\n" if index == count - 1 else ""
             print(f"\r{report.name}: {index + 1} of {count}", end=end, file=sys.stderr, flush=True)
@@ -239,9 +224,9 @@ def _read_files(
 ) -> Iterator[tuple[str, int, int, str]]:
     processes = (os.cpu_count() or 1) if workers is None else workers
     if len(source) < 64:
-        processes = 0  # starting them takes longer
+        processes = 0  # starting them would take longer
     loader = DataLoader(
-        _Files(source),
+        _ImageChecks(source),
         batch_size=16,
         num_workers=processes,
         collate_fn=list,
@@ -256,11 +241,7 @@ def _one_thread(worker_id: int) -> None:
 
 
 def same_files(reports: Sequence[tuple[str, Report]]) -> list[list[tuple[str, str]]]:
-    """Return groups of files with the same bytes, as parts of the recipe and paths.
-
-    Args:
-        reports: by the part of the recipe that they belong to, such as ``detection``.
-    """
+    """Return groups of identical files, as (part of the recipe, path)."""
     groups: dict[str, dict[str, str]] = {}
     for part, report in reports:
         for path, digest in report.digests.items():

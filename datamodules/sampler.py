@@ -1,4 +1,4 @@
-"""The order of samples: computed from (seed, step, rank, world size), never remembered."""
+"""The order of samples, a pure function of (seed, step, rank, world size)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,15 +18,10 @@ _ROUNDS = 6
 
 
 def permute(positions: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
-    """Map positions 0…size - 1 to themselves by a bijection drawn from `key`.
+    """Permute positions by a bijection of 0…size - 1 that depends on `key`.
 
-    A Feistel network over the next even power of two, walked again where it leaves the range: no
-    list of 14 million numbers is stored or shuffled.
-
-    Args:
-        positions: int64 (N,), each in 0…size - 1.
-        size: number of samples, at least 1.
-        key: the numbers that choose the permutation.
+    A Feistel network over the next even power of two, applied again to results outside the range
+    (cycle walking): no list of 14 million numbers is stored or shuffled.
     """
     half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half_bits) - 1)
@@ -48,7 +43,7 @@ def permute(positions: NDArray[np.int64], size: int, key: tuple[int, ...]) -> ND
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit integers; wrapping multiplication, as hash finalisers do."""
+    """Mix the bits of 64-bit integers, as the finalisers of hash functions do."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -56,47 +51,33 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What one rank reads at one step.
-
-    Attributes:
-        kind: which source.
-        step: number of the batch since training began.
-        images_seen: images of both kinds that all ranks read before this batch.
-        indices: samples of the source.
-        passes: the pass over the source that each belongs to.
-    """
+    """The samples of one rank at one step; see `DetectionBatch` for step and images_seen."""
 
     kind: Kind
     step: int
     images_seen: int
-    indices: list[int]
-    passes: list[int]
+    indices: list[int]  # in the source
+    passes: list[int]  # number of the pass over the source, for each sample
 
 
 @dataclass(frozen=True)
 class JointOrder:
-    """Which samples each step reads: detection and classification batches, interleaved evenly.
+    """The samples of every step: detection and classification batches, evenly interleaved.
 
-    Each source is an endless stream of permuted passes; a batch takes the next positions of its
-    stream, so passes may meet inside a batch and nothing is dropped.
+    Each source is an endless sequence of permuted passes, and a batch takes its next positions:
+    a batch may contain the end of one pass and the start of the next, and no sample is dropped.
 
-    Attributes:
-        detection_size, classification_size: samples of each source; without detection samples,
-            every batch holds labels.
-        detection_batch_size, classification_batch_size: *global* batch sizes, over all ranks.
-        ratio: classification batches per detection batch; 0 for none.
-        seed: chooses the permutations.
     """
 
-    detection_size: int
+    detection_size: int  # samples; if 0, all batches are classification batches
     classification_size: int
-    detection_batch_size: int
+    detection_batch_size: int  # over all ranks
     classification_batch_size: int
-    ratio: Fraction
+    ratio: Fraction  # classification batches per detection batch; 0 for none
     seed: int
 
     def batches_before(self, step: int) -> tuple[int, int]:
-        """Return how many detection and classification batches precede a step."""
+        """Return the numbers of detection and classification batches before a step."""
         if not self.detection_size:
             return 0, step
         classification = (
@@ -106,7 +87,7 @@ class JointOrder:
 
     @property
     def steps_per_pass(self) -> int:
-        """Steps that hold one pass of the detection source, with what is interleaved."""
+        """Steps of one pass over the detection source, interleaved batches included."""
         if not self.detection_size:
             return -(-self.classification_size // self.classification_batch_size)
         batches = -(-self.detection_size // self.detection_batch_size)
@@ -117,43 +98,43 @@ class JointOrder:
 
     @property
     def first_steps(self) -> list[int]:
-        """The first step of each kind that takes part."""
+        """The first step of each kind of batch."""
         steps = [0]
         while self.ratio and self.detection_size and self.batches_before(steps[-1] + 1)[1] == 0:
             steps = [0, steps[-1] + 1]
         return steps
 
     def plan(self, step: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
-        """Return what a rank reads at a step; the ranks' shares join to the global batch."""
+        """Return the plan of a rank at a step; the ranks' shares make up the global batch."""
         before = self.batches_before(step)
-        which = int(self.batches_before(step + 1)[1] > before[1])
+        kind = int(self.batches_before(step + 1)[1] > before[1])
         batch_sizes = (self.detection_batch_size, self.classification_batch_size)
-        size = (self.detection_size, self.classification_size)[which]
-        share = batch_sizes[which] // world_size
-        first = before[which] * batch_sizes[which] + rank * share
+        size = (self.detection_size, self.classification_size)[kind]
+        share = batch_sizes[kind] // world_size
+        first = before[kind] * batch_sizes[kind] + rank * share
         passes, positions = np.divmod(np.arange(first, first + share), size)
         indices = np.empty_like(positions)
         for number in np.unique(passes):
-            chosen = passes == number
-            key = (self.seed, which, int(number))
-            indices[chosen] = permute(positions[chosen], size, key)
-        seen = before[0] * batch_sizes[0] + before[1] * batch_sizes[1]
-        return BatchPlan(KINDS[which], step, seen, indices.tolist(), passes.tolist())
+            rows = passes == number
+            indices[rows] = permute(positions[rows], size, (self.seed, kind, int(number)))
+        images_seen = before[0] * batch_sizes[0] + before[1] * batch_sizes[1]
+        return BatchPlan(KINDS[kind], step, images_seen, indices.tolist(), passes.tolist())
 
 
 class AlternatingBatchSampler(Sampler[BatchPlan]):
-    """Yield the plans of an epoch's remaining steps.
+    """Yield the plans of the remaining steps of an epoch.
 
     Args:
-        order: which samples each step reads.
+        order: the samples of every step.
         steps_per_epoch: number of steps between two epoch ends.
-        first_step: asked at each iteration for the number of steps trained so far. Nobody calls
-            ``set_epoch`` on a batch sampler, and a resumed epoch starts in its middle: asking the
-            trainer covers both.
-        rank, world_size: this process among all.
+        first_step: returns the number of steps trained so far; called at the start of each
+            iteration, because Lightning does not call ``set_epoch`` on batch samplers, and a
+            resumed epoch starts within it.
+        rank: of this process.
+        world_size: number of processes.
 
     Raises:
-        InputError: a global batch that the ranks cannot share equally.
+        InputError: a global batch size that is not a multiple of `world_size`.
     """
 
     def __init__(
@@ -176,7 +157,7 @@ class AlternatingBatchSampler(Sampler[BatchPlan]):
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        """Return the number of steps of a whole epoch."""
+        """Return the number of steps of a full epoch."""
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[BatchPlan]:

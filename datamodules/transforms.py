@@ -1,4 +1,4 @@
-"""Augmentation. All use of albumentations is in this file."""
+"""Augmentation; the only file that uses albumentations."""
 
 import os
 from dataclasses import replace
@@ -10,27 +10,27 @@ import albumentations as A
 import numpy as np
 from numpy.typing import NDArray
 
-from yolo_lightning.datamodules.source import DetectionSample
+from yolo_lightning.batches import DetectionSample
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import GREY, Image, Resize, fit, scaled
+from yolo_lightning.images import GREY, Image, Resize, fit, resize_pixels
 
-_MIN_SEEN, _PLACED_SIZES = 0.2, (0.25, 2.0)
+_MIN_VISIBLE, _PLACED_SIZES = 0.2, (0.25, 2.0)
 
 
 Geometry = Literal["crop", "place"]
 
 
 def centre_crop(image: Image, size: int) -> Image:
-    """Return the largest square in an image's middle, scaled to `size` px."""
+    """Return the largest central square of an image, resized to `size` px."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
-    return scaled(square, size, size)
+    return resize_pixels(square, size, size)
 
 
 def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox") -> DetectionSample:
-    """Make an image square, its boxes along with it."""
+    """Fit an image and its boxes into a square."""
     image, (x_scale, y_scale), (left, top) = fit(
         sample.image, (size, size), resize, sample.size_hw_orig
     )
@@ -41,45 +41,42 @@ def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox")
 def crop_window(
     sample: DetectionSample, window_xyxy_px: NDArray[np.float64], size: int
 ) -> DetectionSample:
-    """Return what a window shows of an image, stretched to a square; grey where it shows none.
+    """Crop a window, px of the image, and resize it to a square; grey outside the image.
 
-    Args:
-        sample: boxes inside the image.
-        window_xyxy_px: float (4,), corners in px of the image; may reach beyond it.
-        size: side of the square, px.
-
-    Returns:
-        The sample; boxes are clipped to the square, and those go that keep less than a fifth of
-        their area or less than a pixel.
+    Boxes are clipped to the square, and dropped if less than a fifth of the area or less than a
+    pixel remains.
     """
     canvas = np.full((size, size, 3), GREY, dtype=np.uint8)
     height, width = sample.image.shape[:2]
     low, high = window_xyxy_px[:2], window_xyxy_px[2:]
     scale = size / (high - low)
-    # whole pixels on both sides: boxes follow these, not the window
-    seen = np.array([np.floor(low).clip(0), np.minimum(np.ceil(high), [width, height])], np.int64)
-    place = np.round((seen - low) * scale).clip(0, size).astype(np.int64)
-    shown, filled = seen[1] - seen[0], place[1] - place[0]
+    # boxes are mapped by these whole pixels, not by the window
+    source = np.array([np.floor(low).clip(0), np.minimum(np.ceil(high), [width, height])], np.int64)
+    target = np.round((source - low) * scale).clip(0, size).astype(np.int64)
+    source_wh, target_wh = source[1] - source[0], target[1] - target[0]
     boxes = sample.boxes_xyxy_px.astype(np.float64)
-    if shown.min() > 0 and filled.min() > 0:
-        part = sample.image[seen[0][1] : seen[1][1], seen[0][0] : seen[1][0]]
-        canvas[place[0][1] : place[1][1], place[0][0] : place[1][0]] = scaled(part, *filled)
-        boxes = (boxes - np.tile(seen[0], 2)) * np.tile(filled / shown, 2) + np.tile(place[0], 2)
+    if source_wh.min() > 0 and target_wh.min() > 0:
+        crop = sample.image[source[0][1] : source[1][1], source[0][0] : source[1][0]]
+        canvas[target[0][1] : target[1][1], target[0][0] : target[1][0]] = resize_pixels(
+            crop, *target_wh
+        )
+        boxes = (boxes - np.tile(source[0], 2)) * np.tile(target_wh / source_wh, 2)
+        boxes += np.tile(target[0], 2)
     else:
-        boxes[:] = 0  # the image lies beside the window
+        boxes[:] = 0  # the window is outside the image
     clipped = boxes.clip(0, size)
     sides = clipped[:, 2:] - clipped[:, :2]
-    whole = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    kept = (sides.min(axis=1, initial=np.inf) >= 1) & (sides.prod(axis=1) >= _MIN_SEEN * whole)
-    boxes_xyxy_px = clipped[kept].astype(np.float32)
-    return replace(sample.chosen(np.asarray(kept)), image=canvas, boxes_xyxy_px=boxes_xyxy_px)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    keep = (sides.min(axis=1, initial=np.inf) >= 1) & (sides.prod(axis=1) >= _MIN_VISIBLE * areas)
+    boxes_xyxy_px = clipped[keep].astype(np.float32)
+    return replace(sample.select(np.asarray(keep)), image=canvas, boxes_xyxy_px=boxes_xyxy_px)
 
 
-class _Colour:
-    """Hue, saturation and exposure, drawn within factors.
+class _ColourJitter:
+    """Random hue, saturation and exposure.
 
-    Deviation: factors are uniform between a factor's inverse and itself, where the original program
-    draws one above 1 and inverts it half of the time; saturation mixes with grey, not in HSV.
+    Deviation: factors are uniform between a factor's inverse and itself; the original program draws
+    one above 1 and inverts it half of the time. Saturation mixes with grey instead of using HSV.
     """
 
     def __init__(self, hue: float, saturation: float, exposure: float) -> None:
@@ -103,17 +100,18 @@ def _check_probability(name: str, value: float) -> None:
 
 
 class DetectionAugmentation:
-    """Random window, flip and colour, for images with boxes.
+    """Random crop, flip and colour, for images with boxes.
 
     Args:
-        jitter: how much the window's sides (`crop`) or the image's (`place`) vary, relative.
+        jitter: largest change of the window's sides (`crop`) or the image's (`place`), relative.
         flip: probability of a horizontal flip.
-        hue: largest turn of the hue, 1 is the whole circle.
-        saturation, exposure: largest factors; their inverses are the smallest.
+        hue: largest rotation of the hue, 1 is the full circle.
+        saturation: largest factor; its inverse is the smallest.
+        exposure: largest factor; its inverse is the smallest.
         geometry: `crop`, the paper's random crops: each side of the image moves in or out by up to
-            `jitter`, what is laid bare is grey, and what is seen is fitted as evaluation fits it;
-            `place`, the original program's: sides change by up to `jitter`, and the whole image
-            lies at a random place, at a quarter to twice the network's size.
+            `jitter`, uncovered parts are grey, and the result is fitted as in evaluation; `place`,
+            as in the original program: sides change by up to `jitter`, and the whole image is
+            placed at random, at a quarter to twice the network's size.
 
     Raises:
         InputError: a value out of range.
@@ -131,10 +129,10 @@ class DetectionAugmentation:
         geometry: Geometry = "crop",
     ) -> None:
         _check_probability("flip", flip)
-        most = 0.5 if geometry == "crop" else 1.0  # two sides may meet
-        if not 0 <= jitter < most:
+        limit = 0.5 if geometry == "crop" else 1.0  # at 0.5, opposite sides could meet
+        if not 0 <= jitter < limit:
             raise InputError(
-                f"augmentation: jitter is {jitter}; allowed: 0 (none) up to below {most}"
+                f"augmentation: jitter is {jitter}; allowed: 0 (none) up to below {limit}"
             )
         if geometry not in get_args(Geometry):
             raise InputError(
@@ -143,7 +141,7 @@ class DetectionAugmentation:
         self._jitter, self._geometry = jitter, geometry
         self._zoom = _PLACED_SIZES[1] if geometry == "place" else 1 / (1 - 2 * jitter)
         self._pipeline = A.Compose(
-            [A.HorizontalFlip(p=flip), _Colour(hue, saturation, exposure).transform],
+            [A.HorizontalFlip(p=flip), _ColourJitter(hue, saturation, exposure).transform],
             bbox_params=A.BboxParams("pascal_voc", ["row"], clip=True),
             seed=0,
         )
@@ -151,28 +149,28 @@ class DetectionAugmentation:
     def __call__(
         self, sample: DetectionSample, size: int, seed: int, resize: Resize = "letterbox"
     ) -> DetectionSample:
-        """Return the augmented sample, (size, size, 3); `seed` alone decides every draw."""
+        """Return the augmented sample, (size, size, 3), determined by `seed`."""
         height, width = sample.image.shape[:2]
         boxes = sample.boxes_xyxy_px.clip(0, [width, height, width, height])
         sample = replace(sample, boxes_xyxy_px=boxes)
-        sample = sample.chosen(np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1)))
+        sample = sample.select(np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1)))
         sample = crop_window(sample, self.window(width, height, seed, resize), size)
         self._pipeline.set_random_seed(seed)
         rows = np.arange(len(sample.labels))
         out = self._pipeline(image=sample.image, bboxes=sample.boxes_xyxy_px, row=rows)
-        kept = np.asarray(out["row"], dtype=np.int64)
+        keep = np.asarray(out["row"], dtype=np.int64)
         moved: NDArray[np.float32] = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
-        return replace(sample.chosen(kept), image=out["image"], boxes_xyxy_px=moved)
+        return replace(sample.select(keep), image=out["image"], boxes_xyxy_px=moved)
 
-    def longest_side(self, size: int) -> int:
-        """Return the length that an image is drawn at, at most, in a square of `size` px."""
+    def required_side(self, size: int) -> int:
+        """Return the side that an image needs for a square of `size` px at the largest zoom."""
         return int(size * self._zoom)
 
     def window(self, width: int, height: int, seed: int, resize: Resize) -> NDArray[np.float64]:
-        """Return which part of an image is seen: corners, px, perhaps beyond it."""
+        """Return the corners (4,) of the window, px of the image; may extend beyond it."""
         rng, size_wh = np.random.default_rng(seed), np.array([width, height], dtype=np.float64)
         if self._geometry == "place":
-            return self._placed(rng, size_wh)
+            return self._placement_window(rng, size_wh)
         moves = rng.uniform(-self._jitter, self._jitter, (2, 2)) * size_wh
         low, high = moves[0], size_wh + moves[1]
         if resize == "letterbox":
@@ -180,11 +178,11 @@ class DetectionAugmentation:
             low, high = centre - side / 2, centre + side / 2
         return np.concatenate([low, high])
 
-    def _placed(
+    def _placement_window(
         self, rng: np.random.Generator, size_wh: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         width, height = size_wh * (1 + rng.uniform(-self._jitter, self._jitter, 2))
-        # relative to the square: the longer side is a quarter to twice as long
+        # relative to the square: the longer side is 0.25 to 2
         longer = rng.uniform(*_PLACED_SIZES)
         placed = longer * np.array([min(1.0, width / height), min(1.0, height / width)])
         start = rng.uniform(0, 1, 2) * (1 - placed)
@@ -192,17 +190,17 @@ class DetectionAugmentation:
 
 
 class ClassificationAugmentation:
-    """Random scale, crop, turn, flip and colour, for images with one label.
+    """Random scale, rotation, crop, flip and colour, for images with one label.
 
-    The shorter side is scaled to a random length, the image is turned and squeezed, and a square
-    window of the network's size is cut out of it; what lies outside the image is grey.
+    The shorter side is resized to a random length, the image is rotated and its aspect ratio
+    changed, and a square of the network's size is cropped; grey outside the image.
 
     Args:
         shorter_side: least and largest length of the image's shorter side, px.
         aspect: smallest factor of the width; the inverse is the largest.
         degrees: largest turn to either side.
         flip: probability of a horizontal flip.
-        hue: largest turn of the hue, 1 is the whole circle.
+        hue: largest rotation of the hue, 1 is the full circle.
         saturation, exposure: largest factors; their inverses are the smallest.
 
     Source: YOLO9000, section 3, "Training for classification"; figures of the released
@@ -232,25 +230,25 @@ class ClassificationAugmentation:
             raise InputError(f"augmentation: aspect is {aspect}; allowed: above 0 up to 1 (none)")
         self._longest = high
         self._scale = A.SmallestMaxSize(list(range(low, high + 1)), area_for_downscale="image")
-        self._turn = A.Affine(
+        self._rotate = A.Affine(
             scale={"x": (aspect, 1 / aspect), "y": (1.0, 1.0)},
             rotate=(-degrees, degrees),
             fill=GREY,
             p=float(degrees > 0 or aspect < 1),
         )
-        self._rest = (A.HorizontalFlip(p=flip), _Colour(hue, saturation, exposure).transform)
+        self._rest = (A.HorizontalFlip(p=flip), _ColourJitter(hue, saturation, exposure).transform)
         self._pipelines: dict[int, A.Compose] = {}
 
-    def longest_side(self, size: int) -> int:
-        """Return the largest length that an image's shorter side is scaled to, px."""
+    def required_side(self, size: int) -> int:
+        """Return the largest length that the shorter side is resized to, px."""
         return max(size, self._longest)
 
     def __call__(self, image: Image, size: int, seed: int) -> Image:
-        """Return the augmented image, (size, size, 3); `seed` alone decides every draw."""
+        """Return the augmented image, (size, size, 3), determined by `seed`."""
         if size not in self._pipelines:
             window = A.RandomCrop(size, size, True, "center", fill=GREY)
             self._pipelines[size] = A.Compose(
-                [self._scale, self._turn, window, *self._rest], seed=0
+                [self._scale, self._rotate, window, *self._rest], seed=0
             )
         pipeline = self._pipelines[size]
         pipeline.set_random_seed(seed)

@@ -1,4 +1,4 @@
-"""What each class will learn from, told before training."""
+"""Report what each class learns from: boxes, image labels, or labels of its descendants."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,99 +6,93 @@ from collections.abc import Iterable, Mapping
 from yolo_lightning.tree.wordtree import WordTree
 
 Counts = Mapping[int, Counter[str]]
-"""By node: how many objects or images each of the sources' own names gives it."""
+"""Numbers of objects or images by node and label name."""
 
-_MAX = 8
+_MAX_NAMES = 8
 
 
 def vocabulary_report(tree: WordTree, boxes: Counts, images: Counts) -> str:
-    """Say which names met in one class, which labels are coarser, and who learns from what.
-
-    Args:
-        tree: the classes.
-        boxes: objects by node and name.
-        images: labelled images by node and name.
-    """
+    """Return a report: counts of classes by what they learn from, merged names, coarser labels."""
     both = boxes.keys() & images.keys()
     labelled = boxes.keys() | images.keys()
-    through = len(_labelled_below(tree, boxes, images) - labelled)
-    rest = len(tree) - len(labelled) - through
+    only_below = len(_labelled_ancestors(tree, boxes, images) - labelled)
+    unlabelled = len(tree) - len(labelled) - only_below
     counts = [
         f"{len(boxes.keys() - both)} from boxes",
         f"{len(images.keys() - both)} from image labels",
         f"{len(both)} from both",
-        f"{through} from below",
-        f"{rest} from nothing",
+        f"{only_below} from descendants",
+        f"{unlabelled} from nothing",
     ]
     lines = [f"Classes: {len(tree)}; they learn {', '.join(counts)}"]
-    lines += _about("from both", (tree.names[node] for node in sorted(both)))
-    lines += _about("names that met", _met(tree, boxes, images))
+    lines += _summary("from both", (tree.names[node] for node in sorted(both)))
+    lines += _summary("merged names", _merged_names(tree, boxes, images))
     if boxes and images:
-        lines += _about("boxes are coarser", _above(tree, boxes, images))
-        lines += _about("image labels are coarser", _above(tree, images, boxes))
-        lines += _about("no box on the way up", _unguided(tree, boxes, images))
+        lines += _summary("boxes are coarser", _coarser_labels(tree, boxes, images))
+        lines += _summary("image labels are coarser", _coarser_labels(tree, images, boxes))
+        lines += _summary("no ancestor with boxes", _without_boxed_ancestor(tree, boxes, images))
     return "\n".join(lines)
 
 
 def vocabulary_table(tree: WordTree, boxes: Counts, images: Counts) -> list[dict[str, object]]:
-    """Return a row for every class: what labels it with boxes and with images, and what lies below.
-
-    Args:
-        tree: the classes.
-        boxes: objects by node and name.
-        images: labelled images by node and name.
-    """
-    below = _labelled_below(tree, boxes, images)
+    """Return one row per class: its labels, and whether a descendant has labels."""
+    ancestors = _labelled_ancestors(tree, boxes, images)
     return [
         {
             "key": tree.keys[node],
             "name": tree.names[node],
             "boxes": dict(boxes.get(node, {})),
             "images": dict(images.get(node, {})),
-            "labelled_below": node in below,
+            "labelled_below": node in ancestors,
         }
         for node in range(len(tree))
     ]
 
 
-def _labelled_below(tree: WordTree, boxes: Counts, images: Counts) -> set[int]:
-    """Return the nodes that lie on the way to a label; its loss trains them too."""
-    return {at for node in (*boxes, *images) for at in tree.paths[node].tolist()[1:] if at >= 0}
+def _labelled_ancestors(tree: WordTree, boxes: Counts, images: Counts) -> set[int]:
+    """Return the ancestors of labels, which the loss of a label trains too."""
+    return {
+        ancestor
+        for node in (*boxes, *images)
+        for ancestor in tree.paths[node].tolist()[1:]
+        if ancestor >= 0
+    }
 
 
-def _about(what: str, found: Iterable[str]) -> list[str]:
-    """Return one line, the first few of what was found in it."""
-    listed = list(found)
+def _summary(title: str, names: Iterable[str]) -> list[str]:
+    """Return one line with the first names, or no line without names."""
+    listed = list(names)
     if not listed:
         return []
-    more = f", … and {len(listed) - _MAX} more" if len(listed) > _MAX else ""
-    return [f"  {what}: {', '.join(listed[:_MAX])}{more}"]
+    more = f", … and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
+    return [f"  {title}: {', '.join(listed[:_MAX_NAMES])}{more}"]
 
 
-def _met(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
+def _merged_names(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
+    """Yield the names of each class that has several."""
     for node in sorted(boxes.keys() | images.keys()):
         names = sorted({*boxes.get(node, ()), *images.get(node, ())})
         if len(names) > 1:
             yield f"{' = '.join(names)} ({tree.keys[node]})"
 
 
-def _above(tree: WordTree, upper: Counts, lower: Counts) -> Iterable[str]:
-    """Yield labels of one kind with those of the other kind that lie below them."""
-    below: dict[int, list[int]] = {}
-    for node in sorted(lower):
-        path = tree.paths[node].tolist()
-        top = next((at for at in path[1:] if at in upper), None)
-        if top is not None and node not in upper:
-            below.setdefault(top, []).append(node)
-    for node, nodes in sorted(below.items()):
+def _coarser_labels(tree: WordTree, coarse: Counts, fine: Counts) -> Iterable[str]:
+    """Yield labels of one kind with their descendants among the labels of the other kind."""
+    descendants: dict[int, list[int]] = {}
+    for node in sorted(fine):
+        ancestors = tree.paths[node].tolist()[1:]
+        nearest = next((ancestor for ancestor in ancestors if ancestor in coarse), None)
+        if nearest is not None and node not in coarse:
+            descendants.setdefault(nearest, []).append(node)
+    for node, nodes in sorted(descendants.items()):
         names = [tree.names[k] for k in nodes[:3]]
         more = f" … {len(nodes)} in all" if len(nodes) > 3 else ""
         yield f"{tree.names[node]} over {', '.join(names)}{more}"
 
 
-def _unguided(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
-    """Yield image labels that boxes say nothing about, not even through an ancestor."""
-    known = {at for node in boxes for at in tree.paths[node].tolist()}
+def _without_boxed_ancestor(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
+    """Yield image labels of which neither the class nor an ancestor has boxes."""
+    boxed = {node for label in boxes for node in tree.paths[label].tolist()}
     for node in sorted(images):
-        if not known & {at for at in tree.paths[node].tolist() if at >= 0}:
+        if not boxed & {k for k in tree.paths[node].tolist() if k >= 0}:
             yield tree.names[node]

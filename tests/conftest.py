@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Shared fixtures."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -15,26 +15,26 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def only_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail a test whose connections would leave this machine, in whatever thread."""
+def no_external_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that connects to another machine, in any thread."""
     connect = socket.socket.connect
-    outside: list[Any] = []
+    external: list[Any] = []
 
-    def guarded(self: socket.socket, address: Any) -> None:
+    def checked_connect(self: socket.socket, address: Any) -> None:
         host = address[0] if isinstance(address, tuple) else "127.0.0.1"
         if host not in ("127.0.0.1", "::1", "localhost"):
-            outside.append(address)
+            external.append(address)
             raise OSError(f"a test tried to reach {address}")
         return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+    monkeypatch.setattr(socket.socket, "connect", checked_connect)
     yield
-    assert not outside
+    assert not external
 
 
 @pytest.fixture(autouse=True, scope="session")
-def indices_in_a_folder_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what is indexed of read-only data out of the user's cache."""
+def temporary_index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the indices of read-only datasets out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -42,16 +42,16 @@ def indices_in_a_folder_of_their_own(tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def reports() -> None:
-    """Have the trainings of a `workplace` write the report of their last validation."""
+    """Request the validation reports, which `workplace` disables otherwise."""
 
 
 @pytest.fixture
 def workplace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Path:
-    """A working folder of its own, with the recipes at hand as a user has them.
+    """A temporary working folder with a link to the recipes.
 
-    Reports, which take a second each, are written where a test asks for `reports`.
+    Validation reports, which take a second each, are only written with the fixture `reports`.
     """
     if "reports" not in request.fixturenames:
         from yolo_lightning.callbacks import ValidationReport
@@ -65,9 +65,9 @@ def workplace(
 
 @pytest.fixture
 def real_data() -> Path:
-    """The developers' real datasets."""
+    """The folder of real datasets."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("the real datasets are not on this machine")
+        pytest.skip("the real datasets are not installed")
     return SHARED_DATA
 
 
@@ -76,7 +76,7 @@ Box = tuple[str, float, float, float, float]
 
 @pytest.fixture
 def write_voc() -> Callable[..., Path]:
-    """Write an XML file and its image."""
+    """Return a function that writes a VOC annotation and its image."""
 
     def write(
         folder: Path,

@@ -18,7 +18,7 @@ def random_boxes(count: int, seed: int, spread: float = 1.0) -> torch.Tensor:
     return torch.cat([corner, corner + 0.05 + 0.4 * torch.rand(count, 2, generator=generator)], 1)
 
 
-def test_formats_are_inverse():
+def test_box_formats_are_inverse():
     boxes = random_boxes(50, 0)
     torch.testing.assert_close(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes)
     assert xyxy_to_cxcywh(torch.tensor([[1.0, 2.0, 5.0, 10.0]])).tolist() == [[3, 6, 4, 8]]
@@ -44,7 +44,7 @@ def test_letterbox_geometry_by_hand():
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_unletterbox_undoes_the_placing(whole):
+def test_unletterbox_inverts_the_letterbox(whole):
     new_height, new_width, top, left = letterbox_geometry((300, 200), (416, 416))
     box = torch.tensor([[0.3, 0.6, 0.2, 0.4]])  # of the original
     if whole:
@@ -55,7 +55,7 @@ def test_unletterbox_undoes_the_placing(whole):
     torch.testing.assert_close(unletterbox(placed, (300, 200), (416, 416), whole), box)
 
 
-def one_at_a_time(boxes, scores, classes, threshold):
+def greedy_nms(boxes, scores, classes, threshold):
     kept: list[int] = []
     for k in scores.argsort(descending=True, stable=True).tolist():
         rivals = [j for j in kept if classes[j] == classes[k]]
@@ -65,17 +65,17 @@ def one_at_a_time(boxes, scores, classes, threshold):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_suppression_is_exactly_the_greedy_one(seed):
+def test_nms_equals_the_greedy_algorithm(seed):
     boxes = random_boxes(120, seed, spread=0.4)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 40, (120,), generator=generator) / 40  # many ties
     classes = torch.randint(0, 3, (120,), generator=generator)
-    expected = one_at_a_time(boxes, scores, classes, 0.45)
+    expected = greedy_nms(boxes, scores, classes, 0.45)
     assert batched_nms(boxes, scores, classes, 0.45).tolist() == expected
     assert 5 < len(expected) < 110
 
 
-def test_suppression_is_independent_of_order_and_takes_nothing():
+def test_nms_is_independent_of_order_and_handles_no_boxes():
     boxes, scores, classes = random_boxes(40, 1), torch.linspace(0, 1, 40), torch.zeros(40).long()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     kept = batched_nms(boxes, scores, classes)
@@ -83,7 +83,7 @@ def test_suppression_is_independent_of_order_and_takes_nothing():
     assert batched_nms(boxes[:0], scores[:0], classes[:0]).tolist() == []
 
 
-def test_chain_a_suppressed_box_suppresses_nothing():
+def test_suppressed_box_suppresses_no_other_box():
     boxes = torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]])
     kept = batched_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.3)
     assert kept.tolist() == [0, 2]

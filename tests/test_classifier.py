@@ -1,4 +1,4 @@
-"""The classifier: training, figures, starting from weights, and naming what images show."""
+"""The classifier: training, metrics, pretrained weights, and the command `classify`."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,10 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import KINDS
-from yolo_lightning.export.darknet import checkpoint_of
-from yolo_lightning.inference.classification import resized
+from yolo_lightning.export.darknet import build_checkpoint
+from yolo_lightning.inference.classification import resize_image
 from yolo_lightning.models.backbones import SMALL, detector_layers
-from yolo_lightning.models.layers import to_plain
+from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.models.networks import Classifier, YOLOv2
 from yolo_lightning.tree.wordtree import Row
 
@@ -74,17 +74,17 @@ def folders(workplace: Path) -> Path:
 
 
 @pytest.mark.parametrize("tree", ["[cat, dog, car]", "tree.tsv"])
-def test_a_classifier_trains_and_is_measured_label_by_label(folders, capsys, tree):
+def test_a_classifier_trains_and_logs_accuracy_per_class(folders, capsys, tree):
     Path("tree.tsv").write_text("".join("\t".join(row) + "\n" for row in TREE))
     Path("r.yaml").write_text(RECIPE.format(tree=tree))
     assert main(["fit", "--config", "r.yaml", "--trainer.max_epochs=12"]) == 0
     capsys.readouterr()
     assert main(["test", "--config", "r.yaml"]) == 0
-    said = capsys.readouterr().out
-    assert "test/top1" in said
-    assert "test/top5" in said
-    assert "test/top1/cat" in said
-    table = dict(line.split() for line in said.splitlines() if line.startswith(("cat ", "dog ")))
+    output = capsys.readouterr().out
+    assert "test/top1" in output
+    assert "test/top5" in output
+    assert "test/top1/cat" in output
+    table = dict(line.split() for line in output.splitlines() if line.startswith(("cat ", "dog ")))
     assert set(table) == {"cat", "dog"}  # no image shows a car
     assert all(float(value) > 0.9 for value in table.values())
     (checkpoint,) = Path("runs").glob("*/checkpoints/last.ckpt")
@@ -97,8 +97,8 @@ def test_a_classifier_trains_and_is_measured_label_by_label(folders, capsys, tre
     assert ("path" in result) == (tree == "tree.tsv")
 
 
-def test_figures_by_hand(monkeypatch):
-    module = ClassifierModule(TREE, to_plain(SMALL))
+def test_metrics_by_hand(monkeypatch):
+    module = ClassifierModule(TREE, layers_to_rows(SMALL))
     logged: dict[str, Any] = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
@@ -121,7 +121,7 @@ def test_figures_by_hand(monkeypatch):
     assert logged["val/depth2"] == pytest.approx(1 / 2)
 
 
-def test_a_classifier_trains_on_labels_alone(folders, capsys, write_voc):
+def test_a_classifier_is_trained_on_labels_only(folders, capsys, write_voc):
     write_voc(Path("boxes"), "a", [("cat", 2, 2, 20, 20)])
     recipe = RECIPE.format(tree="[cat, dog]").replace(
         "    classification:\n",
@@ -130,7 +130,7 @@ def test_a_classifier_trains_on_labels_alone(folders, capsys, write_voc):
     )
     Path("r.yaml").write_text(recipe)
     assert main(["fit", "--config", "r.yaml"]) == 2
-    assert "data.detection: a classifier trains on labels alone" in capsys.readouterr().err
+    assert "data.detection: a classifier is trained on labels only" in capsys.readouterr().err
 
 
 def network(layers: Any, tree: WordTree, anchors: int = 2, seed: int = 0) -> YOLOv2:
@@ -138,13 +138,13 @@ def network(layers: Any, tree: WordTree, anchors: int = 2, seed: int = 0) -> YOL
     return YOLOv2(layers, len(tree), torch.ones(anchors, 2))
 
 
-def saved(path: Path, module: DetectorModule | ClassifierModule) -> Path:
-    torch.save(checkpoint_of(module, {}), path)
+def save_module(path: Path, module: DetectorModule | ClassifierModule) -> Path:
+    torch.save(build_checkpoint(module, {}), path)
     return path
 
 
-def test_a_backbone_of_darknet_s_weights_fills_a_detector(tmp_path):
-    tree = WordTree.flat(["a", "b"])
+def test_darknet_weights_of_a_backbone_initialise_a_detector(tmp_path):
+    tree = WordTree.from_names(["a", "b"])
     classifier = Classifier(SMALL, 10)
     backbone = sum(
         t.numel() for n, t in classifier.body.state_dict().items() if "num_batches" not in n
@@ -156,7 +156,7 @@ def test_a_backbone_of_darknet_s_weights_fills_a_detector(tmp_path):
     assert report.loaded_values == backbone
     text = str(report)
     assert "layers 0 … 10" in text
-    assert "fresh      layers 11 … 17; boxes, objectness and classes" in text
+    assert "initialized  layers 11 … 17; boxes, objectness and classes" in text
     assert "2,570 values: a 1x1 convolution from 256 to 10 channels" in text
     numbers = np.random.default_rng(0).uniform(0.1, 1, backbone).astype("<f4")
     block: Any = net.body[0]
@@ -167,18 +167,18 @@ def test_a_backbone_of_darknet_s_weights_fills_a_detector(tmp_path):
     assert torch.equal(net.body[11].conv.weight, before["body.11.conv.weight"])  # type: ignore[arg-type, union-attr]
 
 
-def test_weights_of_another_network_are_refused_by_count(tmp_path):
-    tree = WordTree.flat(["a"])
+def test_weights_of_another_network_are_rejected_by_their_number(tmp_path):
+    tree = WordTree.from_names(["a"])
     path = write_values(tmp_path / "w", 1234)
     with pytest.raises(InputError, match=r"1,234 values; the network has [\d,]+, its body"):
         load_pretrained(network(SMALL, tree), tree, path, len(SMALL))
 
 
-def test_class_rows_follow_their_keys_into_a_new_tree(tmp_path):
+def test_class_rows_are_copied_by_key_to_a_new_tree(tmp_path):
     old = [("cat", "-", "cat"), ("dog", "-", "dog"), ("fish", "-", "fish")]
     new: list[Row] = [("cow", "-", "cow"), ("dog", "-", "hound"), ("cat", "-", "cat")]
     first = DetectorModule(old, [(1.0, 1.0), (2.0, 2.0)], "small", 8, 4)
-    path = saved(tmp_path / "m.ckpt", first)
+    path = save_module(tmp_path / "m.ckpt", first)
     tree = WordTree(new)
     net = network(detector_layers(SMALL, 8, 4), tree, seed=5)
     fresh = net.class_weight[:, 0].clone()
@@ -190,44 +190,44 @@ def test_class_rows_follow_their_keys_into_a_new_tree(tmp_path):
     assert torch.equal(net.class_weight[:, 0], fresh)
     assert torch.equal(net.box_conv.weight, theirs.box_conv.weight)
     assert "2 of 3 classes, by key" in text
-    assert "fresh      1 classes (cow)" in text
-    assert "left over  1 classes (fish)" in text
+    assert "initialized  1 classes (cow)" in text
+    assert "unused       1 classes (fish)" in text
 
 
-def test_a_detector_starts_from_a_classifier_s_checkpoint(tmp_path):
+def test_a_classifier_checkpoint_initialises_a_detector(tmp_path):
     classifier = ClassifierModule(["a", "b"], "small")
-    tree = WordTree.flat(["a", "b"])
+    tree = WordTree.from_names(["a", "b"])
     net = network(detector_layers(SMALL, 8, 4), tree)
-    path = saved(tmp_path / "c.ckpt", classifier)
+    path = save_module(tmp_path / "c.ckpt", classifier)
     text = str(load_pretrained(net, tree, path, len(SMALL)))
     for k in range(len(SMALL)):
         for name, value in classifier.network.body[k].state_dict().items():
             assert torch.equal(net.body[k].state_dict()[name], value)
     assert "layers 0 … 10" in text
-    assert "fresh      layers 11 … 17; boxes and objectness; all 2 classes" in text
+    assert "initialized  layers 11 … 17; boxes and objectness; all 2 classes" in text
     assert "514 values: class_conv.weight, class_conv.bias" in text
 
 
-def test_what_comes_behind_a_layer_that_differs_is_fresh(tmp_path):
-    tree = WordTree.flat(["a"])
+def test_layers_after_a_different_layer_are_initialised(tmp_path):
+    tree = WordTree.from_names(["a"])
     first = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4)
     net = network(detector_layers(SMALL, 8, 2), tree, anchors=1)
-    text = str(load_pretrained(net, tree, saved(tmp_path / "m.ckpt", first), len(SMALL)))
+    text = str(load_pretrained(net, tree, save_module(tmp_path / "m.ckpt", first), len(SMALL)))
     assert "layers 0 … 12" in text  # the head's two convolutions, up to the passthrough
-    assert "fresh      layers 14 … 17; boxes and objectness; all 1 classes" in text
+    assert "initialized  layers 14 … 17; boxes and objectness; all 1 classes" in text
     assert "layer 14, layer 17, box_conv.weight" in text
 
 
-def test_partial_weights_are_no_more_than_they_were(tmp_path, monkeypatch):
+def test_partial_weights_stay_partial_in_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = ClassifierModule(["a"], "small")
-    beside = {"fresh_from": 4}  # imported from the first two convolutions
-    torch.save(checkpoint_of(module, beside), "m.ckpt")
-    tree = WordTree.flat(["a"])
+    metadata = {"first_missing_layer": 4}  # imported from the first two convolutions
+    torch.save(build_checkpoint(module, metadata), "m.ckpt")
+    tree = WordTree.from_names(["a"])
     net = Classifier(SMALL, 1)
     text = str(load_pretrained(net, tree, "m.ckpt", len(SMALL)))
     assert "layers 0 … 2" in text
-    assert "fresh      layers 4 … 10; all 1 classes" in text
+    assert "initialized  layers 4 … 10; all 1 classes" in text
     mine, theirs = net.state_dict(), module.network.state_dict()
     assert torch.equal(mine["body.2.conv.weight"], theirs["body.2.conv.weight"])
     assert not torch.equal(mine["body.4.conv.weight"], theirs["body.4.conv.weight"])
@@ -242,7 +242,7 @@ def test_partial_weights_are_no_more_than_they_were(tmp_path, monkeypatch):
     assert "layers 0 … 2" in text
 
 
-def test_a_checkpoint_of_another_kind_is_refused(folders, capsys, write_voc):
+def test_a_checkpoint_of_another_module_is_rejected(folders, capsys, write_voc):
     write_voc(Path("boxes"), "a", [("cat", 2, 2, 20, 20)])
     Path("c.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
     boxes = "{class_path: yolo_lightning.datamodules.VOCFolder, init_args: {root: boxes}}"
@@ -255,14 +255,14 @@ def test_a_checkpoint_of_another_kind_is_refused(folders, capsys, write_voc):
     )
     end = "trainer: {max_steps: 1, accelerator: cpu, logger: false, enable_progress_bar: false}\n"
     Path("d.yaml").write_text(f"{detector}    detection: {boxes}\n    test: {boxes}\n{end}")
-    saved(
+    save_module(
         Path("c.ckpt"),
         ClassifierModule(["cat", "dog"], [["conv", 4], ["pool"], ["conv", 8], ["pool"]]),
     )
-    saved(Path("d.ckpt"), DetectorModule(["cat", "dog"], [(1.0, 1.0)], "small", 8))
+    save_module(Path("d.ckpt"), DetectorModule(["cat", "dog"], [(1.0, 1.0)], "small", 8))
     assert main(["test", "--config", "d.yaml", "--ckpt_path", "c.ckpt"]) == 2
-    said = capsys.readouterr().err
-    assert "holds a ClassifierModule, the recipe names a DetectorModule" in said
+    output = capsys.readouterr().err
+    assert "holds a ClassifierModule, the recipe names a DetectorModule" in output
     assert main(["test", "--config", "c.yaml", "--ckpt_path", "d.ckpt"]) == 2
     assert "holds a DetectorModule" in capsys.readouterr().err
     assert main(["test", "--config", "d.yaml", "--ckpt_path", "d.ckpt"]) == 0
@@ -270,47 +270,47 @@ def test_a_checkpoint_of_another_kind_is_refused(folders, capsys, write_voc):
     labels = "{class_path: yolo_lightning.datamodules.ImageFolder, init_args: {root: train}}"
     Path("e.yaml").write_text(f"{detector}    classification: {labels}\n{end}")
     assert main(["fit", "--config", "e.yaml"]) == 2
-    assert "data.detection: a detector needs images with boxes" in capsys.readouterr().err
+    assert "data.detection is empty; a detector is trained on images" in capsys.readouterr().err
     wrong = f"--data.validation={boxes}"
     assert main(["fit", "--config", "c.yaml", wrong]) == 2
-    said = capsys.readouterr().err
-    assert "data.validation: a classifier is measured on images with labels" in said
+    output = capsys.readouterr().err
+    assert "data.validation: a classifier is evaluated on images with labels" in output
 
 
-def test_a_recipe_that_names_a_network_is_not_mixed_with_the_checkpoint_s(workplace, monkeypatch):
+def test_the_network_of_a_recipe_is_not_mixed_with_that_of_the_checkpoint(workplace, monkeypatch):
     monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
-    rows = to_plain(detector_layers(SMALL, 128, 64, "space_to_depth"))
-    shapes = WordTree.read("recipes/trees/shapes.tsv").rows
+    rows = layers_to_rows(detector_layers(SMALL, 128, 64, "space_to_depth"))
+    shapes = WordTree.from_file("recipes/trees/shapes.tsv").rows
     imported = DetectorModule(shapes, [(1.6, 1.7), (2.4, 2.5)], rows, 0, 0)
-    saved(Path("m.ckpt"), imported)
+    save_module(Path("m.ckpt"), imported)
     run = cli.main(["test", "--config", "recipes/quickstart.yaml", "--ckpt_path", "m.ckpt"])
     assert run.model.hparams["head_channels"] == 128
     assert run.model.network.body.layers == imported.network.body.layers
 
 
-def test_nothing_that_fits_is_refused(tmp_path):
-    tree = WordTree.flat(["a"])
-    path = saved(tmp_path / "m.ckpt", ClassifierModule(["a"], [["conv", 3]]))
+def test_weights_without_a_matching_layer_are_rejected(tmp_path):
+    tree = WordTree.from_names(["a"])
+    path = save_module(tmp_path / "m.ckpt", ClassifierModule(["a"], [["conv", 3]]))
     with pytest.raises(InputError, match="nothing in it fits"):
         load_pretrained(network(SMALL, tree, 1), tree, path, len(SMALL))
     with pytest.raises(InputError, match="model.pretrained 'gone' not found"):
         load_pretrained(network(SMALL, tree, 1), tree, "gone", len(SMALL))
 
 
-def test_a_checkpoint_of_weights_alone_starts_a_training(folders, capsys):
+def test_training_starts_from_a_checkpoint_with_weights_only(folders, capsys):
     Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
     module = ClassifierModule(["cat", "dog"], [["conv", 4], ["pool"], ["conv", 8], ["pool"]])
-    saved(Path("m.ckpt"), module)
+    save_module(Path("m.ckpt"), module)
     assert main(["fit", "--config", "r.yaml", "--ckpt_path", "m.ckpt"]) == 0
-    said = capsys.readouterr().out
-    assert "m.ckpt: holds weights alone; training begins with them" in said
-    assert "2 of 2 classes, by key" in said
+    output = capsys.readouterr().out
+    assert "m.ckpt: contains weights only; training starts from them" in output
+    assert "2 of 2 classes, by key" in output
     options = ["--model.pretrained", "gone.ckpt"]
     assert main(["fit", "--config", "r.yaml", *options]) == 2
     assert "model.pretrained 'gone.ckpt' not found" in capsys.readouterr().err
 
 
-def test_an_imported_checkpoint_is_measured_like_a_trained_one(folders, capsys):
+def test_an_imported_checkpoint_can_be_evaluated(folders, capsys):
     Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
     layer = "[convolutional]\nbatch_normalize=1\nsize=3\npad=1\nactivation=leaky\nfilters="
     pool = "\n[maxpool]\nsize=2\nstride=2\n"
@@ -329,43 +329,43 @@ def test_an_imported_checkpoint_is_measured_like_a_trained_one(folders, capsys):
     assert "462 of the network's 462 values; layers 0 … 2; classes" in capsys.readouterr().out
 
 
-def test_another_backbone_than_the_checkpoint_s_is_refused(folders, capsys):
+def test_another_backbone_than_that_of_the_checkpoint_is_rejected(folders, capsys):
     Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
-    saved(Path("m.ckpt"), ClassifierModule(["cat", "dog"], [["conv", 5], ["pool"]]))
+    save_module(Path("m.ckpt"), ClassifierModule(["cat", "dog"], [["conv", 5], ["pool"]]))
     assert main(["test", "--config", "r.yaml", "--ckpt_path", "m.ckpt"]) == 2
     assert "model.backbone differs from the checkpoint's" in capsys.readouterr().err
 
 
-def colourful(path: Path, height: int, width: int) -> None:
+def write_noise(path: Path, height: int, width: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     cv2.imwrite(str(path), pixels)
 
 
-def test_classify_takes_folders_and_names_what_it_cannot_read(tmp_path, capsys, monkeypatch):
+def test_classify_reads_folders_and_names_unreadable_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
+    save_module(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
     for name in ("a.png", "deep/b.webp", "c.jpg"):
-        colourful(Path("images") / name, 40, 70)
+        write_noise(Path("images") / name, 40, 70)
     Path("images/broken.jpg").write_bytes(b"no image")
     assert main(["classify", "m.ckpt", "images"]) == 2
-    said = capsys.readouterr()
-    assert [line for line in said.out.splitlines() if line.startswith("images")] == [
+    output = capsys.readouterr()
+    assert [line for line in output.out.splitlines() if line.startswith("images")] == [
         "images/a.png", "images/c.jpg", "images/deep/b.webp",
     ]  # fmt: skip
-    assert "images/broken.jpg: not a readable image" in said.err
-    assert "Traceback" not in said.err
+    assert "images/broken.jpg: not a readable image" in output.err
+    assert "Traceback" not in output.err
 
 
-def test_classify_gives_the_path_or_the_leaves_of_a_tree(tmp_path, capsys, monkeypatch):
+def test_classify_prints_the_path_or_the_leaves_of_a_tree(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = ClassifierModule(TREE, "small", image_size=64)
     with torch.no_grad():  # P(pet) = 0.8, P(dog) = 0.8 x 0.9
         module.network.class_conv.weight.zero_()
         assert module.network.class_conv.bias is not None
         module.network.class_conv.bias.copy_(torch.log(torch.tensor([0.8, 0.1, 0.9, 0.2])))
-    saved(Path("m.ckpt"), module)
-    colourful(Path("a.png"), 50, 50)
+    save_module(Path("m.ckpt"), module)
+    write_noise(Path("a.png"), 50, 50)
     assert main(["classify", "m.ckpt", "a.png"]) == 0
     assert capsys.readouterr().out == "a.png\n   80.00 %  pet\n   72.00 %    dog\n"
     assert main(["classify", "m.ckpt", "a.png", "--top", "2"]) == 0
@@ -389,27 +389,27 @@ def test_classify_gives_the_path_or_the_leaves_of_a_tree(tmp_path, capsys, monke
         (["d.ckpt", "a.png"], "d.ckpt: holds a detector; classify takes a classifier"),
     ],
 )
-def test_classify_refuses_in_one_message(tmp_path, capsys, monkeypatch, argv, message):
+def test_classify_reports_invalid_input(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
-    saved(Path("m.ckpt"), ClassifierModule(TREE, "small"))
-    saved(Path("d.ckpt"), DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4))
-    colourful(Path("a.png"), 40, 40)
+    save_module(Path("m.ckpt"), ClassifierModule(TREE, "small"))
+    save_module(Path("d.ckpt"), DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4))
+    write_noise(Path("a.png"), 40, 40)
     Path("empty").mkdir()
     assert main(["classify", *argv]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    output = capsys.readouterr().err
+    assert message in output
+    assert "Traceback" not in output
 
 
-def test_the_three_ways_to_resize():
+def test_three_resize_modes():
     image = torch.rand(3, 30, 60)
-    frame = resized(image, (64, 64), "letterbox")
+    frame = resize_image(image, (64, 64), "letterbox")
     assert frame.shape == (1, 3, 64, 64)
     assert (frame[:, :, :16] == 0.5).all()
     assert (frame[:, :, 48:] == 0.5).all()
-    whole = resized(image, (64, 64), "shorter-side")
+    whole = resize_image(image, (64, 64), "shorter-side")
     assert whole.shape == (1, 3, 64, 128)
-    middle = resized(image, (64, 64), "crop")
+    middle = resize_image(image, (64, 64), "crop")
     assert torch.equal(middle, whole[:, :, :, 32:96])
     # corners lie on corners
     assert torch.equal(
@@ -417,24 +417,24 @@ def test_the_three_ways_to_resize():
     )
 
 
-def test_classify_refuses_images_that_no_memory_holds(tmp_path, capsys, monkeypatch):
+def test_classify_rejects_images_that_are_too_large(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
+    save_module(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
     monkeypatch.setattr("yolo_lightning.inference.classification.MAX_BYTES", 1000)
-    colourful(Path("large.png"), 40, 40)
+    write_noise(Path("large.png"), 40, 40)
     assert main(["classify", "m.ckpt", "large.png"]) == 2
     assert "large.png: too large" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    colourful(Path("thin.png"), 1, 3000)
+    write_noise(Path("thin.png"), 1, 3000)
     assert main(["classify", "m.ckpt", "thin.png", "--resize", "shorter-side"]) == 2
     assert "thin.png: 3000 x 1 px is too thin for shorter-side" in capsys.readouterr().err
     assert main(["classify", "m.ckpt", "thin.png"]) == 0
 
 
-def test_load_gives_the_module_that_was_saved(tmp_path):
+def test_load_restores_the_saved_module(tmp_path):
     module = ClassifierModule(TREE, "small").eval()
-    again = load(saved(tmp_path / "m.ckpt", module))
+    again = load(save_module(tmp_path / "m.ckpt", module))
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(images), module(images))
@@ -446,10 +446,10 @@ def test_load_gives_the_module_that_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5])
-def test_a_backbone_learns_at_its_own_rate_or_not_at_all(folders, factor):
+def test_backbone_lr_factor(folders, factor):
     Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
     module = ClassifierModule(["cat", "dog"], [["conv", 4], ["pool"], ["conv", 8], ["pool"]])
-    saved(Path("m.ckpt"), module)
+    save_module(Path("m.ckpt"), module)
     options = ["--model.pretrained", "m.ckpt", f"--model.backbone_lr_factor={factor}"]
     assert main(["fit", "--config", "r.yaml", *options]) == 0
     (path,) = Path("runs").glob("*/checkpoints/last.ckpt")

@@ -8,7 +8,7 @@ from tests.helpers.golden import GOLDEN, detection_batch, load
 from yolo_lightning.batches import ClassificationBatch
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
 from yolo_lightning.losses import LossSettings, ObjectnessRule, yolo9000_loss
-from yolo_lightning.models.head import HeadOutput, candidates
+from yolo_lightning.models.head import HeadOutput, select_candidates
 from yolo_lightning.tree.wordtree import WordTree
 
 
@@ -26,7 +26,7 @@ def gradient(raw, batch, anchors, tree, settings):
 @pytest.mark.parametrize("name", ["region_flat_warmup.npz", "region_flat_after_warmup.npz"])
 def test_flat_loss_has_the_original_gradients(name):
     data = load(name)
-    tree = WordTree.flat([str(k) for k in range(20)])
+    tree = WordTree.from_names([str(k) for k in range(20)])
     batch = detection_batch(data["boxes_cxcywh"], data["labels"], int(data["images_seen"]))
     grad = gradient(data["raw"], batch, data["anchors_cells"], tree, LossSettings())
     assert (grad - data["grad"]).abs().max() <= 1e-5
@@ -61,8 +61,8 @@ def test_decoding_letterbox_and_nms_equal_the_original(size):
     net_width, net_height = data["network_wh"].tolist()
     threshold = float(data["score_threshold"])
     output = HeadOutput.from_dense(data["raw"], 5)
-    tree = WordTree.flat([str(k) for k in range(20)])
-    (found,) = candidates(output, data["anchors_cells"], threshold)
+    tree = WordTree.from_names([str(k) for k in range(20)])
+    (found,) = select_candidates(output, data["anchors_cells"], threshold)
     scores = found.objectness[:, None] * tree.log_probs(found.logits).exp()
     boxes = unletterbox(
         found.boxes_cxcywh_norm,

@@ -1,4 +1,4 @@
-"""Images of every kind: decoded, turned upright, shrunk, or refused and replaced."""
+"""Decoding of images: formats, orientation, reduced size, damaged files."""
 
 import shutil
 import struct
@@ -13,13 +13,22 @@ import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from tests.helpers.images import exif_of
-from tests.helpers.miniatures import HEIGHT, WIDTH, bound, data_of, picture, plain, save, write
+from tests.helpers.miniatures import (
+    HEIGHT,
+    WIDTH,
+    bind_source,
+    quarters,
+    save,
+    save_grey,
+    set_up_data,
+    write,
+)
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.datamodules import ImageFolder, LabelCSV, VOCFolder, YOLOText, annotated
+from yolo_lightning.datamodules import ImageFolder, LabelCSV, VOCFolder, YOLOText, files
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample, read_header, read_image
 
-# --- broken images
+# --- damaged images
 
 
 def bomb(path: Path) -> Path:
@@ -59,7 +68,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_broken_image_is_refused_by_name(tmp_path, kind):
+def test_damaged_image_raises_with_its_path(tmp_path, kind):
     file = BAD[kind](tmp_path)
     with pytest.raises(UnreadableSample) as caught:
         read_image(file)
@@ -67,15 +76,15 @@ def test_a_broken_image_is_refused_by_name(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_another_image_stands_in_for_a_broken_one_in_training(tmp_path, kind):
+def test_damaged_image_is_replaced_in_training(tmp_path, kind):
     folder = tmp_path / "images"
-    plain(folder / "a.png", 40)
+    save_grey(folder / "a.png", 40)
     bad = BAD[kind](folder)
-    plain(folder / "c.png", 200)
+    save_grey(folder / "c.png", 200)
     for name in ("a", "bad", "c"):
         write(tmp_path / "labels" / f"{name}.txt", f"{int(name == 'c')} 0.5 0.5 0.5 0.5\n")
     table = f"images/a.png,apple\nimages/{bad.name},apple\nimages/c.png,banana\n"
-    data = data_of(
+    data = set_up_data(
         detection=YOLOText(str(tmp_path), names=["apple", "banana"]),
         classification=LabelCSV(str(write(tmp_path / "table.csv", table))),
         detection_batch_size=3,
@@ -92,46 +101,46 @@ def test_another_image_stands_in_for_a_broken_one_in_training(tmp_path, kind):
         assert labels[[rows[0], rows[1], rows[2]]].tolist() == [0, 0, 1]
         (fault,) = batch.faults
         assert fault.startswith(f"{bad}: ")
-        assert fault.endswith("; another image stands in")
+        assert fault.endswith("; another image is used instead")
 
 
-def test_a_broken_image_counts_for_nothing_in_the_evaluation_of_labels(tmp_path):
-    plain(tmp_path / "apple/a.png", 40)
+def test_damaged_image_is_left_out_of_evaluation(tmp_path):
+    save_grey(tmp_path / "apple/a.png", 40)
     bad = write(tmp_path / "apple/b.jpg", "")
-    plain(tmp_path / "banana/c.png", 200)
+    save_grey(tmp_path / "banana/c.png", 200)
     source = ImageFolder(str(tmp_path))
-    data = data_of(classification=source, validation=source, classification_batch_size=3)
+    data = set_up_data(classification=source, validation=source, classification_batch_size=3)
     (batch,) = list(data.val_dataloader())
     assert isinstance(batch, ClassificationBatch)
     assert batch.sample_ids.tolist() == [0, -1, 2]
     assert batch.faults == [f"{bad}: not a readable image; left out of the evaluation"]
 
 
-def test_an_image_that_went_after_it_was_indexed_is_replaced(tmp_path):
-    plain(tmp_path / "apple/a.png", 40)
-    gone = plain(tmp_path / "banana/b.png", 200)
-    data = data_of(classification=ImageFolder(str(tmp_path)), classification_batch_size=2)
+def test_image_deleted_after_indexing_is_replaced(tmp_path):
+    save_grey(tmp_path / "apple/a.png", 40)
+    gone = save_grey(tmp_path / "banana/b.png", 200)
+    data = set_up_data(classification=ImageFolder(str(tmp_path)), classification_batch_size=2)
     gone.unlink()
     (batch,) = list(data.train_dataloader())
     assert batch.labels.tolist() == [0, 0]
     assert batch.faults == [
-        f"{gone}: cannot be read (No such file or directory); another image stands in"
+        f"{gone}: cannot be read (No such file or directory); another image is used instead"
     ]
 
 
-def test_training_stops_where_no_image_can_be_read(tmp_path):
+def test_training_without_a_readable_image_raises(tmp_path):
     for k in range(3):
         write(tmp_path / f"apple/{k}.jpg", "")
-    data = data_of(classification=ImageFolder(str(tmp_path)), classification_batch_size=1)
+    data = set_up_data(classification=ImageFolder(str(tmp_path)), classification_batch_size=1)
     with pytest.raises(InputError, match=r"no readable image among 3: .*\.jpg: not a"):
         list(data.train_dataloader())
 
 
-def test_a_class_that_is_broken_as_a_whole_stops_nothing(tmp_path):
+def test_class_with_only_damaged_images_is_replaced(tmp_path):
     for k in range(40):
         write(tmp_path / f"apple/{k:02}.jpg", "")
-        plain(tmp_path / f"banana/{k:02}.png", 1 + k)
-    data = data_of(classification=ImageFolder(str(tmp_path)), classification_batch_size=16)
+        save_grey(tmp_path / f"banana/{k:02}.png", 1 + k)
+    data = set_up_data(classification=ImageFolder(str(tmp_path)), classification_batch_size=16)
     batches = list(data.train_dataloader())
     assert len(batches) == 5
     assert all((batch.labels == 1).all() for batch in batches)
@@ -139,20 +148,20 @@ def test_a_class_that_is_broken_as_a_whole_stops_nothing(tmp_path):
     assert len(stood_in) == 40  # not the same neighbour for all of them
 
 
-def must_not_decode(*args: Any, **options: Any) -> None:
+def fail_decode(*args: Any, **options: Any) -> None:
     raise AssertionError("decoded")
 
 
-def test_a_bomb_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(cv2, "imdecode", must_not_decode)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", must_not_decode)
+def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", fail_decode)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail_decode)
     file = bomb(tmp_path / "bomb.png")
     for read in (read_header, read_image):
         with pytest.raises(UnreadableSample, match=r"bomb\.png: .* million"):
             read(file)
 
 
-def test_a_refusal_for_size_names_the_limit_that_holds(tmp_path):
+def test_size_error_names_the_limit(tmp_path):
     file = bomb(tmp_path / "bomb.png")
     data = bytearray(file.read_bytes())
     data[16:24] = struct.pack(">II", 14_000, 14_000)  # 196 million: above 178, below twice that
@@ -162,14 +171,14 @@ def test_a_refusal_for_size_names_the_limit_that_holds(tmp_path):
         read_image(file)
 
 
-# --- what is decoded
+# --- pixel formats
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp"])
-def test_a_header_is_read_without_decoding(tmp_path, monkeypatch, suffix):
+def test_header_is_read_without_decoding(tmp_path, monkeypatch, suffix):
     file = save(tmp_path / f"a.{suffix}")
     for kind in (ImageFile.ImageFile, PngImagePlugin.PngImageFile):
-        monkeypatch.setattr(kind, "load", must_not_decode)
+        monkeypatch.setattr(kind, "load", fail_decode)
     assert read_header(file).size_hw == (HEIGHT, WIDTH)
 
 
@@ -177,7 +186,7 @@ def alpha() -> Any:
     """Return an image whose right half is transparent."""
     opacity = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
     opacity[:, WIDTH // 2 :] = 0
-    return np.concatenate([picture(), opacity], axis=2)
+    return np.concatenate([quarters(), opacity], axis=2)
 
 
 def grey_of(image: Any) -> Any:
@@ -194,32 +203,32 @@ def sixteen(path: Path, pixels: Any) -> Path:
 
 
 GOOD: dict[str, tuple[Any, Any, float]] = {
-    "JPEG": (lambda folder: save(folder / "a.jpg"), picture(), 12),
-    "grey JPEG": (lambda f: save(f / "a.jpg", Image.fromarray(picture()).convert("L")),
-                  grey_of(picture()), 12),
-    "CMYK JPEG": (lambda f: save(f / "a.jpg", Image.fromarray(picture()).convert("CMYK")),
-                  picture(), 12),
+    "JPEG": (lambda folder: save(folder / "a.jpg"), quarters(), 12),
+    "grey JPEG": (lambda f: save(f / "a.jpg", Image.fromarray(quarters()).convert("L")),
+                  grey_of(quarters()), 12),
+    "CMYK JPEG": (lambda f: save(f / "a.jpg", Image.fromarray(quarters()).convert("CMYK")),
+                  quarters(), 12),
     "16-bit PNG": (lambda folder: sixteen(folder / "a.png", SIXTEEN_RGB), SIXTEEN_RGB / 257, 1),
     "16-bit grey PNG": (lambda folder: sixteen(folder / "a.png", SIXTEEN),
                         np.repeat(SIXTEEN[..., None] / 257, 3, axis=2), 1),
-    "palette PNG": (lambda f: save(f / "a.png", Image.fromarray(picture()).quantize(16)),
-                    picture(), 1),
+    "palette PNG": (lambda f: save(f / "a.png", Image.fromarray(quarters()).quantize(16)),
+                    quarters(), 1),
     "transparent palette PNG": (
-        lambda f: save(f / "a.png", Image.fromarray(picture()).quantize(16), transparency=0),
-        picture(), 1),
-    "PNG with alpha": (lambda folder: save(folder / "a.png", alpha()), picture(), 0),
-    "WebP": (lambda folder: save(folder / "a.webp", lossless=True), picture(), 0),
+        lambda f: save(f / "a.png", Image.fromarray(quarters()).quantize(16), transparency=0),
+        quarters(), 1),
+    "PNG with alpha": (lambda folder: save(folder / "a.png", alpha()), quarters(), 0),
+    "WebP": (lambda folder: save(folder / "a.webp", lossless=True), quarters(), 0),
     "WebP with alpha": (lambda f: save(f / "a.webp", alpha(), lossless=True, exact=True),
-                        picture(), 0),
-    "BMP": (lambda folder: save(folder / "a.bmp"), picture(), 0),
-    "1 x 1 JPEG": (lambda folder: plain(folder / "a.jpg", 90, 1, 1), np.full((1, 1, 3), 90), 1),
-    "1 x 1 PNG": (lambda folder: plain(folder / "a.png", 90, 1, 1), np.full((1, 1, 3), 90), 0),
-    "PNG called .jpg": (lambda f: save(f / "b.png").rename(f / "a.jpg"), picture(), 0),
+                        quarters(), 0),
+    "BMP": (lambda folder: save(folder / "a.bmp"), quarters(), 0),
+    "1 x 1 JPEG": (lambda folder: save_grey(folder / "a.jpg", 90, 1, 1), np.full((1, 1, 3), 90), 1),
+    "1 x 1 PNG": (lambda folder: save_grey(folder / "a.png", 90, 1, 1), np.full((1, 1, 3), 90), 0),
+    "PNG called .jpg": (lambda f: save(f / "b.png").rename(f / "a.jpg"), quarters(), 0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_an_odd_image_becomes_rgb(tmp_path, kind):
+def test_every_pixel_format_becomes_rgb(tmp_path, kind):
     make, expected, tolerance = GOOD[kind]
     image, size_hw = read_image(make(tmp_path))
     assert image.dtype == np.uint8
@@ -228,7 +237,7 @@ def test_an_odd_image_becomes_rgb(tmp_path, kind):
     assert np.abs(image.astype(float) - expected).max() <= tolerance
 
 
-def test_a_cmyk_image_is_what_pillow_makes_of_it(tmp_path):
+def test_cmyk_is_converted_as_in_pillow(tmp_path):
     inks = np.zeros((48, 64, 4), np.uint8)
     inks[:24], inks[24:] = (200, 30, 90, 60), (10, 120, 250, 5)
     file = save(tmp_path / "a.jpg", Image.frombytes("CMYK", (64, 48), inks.tobytes()))
@@ -238,11 +247,11 @@ def test_a_cmyk_image_is_what_pillow_makes_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_an_odd_image_serves_in_training(tmp_path, kind):
+def test_every_pixel_format_in_training(tmp_path, kind):
     make, expected, tolerance = GOOD[kind]
     (tmp_path / "apple").mkdir()
     make(tmp_path / "apple")
-    data = data_of(
+    data = set_up_data(
         classification=ImageFolder(str(tmp_path)),
         classification_batch_size=1,
         image_size=32,
@@ -259,7 +268,7 @@ def test_an_odd_image_serves_in_training(tmp_path, kind):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_is_turned_upright(tmp_path, orientation, suffix):
+def test_every_exif_orientation_is_applied(tmp_path, orientation, suffix):
     file = save(tmp_path / f"a.{suffix}", exif=exif_of(orientation))
     with Image.open(file) as opened:
         expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB")).astype(int)
@@ -271,8 +280,8 @@ def test_every_exif_orientation_is_turned_upright(tmp_path, orientation, suffix)
     assert np.abs(image - expected).max() < 12
 
 
-def test_a_turned_jpeg_is_turned_when_it_is_shrunk_too(tmp_path):
-    image, size_hw = read_image(save(tmp_path / "a.jpg", exif=exif_of(6)), least_side=12)
+def test_exif_orientation_with_reduced_decoding(tmp_path):
+    image, size_hw = read_image(save(tmp_path / "a.jpg", exif=exif_of(6)), min_side=12)
     assert size_hw == (64, 48)
     assert image.shape == (16, 12, 3)
     # a quarter clockwise: what was below on the left is above on the left now
@@ -280,20 +289,20 @@ def test_a_turned_jpeg_is_turned_when_it_is_shrunk_too(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
-def test_size_and_pixels_agree_on_an_orientation_that_only_xmp_tells(tmp_path, suffix):
+def test_header_and_pixels_agree_on_an_orientation_in_xmp(tmp_path, suffix):
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     image, size_hw = read_image(save(tmp_path / f"a.{suffix}", xmp=xmp))
     assert image.shape[:2] == size_hw
 
 
-def test_boxes_lie_on_the_upright_image_in_training_and_evaluation(tmp_path):
+def test_boxes_refer_to_the_rotated_image(tmp_path):
     upright = np.full((64, 32, 3), 20, np.uint8)
     upright[8:24, 16:28] = 240
     # shown after a quarter clockwise
     save(tmp_path / "images/a.jpg", np.rot90(upright).copy(), exif=exif_of(6))
     write(tmp_path / "labels/a.txt", f"0 {22 / 32} {16 / 64} {12 / 32} {16 / 64}\n")
     source = YOLOText(str(tmp_path), names=["apple"])
-    data = data_of(detection=source, validation=source, detection_batch_size=1)
+    data = set_up_data(detection=source, validation=source, detection_batch_size=1)
     assert source.read(0).size_hw_orig == (64, 32)
     assert [sizes.tolist() for sizes in source.shapes_wh_px()] == [[[12, 16]], [[32, 64]]]
     for loader in (data.train_dataloader(), data.val_dataloader()):
@@ -307,7 +316,7 @@ def test_boxes_lie_on_the_upright_image_in_training_and_evaluation(tmp_path):
     assert batch.sizes_hw_orig.tolist() == [[64, 32]]
 
 
-# --- large JPEGs are decoded at a part of their size
+# --- decoding at reduced size
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +328,7 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("least_side", "expected"),
+    ("min_side", "expected"),
     [
         (None, (1200, 1600)),
         (601, (1200, 1600)),
@@ -331,25 +340,29 @@ def large(tmp_path_factory):
         (10, (150, 200)),
     ],
 )
-def test_a_large_jpeg_is_shrunk_as_far_as_is_allowed(large, least_side, expected):
-    image, size_hw = read_image(large, least_side)
+def test_large_jpeg_is_decoded_at_reduced_size(large, min_side, expected):
+    image, size_hw = read_image(large, min_side)
     assert image.shape[:2] == expected
     assert size_hw == (1200, 1600)
     whole = cv2.resize(read_image(large)[0], expected[::-1], interpolation=cv2.INTER_AREA)
     assert np.abs(whole.astype(int) - image).mean() < 2
 
 
-def test_only_jpegs_are_shrunk(tmp_path):
+def test_only_jpegs_are_decoded_at_reduced_size(tmp_path):
     for suffix in ("png", "webp", "bmp"):
-        assert read_image(plain(tmp_path / f"a.{suffix}", 9, 80, 80), 10)[0].shape == (80, 80, 3)
+        assert read_image(save_grey(tmp_path / f"a.{suffix}", 9, 80, 80), 10)[0].shape == (
+            80,
+            80,
+            3,
+        )
 
 
-def test_boxes_follow_an_image_that_was_shrunk(large, tmp_path, write_voc):
+def test_boxes_are_scaled_with_a_reduced_image(large, tmp_path, write_voc):
     write_voc(tmp_path, "a", [("apple", 401, 301, 1200, 900)], (8, 8), (1600, 1200))
     shutil.copy(large, tmp_path / "a.jpg")
-    source = bound(VOCFolder(str(tmp_path)))
-    for least_side, scale in ((None, 1), (600, 2), (300, 4)):
-        sample = source.read(0, least_side)
+    source = bind_source(VOCFolder(str(tmp_path)))
+    for min_side, scale in ((None, 1), (600, 2), (300, 4)):
+        sample = source.read(0, min_side)
         assert sample.image.shape == (1200 // scale, 1600 // scale, 3)
         assert sample.size_hw_orig == (1200, 1600)
         expected = np.array([[400, 300, 1200, 900]]) / scale
@@ -357,22 +370,22 @@ def test_boxes_follow_an_image_that_was_shrunk(large, tmp_path, write_voc):
         assert sample.faults == []
 
 
-def test_shrinking_moves_no_box_of_a_batch(tmp_path, monkeypatch):
+def test_reduced_decoding_moves_no_box_of_a_batch(tmp_path, monkeypatch):
     # sides that nothing divides: the worst case of rounding
     ramp = np.broadcast_to(np.linspace(0, 255, 1601)[None, :, None], (1203, 1601, 3))
     save(tmp_path / "images/a.jpg", ramp.astype(np.uint8))
     write(tmp_path / "labels/a.txt", "0 0.5 0.5 1 1\n1 0.2 0.7 0.1 0.05\n")
     source = YOLOText(str(tmp_path), names=["apple", "banana"])
-    data = data_of(detection=source, validation=source, detection_batch_size=1, image_size=288)
+    data = set_up_data(detection=source, validation=source, detection_batch_size=1, image_size=288)
     sides: list[int] = []
 
     def batches(shrink: bool) -> list[Any]:
-        def read(path: Path, least_side: int | None = None) -> Any:
-            found = read_image(path, least_side if shrink else None)
+        def read(path: Path, min_side: int | None = None) -> Any:
+            found = read_image(path, min_side if shrink else None)
             sides.append(found[0].shape[1])
             return found
 
-        monkeypatch.setattr(annotated, "read_image", read)
+        monkeypatch.setattr(files, "read_image", read)
         return [next(iter(loader)) for loader in (data.train_dataloader(), data.val_dataloader())]
 
     shrunk, whole = batches(True), batches(False)

@@ -1,4 +1,4 @@
-"""The launchers for clusters, with stand-ins for what they start."""
+"""The cluster launch scripts, with fake torchrun, srun, scontrol and python."""
 
 import os
 import subprocess
@@ -11,13 +11,13 @@ FOLDER = REPO / "recipes/cluster"
 
 
 @pytest.fixture
-def started(tmp_path):
-    """Run a launcher; return what it would have started, a word a line."""
+def run_script(tmp_path):
+    """Return a function that runs a script and returns the command that it would start."""
     for name in ("torchrun", "srun", "scontrol", "python"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
-        said = "first-host" if name == "scontrol" else "3" if name == "python" else ""
-        lines = f"echo {said}" if said else 'printf "%s\\n" "$0" "$@"; env | grep MASTER_'
+        output = "first-host" if name == "scontrol" else "3" if name == "python" else ""
+        lines = f"echo {output}" if output else 'printf "%s\\n" "$0" "$@"; env | grep MASTER_'
         program.write_text(f"#!/bin/sh\n{lines}\nexit 0\n")
         program.chmod(0o755)
 
@@ -32,8 +32,8 @@ def started(tmp_path):
     return run
 
 
-def test_torchrun_gets_a_recipe_and_options_as_they_are(started):
-    code, words, _ = started(
+def test_torchrun_script_passes_recipe_and_options_unchanged(run_script):
+    code, words, _ = run_script(
         "torchrun.sh", "my recipes/a b.yaml", "--model.tree=[a b, c]", NODES="2", NODE_RANK="1",
         MASTER="host:1",
     )  # fmt: skip
@@ -46,8 +46,8 @@ def test_torchrun_gets_a_recipe_and_options_as_they_are(started):
     assert "--model.tree=[a b, c]" in words
 
 
-def test_slurm_gets_one_task_a_device_and_meets_at_its_first_node(started):
-    code, words, _ = started(
+def test_slurm_script_sets_devices_and_rendezvous(run_script):
+    code, words, _ = run_script(
         "slurm.sbatch", "r.yaml", "--seed_everything=1", SLURM_JOB_ID="20007",
         SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4",
     )  # fmt: skip
@@ -61,8 +61,8 @@ def test_slurm_gets_one_task_a_device_and_meets_at_its_first_node(started):
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
-def test_without_a_recipe_they_ask_for_one(started, name):
-    code, words, said = started(name)
+def test_missing_recipe_is_reported(run_script, name):
+    code, words, error = run_script(name)
     assert code != 0
-    assert "which recipe?" in said
+    assert "recipe missing; usage: " in error
     assert not words

@@ -1,4 +1,4 @@
-"""Terms by hand, and what must hold for every batch."""
+"""Loss terms computed by hand, and properties of every batch."""
 
 import math
 
@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from tests.helpers.golden import detection_batch
 from tests.helpers.trees import trees
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.losses import LossSettings, assign, select_boxes, yolo9000_loss
+from yolo_lightning.losses import LossSettings, assign_objects, select_boxes, yolo9000_loss
 from yolo_lightning.models.backbones import SMALL, detector_layers
 from yolo_lightning.models.head import DenseClassLogits, HeadOutput, SparseClassLogits
 from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.tree.wordtree import WordTree
 
 ANCHORS = torch.tensor([[1.0, 1.0], [3.0, 2.0]])
-TREE = WordTree.flat(["a", "b"])
+TREE = WordTree.from_names(["a", "b"])
 
 
 def labelled(count: int, labels: list[int]) -> ClassificationBatch:
@@ -30,7 +30,7 @@ def head(grid: int = 2, classes: int = 2, batch: int = 1, fill: float = 0.0) -> 
     return torch.full((batch, 2 * (5 + classes), grid, grid), fill)
 
 
-def terms_of(raw, batch, tree=TREE, **options):
+def loss_terms(raw, batch, tree=TREE, **options):
     settings = LossSettings(**options)
     boxed_ancestors = torch.arange(len(tree))
     return yolo9000_loss(
@@ -43,7 +43,7 @@ def test_terms_of_one_object_by_hand():
     box = torch.tensor([[[0.3, 0.25, 0.75, 0.5]]])
     raw = head()
     raw[0, :7, 0, 0] = torch.tensor([0.4, -0.2, 0.1, 0.3, 0.7, 1.0, -0.5])
-    terms = terms_of(raw, detection_batch(box, torch.tensor([[1]])))
+    terms = loss_terms(raw, detection_batch(box, torch.tensor([[1]])))
 
     def sig(v: float) -> float:
         return 1 / (1 + math.exp(-v))
@@ -61,24 +61,24 @@ def test_terms_of_one_object_by_hand():
     assert terms["loss_anchor_prior"].item() == 0
 
 
-def test_anchor_by_hand_only_while_few_images_were_seen():
+def test_anchor_prior_by_hand_only_at_the_start_of_training():
     box = torch.tensor([[[0.3, 0.25, 0.5, 0.5]]])
     raw = head(fill=0.2)
     early = detection_batch(box, torch.tensor([[0]]), images_seen=0)
     centre = 1 / (1 + math.exp(-0.2)) - 0.5
     expected = 0.01 * 0.5 * 7 * 2 * (centre**2 + 0.2**2)
-    assert terms_of(raw, early)["loss_anchor_prior"].item() == pytest.approx(expected, rel=1e-5)
+    assert loss_terms(raw, early)["loss_anchor_prior"].item() == pytest.approx(expected, rel=1e-5)
     early.images_seen = 12_800
-    assert terms_of(raw, early)["loss_anchor_prior"].item() == 0
+    assert loss_terms(raw, early)["loss_anchor_prior"].item() == 0
 
 
-def test_a_box_that_overlaps_enough_pays_no_objectness():
+def test_a_box_with_a_large_iou_has_no_no_object_loss():
     # the anchor of 3 x 2 cells in the same place overlaps a truth of 2.6 x 2 by more than 0.6,
     # yet the neighbouring cell's box too: both are spared, the responsible one is charged
     box = torch.tensor([[[0.375, 0.375, 2.6 / 4, 0.5]]])
     raw = head(grid=4)
     raw[0, 7 + 0, 1, 1] = 0.0
-    counted = terms_of(raw, detection_batch(box, torch.tensor([[0]])))["loss_noobj"].item()
+    counted = loss_terms(raw, detection_batch(box, torch.tensor([[0]])))["loss_noobj"].item()
     everything = 0.5 * 0.25 * (2 * 16 - 1)
     spared = (everything - counted) / 0.125
     assert spared == pytest.approx(round(spared))
@@ -88,23 +88,23 @@ def test_a_box_that_overlaps_enough_pays_no_objectness():
     raw[0, 7 + 2, 1, 2] = math.log(1.0)
     shifted = head(grid=4)
     shifted[0, 7, 1, 2] = -9.0  # centre at the cell's left edge: half a cell from the truth
-    counted = terms_of(shifted, detection_batch(near, torch.tensor([[0]])))["loss_noobj"].item()
+    counted = loss_terms(shifted, detection_batch(near, torch.tensor([[0]])))["loss_noobj"].item()
     assert (everything - counted) / 0.125 == pytest.approx(1)
 
 
-def test_the_later_of_two_objects_has_a_box_they_both_claim():
+def test_the_later_of_two_objects_keeps_the_same_box():
     boxes = torch.tensor([[[0.2, 0.2, 0.3, 0.3], [0.22, 0.2, 0.3, 0.3], [0.9, 0.9, 0.3, 0.3]]])
-    found = assign(boxes, torch.tensor([[5, 6, 7]]), ANCHORS, (2, 2))
+    found = assign_objects(boxes, torch.tensor([[5, 6, 7]]), ANCHORS, (2, 2))
     assert sorted(found.labels.tolist()) == [6, 7]
 
 
-def test_average_over_images_and_scales():
+def test_losses_are_averaged_over_images_and_scaled():
     boxes = torch.tensor([[[0.3, 0.25, 0.5, 0.5]]])
-    one = terms_of(head(fill=0.3), detection_batch(boxes, torch.tensor([[0]])))
-    two = terms_of(
+    one = loss_terms(head(fill=0.3), detection_batch(boxes, torch.tensor([[0]])))
+    two = loss_terms(
         head(batch=2, fill=0.3), detection_batch(boxes.repeat(2, 1, 1), torch.tensor([[0], [0]]))
     )
-    doubled = terms_of(
+    doubled = loss_terms(
         head(fill=0.3),
         detection_batch(boxes, torch.tensor([[0]])),
         coord_scale=2.0,
@@ -119,9 +119,9 @@ def test_average_over_images_and_scales():
 def test_classification_terms_by_hand():
     raw = head()
     raw[0, 4] = -2.0  # objectness of anchor 0
-    raw[0, 4, 1, 0] = -1.0  # the chosen box: highest objectness, classes alike
+    raw[0, 4, 1, 0] = -1.0  # the selected box: highest objectness, classes alike
     raw[0, 11] = -3.0
-    terms = terms_of(raw, labelled(1, [0]), box_selection="label")
+    terms = loss_terms(raw, labelled(1, [0]), box_selection="label")
 
     def sig(v: float) -> float:
         return 1 / (1 + math.exp(-v))
@@ -131,11 +131,11 @@ def test_classification_terms_by_hand():
     assert terms["loss_noobj"].item() == pytest.approx(expected, rel=1e-5)
     assert terms["loss_class"].item() == pytest.approx(math.log(2), rel=1e-5)
     assert terms["loss_coord"].item() == terms["loss_anchor_prior"].item() == 0
-    silent = terms_of(raw, labelled(1, [0]), objectness_rule="darknet")
+    silent = loss_terms(raw, labelled(1, [0]), objectness_rule="darknet")
     assert silent["loss_obj"].item() == 0
 
 
-def test_rules_of_box_selection_choose_as_they_say():
+def test_rules_of_box_selection():
     tree = WordTree(
         [("cat", "-", ""), ("dog", "-", ""), ("bengal", "cat", ""), ("manx", "cat", "")]
     )
@@ -151,20 +151,20 @@ def test_rules_of_box_selection_choose_as_they_say():
     output = HeadOutput.from_dense(raw.flatten(1, 2), 2)
     supervised = torch.tensor([True, True, False, False])
 
-    def chosen(rule, mask=supervised):
+    def selected(rule, mask=supervised):
         ancestors = tree.deepest_ancestor_in(mask)
         anchor, cell = select_boxes(output, torch.tensor([2]), ANCHORS, tree, ancestors, rule)
         return anchor.item(), cell.item()
 
-    assert chosen("label") == (1, 3)
-    assert chosen("boxed_ancestor") == (0, 0)
-    assert chosen("largest") == (1, 1)
+    assert selected("label") == (1, 3)
+    assert selected("boxed_ancestor") == (0, 0)
+    assert selected("largest") == (1, 1)
     # boxes taught the label itself: the label decides; boxes taught nothing: objectness alone
-    assert chosen("boxed_ancestor", torch.ones(4, dtype=torch.bool)) == chosen("label")
-    assert chosen("boxed_ancestor", torch.zeros(4, dtype=torch.bool)) == (0, 0)
+    assert selected("boxed_ancestor", torch.ones(4, dtype=torch.bool)) == selected("label")
+    assert selected("boxed_ancestor", torch.zeros(4, dtype=torch.bool)) == (0, 0)
 
 
-def test_unknown_rules_are_refused():
+def test_unknown_rules():
     with pytest.raises(ValueError, match="box_selection is 'biggest'; allowed"):
         LossSettings(box_selection="biggest")  # type: ignore[arg-type]
 
@@ -205,7 +205,7 @@ def test_sparse_and_dense_class_heads_agree(tree, seed, rule):
 
 @pytest.mark.parametrize("objectness_rule", ["paper", "darknet"])
 @pytest.mark.parametrize("kind", ["objects", "no objects", "classification"])
-def test_every_step_touches_every_parameter(kind, objectness_rule):
+def test_every_parameter_gets_a_gradient_in_every_step(kind, objectness_rule):
     torch.manual_seed(0)
     network = YOLOv2(detector_layers(SMALL, 8, 4), 2, ANCHORS)
     output = network(torch.rand(2, 3, 32, 32))

@@ -196,7 +196,7 @@ LAYERS = [
 
 def test_imports_point_one_way():
     modules = structure.modules_of(REPO)
-    public = {f"yolo_lightning.{name}": home for name, home in yolo_lightning._HOME.items()}
+    public = {f"yolo_lightning.{name}": home for name, home in yolo_lightning._MODULES.items()}
     public["yolo_lightning.__version__"] = "yolo_lightning.version"
     edges = structure.file_edges(modules, public)
     found = structure.part_edges(edges)

@@ -1,6 +1,6 @@
 """Train YOLOv2 and YOLO9000 on boxes and image labels together, over a hierarchy of classes.
 
-The public names are imported when they are first used, so that ``import yolo_lightning`` is quick.
+Public names are imported on first use, so that ``import yolo_lightning`` is fast.
 """
 
 import os
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.version import __version__
 
-# Set before the libraries that read them are imported: one asks for its newest version on import,
-# the other reports usage. Nothing here uses the network unless asked to.
+# Set before importing the libraries that read them: they check for updates or report usage, but
+# this package uses the network only on request.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no complaint where git is not installed
@@ -31,7 +31,7 @@ __all__ = [
     "load",
 ]
 
-_HOME = {
+_MODULES = {
     "ClassifierModule": "yolo_lightning.classifier",
     "CombinedDataModule": "yolo_lightning.datamodules.combined",
     "DetectorModule": "yolo_lightning.detector",
@@ -42,12 +42,12 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module on first use."""
-    if name not in _HOME:
+    if name not in _MODULES:
         from yolo_lightning.errors import nearest
 
-        hint = nearest(name, _HOME)
+        hint = nearest(name, _MODULES)
         raise AttributeError(f"module 'yolo_lightning' has no attribute {name!r} {hint}".rstrip())
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

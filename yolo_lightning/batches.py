@@ -1,36 +1,69 @@
-"""The two kinds of batches that training alternates between.
+"""Samples and the two kinds of batches, and how samples become batches.
 
 Shape letters used in every module: B images, A anchors per cell, Gh Gw grid cells, K tree nodes,
 M objects or chosen boxes, C channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+_OBJECT_FIELDS = ("boxes_xyxy_px", "labels", "difficult", "crowd", "areas_orig_px2")
 
-def unit_range(images: Tensor) -> Tensor:
-    """Return images (B, 3, H, W) as floats in 0…1, channels last in memory.
 
-    Args:
-        images: uint8, or float in 0…1.
+@dataclass
+class DetectionSample:
+    """An image with its boxes.
+
+    Attributes:
+        image: uint8 (H, W, 3), RGB; may be smaller than the image file.
+        boxes_xyxy_px: float32 (N, 4), corners in px of `image`, inside it, not empty.
+        labels: int64 (N,), tree nodes.
+        difficult: bool (N,), objects to ignore, regions of a crowd among them.
+        faults: what was repaired, one sentence each.
+        size_hw_orig: height and width of the image file, px; of `image` by default.
+        crowd: bool (N,), which of `difficult` are regions of a crowd; none by default.
+        areas_orig_px2: float32 (N,), areas of outlines in square px of the image file; 0, the
+            default, where only the box is known.
     """
-    unit = images.float() / 255 if images.dtype == torch.uint8 else images
-    return unit.contiguous(memory_format=torch.channels_last)
+
+    image: NDArray[np.uint8]
+    boxes_xyxy_px: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    difficult: NDArray[np.bool_]
+    faults: list[str] = field(default_factory=list)
+    size_hw_orig: tuple[int, int] = (0, 0)
+    crowd: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    areas_orig_px2: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def __post_init__(self) -> None:
+        if len(self.crowd) != len(self.difficult):
+            self.crowd = np.zeros_like(self.difficult)
+        if len(self.areas_orig_px2) != len(self.difficult):
+            self.areas_orig_px2 = np.zeros(len(self.difficult), np.float32)
+        if self.size_hw_orig == (0, 0):
+            self.size_hw_orig = (self.image.shape[0], self.image.shape[1])
+
+    def select(self, rows: NDArray[Any]) -> "DetectionSample":
+        """Return the sample with some of its objects, given as a bool mask (N,) or as indices."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _OBJECT_FIELDS})
 
 
 @dataclass
 class _Batch:
-    """What both kinds share.
+    """Fields that both kinds of batches have.
 
     Attributes:
-        images: uint8 (B, 3, H, W), RGB, or float32 in 0…1 once it was resized.
+        images: uint8 (B, 3, H, W), RGB, or float32 in 0…1 after resizing.
         sample_ids: int64 (B,), the index of each sample in its source.
         step: number of this batch since training began, the same on every rank.
         images_seen: images of both kinds that all ranks read before this batch.
-        faults: what was repaired or skipped while this batch was read, a sentence each.
+        faults: what was repaired or skipped while reading, one sentence each.
     """
 
     images: Tensor
@@ -66,13 +99,13 @@ class DetectionBatch(_Batch):
     """Images with their boxes.
 
     Attributes:
-        boxes_cxcywh_norm: float32 (B, M, 4), relative to the network input, 0…1; zeros as padding.
+        boxes_cxcywh_norm: float32 (B, M, 4), 0…1 of the network input; zeros as padding.
         labels: int64 (B, M), tree nodes; -1 as padding.
-        difficult: bool (B, M), objects that evaluation neither asks for nor punishes.
-        crowd: bool (B, M), those of `difficult` that are regions of a crowd.
-        sizes_hw_orig: int64 (B, 2), height and width of the image file, px.
-        areas_orig_px2: float32 (B, M), what objects cover of the image file, square px; 0 where
-            nothing but the box is known.
+        difficult: bool (B, M), objects that evaluation ignores.
+        crowd: bool (B, M), which of `difficult` are regions of a crowd.
+        sizes_hw_orig: int64 (B, 2), height and width of the image files, px.
+        areas_orig_px2: float32 (B, M), areas of outlines in square px of the image files; 0 where
+            only the box is known.
     """
 
     boxes_cxcywh_norm: Tensor
@@ -96,3 +129,48 @@ class ClassificationBatch(_Batch):
     """
 
     labels: Tensor
+
+
+def stack_images(images: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Return uint8 (B, 3, H, W), channels last in memory, of images (H, W, 3)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def collate_detection(samples: Sequence[DetectionSample]) -> DetectionBatch:
+    """Collate samples whose images have one size; M is a power of two, at least 8."""
+    images = stack_images([sample.image for sample in samples])
+    max_objects = 8
+    while max_objects < max(len(sample.labels) for sample in samples):
+        max_objects *= 2
+    count, height, width = len(samples), images.shape[2], images.shape[3]
+    boxes = torch.zeros(count, max_objects, 4)
+    labels = torch.full((count, max_objects), -1)
+    difficult = torch.zeros(count, max_objects, dtype=torch.bool)
+    crowd = torch.zeros_like(difficult)
+    areas = torch.zeros(count, max_objects)
+    size_whwh = np.array([width, height, width, height], dtype=np.float32)
+    for row, sample in enumerate(samples):
+        n = len(sample.labels)
+        x1, y1, x2, y2 = (sample.boxes_xyxy_px / size_whwh).T
+        cxcywh = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
+        boxes[row, :n] = torch.from_numpy(cxcywh)
+        labels[row, :n] = torch.from_numpy(sample.labels)
+        difficult[row, :n] = torch.from_numpy(sample.difficult)
+        crowd[row, :n] = torch.from_numpy(sample.crowd)
+        areas[row, :n] = torch.from_numpy(sample.areas_orig_px2)
+    sizes = torch.tensor([[height, width]] * count)
+    ids = torch.zeros(count, dtype=torch.long)
+    faults = [fault for sample in samples for fault in sample.faults]
+    return DetectionBatch(
+        images, ids, boxes, labels, difficult, crowd, sizes, areas_orig_px2=areas, faults=faults
+    )
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Return float images (B, 3, H, W) in 0…1, channels last in memory.
+
+    Args:
+        images: uint8, or float in 0…1.
+    """
+    unit = images.float() / 255 if images.dtype == torch.uint8 else images
+    return unit.contiguous(memory_format=torch.channels_last)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _MAX_PAIRS = 2**18
-"""Pairs of boxes that are compared at once: what a processor's cache holds."""
+"""Pairs of boxes compared in one operation; this many fit a processor's cache."""
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 
 def pairwise_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
-    """Return IoU (…, N, M) of boxes (…, N, 4) and (…, M, 4) in one unit; empty boxes give 0."""
-    # a plane a coordinate: pairs that lie two by two in memory take several times as long
+    """Return IoU (…, N, M) of boxes (…, N, 4) and (…, M, 4) in the same unit; 0 for empty boxes."""
+    # one contiguous tensor per coordinate is several times faster than pairs of coordinates
     x1, y1, x2, y2 = first_xyxy.movedim(-1, 0).contiguous()[..., :, None]
     u1, v1, u2, v2 = second_xyxy.movedim(-1, 0).contiguous()[..., None, :]
     width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
@@ -38,7 +38,7 @@ def _area(boxes_xyxy: Tensor) -> Tensor:
 
 
 def shape_iou(first_wh: Tensor, second_wh: Tensor) -> Tensor:
-    """Return IoU (N, A) of widths and heights (N, 2) and (A, 2), as if the centres coincided."""
+    """Return IoU (N, A) of widths and heights (N, 2) and (A, 2), all boxes at the same centre."""
     overlap = torch.minimum(first_wh[:, None], second_wh[None]).prod(dim=-1)
     union = first_wh.prod(dim=-1)[:, None] + second_wh.prod(dim=-1)[None] - overlap
     return overlap / union
@@ -47,14 +47,10 @@ def shape_iou(first_wh: Tensor, second_wh: Tensor) -> Tensor:
 def letterbox_geometry(
     size_hw_orig: tuple[int, int], size_hw: tuple[int, int]
 ) -> tuple[int, int, float, float]:
-    """Return new height, new width, top and left margin of an image in the network input, px.
+    """Return height, width, top and left margin, px, of an image (height, width) in a letterbox.
 
-    The whole image is scaled to fit, rounded down to whole pixels, and centred; margins may end
-    on a half.
-
-    Args:
-        size_hw_orig: height and width of the image, px.
-        size_hw: height and width of the network input, px.
+    The image is scaled to fit the network input, rounded down to whole pixels, and centred; margins
+    may be half pixels.
 
     Source: the original program's letterbox (integer division towards zero).
     """
@@ -73,14 +69,14 @@ def unletterbox(
     size_hw: tuple[int, int],
     whole_px_margins: bool = True,
 ) -> Tensor:
-    """Map boxes (N, 4) from a letterboxed network input (0…1) to the original image (0…1).
+    """Map boxes (N, 4) from 0…1 of a letterboxed network input to 0…1 of the original image.
 
     Args:
         boxes_cxcywh_norm: float (N, 4).
         size_hw_orig: height and width of the image, px.
         size_hw: height and width of the network input, px.
-        whole_px_margins: whether the image was placed at whole pixels, as `letterbox` does;
-            the original program places it so too, yet maps back as if it had not.
+        whole_px_margins: whether margins were rounded down to whole pixels. The original program
+            rounds them when it places the image, but not when it maps boxes back.
     """
     new_height, new_width, top, left = letterbox_geometry(size_hw_orig, size_hw)
     if whole_px_margins:
@@ -94,15 +90,15 @@ def unletterbox(
 def batched_nms(
     boxes_xyxy: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float = 0.45
 ) -> Tensor:
-    """Return the indices kept by greedy non-maximum suppression within each class.
+    """Return the indices that greedy non-maximum suppression keeps, within each class.
 
-    Exact: a box goes if and only if a kept box of its class with a higher score overlaps it by
-    more than the threshold. All boxes are settled at once, in rounds, until nothing changes.
+    Exact: a box is suppressed if and only if a kept box of its class with a higher score overlaps
+    it by more than the threshold. All boxes are updated in parallel until nothing changes.
 
     Args:
-        boxes_xyxy: float (N, 4), any one unit.
+        boxes_xyxy: float (N, 4), in any unit.
         scores: float (N,).
-        classes: int64 (N,); boxes of different classes never meet.
+        classes: int64 (N,).
         iou_threshold: 0…1.
 
     Returns:
@@ -110,21 +106,21 @@ def batched_nms(
     """
     order = scores.argsort(descending=True, stable=True)
     kept = [torch.zeros_like(order[:0])]
-    for table in _by_class(order, classes[order]):
-        padded = (
-            boxes_xyxy[table.clamp(min=0)] * (table >= 0)[..., None]
-        )  # an empty box: no overlap
-        kept.append(table[_greedy(pairwise_iou(padded, padded), iou_threshold) & (table >= 0)])
+    for table in _class_tables(order, classes[order]):
+        # padding becomes empty boxes, which overlap nothing
+        padded = boxes_xyxy[table.clamp(min=0)] * (table >= 0)[..., None]
+        kept.append(
+            table[_keep_greedily(pairwise_iou(padded, padded), iou_threshold) & (table >= 0)]
+        )
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     return order[rank[torch.cat(kept)].sort().values]
 
 
-def _by_class(order: Tensor, classes: Tensor) -> Iterator[Tensor]:
-    """Yield tables of indices with a row per class, in their order, -1 as padding.
+def _class_tables(order: Tensor, classes: Tensor) -> Iterator[Tensor]:
+    """Yield tables of indices with one row per class, -1 as padding.
 
-    Classes of similar size share a table, and no table has more pairs than fit the memory, so that
-    one frequent class does not widen the rows of all.
+    Classes of similar size share a table, so that one frequent class does not pad all others.
     """
     _, row, counts = torch.unique(classes, return_inverse=True, return_counts=True)
     by_row = order[row.argsort(stable=True)].split(counts.tolist())
@@ -132,27 +128,31 @@ def _by_class(order: Tensor, classes: Tensor) -> Iterator[Tensor]:
     start = 0
     while start < len(by_size):
         end = start + 1
-        while end < len(by_size) and _pairs(by_size, start, end + 1) <= _MAX_PAIRS:
+        while end < len(by_size) and _num_pairs(by_size, start, end + 1) <= _MAX_PAIRS:
             end += 1
         yield torch.nn.utils.rnn.pad_sequence(by_size[start:end], True, -1)
         start = end
 
 
-def _pairs(rows: list[Tensor], start: int, end: int) -> int:
+def _num_pairs(rows: list[Tensor], start: int, end: int) -> int:
     return (end - start) * len(rows[end - 1]) ** 2
 
 
-def _greedy(iou: Tensor, threshold: float) -> Tensor:
-    """Return bool (G, N), which boxes of each class survive; they stand by descending score.
+def _keep_greedily(iou: Tensor, threshold: float) -> Tensor:
+    """Return bool (G, N), the boxes that each of G classes keeps.
 
-    A box survives if none that survives suppresses it. Said of all at once, again and again: after
-    round n the first n are right, and where nothing changes any more, all are.
+    A box is kept if no kept box suppresses it. Applied to all boxes in parallel, this is correct
+    for the first n boxes after n iterations, and for all boxes once nothing changes.
+
+    Args:
+        iou: float (G, N, N), boxes by descending score.
+        threshold: 0…1.
     """
-    # [g, i, j]: i outranks j and overlaps it too much; numbers, since products are quicker than any
-    above = (iou > threshold).triu_(diagonal=1).float()
-    kept = torch.ones_like(above[:, :1])
+    # [g, i, j]: box i suppresses box j if kept; float, as a matrix product is faster than any()
+    suppresses = (iou > threshold).triu_(diagonal=1).float()
+    kept = torch.ones_like(suppresses[:, :1])
     while True:
-        free = (kept @ above == 0).float()
+        free = (kept @ suppresses == 0).float()
         if torch.equal(free, kept):
             return kept[:, 0] > 0
         kept = free

@@ -1,61 +1,48 @@
-"""What is found in an image."""
+"""Detections in an image, and post-processing of boxes."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from yolo_lightning.boxes import cxcywh_to_xyxy, unletterbox
 from yolo_lightning.tree.wordtree import WordTree
+
+MAX_PAIRS = 8192
+"""Maximum number of (box, class) pairs per image for non-maximum suppression. It bounds the memory
+of untrained networks; evaluation keeps 100 detections per image."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object, as it is told to people and files.
-
-    Attributes:
-        box_xyxy_orig_px: corners, px of the original image.
-        name: of its class, as specific as the model is sure.
-        score: 0…1, objectness x P(class).
-        node: of the tree.
-        key: of that node.
-    """
+    """One detected object as plain values."""
 
     box_xyxy_orig_px: tuple[float, float, float, float]
     name: str
-    score: float
+    score: float  # objectness x P(class)
     node: int
     key: str
 
 
 @dataclass
 class Detections:
-    """What was found in one image.
+    """Detections in one image, by descending score."""
 
-    Attributes:
-        boxes_xyxy_orig_px: float (N, 4), px of the original image.
-        labels: int64 (N,), tree nodes.
-        scores: float (N,), objectness x P(label), descending.
-    """
+    boxes_xyxy_orig_px: Tensor  # float (N, 4)
+    labels: Tensor  # int64 (N,), tree nodes
+    scores: Tensor  # float (N,), objectness x P(label)
 
-    boxes_xyxy_orig_px: Tensor
-    labels: Tensor
-    scores: Tensor
-
-    def chosen(self, rows: Tensor) -> "Detections":
-        """Return some of them.
-
-        Args:
-            rows: bool (N,), or their numbers.
-        """
+    def select(self, rows: Tensor) -> "Detections":
+        """Return some of the detections, given as a bool mask (N,) or as indices."""
         return Detections(self.boxes_xyxy_orig_px[rows], self.labels[rows], self.scores[rows])
 
-    def below(self, nodes: Tensor, tree: WordTree) -> "Detections":
-        """Return those labelled with one of these nodes, int64 (L,), or something below one."""
+    def select_subtree(self, nodes: Tensor, tree: WordTree) -> "Detections":
+        """Return the detections of these nodes, int64 (L,), and of nodes below them."""
         paths = tree.paths[self.labels.cpu()]
-        return self.chosen(torch.isin(paths, nodes.cpu()).any(dim=1).to(self.labels.device))
+        return self.select(torch.isin(paths, nodes.cpu()).any(dim=1).to(self.labels.device))
 
-    def told(self, tree: WordTree) -> list[Detection]:
-        """Return each with its name, best first."""
+    def to_list(self, tree: WordTree) -> list[Detection]:
+        """Return the detections as plain values, by descending score."""
         rows = zip(
             self.boxes_xyxy_orig_px.tolist(),
             self.labels.tolist(),
@@ -66,3 +53,27 @@ class Detections:
             Detection((x1, y1, x2, y2), tree.names[node], score, node, tree.keys[node])
             for (x1, y1, x2, y2), node, score in rows
         ]
+
+
+def best_pairs(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of scores above a threshold, at most the `MAX_PAIRS` highest."""
+    row, column = (scores > threshold).nonzero(as_tuple=True)
+    if len(row) > MAX_PAIRS:
+        best = scores[row, column].topk(MAX_PAIRS).indices.sort().values
+        row, column = row[best], column[best]
+    return row, column
+
+
+def to_original_px(
+    boxes_cxcywh_norm: Tensor,
+    size_hw_orig: tuple[int, int],
+    size_hw: torch.Size,
+    resize: str = "letterbox",
+) -> Tensor:
+    """Convert boxes (N, 4) to corners in px of the original image, clipped to it."""
+    height, width = size_hw_orig
+    boxes = boxes_cxcywh_norm
+    if resize == "letterbox":
+        boxes = unletterbox(boxes, (height, width), (size_hw[0], size_hw[1]))
+    corners = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height] * 2)
+    return torch.minimum(corners.clamp(min=0), boxes.new_tensor([width, height] * 2))

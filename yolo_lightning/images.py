@@ -1,4 +1,4 @@
-"""Image files: their sizes, decoding to RGB, upright, and fitting into a network input."""
+"""Image files: read sizes, decode to RGB, and fit into a network input."""
 
 import io
 import warnings
@@ -17,46 +17,46 @@ Image = NDArray[np.uint8]
 """uint8 (H, W, 3), RGB."""
 
 Resize = Literal["letterbox", "stretch"]
-"""How an image fills the network input: whole on grey, or its sides scaled each by itself."""
+"""How an image fills the network input: whole on grey, or with a changed aspect ratio."""
 
 GREY = 127
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 MAX_PIXELS = 178_000_000
-"""A file may claim any size in a few bytes; larger images are refused before they are decoded."""
+"""Larger images are refused before they are decoded: a small file may declare any size."""
 
 _ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
+_TRANSPOSED = (5, 6, 7, 8)
 _REDUCED = (
     (8, cv2.IMREAD_REDUCED_COLOR_8),
     (4, cv2.IMREAD_REDUCED_COLOR_4),
     (2, cv2.IMREAD_REDUCED_COLOR_2),
 )
 
-cv2.setNumThreads(0)  # loader workers are the parallelism; threads inside them only collide
+cv2.setNumThreads(0)  # loader workers already use all cores
 warnings.filterwarnings("ignore", category=Pillow.DecompressionBombWarning)
 
 
 class UnreadableSample(Exception):
-    """A sample that has to be left out; the message names it and says why."""
+    """An image cannot be read; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its image before it is decoded.
+    """Size and format of an image file.
 
     Attributes:
-        size_hw: height and width, px, as it is seen: its EXIF orientation honoured.
-        kind: the format's name, such as ``JPEG``.
+        size_hw: height and width, px, after the EXIF orientation is applied.
+        format: such as ``JPEG``.
     """
 
     size_hw: tuple[int, int]
-    kind: str
+    format: str
 
 
 def is_image(path: Path) -> bool:
-    """Tell by its ending whether a file is an image that can be read."""
+    """Return whether a file has the suffix of a supported image format."""
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -64,7 +64,7 @@ def read_header(path: Path) -> Header:
     """Return size and format of an image file without decoding it.
 
     Raises:
-        UnreadableSample: the file is missing, no image, or too large.
+        UnreadableSample: the file is missing, not an image, or too large.
     """
     try:
         with path.open("rb") as file:
@@ -77,38 +77,38 @@ def _header(file: IO[bytes], path: Path) -> Header:
     try:
         with Pillow.open(file) as image:
             width, height = image.size
-            kind = str(image.format)
-            exif = Pillow.Exif()  # not image.getexif(): a PNG's decodes it, and XMP counts there
+            format_name = str(image.format)
+            exif = Pillow.Exif()  # image.getexif() would decode PNGs, and would read XMP too
             exif.load(image.info.get("exif") or b"")
-            turned = exif.get(_ORIENTATION) in _TURNED
+            transposed = exif.get(_ORIENTATION) in _TRANSPOSED
     except Pillow.DecompressionBombError:
         raise UnreadableSample(
-            f"{path}: claims more than {MAX_PIXELS // 1_000_000} million pixels"
+            f"{path}: declares more than {MAX_PIXELS // 1_000_000} million pixels"
         ) from None
-    except Exception:  # Pillow's readers raise whatever a broken header makes them stumble over
+    except Exception:  # Pillow raises many kinds of exceptions for damaged headers
         raise UnreadableSample(f"{path}: not a readable image") from None
     if width * height > MAX_PIXELS:
         raise UnreadableSample(
             f"{path}: {width} x {height} px, more than {MAX_PIXELS // 1_000_000} million"
         )
-    return Header((width, height) if turned else (height, width), kind)
+    return Header((width, height) if transposed else (height, width), format_name)
 
 
-def read_image(path: Path, least_side: int | None = None) -> tuple[Image, tuple[int, int]]:
-    """Decode a file to RGB, turned as its EXIF orientation says.
+def read_image(path: Path, min_side: int | None = None) -> tuple[Image, tuple[int, int]]:
+    """Decode an image file to RGB and apply its EXIF orientation.
 
     Grey, palette, 16-bit and CMYK images become RGB; transparency is dropped.
 
     Args:
         path: JPEG, PNG, BMP or WebP.
-        least_side: px that the shorter side has to keep: a JPEG that is much larger is decoded at a
-            half, a quarter or an eighth of its size, several times faster.
+        min_side: px that the shorter side must keep. A much larger JPEG is decoded at a half, a
+            quarter or an eighth of its size, which is several times faster.
 
     Returns:
-        The image, and height and width of the file's own image, px.
+        The image, and height and width of the image file, px.
 
     Raises:
-        UnreadableSample: the file is missing, no image, broken, or too large.
+        UnreadableSample: the file is missing, not an image, damaged, or too large.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
@@ -116,13 +116,13 @@ def read_image(path: Path, least_side: int | None = None) -> tuple[Image, tuple[
         raise _unreadable(path, error) from None
     header = _header(io.BytesIO(data.data), path)
     flag = cv2.IMREAD_COLOR_RGB
-    if least_side is not None and header.kind == "JPEG":
+    if min_side is not None and header.format == "JPEG":
         shorter = min(header.size_hw)
-        flag = next((f for factor, f in _REDUCED if shorter >= factor * least_side), flag)
+        flag = next((f for factor, f in _REDUCED if shorter >= factor * min_side), flag)
     image = cv2.imdecode(data, flag)
     if image is None:
-        raise UnreadableSample(f"{path}: broken or cut off, cannot be decoded")
-    if flag != cv2.IMREAD_COLOR_RGB:  # there is no reduced decoding to RGB
+        raise UnreadableSample(f"{path}: damaged or truncated, cannot be decoded")
+    if flag != cv2.IMREAD_COLOR_RGB:  # OpenCV decodes at reduced size to BGR only
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
     return np.asarray(image, np.uint8), header.size_hw
 
@@ -143,21 +143,21 @@ def fit(
         image: uint8 (H, W, 3).
         size_hw: height and width of the network input, px.
         resize: `letterbox`, whole and centred on grey, or `stretch`.
-        size_hw_orig: height and width of the file's own image, where decoding shrank it.
+        size_hw_orig: height and width of the image file, if it was decoded at reduced size.
 
     Returns:
-        The network input, and how image px map to it: x and y scale, left and top margin, px.
+        The network input, and the mapping of boxes to it: (x, y) scale, (left, top) margin, px.
     """
     height, width = image.shape[:2]
     if resize == "stretch":
         return (
-            scaled(image, size_hw[1], size_hw[0]),
+            resize_pixels(image, size_hw[1], size_hw[0]),
             (size_hw[1] / width, size_hw[0] / height),
             (0, 0),
         )
     new_height, new_width, y, x = letterbox_geometry(size_hw_orig or (height, width), size_hw)
     top, left = int(y), int(x)
-    fitted = scaled(image, new_width, new_height)
+    fitted = resize_pixels(image, new_width, new_height)
     if (new_height, new_width) != size_hw:
         canvas = np.full((*size_hw, 3), GREY, dtype=np.uint8)
         canvas[top : top + new_height, left : left + new_width] = fitted
@@ -165,8 +165,8 @@ def fit(
     return fitted, (new_width / width, new_height / height), (left, top)
 
 
-def scaled(image: Image, width: int, height: int) -> Image:
-    """Scale each side by itself, px."""
+def resize_pixels(image: Image, width: int, height: int) -> Image:
+    """Resize an image to width and height, px, without keeping its aspect ratio."""
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return image

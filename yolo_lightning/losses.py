@@ -1,7 +1,12 @@
-"""The YOLO9000 joint loss: assignment, one function per term, and their sum in one place.
+"""The YOLO9000 joint loss: assignment of objects to boxes, one function per term, and their sum.
 
-Every term is a sum over the images of the batch divided by their number, as in the original
-program, whose learning rates therefore hold.
+Every term is a sum over all boxes, averaged over the images of the batch, as in the original
+program; its learning rates therefore apply.
+
+Shapes: box_logits (B, A, 5, Gh, Gw), objectness_logits and masks (B, A, Gh, Gw), anchors_wh_cell
+(A, 2), boxes_cxcywh_norm (B, M, 4), labels (B, M) with -1 as padding, or (B,) without boxes.
+boxed_ancestors, int64 (K,), is each node's deepest ancestor or self that has boxes in training, or
+-1.
 """
 
 from dataclasses import dataclass
@@ -21,28 +26,28 @@ BoxSelection = Literal["label", "boxed_ancestor", "largest"]
 ObjectnessRule = Literal["paper", "darknet"]
 
 LARGEST_MIN_OBJECTNESS = 0.3
+PAPER_MIN_OBJECTNESS = 0.3
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Scales and rules of the loss.
+    """Weights and rules of the loss.
 
     Attributes:
-        coord_scale, obj_scale, noobj_scale, class_scale: factors of the terms.
-        ignore_iou: a box that overlaps a truth by more than this pays no no-object loss.
-        anchor_prior_images: while fewer images were seen, boxes without an object are pulled to
-            their anchors.
-        anchor_prior_scale: factor of that pull.
-        label_noobj_scale: factor, on top of `noobj_scale`, of the no-object loss of images with a
-            label alone: 1 as in the original program; the paper's text has none, 0.
-        box_selection: which box a classification image trains: the one with the highest
-            objectness x P(`label`), the paper's; with the highest objectness x P(the deepest
-            ancestor of the label that boxes supervise), `boxed_ancestor`; or the `largest` one
-            above an objectness of 0.3.
-        objectness_rule: what that box's objectness learns: `paper`, at least 0.3;
-            `darknet`, nothing.
-        rescore: whether the objectness of a box that answers for an object learns their IoU, as in
-            the paper, or 1, as in the released Tiny YOLOv2 for COCO.
+        coord_scale, obj_scale, noobj_scale, class_scale: weights of the terms.
+        ignore_iou: boxes whose IoU with a target exceeds this have no no-object loss.
+        anchor_prior_images: number of images, from the start of training, for which boxes without
+            an object are trained towards their anchors.
+        anchor_prior_scale: weight of that term.
+        label_noobj_scale: additional factor of the no-object loss for images with a label only: 1
+            in the original program; the paper mentions no such loss, 0.
+        box_selection: the box that a classification image trains: `label`, with the highest
+            objectness x P(label), as in the paper; `boxed_ancestor`, with the highest
+            objectness x P(deepest ancestor of the label that has boxes in training); `largest`,
+            the largest one with objectness above 0.3.
+        objectness_rule: target of that box's objectness: `paper`, at least 0.3; `darknet`, none.
+        rescore: whether the objectness target of a responsible box is its IoU with the object, as
+            in the paper, or 1, as in the released Tiny YOLOv2 for COCO.
 
     Source: YOLO9000, sections 2 and 4; scales of the released configuration.
     """
@@ -59,13 +64,6 @@ class LossSettings:
     objectness_rule: ObjectnessRule = "paper"
     rescore: bool = True
 
-    @classmethod
-    def of(cls, settings: object) -> "LossSettings":
-        """Return settings from themselves, from the mapping in a checkpoint, or from None."""
-        if isinstance(settings, cls):
-            return settings
-        return cls(**settings) if isinstance(settings, dict) else cls()
-
     def __post_init__(self) -> None:
         for name, allowed in (("box_selection", BoxSelection), ("objectness_rule", ObjectnessRule)):
             if getattr(self, name) not in get_args(allowed):
@@ -74,11 +72,11 @@ class LossSettings:
 
 @dataclass
 class Assignment:
-    """Which box answers for which object; one entry per object, M in all.
+    """The responsible box of each of M objects.
 
     Attributes:
-        image, anchor, cell: int64 (M,), the responsible box; cells numbered row by row.
-        boxes_cxcywh_norm: float (M, 4), the truth.
+        image, anchor, cell: int64 (M,), indices of the responsible box; cells are row-major.
+        boxes_cxcywh_norm: float (M, 4), the target boxes.
         labels: int64 (M,), tree nodes.
     """
 
@@ -89,88 +87,72 @@ class Assignment:
     labels: Tensor
 
 
-def assign(
+def assign_objects(
     boxes_cxcywh_norm: Tensor, labels: Tensor, anchors_wh_cell: Tensor, grid_hw: tuple[int, int]
 ) -> Assignment:
-    """Give each object the anchor of the most similar shape in the cell that holds its centre.
+    """Assign each object to the anchor with the most similar shape in the cell of its centre.
 
-    Where two objects of an image claim one box, the later one has it, as in the original program.
-
-    Args:
-        boxes_cxcywh_norm: float (B, M, 4).
-        labels: int64 (B, M), -1 as padding.
-        anchors_wh_cell: float (A, 2), cells.
-        grid_hw: Gh, Gw.
+    If two objects of an image are assigned to the same box, the later one keeps it, as in the
+    original program.
 
     Source: YOLO9000, section 2; "responsible" as in YOLO.
     """
     height, width = grid_hw
     image, slot = (labels >= 0).nonzero(as_tuple=True)
-    truth, label = boxes_cxcywh_norm[image, slot], labels[image, slot]
-    column = (truth[:, 0] * width).long().clamp(0, width - 1)
-    row = (truth[:, 1] * height).long().clamp(0, height - 1)
-    size_cell = truth[:, 2:] * truth.new_tensor([width, height])
-    anchor = shape_iou(size_cell, anchors_wh_cell.to(truth)).argmax(dim=1)
+    target, label = boxes_cxcywh_norm[image, slot], labels[image, slot]
+    column = (target[:, 0] * width).long().clamp(0, width - 1)
+    row = (target[:, 1] * height).long().clamp(0, height - 1)
+    target_wh_cell = target[:, 2:] * target.new_tensor([width, height])
+    anchor = shape_iou(target_wh_cell, anchors_wh_cell.to(target)).argmax(dim=1)
     cell = row * width + column
-    last = _last_claims((image * len(anchors_wh_cell) + anchor) * height * width + cell)
-    return Assignment(image[last], anchor[last], cell[last], truth[last], label[last])
+    last = _last_occurrences((image * len(anchors_wh_cell) + anchor) * height * width + cell)
+    return Assignment(image[last], anchor[last], cell[last], target[last], label[last])
 
 
-def _last_claims(claims: Tensor) -> Tensor:
-    """Return the indices of the last entry of each distinct value."""
-    _, inverse = torch.unique(claims, return_inverse=True)
-    position = torch.arange(len(claims), device=claims.device)
+def _last_occurrences(values: Tensor) -> Tensor:
+    """Return the index of the last occurrence of each distinct value."""
+    _, inverse = torch.unique(values, return_inverse=True)
+    position = torch.arange(len(values), device=values.device)
     last = torch.full_like(position, -1).scatter_reduce(0, inverse, position, "amax")
     return last[last >= 0]
 
 
-def loss_coord(box_logits: Tensor, found: Assignment, anchors_wh_cell: Tensor) -> Tensor:
-    """Return the squared errors of centre and size; small boxes weigh more.
+def loss_coord(box_logits: Tensor, assignment: Assignment, anchors_wh_cell: Tensor) -> Tensor:
+    """Return the squared errors of centre and size, with larger weights for small boxes.
 
-    Args:
-        box_logits: float (B, A, 5, Gh, Gw).
-        found: the M responsible boxes.
-        anchors_wh_cell: float (A, 2), cells.
-
-    Source: YOLO9000, section 2, "Direct location prediction"; the factor 2 - w * h is the original
-    program's.
+    Source: YOLO9000, section 2, "Direct location prediction"; the weight 2 - w * h is from the
+    original program.
     """
     height, width = box_logits.shape[-2:]
-    predicted = box_logits.flatten(3)[found.image, found.anchor, :4, found.cell]
-    truth = found.boxes_cxcywh_norm
-    grid = truth.new_tensor([width, height])
-    corner = torch.stack([found.cell % width, found.cell // width], dim=1)
-    target_xy = truth[:, :2] * grid - corner
-    anchors = anchors_wh_cell.to(truth)[found.anchor]
-    target_wh = (truth[:, 2:] * grid / anchors).clamp(min=1e-6).log()
+    predicted = box_logits.flatten(3)[assignment.image, assignment.anchor, :4, assignment.cell]
+    target = assignment.boxes_cxcywh_norm
+    grid_wh = target.new_tensor([width, height])
+    cell_xy = torch.stack([assignment.cell % width, assignment.cell // width], dim=1)
+    target_xy = target[:, :2] * grid_wh - cell_xy
+    anchors = anchors_wh_cell.to(target)[assignment.anchor]
+    target_wh = (target[:, 2:] * grid_wh / anchors).clamp(min=1e-6).log()
     error = (predicted[:, :2].sigmoid() - target_xy).square().sum(dim=1)
     error = error + (predicted[:, 2:] - target_wh).square().sum(dim=1)
-    weight = 2 - truth[:, 2] * truth[:, 3]
+    weight = 2 - target[:, 2] * target[:, 3]
     return 0.5 * (weight * error).sum()
 
 
-def loss_obj(objectness_logits: Tensor, found: Assignment, target: Tensor) -> Tensor:
-    """Return the squared distance of the responsible boxes' objectness from what it learns.
-
-    Args:
-        objectness_logits: float (B, A, Gh, Gw).
-        found: the M responsible boxes.
-        target: float (M,), the IoU of each with its truth, or 1; held constant.
-    """
-    logits = objectness_logits.flatten(2)[found.image, found.anchor, found.cell]
+def loss_obj(objectness_logits: Tensor, assignment: Assignment, target: Tensor) -> Tensor:
+    """Return the squared errors of the responsible boxes' objectness; target is IoU or 1, (M,)."""
+    logits = objectness_logits.flatten(2)[assignment.image, assignment.anchor, assignment.cell]
     return 0.5 * (target.detach() - logits.sigmoid()).square().sum()
 
 
-def loss_noobj(objectness_logits: Tensor, counted: Tensor) -> Tensor:
-    """Return the squared objectness of the counted boxes, bool (B, A, Gh, Gw)."""
-    return 0.5 * (objectness_logits.sigmoid().square() * counted).sum()
+def loss_noobj(objectness_logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the squared objectness of the boxes in the mask."""
+    return 0.5 * (objectness_logits.sigmoid().square() * mask).sum()
 
 
-def loss_anchor_prior(box_logits: Tensor, counted: Tensor) -> Tensor:
-    """Return the pull towards anchors in the middle of their cells, over bool (B, A, Gh, Gw)."""
+def loss_anchor_prior(box_logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the squared distances of boxes in the mask from anchors centred in their cells."""
     centre = (box_logits[:, :, :2].sigmoid() - 0.5).square().sum(dim=2)
     size = box_logits[:, :, 2:4].square().sum(dim=2)
-    return 0.5 * ((centre + size) * counted).sum()
+    return 0.5 * ((centre + size) * mask).sum()
 
 
 def detection_loss(
@@ -180,31 +162,35 @@ def detection_loss(
     tree: WordTree,
     settings: LossSettings,
 ) -> dict[str, Tensor]:
-    """Return the terms, summed over the batch, that images with boxes cost."""
+    """Return the terms for images with boxes, summed over the batch."""
     box_logits = output.box_logits.float()
-    grid = (box_logits.shape[-2], box_logits.shape[-1])
-    truth_cxcywh = batch.boxes_cxcywh_norm
-    found = assign(truth_cxcywh, batch.labels, anchors_wh_cell, grid)
-    responsible = torch.zeros_like(box_logits[:, :, 4], dtype=torch.bool).flatten(2)
-    responsible[found.image, found.anchor, found.cell] = True
+    objectness = box_logits[:, :, 4]  # (B, A, Gh, Gw), logits
+    grid_hw = (box_logits.shape[-2], box_logits.shape[-1])
+    targets = batch.boxes_cxcywh_norm
+    assignment = assign_objects(targets, batch.labels, anchors_wh_cell, grid_hw)
+    assigned = (assignment.image, assignment.anchor, assignment.cell)
+    responsible = torch.zeros_like(objectness, dtype=torch.bool).flatten(2)
+    responsible[assigned] = True
     with torch.no_grad():
-        boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3)  # (B, A, 4, G)
-        flat = cxcywh_to_xyxy(boxes.permute(0, 1, 3, 2).flatten(1, 2))  # (B, A * G, 4)
-        iou = pairwise_iou(flat, cxcywh_to_xyxy(truth_cxcywh))
-        best = iou.masked_fill(batch.labels[:, None] < 0, 0).amax(dim=2).view_as(responsible)
-        own = cxcywh_to_xyxy(boxes[found.image, found.anchor, :, found.cell])[:, None]
-        own_iou = pairwise_iou(own, cxcywh_to_xyxy(found.boxes_cxcywh_norm)[:, None])[:, 0, 0]
-    target = own_iou if settings.rescore else torch.ones_like(own_iou)
-    empty = (~responsible & (best <= settings.ignore_iou)).view_as(box_logits[:, :, 4])
-    free = (~responsible).view_as(box_logits[:, :, 4])
-    pulled = free if batch.images_seen < settings.anchor_prior_images else torch.zeros_like(free)
-    logits = output.class_logits.at(found.image, found.anchor, found.cell)
+        boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3).transpose(2, 3)  # (B, A, G, 4)
+        iou = pairwise_iou(cxcywh_to_xyxy(boxes.flatten(1, 2)), cxcywh_to_xyxy(targets))
+        max_iou = iou.masked_fill(batch.labels[:, None] < 0, 0).amax(dim=2).view_as(responsible)
+        assigned_xyxy = cxcywh_to_xyxy(boxes[assigned])[:, None]
+        assigned_targets_xyxy = cxcywh_to_xyxy(assignment.boxes_cxcywh_norm)[:, None]
+        assigned_iou = pairwise_iou(assigned_xyxy, assigned_targets_xyxy)[:, 0, 0]
+    objectness_target = assigned_iou if settings.rescore else torch.ones_like(assigned_iou)
+    not_responsible = (~responsible).view_as(objectness)
+    noobj_mask = (~responsible & (max_iou <= settings.ignore_iou)).view_as(objectness)
+    in_warm_up = batch.images_seen < settings.anchor_prior_images
+    prior_mask = not_responsible if in_warm_up else torch.zeros_like(not_responsible)
+    prior_scale = settings.anchor_prior_scale
+    logits = output.class_logits.gather_boxes(*assigned).float()
     return {
-        "loss_coord": settings.coord_scale * loss_coord(box_logits, found, anchors_wh_cell),
-        "loss_obj": settings.obj_scale * loss_obj(box_logits[:, :, 4], found, target),
-        "loss_noobj": settings.noobj_scale * loss_noobj(box_logits[:, :, 4], empty),
-        "loss_class": settings.class_scale * tree.path_loss(logits.float(), found.labels).sum(),
-        "loss_anchor_prior": settings.anchor_prior_scale * loss_anchor_prior(box_logits, pulled),
+        "loss_coord": settings.coord_scale * loss_coord(box_logits, assignment, anchors_wh_cell),
+        "loss_obj": settings.obj_scale * loss_obj(objectness, assignment, objectness_target),
+        "loss_noobj": settings.noobj_scale * loss_noobj(objectness, noobj_mask),
+        "loss_class": settings.class_scale * tree.path_loss(logits, assignment.labels).sum(),
+        "loss_anchor_prior": prior_scale * loss_anchor_prior(box_logits, prior_mask),
     }
 
 
@@ -219,40 +205,31 @@ def select_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Return the box that each classification image trains: anchor and cell, int64 (B,) each.
 
-    Args:
-        output: what the network says about B images.
-        labels: int64 (B,), tree nodes.
-        anchors_wh_cell: float (A, 2), cells.
-        tree: the classes.
-        boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a label
-            that boxes carry; -1 where none is.
-        rule: see `LossSettings.box_selection`.
-
     Source: YOLO9000, section 4, "Joint classification and detection", for `label`.
-    Deviation: `boxed_ancestor` asks boxes where and image labels what, since the paper's rule
-    picks by construction a box that agrees already; `largest` follows Detic.
+    Deviation: `boxed_ancestor` locates objects by classes with boxes only, because the paper's rule
+    selects boxes that already predict the label; `largest` follows Detic.
     """
     box_logits = output.box_logits.float()
     objectness = box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
     if rule == "largest":
         boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3)
         area = (boxes[:, :, 2] * boxes[:, :, 3]).clamp(max=1)
-        sure = objectness > LARGEST_MIN_OBJECTNESS
-        # where no box is sure, the one with the highest objectness
-        score = torch.where(sure.flatten(1).any(dim=1)[:, None, None], area * sure, objectness)
+        is_object = objectness > LARGEST_MIN_OBJECTNESS
+        has_object = is_object.flatten(1).any(dim=1)[:, None, None]
+        score = torch.where(has_object, area * is_object, objectness)
     else:
         nodes = boxed_ancestors[labels] if rule == "boxed_ancestor" else labels
-        score = objectness.log() + _log_prob_everywhere(output, nodes, tree)
+        score = objectness.log() + _node_log_probs(output, nodes, tree)
     best = score.flatten(1).argmax(dim=1)
     return best // score.shape[2], best % score.shape[2]
 
 
-def _log_prob_everywhere(output: HeadOutput, nodes: Tensor, tree: WordTree) -> Tensor:
-    """Return log P(node) of each image's node in every box, (B, A, G); 0 where the node is -1."""
-    siblings, levels, on_path = tree.path_rows(nodes.clamp(min=0))
-    logits = output.class_logits.of_nodes(siblings).float()  # (B, A, G, R)
+def _node_log_probs(output: HeadOutput, nodes: Tensor, tree: WordTree) -> Tensor:
+    """Return log P(node) of each image's node in all boxes, (B, A, G); 0 if the node is -1."""
+    siblings, levels, on_path = tree.path_siblings(nodes.clamp(min=0))
+    logits = output.class_logits.gather_nodes(siblings).float()  # (B, A, G, R)
     depth = int(levels.max()) + 1
-    # padding forms a segment of its own
+    # padding is a separate segment
     segments = torch.where(siblings >= 0, levels, depth)[:, None, None].expand_as(logits)
     log_probs = segment_log_softmax(logits, segments, depth + 1)
     return (log_probs * (on_path & (nodes >= 0)[:, None])[:, None, None]).sum(dim=3)
@@ -266,29 +243,31 @@ def classification_loss(
     boxed_ancestors: Tensor,
     settings: LossSettings,
 ) -> dict[str, Tensor]:
-    """Return the terms, summed over the batch, that images with one label each cost.
+    """Return the terms for images with one label each, summed over the batch.
 
-    The chosen box takes the class loss along its label's path; all others the no-object loss.
+    The selected box has the class loss along the path of the label, all others the no-object loss.
     """
     objectness = output.box_logits[:, :, 4].float()  # (B, A, Gh, Gw)
     image = torch.arange(len(objectness), device=objectness.device)
     anchor, cell = select_boxes(
         output, batch.labels, anchors_wh_cell, tree, boxed_ancestors, settings.box_selection
     )
-    chosen = torch.zeros_like(objectness, dtype=torch.bool).flatten(2)
-    chosen[image, anchor, cell] = True
+    selected = torch.zeros_like(objectness, dtype=torch.bool).flatten(2)
+    selected[image, anchor, cell] = True
     prob = objectness.flatten(2)[image, anchor, cell].sigmoid()
-    shortfall = F.relu(0.3 - prob) if settings.objectness_rule == "paper" else 0.0 * prob
-    logits = output.class_logits.at(image, anchor, cell)
+    shortfall = (
+        F.relu(PAPER_MIN_OBJECTNESS - prob) if settings.objectness_rule == "paper" else 0.0 * prob
+    )
+    logits = output.class_logits.gather_boxes(image, anchor, cell)
     noobj_scale = settings.noobj_scale * settings.label_noobj_scale
-    # coordinates learn nothing, yet keep a gradient of zero for every rank's reduction
-    nothing = output.box_logits[:0].float().sum()
+    # zero, but in the autograd graph: DDP needs a gradient for every parameter
+    zero = output.box_logits[:0].float().sum()
     return {
-        "loss_coord": nothing,
+        "loss_coord": zero,
         "loss_obj": settings.obj_scale * 0.5 * shortfall.square().sum(),
-        "loss_noobj": noobj_scale * loss_noobj(objectness, ~chosen.view_as(objectness)),
+        "loss_noobj": noobj_scale * loss_noobj(objectness, ~selected.view_as(objectness)),
         "loss_class": settings.class_scale * tree.path_loss(logits.float(), batch.labels).sum(),
-        "loss_anchor_prior": nothing,
+        "loss_anchor_prior": zero,
     }
 
 
@@ -300,19 +279,9 @@ def yolo9000_loss(
     boxed_ancestors: Tensor,
     settings: LossSettings,
 ) -> dict[str, Tensor]:
-    """Return what a batch of either kind costs: its terms, each an average over its images.
+    """Return the weighted loss terms of a batch, averaged over its images; their sum is the loss.
 
-    The sum of the values is the loss. Every term reaches every parameter of the head, so no rank
-    waits for a gradient, whatever its images hold.
-
-    Args:
-        output: what the network says about the batch.
-        batch: images with boxes, or images with one label each.
-        anchors_wh_cell: float (A, 2), cells.
-        tree: the classes.
-        boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a label
-            that boxes carry; -1 where none is.
-        settings: scales and rules.
+    Every parameter of the head gets a gradient from every batch, as DDP requires.
     """
     if isinstance(batch, DetectionBatch):
         terms = detection_loss(output, batch, anchors_wh_cell, tree, settings)

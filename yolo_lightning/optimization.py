@@ -1,4 +1,4 @@
-"""SGD as every recipe uses it: one rate and one schedule, both from the recipe."""
+"""SGD with a learning-rate schedule, both configured by the recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +13,7 @@ from yolo_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class SGDConfig:
-    """What SGD is told.
-
-    Attributes:
-        learning_rate: per optimizer step, for a gradient averaged over the images of the global
-            batch.
-        momentum, weight_decay: of SGD; biases and batch norms decay too, as in the original.
-        backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
-            running statistics.
-        schedule: factor of all learning rates at each optimizer step.
-    """
+    """SGD hyper-parameters; see `DetectorModule`."""
 
     learning_rate: float
     momentum: float
@@ -36,22 +27,16 @@ class SGDConfig:
                 raise InputError(f"model.{name} is {getattr(self, name)}; allowed: 0 or more")
 
 
-def sgd(
+def build_sgd(
     module: pl.LightningModule, backbone: list[nn.Parameter], config: SGDConfig
 ) -> OptimizerLRSchedulerConfig:
-    """Return SGD over a module and its schedule, per optimizer step.
-
-    Args:
-        module: with its trainer.
-        backbone: the parameters that `config.backbone_lr_factor` is of.
-        config: of the recipe.
-    """
-    inside = {id(parameter) for parameter in backbone}
-    rest = [p for p in module.parameters() if id(p) not in inside]
-    # two groups whatever the factor is, so that a resumed run may freeze the backbone or thaw it
+    """Return SGD and its schedule; `backbone` has the learning rate x `backbone_lr_factor`."""
+    backbone_ids = {id(parameter) for parameter in backbone}
+    rest = [p for p in module.parameters() if id(p) not in backbone_ids]
+    # always two groups, so that a resumed run can freeze or unfreeze the backbone
     groups = [(rest, 1.0), (backbone, config.backbone_lr_factor)]
-    # the fused kernel walks 29 million class weights once instead of four times; under mixed
-    # precision it cannot be clipped
+    # the fused kernel reads 29 million class weights once instead of four times; with mixed
+    # precision it does not support gradient clipping
     fused = not module.trainer.gradient_clip_val
     optimizer = torch.optim.SGD(
         [{"params": p, "lr": config.learning_rate * factor} for p, factor in groups],
@@ -59,13 +44,13 @@ def sgd(
         weight_decay=config.weight_decay,
         fused=fused,
     )
-    # a function, not the object: its values stay out of the checkpoint and the recipe's hold
+    # a lambda, because LambdaLR saves the state of callable objects in the checkpoint
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.schedule(step))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def apply_recipe_rates(module: pl.LightningModule, config: SGDConfig) -> None:
-    """Let the recipe's config hold on resuming, where the checkpoint brought its own."""
+def apply_sgd_config(module: pl.LightningModule, config: SGDConfig) -> None:
+    """Apply the recipe's hyper-parameters to a resumed optimizer, which has the checkpoint's."""
     scheduler = module.lr_schedulers()
     assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
     scheduler.base_lrs = [
@@ -80,39 +65,37 @@ def apply_recipe_rates(module: pl.LightningModule, config: SGDConfig) -> None:
         )
 
 
-def freeze(layers: list[nn.Module]) -> None:
-    """Keep layers as they are while the rest trains: weights and running statistics.
+def freeze_layers(layers: list[nn.Module]) -> None:
+    """Freeze weights and running statistics of layers.
 
-    Said before the strategy wraps the module, which then waits for no gradient of theirs; Lightning
-    leaves each layer's mode as it finds it.
+    Called before the strategy wraps the module, so that DDP expects no gradients for them;
+    Lightning keeps the training mode of each layer.
     """
     for layer in layers:
         layer.eval().requires_grad_(False)
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse options of the trainer that would train something else than the recipe says.
+    """Check the trainer's options.
 
     Raises:
-        InputError: half of a precision, synchronised batch norm on CPUs, or validation between
-            two halves of an optimizer step, whose gradient no checkpoint holds.
+        InputError: a true half precision, synchronised batch norm on CPUs, clipping by value, or
+            validation during gradient accumulation (checkpoints do not contain gradients).
     """
     precision = str(trainer.precision)
     if precision not in ("32-true", "16-mixed", "bf16-mixed"):
         raise InputError(
             f"trainer.precision is {precision}; allowed: 32-true, 16-mixed, bf16-mixed"
         )
-    synchronised = getattr(trainer.strategy, "_layer_sync", None) is not None
-    if synchronised and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
-        raise InputError(
-            "trainer.sync_batchnorm is true; on CPUs batch norm cannot be synchronised"
-        )
+    is_sync = getattr(trainer.strategy, "_layer_sync", None) is not None
+    if is_sync and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise InputError("trainer.sync_batchnorm is true; allowed on CPUs: false")
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise InputError("trainer.gradient_clip_algorithm is value; allowed: norm")
-    every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
-    whole = isinstance(every, int) or every == 1.0
-    if parts > 1 and (not whole or (isinstance(every, int) and every % parts)):
+    interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+    is_whole = isinstance(interval, int) or interval == 1.0
+    if accumulate > 1 and (not is_whole or (isinstance(interval, int) and interval % accumulate)):
         raise InputError(
-            f"trainer.val_check_interval is {every}; allowed: multiples of "
-            f"trainer.accumulate_grad_batches, {parts}"
+            f"trainer.val_check_interval is {interval}; allowed: multiples of "
+            f"trainer.accumulate_grad_batches, {accumulate}"
         )

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, per optimizer step: a factor on the recipe's rate."""
+"""Learning-rate schedules per optimizer step, as factors of the recipe's learning rate."""
 
 from bisect import bisect_right
 
@@ -11,7 +11,7 @@ class Schedule:
     """A constant rate after the burn-in.
 
     Args:
-        burn_in_steps: the rate rises by a power of 4 over this many steps; 0 for none.
+        burn_in_steps: steps over which the factor rises to 1, as a power of 4; 0 for none.
 
     Raises:
         InputError: a negative number of steps.
@@ -25,26 +25,26 @@ class Schedule:
         self.burn_in_steps = burn_in_steps
 
     def __call__(self, step: int) -> float:
-        """Return the factor of optimizer step `step`, counted from 0."""
+        """Return the factor of an optimizer step, counted from 0."""
         if step < self.burn_in_steps:
             return float(((step + 1) / self.burn_in_steps) ** BURN_IN_POWER)
         return self.after_burn_in(step)
 
     def after_burn_in(self, step: int) -> float:
-        """Return the factor once the burn-in is over."""
+        """Return the factor of an optimizer step after the burn-in."""
         return 1.0
 
 
 class StepDecay(Schedule):
-    """Multiply the rate at given steps.
+    """Multiply the rate by a factor at each milestone (optimizer steps, ascending).
 
     Args:
         milestones: optimizer steps, ascending.
-        factors: the multiplier at each of them.
+        factors: one per milestone.
         burn_in_steps: see `Schedule`.
 
     Raises:
-        InputError: unequally many milestones and factors, or milestones out of order.
+        InputError: different numbers of milestones and factors, or milestones not ascending.
 
     Source: YOLO9000, section 3, "Training for detection": a tenth at epochs 60 and 90.
     """
@@ -53,13 +53,13 @@ class StepDecay(Schedule):
         super().__init__(burn_in_steps)
         if len(milestones) != len(factors) or milestones != sorted(milestones):
             raise InputError(
-                f"schedule: milestones {milestones} and factors {factors} have to be equally "
-                "many, milestones ascending"
+                f"schedule: milestones are {milestones}, factors {factors}; allowed: one factor "
+                "per milestone, milestones ascending"
             )
         self.milestones, self.factors = milestones, factors
 
     def after_burn_in(self, step: int) -> float:
-        """Return the product of the factors whose milestones are reached."""
+        """Return the product of the factors of all milestones up to this step."""
         product = 1.0
         for factor in self.factors[: bisect_right(self.milestones, step)]:
             product *= factor
@@ -67,7 +67,7 @@ class StepDecay(Schedule):
 
 
 class PolynomialDecay(Schedule):
-    """Fall to zero as a power of the remaining share of training.
+    """Decay to zero as a power of the remaining fraction of training.
 
     Args:
         total_steps: optimizer steps of the whole training.
@@ -75,7 +75,7 @@ class PolynomialDecay(Schedule):
         burn_in_steps: see `Schedule`.
 
     Raises:
-        InputError: no steps, or a negative power.
+        InputError: total_steps below 1, or a negative power.
 
     Source: YOLO9000, section 3, "Training for classification".
     """
@@ -90,5 +90,5 @@ class PolynomialDecay(Schedule):
         self.total_steps, self.power = total_steps, power
 
     def after_burn_in(self, step: int) -> float:
-        """Return (1 - step / total_steps) ** power, 0 past the end."""
+        """Return (1 - step / total_steps) ** power, and 0 after the last step."""
         return float(max(0.0, 1 - step / self.total_steps) ** self.power)

@@ -1,8 +1,8 @@
-"""Being asked to stop: signals set a flag, from before the first import on.
+"""Stop signals: handlers set a flag that training checks between two batches.
 
-A cluster asks a job to stop by SIGTERM, or by SIGUSR1 some time before its limit. Saving inside a
-handler would save in the middle of a step, and in every loader worker that was forked; here a
-handler only writes down that it was called, and training looks at it between two batches.
+A cluster stops a job with SIGTERM, or sends SIGUSR1 some time before its time limit. Saving in the
+handler would save in the middle of a step, and in every forked loader worker. The handler therefore
+only records the signal. Handlers are installed before the first long import.
 """
 
 import os
@@ -14,39 +14,39 @@ from typing import Any
 STOP, STOP_AND_REQUEUE = signal.SIGTERM, signal.SIGUSR1
 SIGNALS = (STOP, STOP_AND_REQUEUE)
 
-_asked: list[int] = []
-_owner: list[int] = []
+_received: list[int] = []
+_owner_pid: list[int] = []
 
 
-def listen() -> dict[int, Any]:
-    """Let the signals set the flag of this process; return the handlers that stood before."""
-    _owner[:] = [os.getpid()]
+def install_handlers() -> dict[int, Any]:
+    """Record stop signals of this process from now on; return the previous handlers."""
+    _owner_pid[:] = [os.getpid()]
     if threading.current_thread() is not threading.main_thread():
         return {}  # only the main thread may set handlers
-    return {number: signal.signal(number, _write_down) for number in SIGNALS}
+    return {number: signal.signal(number, _record_signal) for number in SIGNALS}
 
 
-def restore(handlers: dict[int, Any]) -> None:
-    """Put earlier handlers back, and forget."""
+def restore_handlers(handlers: dict[int, Any]) -> None:
+    """Restore the previous handlers and forget received signals."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    _asked.clear()
+    _received.clear()
 
 
-def ignore() -> None:
-    """Let a loader worker live on: who feeds the step that is being finished must not go."""
+def ignore_stop_signals() -> None:
+    """Ignore stop signals in a loader worker, which must deliver the batches of the last step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def asked() -> int:
-    """Return the signal that asked for a stop, SIGUSR1 before SIGTERM; 0 where none did."""
+def received_signal() -> int:
+    """Return the received stop signal, SIGUSR1 before SIGTERM, or 0."""
     for number in (STOP_AND_REQUEUE, STOP):
-        if number in _asked:
+        if number in _received:
             return int(number)
     return 0
 
 
-def _write_down(number: int, frame: FrameType | None) -> None:
-    if [os.getpid()] == _owner:  # a fork has the handler, but not the task
-        _asked.append(number)
+def _record_signal(number: int, frame: FrameType | None) -> None:
+    if [os.getpid()] == _owner_pid:  # forked processes inherit the handler
+        _received.append(number)

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Any recipe over several machines without a scheduler; start it on every one of them:
+# Run a recipe on several machines without a scheduler; start this script on each of them:
 #
 #   NODES=2 NODE_RANK=0 MASTER=first-host:29500 recipes/cluster/torchrun.sh recipes/yolov2_voc2007.yaml
 #   NODES=2 NODE_RANK=1 MASTER=first-host:29500 recipes/cluster/torchrun.sh recipes/yolov2_voc2007.yaml
 #
-# A rank that dies takes the others down; the agents start all of them again, and they go on from the
-# last checkpoint, which has to lie where every machine can read it. More options of fit may follow.
+# If a rank fails, torchrun restarts all ranks, and they resume from the last checkpoint, which must be in
+# a folder that every machine can read. Further arguments are passed to fit. Environment variables:
 #
-#   NODES       machines; 1
-#   NODE_RANK   of this machine, from 0 on; 0
-#   MASTER      host and port of the first one, reachable from all
-#   DEVICES     processes on this machine, one for each GPU; as many as there are GPUs
-#   RUN_ID      what this training is called: started again under the same name, it goes on
-#   RESTARTS    how often the agents start the ranks again; 3
-#   LOCAL_ADDR  this machine's own address, where its name does not lead the others to it
+#   NODES       number of machines (default: 1)
+#   NODE_RANK   number of this machine, from 0 (default: 0)
+#   MASTER      host:port of the first machine, reachable from all (default: 127.0.0.1:29500)
+#   DEVICES     processes on this machine (default: one per GPU)
+#   RUN_ID      name of the training; the same name resumes it (default: name of the recipe)
+#   RESTARTS    maximum number of restarts (default: 3)
+#   LOCAL_ADDR  address of this machine, if the others cannot resolve its name
 set -euo pipefail
 
-recipe=${1:?which recipe? recipes/cluster/torchrun.sh RECIPE [options of fit]}
+recipe=${1:?recipe missing; usage: recipes/cluster/torchrun.sh RECIPE [options of fit]}
 shift
 
-# SITE: how the environment is entered
+# SITE: activate the environment
 if [ -f .venv/bin/activate ]; then
     source .venv/bin/activate
 fi
@@ -30,9 +30,9 @@ if [ "${DEVICES:-auto}" = auto ]; then
 fi
 MASTER=${MASTER:-127.0.0.1:29500}
 RUN_ID=${RUN_ID:-$(basename "$recipe" .yaml)}
-# SITE: the interface between the machines, where NCCL or gloo choose another one
+# SITE: the network interface, if NCCL or Gloo choose the wrong one
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
-# ranks that are started again would find the addresses of the dead ones in a store shared with the agents
+# with a store shared with the agents, restarted ranks would read the addresses of the failed ones
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / DEVICES > 0 ? $(nproc) / DEVICES : 1))}
 

@@ -1,4 +1,4 @@
-"""Steps that are no number change nothing, and end a training that has too many of them."""
+"""`FiniteGuard`: skipped steps change nothing; too many of them end the training."""
 
 import copy
 
@@ -9,15 +9,15 @@ import torch
 from tests.helpers.paths import REPO
 from yolo_lightning import CombinedDataModule, DetectorModule
 from yolo_lightning.callbacks import FiniteGuard
-from yolo_lightning.callbacks.finite_guard import NotFinite
+from yolo_lightning.callbacks.finite_guard import NonFiniteError
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.errors import InputError
 
 TREE = str(REPO / "recipes/trees/shapes.tsv")
 
 
-class Poison(pl.Callback):
-    """Spoils the images of chosen steps, or one gradient, and notes the state around each step."""
+class InjectNonFinite(pl.Callback):
+    """Put NaN into images, or infinity into a gradient, and record the state after each step."""
 
     def __init__(self, steps, gradient=False):
         self.steps, self.gradient, self.states = set(steps), gradient, []
@@ -39,7 +39,7 @@ class Poison(pl.Callback):
         self.states.append((copy.deepcopy(module.state_dict()), momentum))
 
 
-def train(tmp_path, poison, guard, steps=6, accumulate=1, **options):
+def train(tmp_path, injector, guard, steps=6, accumulate=1, **options):
     pl.seed_everything(0, verbose=False)
     data = CombinedDataModule(
         TREE, ShapesDetection(length=16, image_size=64),
@@ -50,13 +50,13 @@ def train(tmp_path, poison, guard, steps=6, accumulate=1, **options):
     trainer = pl.Trainer(
         default_root_dir=tmp_path, max_steps=steps, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        accumulate_grad_batches=accumulate, callbacks=[poison, guard], **options,
+        accumulate_grad_batches=accumulate, callbacks=[injector, guard], **options,
     )  # fmt: skip
     trainer.fit(model, data)
     return trainer
 
 
-def same(first, second):
+def states_equal(first, second):
     return all(
         torch.equal(first[part][key], second[part][key])
         for part in (0, 1)
@@ -66,31 +66,32 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_a_bad_step_changes_neither_weights_nor_momentum_nor_statistics(tmp_path, capsys, gradient):
-    poison, guard = Poison([2, 3], gradient), FiniteGuard(most_in_a_row=2)
-    train(tmp_path, poison, guard)
+def test_skipped_step_changes_no_weights_momentum_or_statistics(tmp_path, capsys, gradient):
+    injector, guard = InjectNonFinite([2, 3], gradient), FiniteGuard(max_consecutive=2)
+    train(tmp_path, injector, guard)
     assert guard.skipped == 2
-    states = poison.states
-    assert same(states[1], states[2])
-    assert same(states[2], states[3])
-    assert not same(states[3], states[4])
+    states = injector.states
+    assert states_equal(states[1], states[2])
+    assert states_equal(states[2], states[3])
+    assert not states_equal(states[3], states[4])
     assert all(torch.isfinite(v.float()).all() for v in states[-1][0].values())
-    said = capsys.readouterr().out
-    assert said.count("the step is skipped") == 2
-    assert (
-        "gradient" if gradient else "loss"
-    ) + " is not finite: step 2, detection samples" in said
+    output = capsys.readouterr().out
+    assert output.count("the step is skipped") == 2
+    cause = "gradient" if gradient else "loss"
+    assert f"{cause} is not finite: step 2, detection samples" in output
 
 
-def test_without_the_guard_the_same_step_spoils_everything(tmp_path):
-    poison = Poison([2])
-    train(tmp_path, poison, pl.Callback(), steps=4)
-    assert not torch.isfinite(poison.states[-1][0]["network.box_conv.weight"]).all()
+def test_without_the_guard_weights_become_non_finite(tmp_path):
+    injector = InjectNonFinite([2])
+    train(tmp_path, injector, pl.Callback(), steps=4)
+    assert not torch.isfinite(injector.states[-1][0]["network.box_conv.weight"]).all()
 
 
-def test_too_many_in_a_row_end_the_training_with_the_batch(tmp_path):
-    with pytest.raises(NotFinite, match="3 steps in a row were not finite; allowed: 2") as caught:
-        train(tmp_path, Poison([1, 3, 4, 5]), FiniteGuard(most_in_a_row=2))
+def test_too_many_consecutive_steps_end_the_training_and_save_the_batch(tmp_path):
+    with pytest.raises(
+        NonFiniteError, match="3 consecutive steps were not finite; allowed: 2"
+    ) as caught:
+        train(tmp_path, InjectNonFinite([1, 3, 4, 5]), FiniteGuard(max_consecutive=2))
     assert "step 5, classification samples" in str(caught.value)
     (file,) = tmp_path.glob("not-finite-*.pt")
     assert file.name == "not-finite-step5-rank0.pt"
@@ -100,23 +101,23 @@ def test_too_many_in_a_row_end_the_training_with_the_batch(tmp_path):
     assert len(batch["sample_ids"]) == len(batch["labels"]) == 4
 
 
-def test_all_parts_of_an_accumulated_step_are_left_out(tmp_path):
-    poison, guard = Poison([3]), FiniteGuard()
-    train(tmp_path, poison, guard, steps=3, accumulate=2)
+def test_all_batches_of_an_accumulated_step_are_skipped(tmp_path):
+    injector, guard = InjectNonFinite([3]), FiniteGuard()
+    train(tmp_path, injector, guard, steps=3, accumulate=2)
     assert guard.skipped == 1
-    assert same(poison.states[1], poison.states[3])  # batches 2 and 3 are one step
-    assert not same(poison.states[3], poison.states[5])
+    assert states_equal(injector.states[1], injector.states[3])  # batches 2 and 3 are one step
+    assert not states_equal(injector.states[3], injector.states[5])
 
 
 @pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"gradient_clip_val": 1.0}])
-def test_precision_and_clipping_change_nothing_of_that(tmp_path, options):
-    poison, guard = Poison([2]), FiniteGuard()
-    train(tmp_path, poison, guard, steps=4, **options)
+def test_guard_works_with_mixed_precision_and_gradient_clipping(tmp_path, options):
+    injector, guard = InjectNonFinite([2]), FiniteGuard()
+    train(tmp_path, injector, guard, steps=4, **options)
     assert guard.skipped == 1
-    assert same(poison.states[1], poison.states[2])
-    assert not same(poison.states[2], poison.states[3])
+    assert states_equal(injector.states[1], injector.states[2])
+    assert not states_equal(injector.states[2], injector.states[3])
 
 
-def test_less_than_none_is_refused():
-    with pytest.raises(InputError, match="most_in_a_row is -1; allowed: 0 or more"):
+def test_negative_maximum_is_rejected():
+    with pytest.raises(InputError, match="max_consecutive is -1; allowed: 0 or more"):
         FiniteGuard(-1)

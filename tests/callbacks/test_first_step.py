@@ -1,4 +1,4 @@
-"""Before the first step: the largest size is tried, and compiled layers take every size."""
+"""Dry run of the largest image size, and compilation for all sizes."""
 
 import copy
 
@@ -16,7 +16,7 @@ from yolo_lightning.errors import InputError
 TREE = str(REPO / "recipes/trees/shapes.tsv")
 
 
-def parts(**options):
+def make_module_and_data(**options):
     data = CombinedDataModule(
         TREE,
         ShapesDetection(length=16, image_size=64),
@@ -34,7 +34,7 @@ def parts(**options):
 
 
 def fit(tmp_path, callbacks, steps=8, **options):
-    model, data = parts(**options)
+    model, data = make_module_and_data(**options)
     trainer = pl.Trainer(
         default_root_dir=tmp_path, max_steps=steps, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -44,7 +44,7 @@ def fit(tmp_path, callbacks, steps=8, **options):
     return model, trainer
 
 
-class Seen(pl.Callback):
+class Recorder(pl.Callback):
     def __init__(self):
         self.sizes, self.losses = [], []
 
@@ -53,41 +53,41 @@ class Seen(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def test_a_step_of_each_kind_is_tried_at_the_largest_size_and_leaves_nothing(tmp_path, monkeypatch):
-    tried = []
-    rehearse = multi_scale.rehearse
+def test_dry_run_of_each_batch_type_at_the_largest_size_changes_nothing(tmp_path, monkeypatch):
+    runs = []
+    dry_run = multi_scale.dry_run
 
-    def watched(module, batch):
+    def checked_dry_run(module, batch):
         state, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()
-        rehearse(module, batch)
-        tried.append((isinstance(batch, DetectionBatch), tuple(batch.images.shape)))
+        dry_run(module, batch)
+        runs.append((isinstance(batch, DetectionBatch), tuple(batch.images.shape)))
         for name, value in module.state_dict().items():
             assert torch.equal(value, state[name]), name
         assert all(p.grad is None for p in module.parameters())
         assert torch.equal(torch.get_rng_state(), random)
 
-    monkeypatch.setattr(multi_scale, "rehearse", watched)
-    seen = Seen()
-    fit(tmp_path, [MultiScale([32, 64, 96], every_n_batches=2), seen])
-    assert tried == [(True, (4, 3, 96, 96)), (False, (2, 3, 96, 96))]
-    assert len(set(seen.sizes)) > 1
+    monkeypatch.setattr(multi_scale, "dry_run", checked_dry_run)
+    recorder = Recorder()
+    fit(tmp_path, [MultiScale([32, 64, 96], every_n_batches=2), recorder])
+    assert runs == [(True, (4, 3, 96, 96)), (False, (2, 3, 96, 96))]
+    assert len(set(recorder.sizes)) > 1
 
 
-def test_too_little_memory_is_said_before_the_first_step(tmp_path, monkeypatch):
-    def refuse(module, batch):
+def test_too_little_memory_is_reported_before_the_first_step(tmp_path, monkeypatch):
+    def out_of_memory(module, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
-    monkeypatch.setattr(multi_scale, "rehearse", refuse)
-    seen = Seen()
+    monkeypatch.setattr(multi_scale, "dry_run", out_of_memory)
+    recorder = Recorder()
     with pytest.raises(InputError, match="4 images of 96 px, the largest size of MultiScale"):
-        fit(tmp_path, [MultiScale([32, 96]), seen])
-    assert not seen.sizes
+        fit(tmp_path, [MultiScale([32, 96]), recorder])
+    assert not recorder.sizes
 
 
 @pytest.mark.slow
-def test_compiled_layers_take_every_size_and_say_what_they_compile(tmp_path, capsys):
+def test_compiled_layers_accept_all_sizes_and_log_recompilations(tmp_path, capsys):
     torch._dynamo.reset()
-    plain, compiled = Seen(), Seen()
+    plain, compiled = Recorder(), Recorder()
     sizes = [32, 64, 96]
     fit(tmp_path, [MultiScale(sizes, every_n_batches=1), plain])
     model, trainer = fit(
@@ -96,11 +96,11 @@ def test_compiled_layers_take_every_size_and_say_what_they_compile(tmp_path, cap
     )
     assert len(set(compiled.sizes)) == 3
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
-    # one graph a kind of batch at most: their batch sizes differ, heights and widths are open
+    # at most one graph per batch size; height and width are dynamic
     assert 1 <= trainer.callback_metrics["train/compiled_graphs"] <= 3
     assert not [name for name in model.state_dict() if "_orig_mod" in name]
 
 
-def test_a_backend_that_is_not_there_is_named():
+def test_unknown_backend_is_rejected():
     with pytest.raises(InputError, match="backend is 'inductr'; allowed: .*inductor"):
         CompileNetwork(backend="inductr")

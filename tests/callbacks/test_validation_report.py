@@ -6,50 +6,50 @@ import sys
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from tests.helpers.training import NAMES, TREE, Watched, data_of, train
+from tests.helpers.training import NAMES, TREE, RecordingDetector, make_datamodule, train
 from yolo_lightning import ClassifierModule, CombinedDataModule
 from yolo_lightning.callbacks.validation_report import ValidationReport
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 
-TABLES = {"figures.json", "per_class.csv", "confusion.csv", "mistakes.csv"}
+TABLES = {"metrics.json", "per_class.csv", "confusion.csv", "errors.csv"}
 PLOTS = {"precision_recall.png", "confidence.png", "confusion.png"}
 
 
 @pytest.fixture
-def module() -> Watched:
-    return Watched()
+def module() -> RecordingDetector:
+    return RecordingDetector()
 
 
-def test_the_last_validation_s_figures_are_written_and_logged(tmp_path, module, capsys):
+def test_the_metrics_of_the_last_validation_are_written_and_logged(tmp_path, module, capsys):
     trainer = train([ValidationReport()], module=module, default_root_dir=tmp_path)
     folder = tmp_path / "report"
     assert trainer.logger.folders == [(folder, "plots")]
-    assert {file.name for file in folder.iterdir()} == TABLES | PLOTS | {"mistakes.jpg"}
-    written = json.loads((folder / "figures.json").read_text())
+    assert {file.name for file in folder.iterdir()} == TABLES | PLOTS | {"errors.jpg"}
+    written = json.loads((folder / "metrics.json").read_text())
     assert (written["command"], written["step"]) == ("fit", 6)
     assert (written["images"], written["image_size"]) == (5, 64)
-    assert written["objects"] == len(module.evaluation.truths) > 0
-    assert written["figures"]["AP50"] == module.evaluation.figures["AP50"]
+    assert written["objects"] == len(module.evaluation.targets) > 0
+    assert written["metrics"]["AP50"] == module.evaluation.metrics["AP50"]
     assert set(written["per_class"]) == {key for key, *_ in TREE}
     assert f"report: {folder}" in capsys.readouterr().out
 
 
-def test_steps_after_the_last_validation_do_not_move_it(tmp_path):
+def test_the_step_is_that_of_the_last_validation(tmp_path):
     train([ValidationReport()], max_steps=5, default_root_dir=tmp_path)
-    assert json.loads((tmp_path / "report/figures.json").read_text())["step"] == 4
+    assert json.loads((tmp_path / "report/metrics.json").read_text())["step"] == 4
 
 
-def test_without_matplotlib_tables_are_written_all_the_same(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     trainer = train([ValidationReport()], default_root_dir=tmp_path)
-    assert {file.name for file in (tmp_path / "report").iterdir()} == TABLES | {"mistakes.jpg"}
+    assert {file.name for file in (tmp_path / "report").iterdir()} == TABLES | {"errors.jpg"}
     assert len(trainer.logger.folders) == 1
-    assert "pictures need matplotlib" in capsys.readouterr().out
+    assert "plots need matplotlib" in capsys.readouterr().out
 
 
-def test_a_report_without_a_run_logger_is_written_too(tmp_path):
+def test_the_report_is_written_without_a_run_logger(tmp_path):
     train([ValidationReport()], loggers=[], default_root_dir=tmp_path)
-    assert (tmp_path / "report/figures.json").is_file()
+    assert (tmp_path / "report/metrics.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -72,23 +72,23 @@ def test_a_classifier_has_no_report(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
-    class Elsewhere(Callback):
+    class OtherRank(Callback):
         def on_train_end(self, trainer, pl_module) -> None:
             monkeypatch.setattr(type(trainer), "is_global_zero", False)
 
-    train([Elsewhere(), ValidationReport()], default_root_dir=tmp_path)
+    train([OtherRank(), ValidationReport()], default_root_dir=tmp_path)
     assert not (tmp_path / "report").exists()
 
 
-def test_what_goes_wrong_is_a_warning_and_training_ends_well(tmp_path):
-    (tmp_path / "report").write_text("in the way")
+def test_an_error_becomes_a_warning(tmp_path):
+    (tmp_path / "report").write_text("a file, not a folder")
     with pytest.warns(UserWarning, match="no report of the last validation: .*report"):
         trainer = train([ValidationReport()], default_root_dir=tmp_path)
     assert trainer.global_step == 6
     assert not trainer.logger.folders
 
 
-def test_images_left_out_of_the_validation_do_not_count(tmp_path):
-    data = data_of(ShapesDetection(9, NAMES, image_size=64, seed=5))
+def test_only_the_validated_images_count(tmp_path):
+    data = make_datamodule(ShapesDetection(9, NAMES, image_size=64, seed=5))
     train([ValidationReport()], data, limit_val_batches=2, default_root_dir=tmp_path)
-    assert json.loads((tmp_path / "report/figures.json").read_text())["images"] == 4
+    assert json.loads((tmp_path / "report/metrics.json").read_text())["images"] == 4

@@ -1,4 +1,4 @@
-"""Files that only look like checkpoints: refused in one line, nothing executed, memory bounded."""
+"""Malicious checkpoints: rejected with one message, nothing is executed, memory is limited."""
 
 import os
 import pickle
@@ -24,11 +24,11 @@ from yolo_lightning.checkpoints.io import verify
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.darknet import checkpoint_of
+from yolo_lightning.export.darknet import build_checkpoint
 
 BACKBONE: list[list[Any]] = [["conv", 8], ["pool"], ["conv", 8], ["pool"], ["conv", 16, 1]]
-ROOM = 200 << 20
-"""Bytes of address space that refusing a file may take."""
+MEMORY_LIMIT = 200 << 20
+"""Bytes of address space for rejecting a file."""
 
 
 def module() -> DetectorModule:
@@ -36,16 +36,16 @@ def module() -> DetectorModule:
     return DetectorModule(["a", "b"], [(1, 1), (2, 2)], BACKBONE, 8, 4, image_size=64)
 
 
-def sound(path: Path, **changes: Any) -> Path:
-    """Write a checkpoint whose description says other things than its values."""
-    checkpoint = checkpoint_of(module(), {})
+def write_with(path: Path, **changes: Any) -> Path:
+    """Write a checkpoint with changed hyper-parameters."""
+    checkpoint = build_checkpoint(module(), {})
     checkpoint["hyper_parameters"] |= changes
     torch.save(checkpoint, path)
     return path
 
 
 def archive(path: Path, pickled: bytes, records: dict[str, bytes] | None = None) -> Path:
-    """Write an archive as torch does, of any pickle and records."""
+    """Write an archive in the format of PyTorch with the given pickle and records."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", pickled)
         file.writestr("archive/byteorder", "little")
@@ -55,8 +55,8 @@ def archive(path: Path, pickled: bytes, records: dict[str, bytes] | None = None)
     return path
 
 
-class Runs:
-    """What a pickle executes when it is loaded: a folder is made."""
+class MakesFolder:
+    """Create a folder when unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,43 +65,48 @@ class Runs:
         return os.mkdir, (str(self.folder),)
 
 
-def runs_a_program(path: Path) -> Path:
-    held = {"state_dict": {}, "hyper_parameters": {"tree": Runs(path.parent / "executed")}}
-    return archive(path, pickle.dumps(held, protocol=2))
+def executes_code(path: Path) -> Path:
+    content = {
+        "state_dict": {},
+        "hyper_parameters": {"tree": MakesFolder(path.parent / "executed")},
+    }
+    return archive(path, pickle.dumps(content, protocol=2))
 
 
-def old_pickle(path: Path) -> Path:
-    path.write_bytes(pickle.dumps(Runs(path.parent / "executed"), protocol=2))
+def plain_pickle(path: Path) -> Path:
+    path.write_bytes(pickle.dumps(MakesFolder(path.parent / "executed"), protocol=2))
     return path
 
 
-def cut_short(path: Path) -> Path:
-    whole = sound(path).read_bytes()
+def truncated(path: Path) -> Path:
+    whole = write_with(path).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     return path
 
 
 def flipped_bit(path: Path) -> Path:
-    content = bytearray(sound(path).read_bytes())
+    content = bytearray(write_with(path).read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     return path
 
 
-def inflates(path: Path) -> Path:
-    held = {"state_dict": {"x": torch.zeros(8)}, "hyper_parameters": {"tree": []}}
-    torch.save(held, path)
+def compressed(path: Path) -> Path:
+    content = {"state_dict": {"x": torch.zeros(8)}, "hyper_parameters": {"tree": []}}
+    torch.save(content, path)
     with zipfile.ZipFile(path) as file:
-        names = {name: file.read(name) for name in file.namelist()}
+        records = {name: file.read(name) for name in file.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in names.items():
-            file.writestr(name, bytes(ROOM + (50 << 20)) if name.endswith("data/0") else content)
+        for name, data in records.items():
+            file.writestr(
+                name, bytes(MEMORY_LIMIT + (50 << 20)) if name.endswith("data/0") else data
+            )
     assert path.stat().st_size < 2 << 20
     return path
 
 
-def tensor_on_little_data(path: Path) -> Path:
-    checkpoint = checkpoint_of(module(), {})
+def tensor_with_little_data(path: Path) -> Path:
+    checkpoint = build_checkpoint(module(), {})
     state = checkpoint["state_dict"]
     state["network.class_weight"] = torch.zeros(1).expand(10**6, 10**6)
     torch.save(checkpoint, path)
@@ -109,33 +114,33 @@ def tensor_on_little_data(path: Path) -> Path:
 
 
 def network_of_a_million_channels(path: Path) -> Path:
-    return sound(path, head_channels=10**6)
+    return write_with(path, head_channels=10**6)
 
 
-def pickle_that_swells(path: Path) -> Path:
-    """Ask for `bytearray(10**11)`, without a byte of it in the file."""
+def pickle_of_a_huge_object(path: Path) -> Path:
+    """Create `bytearray(10**11)` from a few bytes."""
     number = struct.pack("<q", 10**11)[:5]
     return archive(path, b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + number + b"\x85R.")
 
 
-HOSTILE: dict[Callable[[Path], Path], str] = {
-    runs_a_program: "refused: it asks for posix.mkdir; allowed: plain values and tensors",
-    old_pickle: r"not a checkpoint of this program \(no archive\)",
-    cut_short: r"damaged \(cut short, or something follows its end\)",
+MALICIOUS: dict[Callable[[Path], Path], str] = {
+    executes_code: "rejected: its pickle uses posix.mkdir; allowed: plain values and tensors",
+    plain_pickle: r"not a checkpoint of this program \(no archive\)",
+    truncated: r"damaged \(truncated, or followed by other data\)",
     flipped_bit: r"damaged \(Bad CRC-32 for file 'm/data/\d+'\)",
-    inflates: "record 'm/data.pkl' is compressed; allowed: stored",
-    tensor_on_little_data: r"a tensor of shape \[1000000, 1000000\] on less data than that",
-    network_of_a_million_channels: r"a network of [\d,]{18} values, yet holds 4,\d\d\d: ",
-    pickle_that_swells: "refused: it asks for __builtin__.bytearray; allowed: plain values",
+    compressed: "record 'm/data.pkl' is compressed; allowed: stored",
+    tensor_with_little_data: r"a tensor of shape \[1000000, 1000000\] with less data",
+    network_of_a_million_channels: r"a network of [\d,]{18} values, but has 4,\d\d\d: ",
+    pickle_of_a_huge_object: "rejected: its pickle uses __builtin__.bytearray; allowed: plain",
 }
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
-    """Let the system refuse what is beyond the room; take no longer than it may."""
+def limited_memory() -> Iterator[None]:
+    """Limit the address space to `MEMORY_LIMIT` more bytes, and the time to 15 s."""
     used = int(re.findall(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT, before[1]))
     started = time.monotonic()
     try:
         yield
@@ -146,70 +151,70 @@ def little_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image, after everything that predicting imports has been imported."""
+    """An image; detects on it once, so that everything is imported."""
     folder = tmp_path_factory.mktemp("image")
     image = write_image(folder / "a.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["detect", str(sound(folder / "m.ckpt")), str(image)]) == 0
+        assert main(["detect", str(write_with(folder / "m.ckpt")), str(image)]) == 0
     return image
 
 
-@pytest.mark.parametrize("write", HOSTILE, ids=lambda write: write.__name__)
-def test_a_hostile_checkpoint_is_one_message_whatever_reads_it(
+@pytest.mark.parametrize("write", MALICIOUS, ids=lambda write: write.__name__)
+def test_malicious_checkpoint_gives_one_message_in_every_command(
     tmp_path, image, monkeypatch, capsys, write
 ):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "m.ckpt")
-    with little_memory(), pytest.raises(InputError, match=f"^{path}: .*{HOSTILE[write]}"):
+    with limited_memory(), pytest.raises(InputError, match=f"^{path}: .*{MALICIOUS[write]}"):
         load(path)
     for command in (["detect", str(path), str(image)], ["classify", str(path), str(image)]):
-        with little_memory():
+        with limited_memory():
             assert main(command) == 2
-        (said,) = capsys.readouterr().err.strip().splitlines()
-        assert re.search(f"yolo-lightning: error: .*{HOSTILE[write]}", said)
-        assert len(said) < 500
+        (message,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search(f"yolo-lightning: error: .*{MALICIOUS[write]}", message)
+        assert len(message) < 500
     assert not (tmp_path / "executed").exists()
 
 
-def test_resuming_from_a_hostile_checkpoint_builds_no_network(workplace, capsys):
+def test_resuming_from_a_malicious_checkpoint_builds_no_network(workplace, capsys):
     path = network_of_a_million_channels(workplace / "m.ckpt")
-    with little_memory():
+    with limited_memory():
         assert main(["fit", *QUICK, *TINY, "--ckpt_path", str(path)]) == 2
     assert "m.ckpt: describes a network of " in capsys.readouterr().err
     assert not (workplace / "outputs").exists()
 
 
-def test_pickles_that_run_programs_do_run_them_where_nothing_is_refused(tmp_path):
-    """What the other tests rest on."""
-    with zipfile.ZipFile(runs_a_program(tmp_path / "m.ckpt")) as file:
+def test_unsafe_unpickling_executes_the_code(tmp_path):
+    """Precondition of the other tests."""
+    with zipfile.ZipFile(executes_code(tmp_path / "m.ckpt")) as file:
         pickle.loads(file.read("archive/data.pkl"))
     assert (tmp_path / "executed").is_dir()
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path):
-    whole = sound(tmp_path / "whole").read_bytes()
+def test_truncated_file_is_rejected(tmp_path):
+    whole = write_with(tmp_path / "whole").read_bytes()
     for length in (0, 3, 4, 21, 22, 100, *range(500, len(whole), 997), len(whole) - 1):
         (tmp_path / "m.ckpt").write_bytes(whole[:length])
-        with pytest.raises(InputError, match=r"cut short|no archive"):
+        with pytest.raises(InputError, match=r"truncated|no archive"):
             read_checkpoint(tmp_path / "m.ckpt")
     (tmp_path / "m.ckpt").write_bytes(whole + b"\0")
-    with pytest.raises(InputError, match="something follows its end"):
+    with pytest.raises(InputError, match="followed by other data"):
         read_checkpoint(tmp_path / "m.ckpt")
 
 
-def test_a_flipped_bit_is_refused_wherever_it_changes_anything(tmp_path):
-    whole = sound(tmp_path / "m.ckpt").read_bytes()
+def test_flipped_bit_is_rejected_or_harmless(tmp_path):
+    whole = write_with(tmp_path / "m.ckpt").read_bytes()
     before = read_checkpoint(tmp_path / "m.ckpt")
-    draw, refused = random.Random(0), 0
+    generator, refused = random.Random(0), 0
     with zipfile.ZipFile(tmp_path / "m.ckpt") as file:
-        heads = [record.header_offset for record in file.infolist()]
-    places = [draw.randrange(len(whole)) for _ in range(100)]
-    places += [draw.choice(heads) + draw.randrange(30) for _ in range(60)]
-    places += [len(whole) - 1 - draw.randrange(3000) for _ in range(140)]
-    for place in places:
+        header_offsets = [record.header_offset for record in file.infolist()]
+    offsets = [generator.randrange(len(whole)) for _ in range(100)]
+    offsets += [generator.choice(header_offsets) + generator.randrange(30) for _ in range(60)]
+    offsets += [len(whole) - 1 - generator.randrange(3000) for _ in range(140)]
+    for offset in offsets:
         content = bytearray(whole)
-        content[place] ^= 1 << draw.randrange(8)
+        content[offset] ^= 1 << generator.randrange(8)
         (tmp_path / "m.ckpt").write_bytes(content)
         try:
             after = read_checkpoint(tmp_path / "m.ckpt")
@@ -218,96 +223,94 @@ def test_a_flipped_bit_is_refused_wherever_it_changes_anything(tmp_path):
             continue
         state = after.pop("state_dict")
         for name, value in before["state_dict"].items():
-            assert torch.equal(value, state[name]), place
+            assert torch.equal(value, state[name]), offset
         assert after == {key: value for key, value in before.items() if key != "state_dict"}
-    assert refused > len(places) // 3
+    assert refused > len(offsets) // 3
 
 
-LAUGHS: list[Any] = ["ha"]
+BILLION_LAUGHS: list[Any] = ["ha"]
 for _ in range(40):
-    LAUGHS = [LAUGHS] * 10
+    BILLION_LAUGHS = [BILLION_LAUGHS] * 10
 DEEP: list[Any] = []
 for _ in range(200):
     DEEP = [DEEP]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"head_channels": 9}, r"a network of [\d,]+ values, yet holds [\d,]+"),
+        ({"head_channels": 9}, r"a network of [\d,]+ values, but has [\d,]+"),
         ({"head_channels": "8"}, "its head_channels, passthrough_channels or reorg"),
         ({"reorg": "x" * 10**6}, "its head_channels, passthrough_channels or reorg"),
-        ({"backbone": [["conv", 10**9], *BACKBONE]}, r"a network of [\d,]+ values, yet holds"),
-        ({"backbone": [["conv", 10**300], *BACKBONE]}, r"a network of [\d,]+ values, yet holds"),
-        ({"backbone": [["pool"]] * 1001}, "its backbone is no list of up to 1000 layers"),
+        ({"backbone": [["conv", 10**9], *BACKBONE]}, r"a network of [\d,]+ values, but has"),
+        ({"backbone": [["conv", 10**300], *BACKBONE]}, r"a network of [\d,]+ values, but has"),
+        ({"backbone": [["pool"]] * 1001}, "its backbone is not a list of up to 1000 layers"),
         ({"backbone": [*BACKBONE, ["pool", 10**6, 1]]}, "layer 5 of its backbone: size is 1000000"),
         ({"backbone": [["conv", 8, 3, 1, 10**6]]}, "layer 0 of its backbone: padding is 1000000"),
-        ({"backbone": [["route", *range(1000)]]}, "layer 0 of its backbone is no short list"),
+        ({"backbone": [["route", *range(1000)]]}, "layer 0 of its backbone is not a short list"),
         ({"backbone": "x" * 10**6}, "the name of its backbone is too long"),
-        ({"backbone": "darknet19"}, r"a network of [\d,]+ values, yet holds"),
-        ({"backbone": 7}, "its backbone is no list"),
-        ({"anchors_wh_cell": [(1, 1)] * 10**4}, r"a network of [\d,]+ values, yet holds"),
-        ({"anchors_wh_cell": [(1, float("nan"))]}, "no pairs of positive numbers"),
+        ({"backbone": "darknet19"}, r"a network of [\d,]+ values, but has"),
+        ({"backbone": 7}, "its backbone is not a list"),
+        ({"anchors_wh_cell": [(1, 1)] * 10**4}, r"a network of [\d,]+ values, but has"),
+        ({"anchors_wh_cell": [(1, float("nan"))]}, "not pairs of positive numbers"),
         ({"anchors_wh_cell": 5}, "not a checkpoint of this program"),
-        ({"tree": "/etc/hostname"}, "its tree is no list of up to 100,000"),
-        ({"tree": [["a", "-", "a"]] * 100_001}, "its tree is no list of up to 100,000"),
-        ({"tree": [["a", "b", "a"], ["b", "a", "b"]]}, "hangs in a cycle of parents"),
-        ({"tree": [["a", "-"], ["b", "-"]]}, "its tree is no list"),
+        ({"tree": "/etc/hostname"}, "its tree is not a list of up to 100,000"),
+        ({"tree": [["a", "-", "a"]] * 100_001}, "its tree is not a list of up to 100,000"),
+        ({"tree": [["a", "b", "a"], ["b", "a", "b"]]}, "is in a cycle of parents"),
+        ({"tree": [["a", "-"], ["b", "-"]]}, "its tree is not a list"),
         ({"image_size": 10**9}, "image_size is 1000000000; allowed: 1 … 8192 px"),
         ({"image_size": [64, "64"]}, "image_size is"),
-        ({"momentum": LAUGHS}, "more than 2,000,000 values"),
+        ({"momentum": BILLION_LAUGHS}, "more than 2,000,000 values"),
         ({"momentum": DEEP}, "more than 50 levels"),
         ({"nonsense": 1}, "not a checkpoint of this version"),
     ],
 )
-def test_a_description_other_than_what_is_held_is_refused_before_it_is_built(
-    tmp_path, changes, said
-):
-    path = sound(tmp_path / "m.ckpt", **changes)
-    with little_memory(), pytest.raises(InputError, match=said) as error:
+def test_wrong_hyper_parameters_are_rejected_before_building(tmp_path, changes, message):
+    path = write_with(tmp_path / "m.ckpt", **changes)
+    with limited_memory(), pytest.raises(InputError, match=message) as error:
         load(path)
     assert len(str(error.value)) < 1500
 
 
-def filled(path: Path, start: bytes, each: bytes, times: int, end: bytes) -> Path:
+def repeated_pickle(path: Path, start: bytes, each: bytes, times: int, end: bytes) -> Path:
     return archive(path, b"\x80\x02" + start + each * times + end + b".")
 
 
-ORDERED = b"ccollections\nOrderedDict\n"
+ORDERED_DICT = b"ccollections\nOrderedDict\n"
 
 
 @pytest.mark.parametrize(
-    ("start", "each", "times", "end", "said"),
+    ("start", "each", "times", "end", "message"),
     [
         (b"]q\0(", b"\x8f", 3_000_000, b"e", "a pickle of more than 2,000,000 operations"),
         (b"]q\0(", b"K\1", 9_000_000, b"e", "a pickle of 18,000,008 bytes; allowed: 16,777,216"),
-        # a dict that is copied again and again, in three ways
-        (b"}q\0](", ORDERED + b"h\0\x85R", 10, b"e", "does more than hold plain values"),
-        (b"}q\0](", ORDERED + b"(h\0tR", 10, b"e", "does more than hold plain values"),
-        (b"}q\0](", ORDERED + b")Rh\0b", 10, b"e", "does more than hold plain values"),
-        (b"", b"", 0, b"cos\nsystem\n", "asks for os.system"),
+        # a dict that is copied repeatedly, in three ways
+        (b"}q\0](", ORDERED_DICT + b"h\0\x85R", 10, b"e", "does more than store plain values"),
+        (b"}q\0](", ORDERED_DICT + b"(h\0tR", 10, b"e", "does more than store plain values"),
+        (b"}q\0](", ORDERED_DICT + b")Rh\0b", 10, b"e", "does more than store plain values"),
+        (b"", b"", 0, b"cos\nsystem\n", "uses os.system"),
         (b"", b"", 0, b"X\x02\0\0\0osX\x06\0\0\0system\x93", "not a checkpoint|malformed"),
         (b"", b"", 0, b"X\xff\xff\xff\xffa", "damaged"),
         (b"", b"", 0, b"]", r"no dict"),
         (b"", b"", 0, b"}q\0X\1\0\0\0ah\0s", "more than 50 levels"),
     ],
 )
-def test_a_pickle_that_asks_for_too_much_is_refused(tmp_path, start, each, times, end, said):
-    path = filled(tmp_path / "m.ckpt", start, each, times, end)
-    with little_memory(), pytest.raises(InputError, match=said):
+def test_malicious_pickle_is_rejected(tmp_path, start, each, times, end, message):
+    path = repeated_pickle(tmp_path / "m.ckpt", start, each, times, end)
+    with limited_memory(), pytest.raises(InputError, match=message):
         load(path)
 
 
-def test_a_record_shorter_than_its_tensor_is_refused(tmp_path):
+def test_record_smaller_than_its_tensor_is_rejected(tmp_path):
     torch.save({"x": torch.zeros(4, dtype=torch.uint8)}, tmp_path / "m.ckpt")
     with zipfile.ZipFile(tmp_path / "m.ckpt") as file:
         pickled = file.read("m/data.pkl").replace(b"K\x04", b"J\x00\x00\x00\x40")
     archive(tmp_path / "m.ckpt", pickled, {"0": b"1234"})
-    with little_memory(), pytest.raises(InputError, match="record size"):
+    with limited_memory(), pytest.raises(InputError, match="record size"):
         load(tmp_path / "m.ckpt")
 
 
-def directory_twice(path: Path) -> Path:
+def duplicate_record(path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as file:
         for name in ("a/data.pkl", "a/version"):
             file.writestr(name, pickle.dumps({}, protocol=2))
@@ -316,8 +319,8 @@ def directory_twice(path: Path) -> Path:
     return path
 
 
-def one_record_many_times(path: Path) -> Path:
-    """Let every entry of the directory lead to the same bytes."""
+def overlapping_records(path: Path) -> Path:
+    """Let every entry of the directory point to the same bytes."""
     with zipfile.ZipFile(path, "w") as file:
         for number in range(100):
             file.writestr(f"a/data/{number:03}", bytes(1000) if number == 0 else b"")
@@ -341,7 +344,7 @@ def no_pickle(path: Path) -> Path:
     return path
 
 
-def endless_directory(path: Path) -> Path:
+def huge_directory(path: Path) -> Path:
     length = 9 << 20
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, length, 4, 0)
     path.write_bytes(b"PK\3\4" + bytes(length) + end)
@@ -349,31 +352,31 @@ def endless_directory(path: Path) -> Path:
 
 
 def archive_in_an_archive(path: Path) -> Path:
-    inner = sound(path.with_name("inner")).read_bytes()
+    inner = write_with(path.with_name("inner")).read_bytes()
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a/inner/data.pkl", inner)
     return path
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
-        (directory_twice, "a record twice"),
-        (one_record_many_times, r"records of 100,000 bytes in a file of [\d,]+$"),
-        (two_folders, r"record '../outside' lies outside 'a'"),
+        (duplicate_record, "duplicate records"),
+        (overlapping_records, r"records of 100,000 bytes in a file of [\d,]+$"),
+        (two_folders, r"record '../outside' is outside 'a'"),
         (no_pickle, r"0 records data.pkl"),
-        (endless_directory, "a directory of 9,437,184 bytes; allowed: 8,388,608"),
+        (huge_directory, "a directory of 9,437,184 bytes; allowed: 8,388,608"),
         (archive_in_an_archive, "damaged|malformed|not a checkpoint"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_an_archive_that_is_no_checkpoint_s_is_refused(tmp_path, write, said):
+def test_malformed_archive_is_rejected(tmp_path, write, message):
     path = write(tmp_path / "m.ckpt")
-    with little_memory(), pytest.raises(InputError, match=said):
+    with limited_memory(), pytest.raises(InputError, match=message):
         load(path)
 
 
-def test_what_training_and_importing_write_is_not_hostile(tmp_path):
+def test_valid_checkpoints_are_accepted(tmp_path):
     modules: tuple[DetectorModule | ClassifierModule, ...] = (
         module(),
         DetectorModule(["a"], [(1, 1)], "small", 8, None, "space_to_depth"),
@@ -381,13 +384,13 @@ def test_what_training_and_importing_write_is_not_hostile(tmp_path):
         ClassifierModule(["a", "b", "c"], BACKBONE),
         ClassifierModule(["a"], [["conv", 4, 3, 2, 1, False, "relu"], ["dropout", 0.5]]),
     )
-    for number, made in enumerate(modules):
+    for number, original in enumerate(modules):
         path = tmp_path / f"{number}.ckpt"
-        checkpoint = checkpoint_of(made, {})
+        checkpoint = build_checkpoint(original, {})
         checkpoint["optimizer_states"] = [{"state": {0: {"momentum_buffer": torch.zeros(3)}}}]
-        checkpoint["current_model_state"] = OrderedDict(made.state_dict())
+        checkpoint["current_model_state"] = OrderedDict(original.state_dict())
         torch.save(checkpoint, path)
         verify(path)
-        again = load(path)
-        for name, value in made.state_dict().items():
-            assert torch.equal(value, again.state_dict()[name])
+        loaded = load(path)
+        for name, value in original.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name])

@@ -1,4 +1,4 @@
-"""The command line, in process: recipes, precedence, the run's folder, tracking, messages."""
+"""The command line, in process: recipes, precedence, run folders, tracking, error messages."""
 
 import json
 import shutil
@@ -21,22 +21,22 @@ RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Any:
-    """Parse a command line and build everything, without running it."""
+def build(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Any:
+    """Return a function that parses a command line and builds its objects, without training."""
     monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
     return lambda *args: cli.main(["fit", *args])
 
 
-def texts_in(value: object) -> list[str]:
+def strings_in(value: object) -> list[str]:
     if isinstance(value, dict):
-        return [text for item in value.values() for text in texts_in(item)]
+        return [text for item in value.values() for text in strings_in(item)]
     if isinstance(value, list | tuple):
-        return [text for item in value for text in texts_in(item)]
+        return [text for item in value for text in strings_in(item)]
     return [value] if isinstance(value, str) else []
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_builds_and_references_follow_the_command_line(built, recipe):
+def test_every_recipe_builds_and_references_follow_overrides(build, recipe):
     path = str(recipe.relative_to(REPO))
     overrides = [
         "--seed_everything=7",
@@ -45,28 +45,28 @@ def test_every_recipe_builds_and_references_follow_the_command_line(built, recip
     ]
     if "shapes" in recipe.read_text():
         overrides[2] = "--model.tree=recipes/trees/shapes.tsv"
-    run = built("--config", path, *overrides)
-    resolved = run._resolved()
-    assert not [text for text in texts_in(resolved) if "${" in text]
+    run = build("--config", path, *overrides)
+    resolved = run.resolved_config()
+    assert not [text for text in strings_in(resolved) if "${" in text]
     assert run.datamodule.seed == 7
     assert run.datamodule.tree.rows == run.model.tree.rows
     schedule = run.model.schedule
     if hasattr(schedule, "total_steps"):
         assert schedule.total_steps == 123
     assert recipe.read_text().startswith("#")
-    for word in ("yolo-lightning fit --config", "torchrun", "srun", "ffective batch"):
-        assert word in recipe.read_text(), word
+    for text in ("yolo-lightning fit --config", "torchrun", "srun", "ffective batch"):
+        assert text in recipe.read_text(), text
 
 
-def test_no_component_receives_an_unresolved_reference(built, monkeypatch):
+def test_no_component_receives_an_unresolved_reference(build, monkeypatch):
     monkeypatch.setenv("FRUIT_DATA", "/some/where")
-    run = built("--config", "recipes/fruit.yaml")
+    run = build("--config", "recipes/fruit.yaml")
     assert run.datamodule.detection.root == run.datamodule.validation.root == "/some/where"
-    run = built("--config", "recipes/fruit.yaml", "--data.detection.root=/else/where")
+    run = build("--config", "recipes/fruit.yaml", "--data.detection.root=/else/where")
     assert run.datamodule.validation.root == "/else/where"
 
 
-def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, reports, capsys):
+def test_fit_writes_a_run_folder_checkpoints_and_one_mlflow_run(workplace, reports, capsys):
     assert main(["fit", *QUICK, *TINY]) == 0
     (folder,) = (workplace / "outputs/quickstart").iterdir()
     assert f"run folder: {folder.relative_to(workplace)}" in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, reports, 
     assert column("select status from runs") == ["FINISHED"]
     assert column("select name from runs") == [f"quickstart/{folder.name}"]
     metrics = set(column("select distinct key from metrics"))
-    for term in ("coord", "obj", "noobj", "class", "anchor"):
+    for term in ("coord", "obj", "noobj", "class", "anchor_prior"):
         assert f"train/loss_{term}" in metrics
     assert {"train/cls_loss_class", "train/cls_loss_obj", "train/cls_loss_noobj"} <= metrics
     assert {
@@ -97,7 +97,7 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, reports, 
         "val/AP50_boxed",
         "val/AP50_unboxed",
     } <= metrics
-    # every point shows the latest batch of its kind
+    # each point is the value of the latest batch of its source
     points = "select step, value from metrics where key = '{}' order by step"
     coord = store.execute(points.format("train/loss_coord")).fetchall()
     assert [step for step, _ in coord] == [0, 1, 2, 3]
@@ -121,24 +121,24 @@ def test_fit_leaves_a_folder_checkpoints_and_one_mlflow_run(workplace, reports, 
         for file in Path(root).rglob("*")
     }
     assert {"resolved.yaml", "recipe.yaml", "command.txt", "tree.tsv", "anchors.csv"} <= artifacts
-    assert {"best.ckpt", "steps.crc32", "precision_recall.png", "mistakes.jpg"} <= artifacts
+    assert {"best.ckpt", "steps.crc32", "precision_recall.png", "errors.jpg"} <= artifacts
     assert any(name.startswith("predictions+step+") for name in artifacts)
     assert column("select status from logged_models") == [2]  # ready
     store.close()
 
 
-def test_checkpoints_load_plain_and_carry_what_they_need(workplace):
+def test_checkpoints_load_with_weights_only(workplace):
     assert main(["fit", *QUICK, *TINY]) == 0
     (best,) = workplace.glob("outputs/quickstart/*/checkpoints/best.ckpt")
-    held = torch.load(best, weights_only=True)["hyper_parameters"]
-    assert held["tree"][0] == ["n00027807", "-", "shape"]
+    hparams = torch.load(best, weights_only=True)["hyper_parameters"]
+    assert hparams["tree"][0] == ["n00027807", "-", "shape"]
     model = DetectorModule.load_from_checkpoint(best, weights_only=True)
     assert {model.tree.names[k] for k in model.boxed.nonzero().flatten().tolist()} == {
         "right triangle", "rhombus", "semicircle", "pentagram", "Greek cross", "ring",
     }  # fmt: skip
-    assert model.hparams["anchors_wh_cell"] == held["anchors_wh_cell"]
+    assert model.hparams["anchors_wh_cell"] == hparams["anchors_wh_cell"]
 
-    # test without --ckpt_path takes the newest run's best one; every run has its own folder
+    # test without --ckpt_path uses the best checkpoint of the newest run
     assert main(["validate", *QUICK, *TINY]) == 0
     assert main(["test", *QUICK, *TINY]) == 0
     assert main(["fit", *QUICK, *TINY]) == 0
@@ -150,9 +150,7 @@ def test_checkpoints_load_plain_and_carry_what_they_need(workplace):
     store.close()
 
 
-def test_values_come_from_the_command_line_then_the_recipe_then_the_checkpoint(
-    workplace, monkeypatch
-):
+def test_command_line_overrides_recipe_overrides_checkpoint(workplace, monkeypatch):
     assert main(["fit", *QUICK, *TINY, "--model.momentum=0.7", "--model.learning_rate=0.03"]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
@@ -162,17 +160,17 @@ def test_values_come_from_the_command_line_then_the_recipe_then_the_checkpoint(
     monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
     tiny = [option for option in TINY if "head_channels" not in option]
     run = cli.main(["fit", "--config", "short.yaml", *tiny, f"--ckpt_path={last}"])
-    held = run.model.hparams
-    assert held["momentum"] == 0.7  # the recipe is silent: the checkpoint's
-    assert held["head_channels"] == 8
-    assert held["learning_rate"] == 0.02  # the recipe's, though the checkpoint holds 0.03
+    hparams = run.model.hparams
+    assert hparams["momentum"] == 0.7  # not in the recipe: from the checkpoint
+    assert hparams["head_channels"] == 8
+    assert hparams["learning_rate"] == 0.02  # from the recipe; 0.03 in the checkpoint
     more = ["--model.momentum=0.5", f"--ckpt_path={last}"]
     assert (
         cli.main(["fit", "--config", "short.yaml", *tiny, *more]).model.hparams["momentum"] == 0.5
     )
 
 
-def test_resuming_goes_on_in_the_same_folder_and_mlflow_run_at_the_recipe_s_rate(workplace):
+def test_resume_continues_folder_and_mlflow_run_at_the_recipe_learning_rate(workplace):
     assert main(["fit", *QUICK, *TINY]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     more = ["--trainer.max_steps=6", "--model.learning_rate=0.5", "--model.schedule.power=0"]
@@ -189,20 +187,20 @@ def test_resuming_goes_on_in_the_same_folder_and_mlflow_run_at_the_recipe_s_rate
     assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
-def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workplace, capsys):
+def test_tree_and_anchors_must_match_the_checkpoint(workplace, capsys):
     assert main(["fit", *QUICK, *TINY]) == 0
     tree = (REPO / "recipes/trees/shapes.tsv").read_text().replace("\tring\n", "\thoop\n")
     (workplace / "other.tsv").write_text(tree)
     assert main(["test", *QUICK, *TINY, "--model.tree=other.tsv"]) == 2
-    said = capsys.readouterr().err
-    assert "model.tree differs from the checkpoint's: entry 4" in said
-    assert "hoop" in said
+    message = capsys.readouterr().err
+    assert "model.tree differs from the checkpoint's: entry 4" in message
+    assert "hoop" in message
     assert main(["test", *QUICK, *TINY, "--model.anchors_wh_cell=[[1.5,1.7],[2.4,2.5]]"]) == 2
     assert "model.anchors_wh_cell differs from the checkpoint's: entry 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         (
             ["--model.learnin_rate=1"],
@@ -247,7 +245,7 @@ def test_another_tree_or_other_anchors_than_the_checkpoint_s_are_refused(workpla
         ),
     ],
 )
-def test_bad_input_is_one_message_without_a_traceback(workplace, capsys, args, said):
+def test_bad_input_gives_one_message_without_a_traceback(workplace, capsys, args, expected):
     rows = (REPO / "recipes/trees/shapes.tsv").read_text().splitlines()
     (workplace / "reversed.tsv").write_text("\n".join(reversed(rows)))
     if "callbacks" in args[0]:
@@ -261,11 +259,11 @@ def test_bad_input_is_one_message_without_a_traceback(workplace, capsys, args, s
     assert code == 2
     assert "Traceback" not in error
     message = error[error.index("yolo-lightning: error:") :]
-    for words in said:
-        assert words in message, message
+    for text in expected:
+        assert text in message, message
     assert len(message) < 500, message
-    for insides in ("Union", "NestedArg", "Namespace", "NoneType"):
-        assert insides not in message
+    for internal_name in ("Union", "NestedArg", "Namespace", "NoneType"):
+        assert internal_name not in message
 
 
 def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
@@ -279,8 +277,8 @@ def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
     assert "did you mean 'detection_batch_size'" in message
     (workplace / "stray.yaml").write_text(text.replace("trainer:\n", "traner:\n"))
     assert main(["fit", "--config", "stray.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert "stray.yaml: traner: no such option; did you mean 'trainer'?" in said
+    message = capsys.readouterr().err
+    assert "stray.yaml: traner: no such option; did you mean 'trainer'?" in message
     (workplace / "callback.yaml").write_text(text.replace("every_n_batches:", "every_batches:"))
     assert main(["fit", "--config", "callback.yaml"]) == 2
     assert "trainer.callbacks.every_batches: no such option; did you mean 'every_n_batches'" in (
@@ -309,7 +307,7 @@ def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_of_broken_images_is_one_message(workplace, capsys, write_voc, workers):
+def test_folder_of_broken_images_gives_one_message(workplace, capsys, write_voc, workers):
     for name in "abcd":
         write_voc(workplace / "data/train", name, [("apple", 1, 1, 30, 30)])
         write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
@@ -323,7 +321,7 @@ def test_a_folder_of_broken_images_is_one_message(workplace, capsys, write_voc, 
     assert "no readable image among 4: " in error
 
 
-def test_precision_accumulation_and_averaged_weights_are_plain_options(workplace):
+def test_precision_accumulation_and_weight_averaging_work(workplace):
     recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
     recipe["trainer"]["callbacks"].append(
         {
@@ -335,13 +333,13 @@ def test_precision_accumulation_and_averaged_weights_are_plain_options(workplace
     options = ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2"]
     assert main(["fit", "--config", "ema.yaml", *TINY, *options]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
-    held = torch.load(last, weights_only=True)
-    assert held["global_step"] == 4
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == 4
     name = "network.box_conv.weight"
-    assert not torch.equal(held["state_dict"][name], held["current_model_state"][name])
+    assert not torch.equal(checkpoint["state_dict"][name], checkpoint["current_model_state"][name])
 
 
-def test_what_was_repaired_is_named_at_the_end(workplace, capfd, write_voc):
+def test_repaired_data_is_listed_at_the_end(workplace, capfd, write_voc):
     for name in "abcd":
         write_voc(workplace / "data/train", name, [("apple", 1, 1, 30, 30)], stated=(0, 0))
         write_voc(workplace / "data/test", name, [("apple", 1, 1, 30, 30)])
@@ -353,14 +351,14 @@ def test_what_was_repaired_is_named_at_the_end(workplace, capfd, write_voc):
     options += ["--data.detection_batch_size=2", "--data.steps_per_epoch=2"]
     options += ["--trainer.check_val_every_n_epoch=1"]
     assert main(["fit", *options]) == 0
-    said = capfd.readouterr()
-    report = said.out + said.err
+    output = capfd.readouterr()
+    report = output.out + output.err
     assert "Data: 5 repaired or skipped" in report
     assert "a.xml: gives the size as 0 x 0" in report
     assert "c.jpg: not a readable image" in report
 
 
-def test_the_last_step_is_kept_whatever_the_intervals(workplace):
+def test_last_step_is_saved_at_any_interval(workplace):
     short = [option for option in TINY if "max_steps" not in option]
     assert main(["fit", *QUICK, *short, "--trainer.max_steps=3"]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
@@ -369,7 +367,7 @@ def test_the_last_step_is_kept_whatever_the_intervals(workplace):
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
 
-def test_a_run_without_validation_keeps_its_last_step_and_can_be_tested(workplace):
+def test_run_without_validation_can_be_tested(workplace):
     recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
     callbacks = recipe["trainer"]["callbacks"]
     recipe["trainer"]["callbacks"] = [c for c in callbacks if "ModelC" not in c["class_path"]]
@@ -380,28 +378,30 @@ def test_a_run_without_validation_keeps_its_last_step_and_can_be_tested(workplac
     assert main(["test", *plain]) == 0
 
 
-def test_what_boxes_teach_follows_the_recipe_on_resuming(workplace):
+def test_boxed_classes_follow_the_recipe_on_resume(workplace):
     assert main(["fit", *QUICK, *TINY]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     more = ["--trainer.max_steps=6", "--data.detection.classes=[rhombus]", f"--ckpt_path={last}"]
     run = cli.main(["fit", *QUICK, *TINY, *more])
     boxed = {run.model.tree.names[k] for k in run.model.boxed.nonzero().flatten().tolist()}
     assert boxed == {"rhombus"}
-    square = run.model.tree.node("square")
+    square = run.model.tree.find_node("square")
     assert run.model.tree.names[run.model.boxed_ancestors()[square]] == "quadrilateral"
 
 
-def test_a_lost_store_costs_neither_training_nor_testing(workplace):
+def test_missing_mlflow_run_does_not_stop_training_or_testing(workplace):
     assert main(["fit", *QUICK, *TINY]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     run_file = last.parent.parent / "mlflow_run_id"
     before = run_file.read_text()
-    # as on another machine: the run's folder is there, its store is not
+    # as on another machine: the run folder exists, the store does not
     other = ["--trainer.logger.tracking_uri=sqlite:///other.db"]
-    with pytest.warns(UserWarning, match="the run that these figures belong to is not there"):
+    with pytest.warns(UserWarning, match="the run of these metrics does not exist in this store"):
         assert main(["test", *QUICK, *TINY, *other]) == 0
     more = ["--trainer.max_steps=6", f"--ckpt_path={last}"]
-    with pytest.warns(UserWarning, match=rf"MLflow run {before} is not in sqlite:.*other\.db"):
+    with pytest.warns(
+        UserWarning, match=rf"MLflow run {before} does not exist in sqlite:.*other\.db"
+    ):
         assert main(["fit", *QUICK, *TINY, *other, *more]) == 0
     assert run_file.read_text() != before
     store = sqlite3.connect(workplace / "other.db")
@@ -410,10 +410,10 @@ def test_a_lost_store_costs_neither_training_nor_testing(workplace):
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "./mlruns", "postgresql://u@127.0.0.1:5/x"])
-def test_a_store_that_does_not_open_costs_no_training(workplace, uri, monkeypatch):
+def test_unusable_store_does_not_stop_training(workplace, uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     (workplace / "mlflow.db").write_bytes(b"this is no database" * 300)
-    with pytest.warns(UserWarning, match="does not take figures"):
+    with pytest.warns(UserWarning, match="is not available"):
         assert main(["fit", *QUICK, *TINY]) == 0
     (journal,) = workplace.glob("outputs/quickstart/*/mlflow/journal.jsonl")
     assert '"status": "FINISHED"' in journal.read_text()
@@ -424,7 +424,7 @@ def test_a_store_that_does_not_open_costs_no_training(workplace, uri, monkeypatc
     store.close()
 
 
-def test_a_training_that_ends_before_its_first_step_has_failed(workplace):
+def test_training_that_fails_before_its_first_step_is_marked_failed(workplace):
     with pytest.raises(ValueError, match="val_check_interval"):
         main(["fit", *QUICK, *TINY, "--trainer.val_check_interval=1000",
               "--trainer.check_val_every_n_epoch=1"])  # fmt: skip
@@ -433,27 +433,27 @@ def test_a_training_that_ends_before_its_first_step_has_failed(workplace):
     store.close()
 
 
-def test_going_on_from_an_older_checkpoint_keeps_both_and_says_so(workplace):
+def test_resume_from_an_older_checkpoint_keeps_both_metrics_and_warns(workplace):
     assert main(["fit", *QUICK, *TINY]) == 0
     (folder,) = (workplace / "outputs/quickstart").iterdir()
     shutil.copyfile(folder / "checkpoints/last.ckpt", folder / "checkpoints/older.ckpt")
     longer = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/last.ckpt"]
     assert main(["fit", *QUICK, *TINY, *longer]) == 0
     older = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/older.ckpt"]
-    with pytest.warns(UserWarning, match="steps 4 to 5 are trained again, otherwise"):
+    with pytest.warns(UserWarning, match="steps 4 to 5 are trained again with a different result"):
         assert main(["fit", *QUICK, *TINY, *older, "--model.learning_rate=0.5"]) == 0
     store = sqlite3.connect(workplace / "mlflow.db")
     rates = "select step, count(*), max(value) from metrics where key = 'train/lr' group by step"
-    found = {at: (times, rate) for at, times, rate in store.execute(rates)}
-    assert [times for times, _ in found.values()] == [1, 1, 1, 1, 2, 2]
-    assert found[5][1] > 0.05
+    points = {step: (count, rate) for step, count, rate in store.execute(rates)}
+    assert [count for count, _ in points.values()] == [1, 1, 1, 1, 2, 2]
+    assert points[5][1] > 0.05
     tags = dict(store.execute("select key, value from tags where key like 'changed%'"))
     assert tags == {"changed.model.learning_rate": "0.5", "changed.trainer.max_steps": "6",
                     "changed.model.schedule.total_steps": "6"}  # fmt: skip
     store.close()
 
 
-def test_measuring_again_adds_nothing_to_the_run(workplace):
+def test_repeated_validation_adds_no_metrics(workplace):
     assert main(["fit", *QUICK, *TINY]) == 0
     store = sqlite3.connect(workplace / "mlflow.db")
     count = "select count(*) from metrics where key like 'val/%' or key = 'epoch'"
@@ -461,14 +461,12 @@ def test_measuring_again_adds_nothing_to_the_run(workplace):
     for _ in range(2):
         assert main(["validate", *QUICK, *TINY]) == 0
     assert store.execute(count).fetchone() == before
-    linked = "select count(*) from logged_model_metrics where metric_name = 'val/AP50'"
-    assert store.execute(linked).fetchone() == (1,)
+    model_metrics = "select count(*) from logged_model_metrics where metric_name = 'val/AP50'"
+    assert store.execute(model_metrics).fetchone() == (1,)
     store.close()
 
 
-def test_a_refused_value_leaves_no_folder_and_no_other_error_on_any_rank(
-    workplace, capsys, monkeypatch
-):
+def test_rejected_value_leaves_no_folder_on_any_rank(workplace, capsys, monkeypatch):
     for rank in (0, 1):
         monkeypatch.setattr(runs, "rank", lambda rank=rank: rank)
         assert main(["fit", *QUICK, *TINY, "--model.backbone=darknet20"]) == 2
@@ -476,12 +474,12 @@ def test_a_refused_value_leaves_no_folder_and_no_other_error_on_any_rank(
         assert not list(workplace.glob("outputs/quickstart/*"))
 
 
-def test_testing_before_training_says_so(workplace, capsys):
+def test_testing_before_training_fails(workplace, capsys):
     assert main(["test", *QUICK]) == 2
     assert "train first" in capsys.readouterr().err
 
 
-def test_missing_data_and_strange_checkpoints_are_named(workplace, capsys, monkeypatch):
+def test_missing_data_and_invalid_checkpoints_are_named(workplace, capsys, monkeypatch):
     monkeypatch.delenv("FRUIT_DATA", raising=False)
     assert main(["fit", "--config", "recipes/fruit.yaml"]) == 2
     assert "VOC folder: folder 'datasets/fruit_abo' not found" in capsys.readouterr().err
@@ -490,7 +488,7 @@ def test_missing_data_and_strange_checkpoints_are_named(workplace, capsys, monke
     assert "odd.ckpt: not a checkpoint of this program" in capsys.readouterr().err
 
 
-def test_overview_version_and_unknown_commands(capsys):
+def test_help_version_and_unknown_commands(capsys):
     assert main([]) == 0
     assert "quickstart" in capsys.readouterr().out
     assert main(["--version"]) == 0
@@ -499,7 +497,7 @@ def test_overview_version_and_unknown_commands(capsys):
     assert "did you mean 'fit'" in capsys.readouterr().err
 
 
-def test_quickstart_compares_and_keeps_every_run(workplace, capsys):
+def test_quickstart_keeps_the_results_of_every_run(workplace, capsys):
     for number in (1, 2):
         assert main(["quickstart", *TINY]) == 0
         folder = workplace / f"outputs/quickstart/run-{number:03}"

@@ -1,4 +1,4 @@
-"""Own classes: from two folders to a trained detector, and a class more afterwards."""
+"""The command `init`: from two folders to a trained detector, then with an additional class."""
 
 import re
 import shlex
@@ -18,16 +18,16 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.shapes import SHAPES
 
-SHAPES_TREE = WordTree.read(REPO / "recipes/trees/shapes.tsv")
+SHAPES_TREE = WordTree.from_file(REPO / "recipes/trees/shapes.tsv")
 BOXED = {"ring": "round", "semicircle": "round", "rhombus": "angular"}
 LABELLED = {"ring": "ring", "semicircle": "semicircle", "rhombus": "rhombus"}
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Write generated images with boxes that say round or angular, as Pascal VOC has them."""
+    """Write generated images with boxes of the classes round and angular, as Pascal VOC."""
     source = ShapesDetection(count, [*BOXED], objects=(1, 2), image_size=96)
     source.bind(SHAPES_TREE)
-    names = {SHAPES_TREE.node(SHAPES[name][0]): coarse for name, coarse in BOXED.items()}
+    names = {SHAPES_TREE.find_node(SHAPES[name][0]): coarse for name, coarse in BOXED.items()}
     folder.mkdir(parents=True)
     for index in range(count):
         sample = source.read(index)
@@ -45,7 +45,7 @@ def write_photos(folder: Path, count: int) -> None:
 
 
 def write_labels(folder: Path, classes: list[str], count: int) -> None:
-    """Write generated images in a folder per class."""
+    """Write generated images, one folder per class."""
     for name in classes:
         source = ShapesImageLabels(count, [name], image_size=96)
         source.bind(SHAPES_TREE)
@@ -56,7 +56,7 @@ def write_labels(folder: Path, classes: list[str], count: int) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -64,38 +64,38 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SHORT = ["--trainer.max_steps=6", "--data.num_workers=0", "--trainer.accelerator=cpu"]
 
 
-def readme_blocks(kind: str) -> list[str]:
-    """Return the blocks of code of the README's section "Your own classes"."""
-    section = (REPO / "README.md").read_text().split("## Your own classes")[1].split("\n## ")[0]
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+def page_blocks(kind: str) -> list[str]:
+    """Return the blocks of code of docs/your-own-classes.md that name this language."""
+    page = (REPO / "docs/your-own-classes.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     return [text for fence, text in blocks if fence == kind]
 
 
-def test_the_readme_s_section_runs_as_it_stands(place, capsys):
-    write_photos(place / "photos", 24)
-    write_labels(place / "labels", ["ring", "semicircle", "rhombus"], 20)
-    (hierarchy,) = readme_blocks("yaml")
+def test_the_page_on_own_classes_runs_as_written(workdir, capsys):
+    write_photos(workdir / "photos", 24)
+    write_labels(workdir / "labels", ["ring", "semicircle", "rhombus"], 20)
+    (hierarchy,) = page_blocks("yaml")
     assert hierarchy.startswith("# classes.yaml\n")
-    (place / "classes.yaml").write_text(hierarchy)
-    lines = "".join(readme_blocks("")).replace("\\\n", " ").splitlines()
+    (workdir / "classes.yaml").write_text(hierarchy)
+    lines = "".join(page_blocks("sh")).replace("\\\n", " ").splitlines()
     first_init, first_fit, second_init, second_fit = (shlex.split(line) for line in lines)
     small = ["--image-size", "96"]
     assert main([*first_init[1:], *small]) == 0
     assert main([*first_fit[1:], *SHORT]) == 0
-    said = capsys.readouterr().out
-    assert "boxes are coarser: angular over rhombus, round over ring, semicircle" in said
+    printed = capsys.readouterr().out
+    assert "boxes are coarser: angular over rhombus, round over ring, semicircle" in printed
     recipe = first_fit[first_fit.index("--config") + 1]
-    (last,) = (place / "outputs" / Path(recipe).stem).glob("*/checkpoints/last.ckpt")
-    write_labels(place / "labels", ["pentagram"], 20)
-    (place / "classes.yaml").write_text(hierarchy.replace("[rhombus", "[rhombus, pentagram"))
-    told = [str(last) if part.endswith("last.ckpt") else part for part in second_init]
-    assert main([*told[1:], *small]) == 0
+    (last,) = (workdir / "outputs" / Path(recipe).stem).glob("*/checkpoints/last.ckpt")
+    write_labels(workdir / "labels", ["pentagram"], 20)
+    (workdir / "classes.yaml").write_text(hierarchy.replace("[rhombus", "[rhombus, pentagram"))
+    second_init = [str(last) if part.endswith("last.ckpt") else part for part in second_init]
+    assert main([*second_init[1:], *small]) == 0
     assert main([*second_fit[1:], *SHORT]) == 0
-    said = capsys.readouterr().out
-    assert "5 of 6 classes, by key" in said
-    assert "fresh      1 classes (pentagram)" in said
+    printed = capsys.readouterr().out
+    assert "5 of 6 classes, by key" in printed
+    assert "initialized  1 classes (pentagram)" in printed
     recipe = second_fit[second_fit.index("--config") + 1]
-    (grown,) = (place / "outputs" / Path(recipe).stem).glob("*/checkpoints/last.ckpt")
+    (grown,) = (workdir / "outputs" / Path(recipe).stem).glob("*/checkpoints/last.ckpt")
     before, after = read_checkpoint(last), read_checkpoint(grown)
     old, new = (WordTree(c["hyper_parameters"]["tree"]) for c in (before, after))
     assert set(new.keys) - set(old.keys) == {"pentagram"}
@@ -104,25 +104,25 @@ def test_the_readme_s_section_runs_as_it_stands(place, capsys):
     model = load(str(grown))
     assert isinstance(model, DetectorModule)
     image = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
-    (found,) = model.describe(image, torch.tensor([[96, 96]]), score_threshold=0.0)
+    (found,) = model.detect_most_specific(image, torch.tensor([[96, 96]]), score_threshold=0.0)
     assert len(found.labels)
 
 
-def test_init_writes_a_recipe_with_what_it_found(place, capsys, write_voc):
+def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
     for name in ("a", "b", "c"):
-        write_voc(place / "set/train", name, [("zebra", 1, 1, 33, 25), ("zebra", 5, 5, 20, 40)])
-    write_voc(place / "set/test", "d", [("giraffe", 1, 1, 9, 9)])
-    write_voc(place / "set/train", "bad", [("zebra", 9, 9, 9, 9)])
+        write_voc(workdir / "set/train", name, [("zebra", 1, 1, 33, 25), ("zebra", 5, 5, 20, 40)])
+    write_voc(workdir / "set/test", "d", [("giraffe", 1, 1, 9, 9)])
+    write_voc(workdir / "set/train", "bad", [("zebra", 9, 9, 9, 9)])
     for kind in ("okapi", "zebra"):
-        write_image(place / f"named/{kind}/1.png")
-    (place / "named/okapi/broken.jpg").write_bytes(b"no image")
+        write_image(workdir / f"named/{kind}/1.png")
+    (workdir / "named/okapi/broken.jpg").write_bytes(b"no image")
     argv = ["init", "--detection", "set", "--classification", "named", "--output", "my/own.yaml"]
     assert main([*argv, "--num-anchors", "2", "--image-size", "160"]) == 0
     out = capsys.readouterr().out
     assert "VOC set (train): 4 images; boxes: zebra 6" in out
     assert "bad.xml: object 1 has no area, skipped" in out
     assert "broken.jpg: not a readable image" in out
-    recipe = yaml.safe_load((place / "my/own.yaml").read_text())
+    recipe = yaml.safe_load((workdir / "my/own.yaml").read_text())
     data, model = recipe["data"]["init_args"], recipe["model"]["init_args"]
     assert data["detection"]["init_args"] == {"root": "set", "split": "train"}
     assert data["test"]["init_args"] == {"root": "set", "split": "test"}
@@ -132,15 +132,15 @@ def test_init_writes_a_recipe_with_what_it_found(place, capsys, write_voc):
     expected = np.array([[15, 35], [33, 25]]) * 160 / 64 / 16
     got = np.array(model["anchors_wh_cell"])
     assert np.abs(got - expected).max() < 0.25
-    tree = WordTree.read(place / "my/own.tsv")
+    tree = WordTree.from_file(workdir / "my/own.tsv")
     assert {"n02391049", "n02439033"} <= set(tree.keys)
     assert main(["fit", "--config", "my/own.yaml", *SHORT, "--trainer.max_steps=2"]) == 0
     assert main([*argv]) == 2
-    assert "own.yaml is there already" in capsys.readouterr().err
+    assert "own.yaml exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--output", "x.txt"], "expected a name such as recipe.yaml"),
         (["--image-size", "100"], "--image-size is 100; allowed: multiples of 32"),
@@ -148,63 +148,66 @@ def test_init_writes_a_recipe_with_what_it_found(place, capsys, write_voc):
         (["--detection", "nowhere"], "'nowhere': no such file or folder"),
         (["--detection", "named"], "no images with boxes recognised; known: COCO JSON"),
         (["--classification", "set"], "no images with labels recognised; known: a folder with"),
-        (["--classification", "cranes"], "'crane' means several things"),
-        (["--classification", "cranes", "--hierarchy", "h.yaml"], "h.yaml:2: 'crane' lies under"),
+        (["--classification", "cranes"], "'crane' is ambiguous"),
+        (
+            ["--classification", "cranes", "--hierarchy", "h.yaml"],
+            "h.yaml:2: 'crane' has the parent",
+        ),
         (["--pretrained", "gone.ckpt"], "--pretrained 'gone.ckpt' not found"),
-        (["--num-anchors", "9"], "9 anchors need as many distinct boxes; found: 1"),
+        (["--num-anchors", "9"], "9 anchors require 9 distinct boxes; found: 1"),
     ],
 )
-def test_what_init_refuses_leaves_no_files(place, capsys, write_voc, argv, said):
-    write_voc(place / "set", "a", [("zebra", 1, 1, 33, 25)])
-    write_image(place / "named/okapi/1.png")
-    write_image(place / "cranes/crane/1.png")
-    (place / "h.yaml").write_text("bird: [crane]\nmachine: [crane]\n")
-    given = {"--detection": "set", "--classification": "named", "--output": "own.yaml"}
-    given |= dict(zip(argv[::2], argv[1::2], strict=True))
-    assert main(["init", *(part for pair in given.items() for part in pair)]) == 2
-    assert said in capsys.readouterr().err
-    assert not list(place.glob("own.*"))
+def test_rejected_input_leaves_no_files(workdir, capsys, write_voc, argv, message):
+    write_voc(workdir / "set", "a", [("zebra", 1, 1, 33, 25)])
+    write_image(workdir / "named/okapi/1.png")
+    write_image(workdir / "cranes/crane/1.png")
+    (workdir / "h.yaml").write_text("bird: [crane]\nmachine: [crane]\n")
+    options = {"--detection": "set", "--classification": "named", "--output": "own.yaml"}
+    options |= dict(zip(argv[::2], argv[1::2], strict=True))
+    assert main(["init", *(part for pair in options.items() for part in pair)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(workdir.glob("own.*"))
 
 
-def test_flat_takes_names_as_they_are(place, write_voc):
-    write_voc(place / "set", "a", [("crane", 1, 1, 33, 25), ("type 7", 1, 1, 20, 20)])
+def test_flat_uses_names_without_wordnet(workdir, write_voc):
+    write_voc(workdir / "set", "a", [("crane", 1, 1, 33, 25), ("type 7", 1, 1, 20, 20)])
     argv = ["init", "--detection", "set", "--output", "own.yaml", "--flat", "--num-anchors", "2"]
     assert main(argv) == 0
-    assert WordTree.read(place / "own.tsv").keys == ("crane", "type 7")
-    recipe = yaml.safe_load((place / "own.yaml").read_text())
+    assert WordTree.from_file(workdir / "own.tsv").keys == ("crane", "type 7")
+    recipe = yaml.safe_load((workdir / "own.yaml").read_text())
     data = recipe["data"]["init_args"]
     assert data["classification"] is None
     assert data["classification_batches_per_detection_batch"] == 0
 
 
-def test_no_image_is_trained_on_and_validated_on(place, write_voc):
+def test_training_and_validation_images_do_not_overlap(workdir, write_voc):
     for k in range(6):
         box = ("zebra", 1, 1, 30, 20 + k)
-        write_voc(place / "set/Annotations", f"i{k}", [box], images="../JPEGImages")
-    sets = place / "set/ImageSets/Main"
+        write_voc(workdir / "set/Annotations", f"i{k}", [box], images="../JPEGImages")
+    sets = workdir / "set/ImageSets/Main"
     sets.mkdir(parents=True)
     (sets / "trainval.txt").write_text("i0\ni1\ni2\ni3\n")
     (sets / "val.txt").write_text("i1\ni3\n")
     (sets / "test.txt").write_text("i4\ni5\n")
     assert main(["init", "--detection", "set", "--output", "own.yaml"]) == 0
-    data = yaml.safe_load((place / "own.yaml").read_text())["data"]["init_args"]
+    data = yaml.safe_load((workdir / "own.yaml").read_text())["data"]["init_args"]
     assert data["detection"]["init_args"]["split"] == "trainval"
     assert data["validation"] is None
     assert data["test"]["init_args"]["split"] == "test"
 
 
 @pytest.mark.parametrize("name", ["2007", "on", "my data"])
-def test_any_name_of_a_folder_makes_a_recipe_that_parses(place, write_voc, name):
-    write_voc(place / name, "a", [("zebra", 1, 1, 33, 25), ("zebra", 1, 1, 20, 30)])
+def test_recipe_parses_for_any_folder_name(workdir, write_voc, name):
+    write_voc(workdir / name, "a", [("zebra", 1, 1, 33, 25), ("zebra", 1, 1, 20, 30)])
     assert main(["init", "--detection", name, "--output", f"{name}.yaml"]) == 0
     assert main(["batch", f"{name}.yaml", "--output", "p.png"]) == 0
-    recipe = yaml.safe_load((place / f"{name}.yaml").read_text())
+    recipe = yaml.safe_load((workdir / f"{name}.yaml").read_text())
     assert recipe["trainer"]["default_root_dir"] == f"outputs/{name}"
 
 
-def test_a_recipe_follows_the_backbone_that_it_starts_from(place, write_voc, capsys):
-    write_voc(place / "set", "a", [("zebra", 1, 1, 33, 25)])
+def test_recipe_depends_on_the_backbone(workdir, write_voc, capsys):
+    write_voc(workdir / "set", "a", [("zebra", 1, 1, 33, 25)])
     argv = ["init", "--detection", "set", "--backbone", "darknet19", "--output"]
     assert main([*argv, "large.yaml"]) == 0
-    model = yaml.safe_load((place / "large.yaml").read_text())["model"]["init_args"]
+    model = yaml.safe_load((workdir / "large.yaml").read_text())["model"]["init_args"]
     assert (model["head_channels"], model["learning_rate"]) == (1024, 0.001)

@@ -1,21 +1,26 @@
-"""Tasks, devices and nodes of a job are compared with a recipe's, by hand-made environments."""
+"""The check of launched processes against devices and nodes of a recipe."""
 
 from pathlib import Path
 
 import pytest
 
-from yolo_lightning.cli.launch import Launch, check_command_line, check_launch, launch_of
-from yolo_lightning.cli.launch import visible_gpus as gpus
+from yolo_lightning.cli.launch import (
+    Launch,
+    check_command_line,
+    check_launch,
+    detect_launch,
+    visible_gpu_count,
+)
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 
 
-def slurm(nodes: int = 2, tasks: int = 8, **others: str) -> dict[str, str]:
+def slurm(nodes: int = 2, tasks: int = 8, **variables: str) -> dict[str, str]:
     return {
         "SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0",
         "SLURMD_NODENAME": "n1", "SLURM_NTASKS": str(nodes * tasks),
         "SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_NNODES": str(nodes),
-        "SLURM_JOB_NUM_NODES": str(nodes), **others,
+        "SLURM_JOB_NUM_NODES": str(nodes), **variables,
     }  # fmt: skip
 
 
@@ -46,40 +51,40 @@ def trainer(**values: object) -> dict[str, object]:
         (trainer(devices="${oc.env:DEVICES,8}", num_nodes=2), slurm()),
         (trainer(devices="${..elsewhere}", num_nodes=2), slurm()),
         (trainer(devices=1), slurm(1, 1)),
-        # one task by default: SLURM sets no number for each node then
+        # with one task, SLURM does not set SLURM_NTASKS_PER_NODE
         (trainer(devices=1), {"SLURM_NTASKS": "1", "SLURM_NNODES": "1"}),
-        # Lightning leaves jobs of these names alone
+        # Lightning ignores jobs with these names
         (trainer(devices=1), slurm(SLURM_JOB_NAME="bash")),
         (trainer(devices=1), slurm(SLURM_JOB_NAME="interactive")),
         (trainer(devices=4, num_nodes=2), torchrun(2, 4)),
-        # torchrun inside of a job of SLURM counts
+        # torchrun takes precedence over SLURM
         (trainer(devices=4, num_nodes=2), slurm() | torchrun(2, 4)),
-        # started by hand on every node
+        # started without a launcher on every node
         (trainer(devices=4, num_nodes=2), {"MASTER_ADDR": "first", "NODE_RANK": "1"}),
         (trainer(devices="auto", accelerator="cpu"), torchrun(1, 1)),
     ],
 )
-def test_what_fits_passes(values, environment):
+def test_matching_launch_passes(values, environment):
     check_launch(values, environment)
 
 
 @pytest.mark.parametrize(
-    ("values", "environment", "said"),
+    ("values", "environment", "message"),
     [
         (
             trainer(devices=8, num_nodes=1), slurm(),
-            "the job has 2 nodes x 8 tasks (by SLURM), the recipe says trainer.num_nodes 1, "
-            "trainer.devices 8: pass --trainer.num_nodes 2, or",
+            "the job has 2 nodes x 8 tasks (started by SLURM), but the recipe has "
+            "trainer.num_nodes 1, trainer.devices 8: pass --trainer.num_nodes 2, or",
         ),
         (trainer(devices=8), slurm(), "pass --trainer.num_nodes 2, or"),
         (
             trainer(devices=1, num_nodes=2), slurm(),
-            "the recipe says trainer.num_nodes 2, trainer.devices 1: pass --trainer.devices 8, or",
+            "the recipe has trainer.num_nodes 2, trainer.devices 1: pass --trainer.devices 8, or",
         ),
         (
             trainer(devices=1, num_nodes=1), slurm(3, 4),
-            "3 nodes x 4 tasks (by SLURM), the recipe says trainer.num_nodes 1, trainer.devices 1: "
-            "pass --trainer.num_nodes 3 --trainer.devices 4",
+            "3 nodes x 4 tasks (started by SLURM), but the recipe has trainer.num_nodes 1, "
+            "trainer.devices 1: pass --trainer.num_nodes 3 --trainer.devices 4",
         ),
         (trainer(devices=8, num_nodes=2), slurm(1, 8), "has 1 node x 8 tasks"),
         (
@@ -88,123 +93,128 @@ def test_what_fits_passes(values, environment):
             | {"SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "32"},
             "has 4 nodes x 8 tasks",
         ),
-        # the product fits, the parts do not
-        (trainer(devices=16, num_nodes=1), torchrun(2, 8), "2 nodes x 8 tasks (by torchrun)"),
+        # the same number of processes, but other nodes and devices
+        (trainer(devices=16, num_nodes=1), torchrun(2, 8), "8 tasks (started by torchrun)"),
         (trainer(devices="auto", accelerator="cpu"), torchrun(1, 2), "pass --trainer.devices 2"),
         (trainer(devices=[0, 1, 2], num_nodes=1), torchrun(1, 2), "trainer.devices [0, 1, 2]"),
         (
             trainer(devices=8, num_nodes=2),
             {k: v for k, v in slurm().items() if k != "SLURM_NTASKS_PER_NODE"},
-            "16 tasks on 2 nodes, counted by --ntasks; ask SLURM for --ntasks-per-node=8 instead",
+            "16 tasks on 2 nodes, set by --ntasks; use SLURM's --ntasks-per-node=8 instead",
         ),
         (
             trainer(devices=8, num_nodes=2), slurm() | {"SLURM_NTASKS": "4"},
-            "srun started 4 tasks, and the job has 2 nodes x 8 tasks",
+            "srun started 4 tasks, but the job has 2 nodes x 8 tasks",
         ),
         (
             trainer(devices=8, num_nodes=2),
             {k: v for k, v in slurm().items() if k != "SLURM_STEP_ID"},
-            "this is one process outside of them: put srun before the command",
+            "this process is not one of them: put srun before the command",
         ),
         (
             trainer(devices=8, num_nodes=2), {},
-            "the recipe says trainer.num_nodes 2, and neither srun nor torchrun started",
+            "the recipe has trainer.num_nodes 2, but this process was started by neither srun nor",
         ),
         (trainer(num_nodes=2), slurm(SLURM_JOB_NAME="bash"), "neither srun nor torchrun"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_with_both_numbers(values, environment, said):
+def test_mismatch_names_both_numbers(values, environment, message):
     with pytest.raises(InputError) as raised:
         check_launch(values, environment)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("values", "seen", "said"),
+    ("values", "gpus", "message"),
     [
         (trainer(devices=8), 8, None),
         (trainer(devices=8), 16, None),
         (trainer(devices=8), None, None),
-        (trainer(devices=8), 0, None),  # processes on the CPU, which is what auto means there
+        (trainer(devices=8), 0, None),  # auto means CPU processes there
         (trainer(devices=8, accelerator="cpu"), 4, None),
         (trainer(devices="auto"), 4, None),
         (
             trainer(devices=8),
             4,
-            "trainer.devices 8, and this process sees 4 GPUs: pass --trainer.d",
+            "trainer.devices 8, but this process sees 4 GPUs: pass --trainer.d",
         ),
         (trainer(devices=2), 1, "this process sees 1 GPU: pass --trainer.devices 1"),
-        (trainer(devices=[0, 1]), 1, "trainer.devices [0, 1], and this process sees 1 GPU"),
+        (trainer(devices=[0, 1]), 1, "trainer.devices [0, 1], but this process sees 1 GPU"),
         (trainer(devices=1, accelerator="gpu"), 0, "sees 0 GPUs: pass --trainer.accelerator cpu"),
-        (trainer(accelerator="cuda"), 0, "trainer.devices auto, and this process sees 0 GPUs"),
+        (trainer(accelerator="cuda"), 0, "trainer.devices auto, but this process sees 0 GPUs"),
     ],
 )
-def test_devices_are_compared_with_the_gpus_where_these_are_known(values, seen, said):
-    if said is None:
-        check_launch(values, {}, lambda: seen)
+def test_devices_are_compared_with_visible_gpus(values, gpus, message):
+    if message is None:
+        check_launch(values, {}, lambda: gpus)
     else:
         with pytest.raises(InputError) as raised:
-            check_launch(values, {}, lambda: seen)
-        assert said in str(raised.value)
+            check_launch(values, {}, lambda: gpus)
+        assert message in str(raised.value)
 
 
-def test_a_task_that_sees_its_own_gpu_alone_is_told_how_to_see_all():
+def test_message_for_tasks_that_see_only_one_gpu_of_their_node():
     values = trainer(devices=8, num_nodes=2)
     with pytest.raises(InputError, match="give every task all GPUs of its node, --gres=gpu:8"):
         check_launch(values, slurm(), lambda: 1)
 
 
-def test_what_started_the_process_is_told():
-    assert launch_of({}) is None
-    assert launch_of(slurm(3, 4)) == Launch("SLURM", 3, 4)
-    assert launch_of(torchrun(2, 4) | slurm(1, 8)) == Launch("torchrun", 2, 4)
+def test_launcher_is_detected():
+    assert detect_launch({}) is None
+    assert detect_launch(slurm(3, 4)) == Launch("SLURM", 3, 4)
+    assert detect_launch(torchrun(2, 4) | slurm(1, 8)) == Launch("torchrun", 2, 4)
 
 
-def test_visible_gpus_are_counted_without_the_driver(monkeypatch):
-    assert gpus({"CUDA_VISIBLE_DEVICES": "0,1,3"}) == 3
-    assert gpus({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,MIG-GPU-1/2/3"}) == 2
-    assert gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
-    assert gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
-    assert gpus({"CUDA_VISIBLE_DEVICES": "0,-1,1"}) == 1  # the driver stops there
-    assert gpus({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}) == 0
-    assert gpus({"SLURM_GPUS_ON_NODE": "4"}) == 4
-    assert gpus({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}) == 1
+def test_visible_gpus_are_counted_without_cuda(monkeypatch):
+    assert visible_gpu_count({"CUDA_VISIBLE_DEVICES": "0,1,3"}) == 3
+    assert visible_gpu_count({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,MIG-GPU-1/2/3"}) == 2
+    assert visible_gpu_count({"CUDA_VISIBLE_DEVICES": ""}) == 0
+    assert visible_gpu_count({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
+    assert (
+        visible_gpu_count({"CUDA_VISIBLE_DEVICES": "0,-1,1"}) == 1
+    )  # CUDA ignores what follows an invalid index
+    assert visible_gpu_count({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}) == 0
+    assert visible_gpu_count({"SLURM_GPUS_ON_NODE": "4"}) == 4
+    assert visible_gpu_count({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}) == 1
     monkeypatch.setattr("os.listdir", lambda path: ["0000:01:00.0", "0000:02:00.0"])
-    assert gpus({}) == 2
+    assert visible_gpu_count({}) == 2
 
     def absent(path: str) -> list[str]:
         raise FileNotFoundError(path)
 
     monkeypatch.setattr("os.listdir", absent)
-    assert gpus({}) is None
+    assert visible_gpu_count({}) is None
 
 
-def test_the_command_line_stands_above_the_recipes(tmp_path, monkeypatch):
+def test_command_line_overrides_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("one.yaml").write_text("trainer: {devices: 1, num_nodes: 1}\nmodel: {init_args: {a: 1}}\n")
     Path("two.yaml").write_text("trainer: {devices: 2}\ntrainer.accelerator: cpu\n")
-    named = ["--config", "one.yaml", "--config=two.yaml"]
-    values = check_command_line(named)
+    recipes = ["--config", "one.yaml", "--config=two.yaml"]
+    values = check_command_line(recipes)
     assert values["trainer.devices"] == 2
     assert values["trainer.num_nodes"] == 1
     assert values["trainer.accelerator"] == "cpu"
     assert values["model.init_args.a"] == 1
     options = ["--trainer.devices", "4", "--trainer.num_nodes=3", "--trainer={max_steps: 5}"]
-    values = check_command_line([*options, *named])
+    values = check_command_line([*options, *recipes])
     assert (values["trainer.devices"], values["trainer.num_nodes"]) == (4, 3)
     assert values["trainer.max_steps"] == 5
 
 
-def test_fit_ends_with_one_message_before_it_loads_anything(workplace, monkeypatch, capsys):
+def test_fit_reports_a_mismatch_before_heavy_imports(workplace, monkeypatch, capsys):
     for name, value in slurm(2, 2).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("yolo_lightning.cli.main.import_module", lambda name: pytest.fail(name))
-    quick = ["fit", "--config", "recipes/quickstart.yaml", "--trainer.devices=2"]
-    assert main(quick) == 2
-    said = capsys.readouterr().err
-    assert "has 2 nodes x 2 tasks (by SLURM), the recipe says trainer.num_nodes 1" in said
+    fit = ["fit", "--config", "recipes/quickstart.yaml", "--trainer.devices=2"]
+    assert main(fit) == 2
+    message = capsys.readouterr().err
+    assert (
+        "has 2 nodes x 2 tasks (started by SLURM), but the recipe has trainer.num_nodes 1"
+        in message
+    )
     with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli.recipe"):
-        main([*quick, "--trainer.num_nodes", "2"])
-    # measuring takes one process, whatever the job is
+        main([*fit, "--trainer.num_nodes", "2"])
+    # evaluation runs in one process in any job
     with pytest.raises(pytest.fail.Exception, match="yolo_lightning.cli.recipe"):
-        main(["test", *quick[1:]])
+        main(["test", *fit[1:]])

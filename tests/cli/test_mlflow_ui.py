@@ -1,4 +1,4 @@
-"""The command that starts MLflow's dashboard."""
+"""`mlflow ui`."""
 
 import contextlib
 import http.server
@@ -23,7 +23,7 @@ from yolo_lightning.errors import InputError
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """A working folder with a file that answers as a store with no runs."""
+    """A working folder with a SQLite file that passes for a store without runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", raising=False)
@@ -33,8 +33,8 @@ def store(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """What would be started, in place of starting it."""
+def serve_calls(monkeypatch):
+    """The calls of `_serve`, which starts nothing."""
     calls = []
 
     def serve(command, environment):
@@ -46,63 +46,63 @@ def served(monkeypatch):
 
 
 def free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def test_the_server_is_this_python_s_on_the_store_of_the_working_folder(store, served, capsys):
+def test_the_server_uses_this_python_and_the_store_in_the_working_folder(
+    store, serve_calls, capsys
+):
     port = free_port()
     main(["ui", "--port", str(port)])
-    ((command, environment),) = served
+    ((command, environment),) = serve_calls
     assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
     assert command[command.index("--port") + 1] == str(port)
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{store}"
-    # where trainings of the same folder keep theirs
+    # as for trainings in the same folder
     assert environment["MLFLOW_DEFAULT_ARTIFACT_ROOT"] == str(store.parent / "mlruns")
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
 
 
-def test_a_password_stands_neither_in_the_command_nor_in_what_is_printed(
-    served, monkeypatch, capsys
-):
+def test_a_password_is_neither_in_the_command_nor_printed(serve_calls, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as database:
         port = database.getsockname()[1]
         uri = f"postgresql://me:secret@127.0.0.1:{port}/runs"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.delenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", raising=False)
         main(["ui", "--port", str(free_port())])
-    ((command, environment),) = served
+    ((command, environment),) = serve_calls
     assert environment["MLFLOW_BACKEND_STORE_URI"] == uri
     assert "MLFLOW_DEFAULT_ARTIFACT_ROOT" not in environment
     assert "secret" not in " ".join(command) + capsys.readouterr().out
 
 
-def test_a_store_that_is_not_there_yet_is_named_and_not_created(tmp_path, served, monkeypatch):
+def test_a_missing_store_raises_and_is_not_created(tmp_path, serve_calls, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match=f"no mlflow.db in {tmp_path}"):
         main(["ui"])
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
-    with pytest.raises(InputError, match="no runs in folders any more"):
+    with pytest.raises(InputError, match="no longer supports folders"):
         main(["ui"])
-    assert not served
+    assert not serve_calls
 
 
-def test_a_port_in_use_is_named_and_another_offered(store, served):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_a_port_in_use_raises_with_another_port(store, serve_calls):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is in use"):
             main(["ui", "--port", str(port)])
     with pytest.raises(InputError, match="allowed: 1 … 65535"):
         main(["ui", "--port", "70000"])
-    assert not served
+    assert not serve_calls
 
 
-def test_a_server_s_own_dashboard_is_named_and_nothing_started(served, monkeypatch, capsys):
+def test_an_mlflow_server_has_its_own_ui_and_nothing_is_started(serve_calls, monkeypatch, capsys):
     class Healthy(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -123,30 +123,30 @@ def test_a_server_s_own_dashboard_is_named_and_nothing_started(served, monkeypat
         server.shutdown()
         thread.join()
         server.server_close()
-    assert f"{address}: answers; it has a dashboard of its own" in capsys.readouterr().out
-    with pytest.raises(InputError, match="does not answer"):
+    assert f"{address}: reachable; this server has its own MLflow UI" in capsys.readouterr().out
+    with pytest.raises(InputError, match="unreachable"):
         main(["ui"])
-    assert not served
+    assert not serve_calls
 
 
-def test_the_server_s_exit_code_is_passed_on(store, monkeypatch):
+def test_the_exit_code_of_the_server_is_returned(store, monkeypatch):
     command = [sys.executable, "-c", "raise SystemExit(3)"]
     monkeypatch.setattr(mlflow_ui, "_command", lambda host, port: command)
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as caught:
         main(["ui", "--port", str(free_port())])
-    assert leaving.value.code == 3
+    assert caught.value.code == 3
 
 
-def test_ctrl_c_tells_the_server_once_and_ends_quietly(store, monkeypatch, capfd):
+def test_ctrl_c_stops_the_server_with_one_signal_and_no_traceback(store, monkeypatch, capfd):
     lines = (
         "import signal, sys, time",
-        "told = []",
-        "signal.signal(signal.SIGTERM, lambda *_: told.append('TERM'))",
-        "signal.signal(signal.SIGINT, lambda *_: told.append('INT'))",
+        "received = []",
+        "signal.signal(signal.SIGTERM, lambda *_: received.append('TERM'))",
+        "signal.signal(signal.SIGINT, lambda *_: received.append('INT'))",
         "print('ready', flush=True)",
-        "while not told: time.sleep(0.02)",
+        "while not received: time.sleep(0.02)",
         "time.sleep(0.3)",
-        "print(told)",
+        "print(received)",
     )
     command = [sys.executable, "-c", "\n".join(lines)]
     monkeypatch.setattr(mlflow_ui, "_command", lambda host, port: command)
@@ -162,7 +162,7 @@ def test_ctrl_c_tells_the_server_once_and_ends_quietly(store, monkeypatch, capfd
 
 
 @pytest.mark.slow
-def test_the_dashboard_starts_shows_files_of_runs_and_ends_on_ctrl_c(tmp_path, monkeypatch):
+def test_the_ui_starts_shows_artifacts_and_stops_on_ctrl_c(tmp_path, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)
@@ -174,23 +174,23 @@ def test_the_dashboard_starts_shows_files_of_runs_and_ends_on_ctrl_c(tmp_path, m
     code = f"from yolo_lightning.cli.commands.mlflow import main; main(['ui', '--port', '{port}'])"
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = str(REPO)
-    with (tmp_path / "said.txt").open("w") as said:
+    with (tmp_path / "log.txt").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", code],
-            env=environment, stdout=said, stderr=said, process_group=0,
+            env=environment, stdout=log, stderr=log, process_group=0,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}/get-artifact?run_uuid={run_id}&path=plots/note.txt"
     try:
-        found = b""
-        end = time.monotonic() + 120
-        while not found and time.monotonic() < end and server.poll() is None:
+        content = b""
+        deadline = time.monotonic() + 120
+        while not content and time.monotonic() < deadline and server.poll() is None:
             time.sleep(0.5)
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                found = urllib.request.urlopen(address, timeout=30).read()
-        assert found == b"a file of the run", (tmp_path / "said.txt").read_text()
+                content = urllib.request.urlopen(address, timeout=30).read()
+        assert content == b"a file of the run", (tmp_path / "log.txt").read_text()
         os.killpg(server.pid, signal.SIGINT)  # as a terminal does
         assert server.wait(60) == 0
-        assert "Traceback" not in (tmp_path / "said.txt").read_text()
+        assert "Traceback" not in (tmp_path / "log.txt").read_text()
         with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(address, timeout=5)
     finally:

@@ -1,4 +1,4 @@
-"""The quickstart's claim at full length."""
+"""The full quickstart: image labels improve classes without boxes."""
 
 import json
 
@@ -9,7 +9,7 @@ from yolo_lightning.cli.main import main
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_image_labels_teach_classes_that_never_had_a_box(workplace):
+def test_image_labels_train_classes_without_boxes(workplace):
     assert main(["quickstart"]) == 0
     summary = json.loads((workplace / "outputs/quickstart/summary.json").read_text())
     joint, alone = summary["joint"], summary["detection_only"]

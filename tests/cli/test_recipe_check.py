@@ -1,4 +1,4 @@
-"""Recipes that would run code, fill memory or write elsewhere are refused before anything runs."""
+"""Recipes that would run code, exhaust memory or write elsewhere are rejected up front."""
 
 import inspect
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.paths import REPO
-from yolo_lightning.cli.launch import check_command_line, split_allowed
+from yolo_lightning.cli.launch import check_command_line, split_allowed_modules
 from yolo_lightning.cli.main import main
 from yolo_lightning.cli.recipe_check import (
     _CLASS_KEYS,
@@ -19,7 +19,7 @@ from yolo_lightning.cli.recipe_check import (
 )
 from yolo_lightning.errors import InputError
 
-TOO_MANY = "more than 100,000 values, with aliases and references followed"
+TOO_MANY = "more than 100,000 values, with aliases and references expanded"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 10)
 )
@@ -27,125 +27,125 @@ REFERENCE_BOMB = f"model:\n  init_args:\n    a0: {'x' * 600}\n" + "".join(
     f"    a{k}: {f'${{.a{k - 1}}}' * 10}\n" for k in range(1, 9)
 )
 
-# every one of these would import `hostile`, but for the last six, which run no code
+# all of these would import `hostile`, except for the last ones, which exhaust memory or climb out
 HOSTILE = {
-    "a tag that calls a function": (
+    "tag that calls a function": (
         "data: !!python/object/apply:hostile.Class []\n",
-        "line 1: the tag 'tag:yaml.org,2002:python/object/apply:hostile.Class'",
+        "line 1: tag 'tag:yaml.org,2002:python/object/apply:hostile.Class'",
     ),
-    "a tag of its own": ("model: {a: !Class {x: 1}}\n", "line 1: the tag '!Class'"),
-    "a class path": (
+    "custom tag": ("model: {a: !Class {x: 1}}\n", "line 1: tag '!Class'"),
+    "class_path": (
         "model:\n  class_path: hostile.Class\n",
-        "line 2: model.class_path names 'hostile.Class'; allowed: classes under yolo_lightning,",
+        "line 2: model.class_path names 'hostile.Class'; allowed: classes of yolo_lightning,",
     ),
-    "a class path deep inside": (
+    "nested class_path": (
         "data: {init_args: {detection: [{init_args: {}, class_path: hostile.Class}]}}\n",
         "data.init_args.detection.0.class_path names",
     ),
-    "a class path in a dotted key": ("data.class_path: hostile.Class\n", "data.class_path names"),
-    "a class path merged in": (
+    "class_path in a dotted key": ("data.class_path: hostile.Class\n", "data.class_path names"),
+    "class_path from a merge key": (
         "x: &x {class_path: hostile.Class}\nmodel: {<<: *x}\n",
         "class_path names 'hostile.Class'",
     ),
-    "a class path that a reference gives": (
+    "class_path given by a reference": (
         "model: {x: hostile.Class, class_path: '${.x}'}\n",
-        "model.class_path is not the name of a class",
+        "model.class_path is not a class name",
     ),
-    "a class by its name alone": (
+    "class name without class_path": (
         "trainer: {logger: hostile.Class}\n",
         "trainer.logger names 'hostile.Class'",
     ),
-    "a class among others": (
+    "class name in a list": (
         "trainer:\n  callbacks+:\n    - yolo_lightning.callbacks.Any\n    - hostile.Class\n",
         "line 4: trainer.callbacks.1 names 'hostile.Class'",
     ),
-    "a class that a reference names": (
+    "class name given by a reference": (
         "model: {init_args: {tree: hostile.Class}}\ntrainer: {logger: '${..model.init_args.tree}'}",
         "trainer.logger names 'hostile.Class'",
     ),
-    "a class put together": (
+    "class name composed of references": (
         "model: {x: hostile}\ntrainer: {logger: '${..model.x}.Class'}\n",
-        "is not put together from references",
+        "a class name cannot contain references",
     ),
-    "a class where the environment is silent": (
+    "class name as default of an environment variable": (
         "trainer: {logger: '${oc.env:NOT_SET_ANYWHERE,hostile.Class}'}\n",
         "trainer.logger names 'hostile.Class'",
     ),
-    "a class in YAML within a text": (
+    "class_path in YAML in a string": (
         "trainer: {logger: '{class_path: hostile.Class}'}\n",
         "trainer.logger.class_path names 'hostile.Class'",
     ),
-    "a class in YAML where anything may stand": (
+    "class_path in YAML in a free-form mapping": (
         "trainer: {logger: {init_args: {tags: {a: '[{\"class_path\": \"hostile.Class\"}]'}}}}\n",
         "tags.a.0.class_path names",
     ),
-    "a resolver that imports": (
+    "resolver that imports": (
         "model: {init_args: {image_size: '${oc.coerce:hostile.Class,1}'}}\n",
         "allowed references: ${..key}, ${oc.env:NAME} and ${oc.env:NAME,default}",
     ),
-    "a resolver behind an escape": (
+    "resolver written with an escape": (
         'model: {init_args: {tree: "\\x24{oc.coerce:hostile.Class,1}"}}\n',
         "allowed references",
     ),
-    "a resolver within a reference": (
+    "resolver nested in a reference": (
         "model: {init_args: {tree: '${oc.env:X,${oc.coerce:hostile.Class,1}}'}}\n",
         "allowed references",
     ),
-    "a function for Lightning to call": (
+    "function as a callback": (
         "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.LambdaCallback\n"
         "      init_args: {on_fit_start: hostile.Class}\n",
         "trainer.callbacks.0.init_args.on_fit_start names 'hostile.Class'",
     ),
-    "a function that loads pickles": (
+    "method that loads pickles": (
         "model: {class_path: lightning.pytorch.LightningModule.load_from_checkpoint,"
         " init_args: {checkpoint_path: hostile.ckpt}}\n",
-        "which is no class",
+        "which is not a class",
     ),
-    "another recipe": ("config: part.yaml\n", "a recipe names no other"),
-    "a file for a part": ("data: part.yaml\n", "data names the file 'part.yaml'"),
-    "an address for a part": ("data: memory://part.yaml\n", "nothing is fetched for a recipe"),
-    "an alias bomb": (BOMB, TOO_MANY),
-    "a bomb of references": (REFERENCE_BOMB, TOO_MANY),
-    "an alias of itself": ("model: &a [*a]\n", "leads back to itself"),
+    "inclusion of another recipe": ("config: part.yaml\n", "a recipe cannot name another one"),
+    "file as part of the recipe": ("data: part.yaml\n", "data names the file 'part.yaml'"),
+    "URL as part of the recipe": ("data: memory://part.yaml\n", "a recipe cannot use URLs here"),
+    "alias bomb": (BOMB, TOO_MANY),
+    "reference bomb": (REFERENCE_BOMB, TOO_MANY),
+    "alias of itself": ("model: &a [*a]\n", "an alias or a reference contains itself"),
     "too many aliases": ("a: &a 1\nb: [" + "*a, " * 101 + "]\n", "100 aliases"),
-    "brackets without end": ("[" * 100_000, "40 levels"),
-    "more than a recipe": ("# " + "x" * 2**20, "larger than 1 MiB"),
-    "a path that climbs": (
+    "unclosed brackets": ("[" * 100_000, "40 levels"),
+    "file that is too large": ("# " + "x" * 2**20, "larger than 1 MiB"),
+    "output path with ..": (
         "trainer: {default_root_dir: outputs/../../elsewhere}\n",
-        "default_root_dir is 'outputs/../../elsewhere'; what training writes must not climb",
+        "default_root_dir is 'outputs/../../elsewhere'; an output path must not contain '..'",
     ),
-    "a file name that climbs": (
+    "file name with ..": (
         "trainer: {callbacks: {class_path: lightning.pytorch.callbacks.ModelCheckpoint,"
         " init_args: {filename: ../../x}}}\n",
-        "must not climb by '..'",
+        "an output path must not contain '..'",
     ),
-    "a path that climbs by reference": (
+    ".. from a reference": (
         "model: {x: ../up}\ntrainer: {default_root_dir: '${..model.x}'}\n",
-        "must not climb by '..'",
+        "an output path must not contain '..'",
     ),
-    "dots that references make": (
+    ".. composed of references": (
         "model: {x: .}\ntrainer: {default_root_dir: 'a/${..model.x}${..model.x}/b'}\n",
-        "must not climb by '..'",
+        "an output path must not contain '..'",
     ),
 }  # fmt: skip
 
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module that leaves a trace where it is imported; returns the trace's path."""
-    trace = tmp_path / "imported"
+    """Add a module that creates a file when it is imported; return the path of that file."""
+    marker = tmp_path / "imported"
     (tmp_path / "hostile.py").write_text(
-        f"open({str(trace)!r}, 'w').close()\nclass Class:\n    pass\n"
+        f"open({str(marker)!r}, 'w').close()\nclass Class:\n    pass\n"
     )
     (tmp_path / "part.yaml").write_text("class_path: hostile.Class\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "hostile", raising=False)
-    return trace
+    return marker
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_recipe_is_one_message_and_runs_nothing(hostile, capsys, name):
+def test_hostile_recipe_gives_one_message_and_runs_nothing(hostile, capsys, name):
     text, expected = HOSTILE[name]
     Path("recipe.yaml").write_text(text)
     assert main(["fit", "--config", "recipe.yaml"]) == 2
@@ -160,13 +160,13 @@ def test_a_hostile_recipe_is_one_message_and_runs_nothing(hostile, capsys, name)
 @pytest.mark.parametrize("command", ["check-data", "anchors", "batch", "explain", "quickstart"])
 def test_every_command_that_reads_recipes_checks_them(hostile, capsys, command):
     Path("recipe.yaml").write_text("data: {class_path: hostile.Class}\n")
-    place = ["--config", "recipe.yaml"] if command == "quickstart" else ["recipe.yaml"]
-    assert main([command, *place]) == 2
+    args = ["--config", "recipe.yaml"] if command == "quickstart" else ["recipe.yaml"]
+    assert main([command, *args]) == 2
     assert "data.class_path names 'hostile.Class'" in capsys.readouterr().err
     assert not hostile.exists()
 
 
-def test_the_recipe_that_quickstart_takes_unnamed_is_checked(hostile, capsys):
+def test_the_default_recipe_of_quickstart_is_checked(hostile, capsys):
     Path("recipes").mkdir()
     Path("recipes/quickstart.yaml").write_text("data: {class_path: hostile.Class}\n")
     assert main(["quickstart"]) == 2
@@ -191,7 +191,7 @@ def test_the_recipe_that_quickstart_takes_unnamed_is_checked(hostile, capsys):
     ],
     ids=" ".join,
 )
-def test_hostile_options_are_refused(hostile, capsys, option):
+def test_hostile_options_are_rejected(hostile, capsys, option):
     recipe = str(REPO / "recipes/quickstart.yaml")
     assert main(["fit", "--config", recipe, *option]) == 2
     message = capsys.readouterr().err
@@ -200,21 +200,21 @@ def test_hostile_options_are_refused(hostile, capsys, option):
 
 
 @pytest.mark.parametrize(
-    "named",
+    "args",
     [["--config=bad.yaml"], ["-c", "bad.yaml"], ["-cbad.yaml"], ["-c=bad.yaml"],
      ["--conf", "bad.yaml"], ["--config", "good.yaml", "--config", "bad.yaml"]],
     ids=" ".join,
 )  # fmt: skip
-def test_every_way_to_name_a_recipe_is_seen(tmp_path, monkeypatch, named):
+def test_recipes_are_checked_however_config_is_spelled(tmp_path, monkeypatch, args):
     monkeypatch.chdir(tmp_path)
     Path("good.yaml").write_text("seed_everything: 1\n")
     Path("bad.yaml").write_text("model: {class_path: os.system}\n")
     with pytest.raises(InputError, match="model.class_path names 'os.system'"):
-        check_command_line(named)
+        check_command_line(args)
 
 
-def test_what_only_types_tell_is_refused_by_the_parser(hostile, workplace, capsys):
-    """A type decides that a text is a class: here for a key that the check does not know."""
+def test_the_parser_rejects_classes_of_unknown_keys(hostile, workplace, capsys):
+    """Only the type of such a key marks its value as a class."""
     from jsonargparse import ArgumentParser
     from lightning.pytorch.loggers import Logger
 
@@ -224,12 +224,12 @@ def test_what_only_types_tell_is_refused_by_the_parser(hostile, workplace, capsy
     with pytest.raises(Exception, match="not allowed"):
         parser.parse_args(["--anything=hostile.Class"])
     assert not hostile.exists()
-    held = parser.parse_args(["--anything=yolo_lightning.tracking.RunLogger"])
-    assert held.anything.class_path == "yolo_lightning.tracking.RunLogger"
+    values = parser.parse_args(["--anything=yolo_lightning.tracking.RunLogger"])
+    assert values.anything.class_path == "yolo_lightning.tracking.RunLogger"
 
 
-def test_no_resolver_but_the_environments_is_left(hostile, monkeypatch):
-    """Values of checkpoints reach the parser too, and no text was checked for these."""
+def test_only_the_environment_resolver_remains(hostile, monkeypatch):
+    """Values of checkpoints reach the parser without a check of their text."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -239,18 +239,18 @@ def test_no_resolver_but_the_environments_is_left(hostile, monkeypatch):
             OmegaConf.to_container(OmegaConf.create({"a": f"${{oc.{name}}}"}), resolve=True)
     assert not hostile.exists()
     monkeypatch.setenv("HERE", "there")
-    held = OmegaConf.create({"a": "${oc.env:HERE}", "b": "${.a}"})
-    assert OmegaConf.to_container(held, resolve=True) == {"a": "there", "b": "there"}
+    config = OmegaConf.create({"a": "${oc.env:HERE}", "b": "${.a}"})
+    assert OmegaConf.to_container(config, resolve=True) == {"a": "there", "b": "there"}
 
 
 @pytest.mark.parametrize("recipe", sorted((REPO / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_the_recipes_pass(recipe):
-    held = check_recipe(recipe)
-    assert held["model"]["class_path"].startswith("yolo_lightning.")
-    assert held["trainer"]["num_nodes"] == 1
+def test_the_recipes_of_the_repository_pass(recipe):
+    values = check_recipe(recipe)
+    assert values["model"]["class_path"].startswith("yolo_lightning.")
+    assert values["trainer"]["num_nodes"] == 1
 
 
-def test_what_people_write_passes(tmp_path, monkeypatch):
+def test_harmless_recipes_and_options_pass(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", "runs")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -271,8 +271,8 @@ def test_what_people_write_passes(tmp_path, monkeypatch):
         "      init_args: {filename: best.v2, monitor: val.ap, mode: max}\n"
         "seed_everything: 3\n"
     )
-    held = check_recipe(recipe)
-    assert held["model"]["init_args"]["learning_rate"] == 0.1
+    values = check_recipe(recipe)
+    assert values["model"]["init_args"]["learning_rate"] == 0.1
     check_option("trainer.default_root_dir", "../outputs")
     check_option("data.detection.annotations", "train.json")
     check_option("trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
@@ -280,14 +280,14 @@ def test_what_people_write_passes(tmp_path, monkeypatch):
     assert check_option("trainer.logger", logger)["init_args"] == {"x": "a://b"}
 
 
-def test_a_key_that_stands_twice_is_named(tmp_path):
+def test_duplicate_key_is_named(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("trainer:\n  devices: 1\n  max_steps: 2\n  devices: 8\n")
-    with pytest.raises(InputError, match="line 4: the key 'devices' a second time"):
+    with pytest.raises(InputError, match="line 4: duplicate key 'devices'"):
         check_recipe(recipe)
 
 
-def test_modules_of_ones_own_are_allowed_by_whole_parts(hostile):
+def test_allowed_modules_match_whole_dotted_parts(hostile):
     recipe = Path("recipe.yaml")
     recipe.write_text("model: {class_path: mine.nets.make, init_args: {act: mine.f.relu}}\n")
     check_recipe(recipe, ["mine.nets"])
@@ -299,8 +299,8 @@ def test_modules_of_ones_own_are_allowed_by_whole_parts(hostile):
         check_recipe(recipe, ["hostile"])
 
 
-def test_the_option_is_taken_from_the_command_line():
-    rest, allowed = split_allowed(
+def test_allow_module_is_removed_from_the_command_line():
+    rest, allowed = split_allowed_modules(
         ["fit", "--allow-module", "mine", "--config", "r.yaml", "--allow-module=yours.nets"]
     )
     assert rest == ["fit", "--config", "r.yaml"]
@@ -308,11 +308,11 @@ def test_the_option_is_taken_from_the_command_line():
     for wrong in (["--allow-module"], ["--allow-module="], ["--allow-module", "a b"],
                   ["--allow-module=jsonargparse"]):  # fmt: skip
         with pytest.raises(InputError, match="expected a module such as"):
-            split_allowed(wrong)
+            split_allowed_modules(wrong)
 
 
 def test_an_allowed_module_reaches_the_parser(hostile, capsys):
-    """The class is no model, and the parser says so after importing it."""
+    """The parser imports the class, and then rejects it because it is not a model."""
     recipe = (REPO / "recipes/quickstart.yaml").read_text()
     Path("recipe.yaml").write_text(recipe.replace("yolo_lightning.DetectorModule", "hostile.Class"))
     assert main(["fit", "--config", "recipe.yaml", "--allow-module", "hostile"]) == 2
@@ -320,18 +320,18 @@ def test_an_allowed_module_reaches_the_parser(hostile, capsys):
     assert hostile.exists()
 
 
-def test_a_dataset_in_yaml_is_checked_for_its_size_alone(tmp_path):
+def test_only_the_size_of_a_dataset_yaml_is_checked(tmp_path):
     dataset = tmp_path / "data.yaml"
     dataset.write_text("path: ../coco\ntest: test.txt\nnames: {0: a, 0: b}\n")
-    assert check_recipe(dataset, or_dataset=True) == {}
+    assert check_recipe(dataset, may_be_dataset=True) == {}
     with pytest.raises(InputError, match="test names 'test.txt'"):
         check_recipe(dataset)
     dataset.write_text(BOMB)
     with pytest.raises(InputError, match="100,000 values"):
-        check_recipe(dataset, or_dataset=True)
+        check_recipe(dataset, may_be_dataset=True)
 
 
-def test_a_recipe_as_large_as_they_get_is_checked_in_little_time(tmp_path):
+def test_a_large_recipe_is_checked_quickly(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     names = ", ".join(f"[class-{k}, 'class {k}; a-b']" for k in range(24_000))
     recipe.write_text(f"model: {{init_args: {{tree: [{names}]}}}}\n")
@@ -341,7 +341,7 @@ def test_a_recipe_as_large_as_they_get_is_checked_in_little_time(tmp_path):
     assert time.process_time() - started < 4
 
 
-def test_every_parameter_that_takes_a_class_is_known_as_one():
+def test_class_keys_contain_every_parameter_that_takes_a_class():
     from yolo_lightning import callbacks, datamodules, schedules
     from yolo_lightning.classifier import ClassifierModule
     from yolo_lightning.detector import DetectorModule
@@ -354,11 +354,17 @@ def test_every_parameter_that_takes_a_class_is_known_as_one():
     classes += [getattr(datamodules, name) for name in datamodules.__all__]
     classes += [getattr(callbacks, name) for name in callbacks.__all__]
     classes += [value for value in vars(schedules).values() if is_own(value)]
-    takes = {
+    class_parameters = {
         name
-        for one in classes
-        for name, parameter in inspect.signature(one).parameters.items()
+        for cls in classes
+        for name, parameter in inspect.signature(cls).parameters.items()
         if "yolo_lightning." in str(parameter.annotation) or "Callable" in str(parameter.annotation)
     }
-    assert {"detection", "validation", "schedule", "loss", "detection_augmentation"} <= takes
-    assert takes <= _CLASS_KEYS
+    assert {
+        "detection",
+        "validation",
+        "schedule",
+        "loss",
+        "detection_augmentation",
+    } <= class_parameters
+    assert class_parameters <= _CLASS_KEYS

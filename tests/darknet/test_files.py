@@ -1,4 +1,4 @@
-"""Darknet's files: in, out, and in again; and what is refused."""
+"""Import and export of Darknet's files, round trips, and invalid files."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from tests.helpers.darknet import conv_layers, network_of, write_values
+from tests.helpers.darknet import build_network, conv_layers, write_values
 from yolo_lightning import load
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.cli.main import main
-from yolo_lightning.darknet.config import LAYOUTS, Description, Region, describe, to_sections
+from yolo_lightning.darknet.cfg_writer import to_sections
+from yolo_lightning.darknet.config import NetworkDescription, Region, parse_network
 from yolo_lightning.darknet.files import (
     Section,
     darknet_order,
@@ -21,15 +22,15 @@ from yolo_lightning.darknet.files import (
     read_cfg,
     read_names,
     read_tree,
-    read_weights,
     write_cfg,
     write_names,
     write_tree,
-    write_weights,
 )
+from yolo_lightning.darknet.released import LAYOUTS
+from yolo_lightning.darknet.weights import read_weights, write_weights
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.darknet import checkpoint_of, export_model, import_model, tree_for
+from yolo_lightning.export.darknet import build_checkpoint, export_model, import_model, load_classes
 from yolo_lightning.losses import LossSettings
 from yolo_lightning.models.layers import (
     Activation,
@@ -40,7 +41,7 @@ from yolo_lightning.models.layers import (
     Reorg,
     Route,
     check_sizes,
-    extents,
+    layer_outputs,
 )
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -88,8 +89,8 @@ jitter=.3
 """
 
 
-def values_of(cfg: str) -> int:
-    description = describe(parse_cfg(cfg, "x.cfg"), "x.cfg")
+def count_values(cfg: str) -> int:
+    description = parse_network(parse_cfg(cfg, "x.cfg"), "x.cfg")
     return sum(o * (i * k * k + (4 if norm else 1)) for i, o, k, norm in conv_layers(description))
 
 
@@ -98,20 +99,20 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.cfg").write_text(CFG)
     (tmp_path / "x.names").write_text("cat\ndog\n")
-    write_values(tmp_path / "x.weights", values_of(CFG))
+    write_values(tmp_path / "x.weights", count_values(CFG))
     return tmp_path
 
 
 IMPORT = ["darknet", "import", "--cfg", "x.cfg", "--weights", "x.weights", "--names", "x.names"]
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_import_carries_everything_over(files, wide, capsys):
-    write_values(files / "x.weights", values_of(CFG), wide)
+@pytest.mark.parametrize("is_64_bit", [False, True])
+def test_import_converts_weights_layers_and_classes(files, is_64_bit, capsys):
+    write_values(files / "x.weights", count_values(CFG), is_64_bit)
     assert main([*IMPORT, "--output", "out/m.ckpt"]) == 0
     said = capsys.readouterr().out
     assert "detector of 2 classes" in said
-    assert "not used here: [region] jitter" in said
+    assert "ignored options: [region] jitter" in said
     module = load("out/m.ckpt")
     assert isinstance(module, DetectorModule)
     assert module.tree.names == ("cat", "dog")
@@ -124,7 +125,7 @@ def test_import_carries_everything_over(files, wide, capsys):
     assert module.network.body.layers == (Conv(8), Pool(), Dropout(0.25))
     assert read_checkpoint("out/m.ckpt")["darknet"]["images_seen"] == 640
     # the values in their order: shift, scale, mean, variance, kernels; then bias, kernels
-    numbers = np.random.default_rng(0).uniform(0.1, 1, values_of(CFG)).astype("<f4")
+    numbers = np.random.default_rng(0).uniform(0.1, 1, count_values(CFG)).astype("<f4")
     block: Any = module.network.body[0]
     assert block.norm.bias.tolist() == numbers[:8].tolist()
     assert block.norm.running_var.tolist() == numbers[24:32].tolist()
@@ -136,14 +137,14 @@ def test_import_carries_everything_over(files, wide, capsys):
     assert module.network.class_weight.tolist() == kernels[:, 5:].tolist()
 
 
-def test_export_gives_the_same_bytes_and_the_same_network(files):
-    write_values(files / "x.weights", values_of(CFG), wide=True)
+def test_export_writes_the_imported_bytes_and_network(files):
+    write_values(files / "x.weights", count_values(CFG), is_64_bit=True)
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
     assert main(["darknet", "export", "m.ckpt", "--output", "out/y"]) == 0
     assert (files / "out/y.weights").read_bytes()[20:] == (files / "x.weights").read_bytes()[20:]
     assert (files / "out/y.weights").read_bytes()[12:20] == np.array([640], "<i8").tobytes()
     assert (files / "out/y.names").read_text() == "cat\ndog\n"
-    again, first = describe(read_cfg("out/y.cfg"), "y"), describe(read_cfg("x.cfg"), "x")
+    again, first = parse_network(read_cfg("out/y.cfg"), "y"), parse_network(read_cfg("x.cfg"), "x")
     assert (again.layers, again.region, again.size_hw) == (
         first.layers, first.region, first.size_hw,
     )  # fmt: skip
@@ -153,24 +154,24 @@ def test_export_gives_the_same_bytes_and_the_same_network(files):
 
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n not in ("darknet19_448", "yolov2")])
-def test_every_released_network_survives_export_and_import(name, tmp_path):
+def test_released_networks_round_trip(name, tmp_path):
     description = LAYOUTS[name]()
     if name == "yolo9000":
         description.classes = 30  # 196 MB otherwise, and no other layer
-    tree = WordTree.flat([f"c{k}" for k in range(description.classes)])
+    tree = WordTree.from_names([f"c{k}" for k in range(description.classes)])
     if name == "yolo9000":
         tree = WordTree([(f"n{k}", "-" if k < 4 else f"n{k % 4}", f"name {k}") for k in range(30)])
     count = sum(o * (i * k * k + (4 if n else 1)) for i, o, k, n in conv_layers(description))
     write_values(tmp_path / "w.weights", count)
-    module, beside, notes = import_model(description, tmp_path / "w.weights", tree)
+    module, metadata, notes = import_model(description, tmp_path / "w.weights", tree)
     assert notes == []
-    export_model(module, beside, tmp_path / "out")
-    back = describe(read_cfg(tmp_path / "out.cfg"), "out.cfg")
+    export_model(module, metadata, tmp_path / "out")
+    back = parse_network(read_cfg(tmp_path / "out.cfg"), "out.cfg")
     assert (back.layers, back.classes, back.region) == (
         description.layers, description.classes, description.region,
     )  # fmt: skip
     tree_path = tmp_path / "out.tree"
-    their_tree = tree_for(
+    their_tree = load_classes(
         back, tmp_path / "out.names", tree_path if tree_path.exists() else None, None
     )
     again, _, _ = import_model(back, tmp_path / "out.weights", their_tree)
@@ -188,11 +189,11 @@ def test_every_released_network_survives_export_and_import(name, tmp_path):
 
 
 @st.composite
-def descriptions(draw: st.DrawFn) -> Description:
+def descriptions(draw: st.DrawFn) -> NetworkDescription:
     """Networks of the family, small ones."""
     layers: list[Layer] = []
     for _ in range(draw(st.integers(1, 6))):
-        found = extents(layers)
+        found = layer_outputs(layers)
         channels = found[-1].channels if found else 3
         kinds = ["conv", "conv", "pool", "dropout"]
         kinds += ["reorg"] if channels % 4 == 0 and channels < 64 else []
@@ -231,12 +232,12 @@ def descriptions(draw: st.DrawFn) -> Description:
             tuple(v for a in anchors for v in (a, a / 2)), draw(st.booleans()),
             draw(st.floats(0, 1)), draw(scale), draw(scale), draw(scale), draw(scale),
         )  # fmt: skip
-    side = 16 * extents(layers)[-1].stride * draw(st.integers(1, 2))
+    side = 16 * layer_outputs(layers)[-1].stride * draw(st.integers(1, 2))
     try:
         check_sizes(layers, (side, 2 * side))
     except InputError:
         reject()
-    return Description(tuple(layers), classes, (side, 2 * side), region)
+    return NetworkDescription(tuple(layers), classes, (side, 2 * side), region)
 
 
 slow_is_fine = settings(
@@ -246,22 +247,22 @@ slow_is_fine = settings(
 
 @slow_is_fine
 @given(description=descriptions(), seed=st.integers(0, 2**31))
-def test_any_network_survives_the_round_trip(description, seed, tmp_path):
+def test_any_network_round_trips(description, seed, tmp_path):
     write_cfg(tmp_path / "a.cfg", to_sections(description))
-    first = describe(read_cfg(tmp_path / "a.cfg"), "a.cfg")
+    first = parse_network(read_cfg(tmp_path / "a.cfg"), "a.cfg")
     assert (first.layers, first.classes, first.region, first.size_hw) == (
         description.layers, description.classes, description.region, description.size_hw,
     )  # fmt: skip
     count = sum(o * (i * k * k + (4 if n else 1)) for i, o, k, n in conv_layers(first))
     write_values(tmp_path / "a.weights", count, seed=seed)
-    tree = WordTree.flat([f"c{k}" for k in range(first.classes)])
-    module, beside, _ = import_model(first, tmp_path / "a.weights", tree)
+    tree = WordTree.from_names([f"c{k}" for k in range(first.classes)])
+    module, metadata, _ = import_model(first, tmp_path / "a.weights", tree)
     with torch.no_grad():  # what is not refused runs
         module.network(torch.zeros(1, 3, *first.size_hw))
-    torch.save(checkpoint_of(module, beside), tmp_path / "a.ckpt")
-    export_model(load(tmp_path / "a.ckpt"), beside, tmp_path / "b", overwrite=True)
+    torch.save(build_checkpoint(module, metadata), tmp_path / "a.ckpt")
+    export_model(load(tmp_path / "a.ckpt"), metadata, tmp_path / "b", overwrite=True)
     assert (tmp_path / "b.weights").read_bytes()[20:] == (tmp_path / "a.weights").read_bytes()[16:]
-    second = describe(read_cfg(tmp_path / "b.cfg"), "b.cfg")
+    second = parse_network(read_cfg(tmp_path / "b.cfg"), "b.cfg")
     assert (second.layers, second.classes, second.region, second.size_hw) == (
         first.layers, first.classes, first.region, first.size_hw,
     )  # fmt: skip
@@ -272,7 +273,7 @@ def test_any_network_survives_the_round_trip(description, seed, tmp_path):
     parents=st.lists(st.integers(0, 30), min_size=1, max_size=30),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_any_tree_survives_the_round_trip(parents, shuffle, tmp_path):
+def test_any_tree_round_trips(parents, shuffle, tmp_path):
     rows = []
     for k, parent in enumerate(parents):  # each below an earlier one, or on top
         rows.append((f"k{k}", f"k{parent}" if parent < k else "-", f"name {k}"))
@@ -289,16 +290,16 @@ def test_any_tree_survives_the_round_trip(parents, shuffle, tmp_path):
     assert (tmp_path / "u.tree").read_bytes() == (tmp_path / "t.tree").read_bytes()
 
 
-def test_partial_weights_fill_the_backbone_and_say_so(files, capsys):
+def test_partial_weights_fill_the_first_layers(files, capsys):
     write_values(files / "x.weights", 248)  # the first convolution with its batch norm
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
-    assert "partial weights: layer 3 and all that follows is fresh" in capsys.readouterr().out
+    assert "partial weights: layer 3 and later layers are initialised" in capsys.readouterr().out
     numbers = np.random.default_rng(0).uniform(0.1, 1, 248).astype("<f4")
     block: Any = load("m.ckpt").network.body[0]
     assert block.conv.weight.flatten().tolist() == numbers[32:].tolist()
 
 
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(argv) == 2
     said = capsys.readouterr()
     assert "Traceback" not in said.err
@@ -309,11 +310,11 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d[:-4], "byte 1008: layer 3 takes 126 values, found 125"),
-        (lambda d: d[:-1], "byte 1508: 3 bytes after the last whole value"),
+        (lambda d: d[:-4], "byte 1008: layer 3 has 126 values, found 125"),
+        (lambda d: d[:-1], "byte 1508: 3 bytes after the last complete value"),
         (lambda d: d + bytes(8), "byte 1512: 2 values after the last layer"),
         (lambda d: d[:10], "10 bytes; expected a header"),
-        (lambda d: d[:16], "byte 16: layer 0 takes 248 values, found 0"),
+        (lambda d: d[:16], "byte 16: layer 0 has 248 values, found 0"),
         (lambda d: b"\xff" * 4 + d[4:], "byte 0: version -1.1.0"),
         (lambda d: d[:12] + b"\xff" * 4 + d[16:], "byte 12: -1 images seen"),
         (lambda d: d[:40] + np.array([np.nan], "<f4").tobytes() + d[44:], "byte 40: the value nan"),
@@ -324,10 +325,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
     ],
 )
-def test_bad_weights_are_refused_with_their_byte(files, capsys, change, message):
+def test_invalid_weights_are_reported_with_the_byte(files, capsys, change, message):
     path = files / "x.weights"
     path.write_bytes(change(path.read_bytes()))
-    assert message in refused([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert message in error_of([*IMPORT, "--output", "m.ckpt"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -340,10 +341,10 @@ def test_bad_weights_are_refused_with_their_byte(files, capsys, change, message)
         ("filters=8", "filters=2000000000", "x.cfg:12: [convolutional] filters=2000000000; "
          "allowed: 1 … 1000000"),
         ("filters=8", "filters=-8", "filters=-8; allowed: 1"),
-        ("filters=8", "filters=eight", "filters=eight; expected a whole number"),
+        ("filters=8", "filters=eight", "filters=eight; expected an integer"),
         ("width=64", "width=63", "x.cfg:4: [net] width=63, height=32; allowed: multiples of 2"),
         ("channels=3", "channels=1", "channels=1; allowed: 3 … 3"),
-        ("num=2", "num=3", "anchors holds 4 numbers; expected 6, two for each of num=3"),
+        ("num=2", "num=3", "anchors has 4 numbers; expected 6, two for each of num=3"),
         ("num=2", "num=2000000000", "num=2000000000; allowed: 1 … 1000"),
         ("anchors = 1.5", "anchors = x", "expected numbers separated by commas"),
         ("anchors = 1.5", "anchors = -1.5", "anchors; expected positive numbers"),
@@ -352,51 +353,60 @@ def test_bad_weights_are_refused_with_their_byte(files, capsys, change, message)
         ("activation=leaky", "activation=mish", "x.cfg:10: [convolutional] layer 0 (conv): "
          "activation is 'mish'; allowed: leaky"),
         ("activation=linear", "activation=leaky", "is the last layer; expected size=1"),
-        ("[dropout]\nprobability=.25", "[route]\nlayers=-5", "names layer -5; allowed: 0 … 1"),
+        ("[dropout]\nprobability=.25", "[route]\nlayers=-5", "index -5; allowed: 0 … 1"),
         ("[dropout]\nprobability=.25", "[reorg]\nstride=3", "allowed: multiples of 9"),
         ("[region]", "[avgpool]\n[region]", "x.cfg:30: [avgpool] ends the file; expected [region]"),
         ("jitter=.3", "jitter=.3\n[maxpool]", "x.cfg:42: [maxpool] follows [region]"),
-        ("[dropout]\nprobability=.25", "[route]\nlayers=inf", "layers; expected whole numbers"),
-        ("size=2\nstride=2", "size=2\nstride=2\nstride=1", "x.cfg:21: stride stands in line 20"),
+        ("[dropout]\nprobability=.25", "[route]\nlayers=inf", "layers; expected integers"),
+        (
+            "size=2\nstride=2", "size=2\nstride=2\nstride=1",
+            "x.cfg:21: stride is already set in line 20",
+        ),
         ("size=2\nstride=2", "size=2\nstride=2\nmaxpool_depth=1", "maxpool_depth=1 is not supp"),
         ("[net]", "net", "x.cfg:3: expected [section] or name=value, found 'net'"),
-        ("[net]", "[convolutional]", "x.cfg:3: [convolutional] comes first; expected [net]"),
+        (
+            "[net]", "[convolutional]",
+            "x.cfg:3: [convolutional] is the first section; expected [net]",
+        ),
     ],
 )  # fmt: skip
-def test_a_bad_cfg_is_refused_with_its_line(files, capsys, old, new, message):
+def test_invalid_cfg_files_are_reported_with_the_line(files, capsys, old, new, message):
     (files / "x.cfg").write_text(CFG.replace(old, new, 1))
-    assert message in refused([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert message in error_of([*IMPORT, "--output", "m.ckpt"], capsys)
 
 
-def test_layers_whose_maps_do_not_fit_are_refused(files, capsys):
+def test_feature_maps_that_do_not_match(files, capsys):
     conv = "[convolutional]\nfilters=4\nsize=3\nactivation=leaky\n"
     end = "[convolutional]\nfilters=2\nactivation=linear\n[avg]\n[soft]\n"
     head = "[network]\nwidth=32\nheight=32\n"
     for body, message in (
-        (f"{conv}[route]\nlayers=0\n{conv}[route]\nlayers=-1,0\n", "joins maps of 28 x 28 and 30"),
-        (f"{conv}[max]\nsize=2\nstride=2\n[reorg]\nstride=2\n", "cuts a map of 15 x 15 cells"),
-        (f"{conv * 16}", "layer 15 (conv) at 32 x 32 px: leaves no cells of 2 x 2"),
-        ("", "x.cfg: holds one layer"),
+        (
+            f"{conv}[route]\nlayers=0\n{conv}[route]\nlayers=-1,0\n",
+            "cannot concatenate 28 x 28 and 30",
+        ),
+        (f"{conv}[max]\nsize=2\nstride=2\n[reorg]\nstride=2\n", "cannot divide 15 x 15 cells by 2"),
+        (f"{conv * 16}", "layer 15 (conv) at 32 x 32 px: no cells remain of 2 x 2"),
+        ("", "x.cfg: contains one layer"),
     ):
         (files / "x.cfg").write_text(head + body + end)
-        assert message in refused([*IMPORT, "--output", "m.ckpt"], capsys), body
+        assert message in error_of([*IMPORT, "--output", "m.ckpt"], capsys), body
     (files / "x.cfg").write_text(head + conv + end)
     write_values(files / "x.weights", 4 * 28 + 2 * 5)
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
     assert load("m.ckpt").network.body.layers == (Conv(4, 3, 1, 0, False, "leaky"),)
 
 
-def test_a_cfg_of_too_many_layers_is_refused(files, capsys):
+def test_a_cfg_with_too_many_layers(files, capsys):
     (files / "x.cfg").write_text("[net]\nwidth=32\nheight=32\n" + "[dropout]\n" * 100_000)
-    said = refused([*IMPORT, "--output", "m.ckpt"], capsys)
-    assert "x.cfg: holds 100000 layers; allowed: 1 … 1000" in said
+    said = error_of([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert "x.cfg: contains 100000 layers; allowed: 1 … 1000" in said
 
 
-def test_a_hostile_cfg_takes_no_memory(files, capsys):
+def test_a_malicious_cfg_uses_no_memory(files, capsys):
     layer = "[convolutional]\nfilters=999999\nsize=999\nactivation=linear\n"
     (files / "x.cfg").write_text("[net]\nwidth=32\nheight=32\n" + layer * 3)
-    said = refused([*IMPORT, "--output", "m.ckpt"], capsys)
-    assert "x.cfg:4: [convolutional] brings the network to 2,994,0" in said
+    said = error_of([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert "x.cfg:4: [convolutional] increases the network to 2,994,0" in said
     assert "allowed: up to 200,000,000" in said
 
 
@@ -404,27 +414,27 @@ def test_a_hostile_cfg_takes_no_memory(files, capsys):
     ("text", "message"),
     [
         ("a -1\nb 2\nc 1\n", "x.tree:2: parent 2 of 'b'; expected -1 or the number of a line"),
-        ("a -1\nb 0\nc -1\nd 0\n", "x.tree:3: 'c' stands apart"),
-        ("a -1\nb -1\nc 0\nd 1\ne 0\n", "x.tree:5: 'e' stands apart from the other children"),
-        ("a -1\na -1\n", "x.tree:2: key 'a' stands in line 1 already"),
+        ("a -1\nb 0\nc -1\nd 0\n", "x.tree:3: 'c' is separated"),
+        ("a -1\nb -1\nc 0\nd 1\ne 0\n", "x.tree:5: 'e' is separated from the other children"),
+        ("a -1\na -1\n", "x.tree:2: key 'a' was already defined in line 1"),
         ("a -1\nb\0 0\n", "x.tree:2: a NUL byte at byte 6"),
         ("a -1\nb zero\n", "x.tree:2: expected a key and its parent's number, found 'b zero'"),
         ("a -1\nb -2\n", "x.tree:2: parent -2 of 'b'"),
         ("a -1\nb 99999999999999\n", "x.tree:2: expected a key"),
-        ("a -1\nb 0\nc 0\n", "x.tree: 3 nodes, yet the network has 2 classes"),
+        ("a -1\nb 0\nc 0\n", "x.tree: 3 nodes, but the network has 2 classes"),
         ("", "x.tree: empty"),
-        ("a -1\n" + "".join(f"k{k} {k}\n" for k in range(5000)), "5001 nodes, yet the network"),
+        ("a -1\n" + "".join(f"k{k} {k}\n" for k in range(5000)), "5001 nodes, but the network"),
     ],
 )  # fmt: skip
-def test_a_bad_tree_is_refused_with_its_line(files, capsys, text, message):
+def test_invalid_tree_files_are_reported_with_the_line(files, capsys, text, message):
     (files / "x.tree").write_text(text)
-    assert message in refused([*IMPORT, "--tree", "x.tree", "--output", "m.ckpt"], capsys)
+    assert message in error_of([*IMPORT, "--tree", "x.tree", "--output", "m.ckpt"], capsys)
 
 
-def test_a_tree_named_by_the_cfg_is_found_beside_it_or_asked_for(files, capsys):
+def test_the_tree_of_a_cfg_is_found_next_to_it_or_required(files, capsys):
     (files / "x.cfg").write_text(CFG + "tree=data/x.tree\n")
-    said = refused([*IMPORT, "--output", "m.ckpt"], capsys)
-    assert "form a tree; 'data/x.tree' is not here: name its file by --tree" in said
+    said = error_of([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert "form a tree; 'data/x.tree' not found: use --tree" in said
     (files / "x.tree").write_text("n1 -1\nn2 0\n")
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
     assert load("m.ckpt").tree.rows == [("n1", "-", "cat"), ("n2", "n1", "dog")]
@@ -433,7 +443,7 @@ def test_a_tree_named_by_the_cfg_is_found_beside_it_or_asked_for(files, capsys):
     assert "tree=y.tree" in (files / "y.cfg").read_text()
 
 
-def test_a_data_file_names_the_rest(files):
+def test_paths_are_read_from_a_data_file(files):
     (files / "sub").mkdir()
     (files / "sub/x.data").write_text("classes = 2\nnames = data/x.names\nlabels=x.labels\n")
     (files / "sub/x.names").write_bytes(b"crane\r\ncrane\r\n")
@@ -443,22 +453,22 @@ def test_a_data_file_names_the_rest(files):
     assert load("m.ckpt").tree.rows == [("n1", "-", "crane"), ("n2", "-", "crane")]
 
 
-def test_names_that_recur_get_keys_of_their_own(files):
+def test_duplicate_names_get_unique_keys(files):
     (files / "x.names").write_text("crane\ncrane\n")
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
     assert load("m.ckpt").tree.rows == [("crane #0", "-", "crane"), ("crane #1", "-", "crane")]
 
 
-def test_names_of_another_dataset_are_refused_for_boxes(files, capsys):
+def test_a_detector_requires_one_name_per_class(files, capsys):
     (files / "x.names").write_text("a\nb\nc\n")
-    said = refused([*IMPORT, "--output", "m.ckpt"], capsys)
-    assert "x.names: 3 lines, yet the network has 2 classes" in said
+    said = error_of([*IMPORT, "--output", "m.ckpt"], capsys)
+    assert "x.names: 3 lines, but the network has 2 classes" in said
 
 
-def test_what_cannot_be_written_is_one_message(files, capsys):
+def test_output_that_cannot_be_written(files, capsys):
     (files / "folder").mkdir()
     for output, message in (("folder", "is a folder"), ("x.cfg/m.ckpt", "--output 'x.cfg/m.ckpt'")):
-        assert message in refused([*IMPORT, "--output", output], capsys)
+        assert message in error_of([*IMPORT, "--output", output], capsys)
     assert list((files / "folder").iterdir()) == []
     assert main([*IMPORT, "--output", "folder/m.ckpt"]) == 0
     before = (files / "x.weights").read_bytes()
@@ -470,19 +480,19 @@ def test_what_cannot_be_written_is_one_message(files, capsys):
     assert main(["darknet", "export", "folder/m.ckpt", "--output", "."]) == 2
 
 
-def test_bad_command_lines_are_told_apart(files, capsys):
+def test_invalid_command_lines(files, capsys):
     output = ["--output", "m.ckpt"]
-    assert "name one of --cfg FILE and --layout" in refused(
+    assert "use one of --cfg FILE and --layout" in error_of(
         ["darknet", "import", "--weights", "x.weights", *output], capsys
     )
-    assert "'yolov3'; did you mean 'yolov2'" in refused(
+    assert "'yolov3'; did you mean 'yolov2'" in error_of(
         ["darknet", "import", "--layout", "yolov3", "--weights", "x.weights", *output], capsys
     )
-    assert "darknet 'imprt'; did you mean 'import'?" in refused(["darknet", "imprt"], capsys)
-    assert "1 lines, yet the network has 2 classes" in refused(
+    assert "darknet 'imprt'; did you mean 'import'?" in error_of(["darknet", "imprt"], capsys)
+    assert "1 lines, but the network has 2 classes" in error_of(
         [*IMPORT[:-1], str(write_lines(files / "one", "cat")), *output], capsys
     )
-    assert "weights file 'gone' not found" in refused(
+    assert "weights file 'gone' not found" in error_of(
         ["darknet", "import", "--cfg", "x.cfg", "--weights", "gone", *output], capsys
     )
 
@@ -492,31 +502,31 @@ def write_lines(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_what_darknet_has_no_word_for_is_not_exported(tmp_path, capsys, monkeypatch):
+def test_networks_that_darknet_does_not_support_are_not_exported(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4, reorg="space_to_depth")
-    torch.save(checkpoint_of(module, {}), "m.ckpt")
+    torch.save(build_checkpoint(module, {}), "m.ckpt")
     assert main(["darknet", "export", "m.ckpt", "--output", "out/y"]) == 2
-    assert "which Darknet does not have; it has model.reorg: darknet" in capsys.readouterr().err
+    assert "Darknet only supports model.reorg: darknet" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
     tree = WordTree([("a b", "-", "x"), ("a_b", "-", "y"), ("c", "a_b", "z")])
     module = DetectorModule(tree.rows, [(1.0, 1.0)], "small", 0, 0)
-    with pytest.raises(InputError, match="cannot stand in a .tree file"):
+    with pytest.raises(InputError, match="a .tree file already has the key"):
         export_model(module, {}, tmp_path / "out/y")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_checkpoint_keeps_what_a_cfg_said_about_training(files):
+def test_a_checkpoint_keeps_the_training_options_of_the_cfg(files):
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0
     held = read_checkpoint("m.ckpt")
     assert held["module"] == "DetectorModule"
     assert held["darknet"]["options"]["region"]["jitter"] == ".3"
 
 
-def test_sections_are_written_as_they_are_read(tmp_path):
+def test_sections_round_trip(tmp_path):
     write_cfg(tmp_path / "a.cfg", [Section("net", options={"a": "1", "b": "x,y"}), Section("cost")])
     first, second = read_cfg(tmp_path / "a.cfg")
     assert (first.kind, first.options, second.kind) == ("net", {"a": "1", "b": "x,y"}, "cost")
@@ -526,13 +536,13 @@ def test_sections_are_written_as_they_are_read(tmp_path):
     assert weights.values.tolist() == [1.5, 2.5]
 
 
-def test_networks_of_a_layout_are_those_of_its_cfg():
+def test_released_networks_equal_their_cfg():
     for name, make in LAYOUTS.items():
         description = make()
         if name == "yolo9000":
             continue
-        back = describe(to_sections(description), name)
+        back = parse_network(to_sections(description), name)
         assert back.layers == description.layers
         with torch.device("meta"):
-            network = network_of(back)
+            network = build_network(back)
         assert network.body.layers == description.layers

@@ -1,4 +1,4 @@
-"""The walk-through for people who come from Darknet, run as it stands."""
+"""The commands of docs/from-darknet.md."""
 
 import shlex
 
@@ -16,7 +16,8 @@ PAGE = (REPO / "docs/from-darknet.md").read_text(encoding="utf-8")
 
 
 def commands():
-    blocks = PAGE.split("```")[1::2]
+    steps = PAGE.partition("## Old and new names")[0]
+    blocks = steps.split("```")[1::2]
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
@@ -38,14 +39,14 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_step_runs_and_leaves_what_the_page_says(files):
+def test_every_command_runs_and_writes_the_documented_files(files):
     av = pytest.importorskip("av")
-    from yolo_lightning.inference.video import VideoWriter
+    from yolo_lightning.inference.video_writer import VideoWriter
 
     # 92 seconds at one frame a second: a minute to skip, thirty to do
     with VideoWriter(files / "street.mp4", (48, 64), 1) as writer:
         for second in range(92):
-            writer.write(miniatures.picture(), float(second))
+            writer.write(miniatures.quarters(), float(second))
     ours = [line for line in commands() if line.startswith("yolo-lightning ")]
     assert len(ours) == 7
     for line in ours:
@@ -62,7 +63,7 @@ def test_every_step_runs_and_leaves_what_the_page_says(files):
             assert sum(1 for _ in container.decode(video=0)) == count, name
 
 
-def test_every_option_of_the_table_exists(capsys):
+def test_every_documented_option_exists(capsys):
     with pytest.raises(SystemExit):
         main(["detect", "--help"])
     said = capsys.readouterr().out

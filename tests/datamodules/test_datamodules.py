@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.images import write_image
 from tests.helpers.paths import REPO
-from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch, DetectionSample
 from yolo_lightning.datamodules import (
     ClassificationAugmentation,
     CombinedDataModule,
@@ -20,24 +20,23 @@ from yolo_lightning.datamodules import (
     ShapesImageLabels,
     VOCFolder,
 )
-from yolo_lightning.datamodules.shapes import SHAPES, _draw, _place
-from yolo_lightning.datamodules.source import DetectionSample
+from yolo_lightning.datamodules.shapes import SHAPES, _draw_shape, _draw_shapes
 from yolo_lightning.datamodules.transforms import centre_crop, fit_sample
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import fit
 from yolo_lightning.tree.wordtree import WordTree
 
-FRUIT = WordTree.flat(["apple", "banana"])
+FRUIT = WordTree.from_names(["apple", "banana"])
 SHAPES_TREE = REPO / "recipes/trees/shapes.tsv"
 
 
 # --- shapes
 
 
-def test_shapes_are_deterministic_differ_and_lie_in_the_image():
+def test_shapes_are_reproducible_different_and_inside_the_image():
     sources = [ShapesDetection(length=30, image_size=96, seed=seed) for seed in (0, 0, 1)]
     for source in sources:
-        source.bind(WordTree.read(SHAPES_TREE))
+        source.bind(WordTree.from_file(SHAPES_TREE))
     same, again, other = ([source.read(k) for k in range(30)] for source in sources)
     for a, b in zip(same, again, strict=True):
         assert np.array_equal(a.image, b.image)
@@ -50,20 +49,20 @@ def test_shapes_are_deterministic_differ_and_lie_in_the_image():
     assert {len(sample.labels) for sample in same} >= {1, 2, 3}
 
 
-def test_boxes_are_tight_around_what_is_drawn():
+def test_boxes_are_tight_around_the_drawn_shape():
     rng = np.random.default_rng(0)
     for name in SHAPES:
         for _ in range(5):
-            placed = _place(rng, name, 128, 30.0)
+            placed = _draw_shape(rng, name, 128, 30.0)
             rows, columns = np.nonzero(placed.mask > 127)
             drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             assert np.abs(drawn - placed.box_xyxy_px).max() < 2.5, name
 
 
-def test_no_shape_is_covered_by_more_than_a_fifth():
+def test_at_most_a_fifth_of_a_shape_is_covered():
     covered = []
     for seed in range(60):
-        _, placed = _draw(np.random.default_rng(seed), list(SHAPES), 96, (0.13, 0.28))
+        _, placed = _draw_shapes(np.random.default_rng(seed), list(SHAPES), 96, (0.13, 0.28))
         for k, shape in enumerate(placed):
             own = shape.mask > 127
             later = np.any([other.mask > 127 for other in placed[k + 1 :]] or [own & False], axis=0)
@@ -72,9 +71,9 @@ def test_no_shape_is_covered_by_more_than_a_fifth():
     assert sum(share > 0.05 for share in covered) > 20  # crowded enough to need the rule
 
 
-def test_shapes_may_be_absent_and_ranges_are_checked():
+def test_images_without_shapes_and_invalid_options():
     source = ShapesDetection(length=20, objects=(0, 1), image_size=64)
-    source.bind(WordTree.read(SHAPES_TREE))
+    source.bind(WordTree.from_file(SHAPES_TREE))
     counts = [source.read(k).boxes_xyxy_px.shape for k in range(20)]
     assert {(0, 4), (1, 4)} == set(counts)
     for options in ({"length": 0}, {"objects": (3, 2)}, {"radii": (0.1, 0.9)}):
@@ -82,8 +81,8 @@ def test_shapes_may_be_absent_and_ranges_are_checked():
             ShapesDetection(**options)
 
 
-def test_labelled_shapes_take_every_class_in_turn():
-    tree = WordTree.read(SHAPES_TREE)
+def test_labelled_shapes_have_every_class_equally_often():
+    tree = WordTree.from_file(SHAPES_TREE)
     source = ShapesImageLabels(length=24, image_size=64)
     source.bind(tree)
     labels = [source.read(k)[1] for k in range(24)]
@@ -91,7 +90,7 @@ def test_labelled_shapes_take_every_class_in_turn():
     assert source.read(0)[0].shape == (64, 64, 3)
 
 
-def test_an_unknown_shape_is_refused():
+def test_unknown_shape_raises():
     with pytest.raises(InputError, match="class 'sqare' cannot be drawn; did you mean 'square'"):
         ShapesDetection(classes=["sqare"])
 
@@ -111,7 +110,7 @@ def test_voc_boxes_become_zero_based_corners(tmp_path, write_voc):
 
 
 @pytest.mark.parametrize("layout", ["devkit", "small letters", "folder a split"])
-def test_voc_layouts_are_found(tmp_path, write_voc, layout):
+def test_voc_layouts(tmp_path, write_voc, layout):
     if layout == "folder a split":
         write_voc(tmp_path / "train", "a", [("apple", 1, 1, 9, 9)])
         write_voc(tmp_path / "test", "b", [("apple", 1, 1, 9, 9)])
@@ -129,7 +128,7 @@ def test_voc_layouts_are_found(tmp_path, write_voc, layout):
     assert [source.image_path(k).stem for k in range(len(source))] == ["a"]
 
 
-def test_voc_repairs_and_names_what_is_wrong(tmp_path, write_voc):
+def test_voc_faults_are_repaired_or_skipped_and_reported(tmp_path, write_voc):
     write_voc(tmp_path, "zero", [("apple", 1, 1, 9, 9)], stated=(0, 0))
     write_voc(tmp_path, "lies", [("apple", 1, 1, 90, 40)], stated=(500, 300))
     write_voc(tmp_path, "empty box", [("apple", 9, 9, 9, 20), ("banana", 1, 1, 5, 5)])
@@ -141,20 +140,20 @@ def test_voc_repairs_and_names_what_is_wrong(tmp_path, write_voc):
     source = VOCFolder(str(tmp_path))
     source.bind(FRUIT)
     samples = {source.image_path(k).stem: source.read(k) for k in range(len(source))}
-    said = "\n".join(source.faults)
-    assert "zero.xml: gives the size as 0 x 0" in said
-    assert "empty box.xml: object 1 has no area, skipped" in said
-    assert "gone.xml: its image is missing" in said
-    assert "broken.xml: not readable XML" in said
+    message = "\n".join(source.faults)
+    assert "zero.xml: gives the size as 0 x 0" in message
+    assert "empty box.xml: object 1 has no area, skipped" in message
+    assert "gone.xml: its image is missing" in message
+    assert "broken.xml: not readable XML" in message
     assert samples["lies"].boxes_xyxy_px.tolist() == [[0, 0, 64, 40]]
-    assert "is 64 x 48, its annotation says 500 x 300" in samples["lies"].faults[0]
+    assert "is 64 x 48, but annotated as 500 x 300" in samples["lies"].faults[0]
     assert len(samples["outside"].labels) == 0
-    assert "outside.xml: object 1 lies outside the image, skipped" in said
+    assert "outside.xml: object 1 lies outside the image, skipped" in message
     assert samples["hard"].difficult.tolist() == [True]
     assert len(samples) == 5
 
 
-def test_voc_bad_input_is_named(tmp_path, write_voc):
+def test_voc_errors_name_folder_label_and_split(tmp_path, write_voc):
     with pytest.raises(InputError, match="VOC folder: folder '.*nowhere' not found"):
         VOCFolder(str(tmp_path / "nowhere")).bind(FRUIT)
     file = write_voc(tmp_path / "train", "a", [("appel", 1, 1, 9, 9)])
@@ -180,8 +179,8 @@ def test_image_folder_reads_classes_at_any_depth(tmp_path):
     assert source.read(0)[0].mean() > 190
 
 
-def test_image_folder_bad_input_is_named(tmp_path):
-    with pytest.raises(InputError, match="holds no class folders"):
+def test_image_folder_errors(tmp_path):
+    with pytest.raises(InputError, match="contains no class folders"):
         ImageFolder(str(tmp_path)).bind(FRUIT)
     write_image(tmp_path / "cherry" / "x.png")
     with pytest.raises(
@@ -205,7 +204,7 @@ def sample_with(boxes: list[list[int]], size: tuple[int, int] = (60, 100)) -> De
     )
 
 
-def test_letterbox_keeps_aspect_and_moves_boxes_along():
+def test_letterbox_keeps_aspect_ratio_and_maps_boxes():
     image = np.zeros((50, 100, 3), dtype=np.uint8)
     image[10:20, 30:60] = 255
     square, *_ = fit(image, (64, 64))
@@ -216,7 +215,7 @@ def test_letterbox_keeps_aspect_and_moves_boxes_along():
     np.testing.assert_allclose(moved.boxes_xyxy_px, [[19.2, 22.4, 38.4, 28.8]], rtol=1e-6)
 
 
-def test_augmentation_is_decided_by_its_seed_alone():
+def test_augmentation_depends_on_its_seed_alone():
     augment = DetectionAugmentation(jitter=0.3)
     sample = fit_sample(sample_with([[10, 10, 50, 40], [60, 5, 95, 55]]), 96)
     first, other, again = (augment(sample, 96, seed) for seed in (1, 2, 1))
@@ -230,7 +229,7 @@ def test_augmentation_is_decided_by_its_seed_alone():
     assert not np.array_equal(one, two)
 
 
-def test_classification_windows_hold_what_their_scale_says():
+def test_classification_crops_have_the_chosen_scale():
     image = np.full((100, 200, 3), 255, dtype=np.uint8)
     plain: dict[str, Any] = {"aspect": 1, "degrees": 0, "hue": 0, "saturation": 1, "exposure": 1}
     small = ClassificationAugmentation((32, 32), **plain)(image, 64, 0)
@@ -241,14 +240,14 @@ def test_classification_windows_hold_what_their_scale_says():
     assert (turned == 127).any()
 
 
-def test_classification_augmentation_refuses_nonsense():
+def test_classification_augmentation_checks_its_options():
     with pytest.raises(InputError, match=r"shorter_side is \[300, 200\]; allowed: two lengths"):
         ClassificationAugmentation((300, 200))
     with pytest.raises(InputError, match="aspect is 0; allowed: above 0"):
         ClassificationAugmentation(aspect=0)
 
 
-def test_the_middle_of_an_image():
+def test_centre_crop():
     image = np.zeros((40, 80, 3), dtype=np.uint8)
     image[:, 20:60] = 200
     assert (centre_crop(image, 40) == 200).all()
@@ -281,7 +280,7 @@ def test_augmented_boxes_follow_their_object_and_stay_inside(geometry, resize):
     assert moved > 20
 
 
-def test_degenerate_boxes_crash_no_augmentation():
+def test_augmentation_handles_degenerate_boxes():
     augment = DetectionAugmentation(jitter=0.3)
     boxes = [[10, 10, 10, 30], [-20, -20, 500, 500], [95, 58, 140, 90], [5, 5, 30, 30]]
     for seed in range(40):
@@ -296,7 +295,7 @@ def test_degenerate_boxes_crash_no_augmentation():
     "options",
     [{"jitter": 1.5}, {"jitter": 0.5}, {"saturation": 0.5}, {"hue": 0.9}, {"geometry": "turn"}],
 )
-def test_augmentation_out_of_range_is_refused(options):
+def test_augmentation_options_out_of_range_raise(options):
     with pytest.raises(InputError, match="allowed"):
         DetectionAugmentation(**options)
 
@@ -322,7 +321,7 @@ def combined(**options) -> CombinedDataModule:
     return data
 
 
-def test_batches_alternate_and_have_the_promised_shapes():
+def test_batches_alternate_and_have_the_documented_shapes():
     batches = list(combined().train_dataloader())
     assert len(batches) == 6
     for step, batch in enumerate(batches):
@@ -344,7 +343,7 @@ def test_batches_alternate_and_have_the_promised_shapes():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers):
+def test_batches_do_not_depend_on_the_number_of_workers(workers):
     alone, helped = (list(combined(num_workers=n).train_dataloader()) for n in (0, workers))
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a.images, b.images)
@@ -352,7 +351,7 @@ def test_workers_change_nothing(workers):
         assert torch.equal(a.labels, b.labels)
 
 
-def test_an_unreadable_image_is_replaced_counted_and_named(tmp_path, write_voc):
+def test_unreadable_image_is_replaced_and_reported(tmp_path, write_voc):
     for name in "abc":
         write_voc(tmp_path, name, [("apple", 1, 1, 30, 30)])
     (tmp_path / "b.jpg").write_bytes(b"not an image")
@@ -367,7 +366,7 @@ def test_an_unreadable_image_is_replaced_counted_and_named(tmp_path, write_voc):
     assert isinstance(batch, DetectionBatch)
     assert (batch.labels >= 0).sum(1).tolist() == [1, 1, 1]
     (fault,) = batch.faults
-    assert "b.jpg: not a readable image; another image stands in" in fault
+    assert "b.jpg: not a readable image; another image is used instead" in fault
     (evaluated,) = list(data.val_dataloader())
     assert sorted(evaluated.sample_ids.tolist()) == [-1, 0, 2]
     assert "left out of the evaluation" in evaluated.faults[0]
@@ -387,7 +386,7 @@ def test_difficult_objects_are_evaluated_but_not_trained(tmp_path, write_voc):
     assert evaluated.difficult.sum() == 1
 
 
-def test_exif_orientation_is_honoured(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     from yolo_lightning.images import read_image
 
     image = np.zeros((40, 80, 3), dtype=np.uint8)
@@ -407,19 +406,19 @@ def test_exif_orientation_is_honoured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"image_size": 100}, "data.image_size is 100; allowed: positive multiples of 32"),
         ({"detection_batch_size": 0}, "data.detection_batch_size is 0"),
         ({"classification_batches_per_detection_batch": -1}, "is -1; allowed: 0 or more"),
     ],
 )
-def test_sizes_out_of_range_are_refused(options, said):
-    with pytest.raises(InputError, match=said):
+def test_sizes_out_of_range_raise(options, message):
+    with pytest.raises(InputError, match=message):
         combined(**options)
 
 
-def test_file_sources_serve_in_every_place(tmp_path, write_voc):
+def test_file_sources_in_every_role(tmp_path, write_voc):
     for split in ("train", "val", "test"):
         write_voc(tmp_path / split, "a", [("apple", 1, 1, 30, 30)])
     write_image(tmp_path / "labels" / "banana" / "x.png")
@@ -439,20 +438,20 @@ def test_file_sources_serve_in_every_place(tmp_path, write_voc):
     assert data.source_faults == []
 
 
-def test_measuring_without_images_to_measure_on_is_refused():
+def test_validate_and_test_without_images_raise():
     data = combined(validation=None)
-    with pytest.raises(InputError, match=r"names no data\.validation"):
+    with pytest.raises(InputError, match=r"data\.validation is not set"):
         data.setup("validate")
-    with pytest.raises(InputError, match="neither data.test nor data.validation"):
+    with pytest.raises(InputError, match="data.test and data.validation are not set"):
         data.test_dataloader()
 
 
-def test_without_a_classification_source_all_batches_hold_boxes():
+def test_without_a_classification_source_all_batches_are_detection_batches():
     batches = list(combined(classification=None).train_dataloader())
     assert {type(batch) for batch in batches} == {DetectionBatch}
 
 
-def test_batches_move_and_keep_what_is_no_tensor():
+def test_moving_a_batch_keeps_fields_that_are_not_tensors():
     batch = next(iter(combined().train_dataloader()))
     batch.faults = ["x"]
     moved = batch.to("meta")
@@ -461,8 +460,8 @@ def test_batches_move_and_keep_what_is_no_tensor():
     assert moved.images_seen == batch.images_seen
 
 
-def test_truths_come_back_from_the_letterbox_where_they_were(tmp_path, write_voc):
-    from yolo_lightning.detector import original_px
+def test_boxes_map_back_from_the_letterbox_to_the_original(tmp_path, write_voc):
+    from yolo_lightning.detections import to_original_px
 
     write_voc(tmp_path, "a", [("apple", 21, 31, 60, 70), ("apple", 1, 1, 333, 500)], (333, 500))
     source = VOCFolder(str(tmp_path))
@@ -472,6 +471,6 @@ def test_truths_come_back_from_the_letterbox_where_they_were(tmp_path, write_voc
     (batch,) = list(data.val_dataloader())
     assert isinstance(batch, DetectionBatch)
     height, width = batch.sizes_hw_orig[0].tolist()
-    boxes = original_px(batch.boxes_cxcywh_norm[0, :2], (height, width), batch.images.shape[-2:])
+    boxes = to_original_px(batch.boxes_cxcywh_norm[0, :2], (height, width), batch.images.shape[-2:])
     expected = torch.tensor([[20.0, 30, 60, 70], [0, 0, 333, 500]])
     torch.testing.assert_close(boxes, expected, atol=1e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""What annotations have wrong: Pascal VOC, COCO and YOLO text."""
+"""Faults in annotations: Pascal VOC, COCO and YOLO text."""
 
 import os
 
@@ -9,10 +9,10 @@ from tests.helpers.miniatures import (
     FRUIT,
     GOOD_COCO,
     GOOD_VOC,
-    bound,
-    data_of,
+    bind_source,
     paths_of,
-    plain,
+    save_grey,
+    set_up_data,
     write,
     write_coco,
 )
@@ -32,7 +32,7 @@ def sizes_of(boxes: list[Box]) -> list[Box]:
 
 
 @pytest.mark.parametrize(
-    ("box", "kept", "said"),
+    ("box", "expected", "message"),
     [
         (("nan", 1, 9, 9), [], "has no usable box, skipped"),
         (("inf", 1, 9, 9), [], "has no usable box, skipped"),
@@ -44,69 +44,69 @@ def sizes_of(boxes: list[Box]) -> list[Box]:
         ((40, 5, 11, 30), [[10, 4, 40, 30]], "has swapped corners, repaired"),
         ((65, 10, 80, 20), [], "lies outside the image, skipped"),
         ((-20, -20, -5, -5), [], "lies outside the image, skipped"),
-        ((33, 25, 100, 90), [[32, 24, 64, 48]], "reaches over the edge, clipped"),
-        ((-9, -9, 8, 8), [[0, 0, 8, 8]], "reaches over the edge, clipped"),
+        ((33, 25, 100, 90), [[32, 24, 64, 48]], "extends beyond the image, clipped"),
+        ((-9, -9, 8, 8), [[0, 0, 8, 8]], "extends beyond the image, clipped"),
         # a pixel is rounding
         ((33, 25, 65, 49), [[32, 24, 64, 48]], None),
         ((0, 0, 8, 8), [[0, 0, 8, 8]], None),
     ],
 )
-def test_a_bad_voc_object(tmp_path, write_voc, box, kept, said):
+def test_invalid_voc_object(tmp_path, write_voc, box, expected, message):
     file = write_voc(tmp_path, "a", [("apple", *box), GOOD_VOC])
-    source = bound(VOCFolder(str(tmp_path)))
-    assert source.read(0).boxes_xyxy_px.tolist() == [*kept, GOOD_BOX]
+    source = bind_source(VOCFolder(str(tmp_path)))
+    assert source.read(0).boxes_xyxy_px.tolist() == [*expected, GOOD_BOX]
     assert source.read(0).faults == []
-    assert source.faults == ([f"{file}: object 1 {said}"] if said else [])
-    assert source.shapes_wh_px()[0].tolist() == sizes_of([*kept, GOOD_BOX])
+    assert source.faults == ([f"{file}: object 1 {message}"] if message else [])
+    assert source.shapes_wh_px()[0].tolist() == sizes_of([*expected, GOOD_BOX])
 
 
-def test_a_voc_object_that_stands_twice_is_taken_once(tmp_path, write_voc):
+def test_duplicate_voc_object_is_skipped(tmp_path, write_voc):
     twice = ("apple", 5, 5, 9, 9)
     file = write_voc(tmp_path, "a", [twice, GOOD_VOC, twice, ("banana", 5, 5, 9, 9)])
     write_voc(tmp_path, "b", [twice])
-    source = bound(VOCFolder(str(tmp_path)))
+    source = bind_source(VOCFolder(str(tmp_path)))
     assert source.read(0).boxes_xyxy_px.tolist() == [[4, 4, 9, 9], GOOD_BOX, [4, 4, 9, 9]]
     assert source.read(0).labels.tolist() == [0, 1, 1]
     assert len(source.read(1).labels) == 1
-    assert source.faults == [f"{file}: object 3 stands there twice, one skipped"]
+    assert source.faults == [f"{file}: object 3 is listed twice, one skipped"]
 
 
-def test_voc_objects_without_name_or_box_and_empty_files_are_named(tmp_path, write_voc):
+def test_voc_objects_without_name_or_box_and_empty_files_are_reported(tmp_path, write_voc):
     file = write_voc(tmp_path, "a", [GOOD_VOC])
     text = file.read_text()
     extra = "<object><name> </name></object><object><name>apple</name></object></annotation>"
     file.write_text(text.replace("</annotation>", extra))
     write_voc(tmp_path, "empty", [])
     empty = write(tmp_path / "zero.xml", "")
-    plain(tmp_path / "zero.jpg", 9)
-    source = bound(VOCFolder(str(tmp_path)))
+    save_grey(tmp_path / "zero.jpg", 9)
+    source = bind_source(VOCFolder(str(tmp_path)))
     assert paths_of(source, tmp_path) == ["a.jpg", "empty.jpg"]
     assert source.read(0).boxes_xyxy_px.tolist() == [GOOD_BOX]
     assert source.read(1).boxes_xyxy_px.shape == (0, 4)
-    said = sorted(source.faults)
-    assert said[0] == f"{file}: object 2 has no name, skipped"
-    assert said[1] == f"{file}: object 3 has no usable box, skipped"
-    assert said[2].startswith(f"{empty}: not readable XML")
-    assert len(said) == 3
+    message = sorted(source.faults)
+    assert message[0] == f"{file}: object 2 has no name, skipped"
+    assert message[1] == f"{file}: object 3 has no usable box, skipped"
+    assert message[2].startswith(f"{empty}: not readable XML")
+    assert len(message) == 3
 
 
-def test_voc_takes_the_image_of_the_files_own_name_first(tmp_path, write_voc):
+def test_voc_prefers_the_image_with_the_name_of_the_xml_file(tmp_path, write_voc):
     file = write_voc(tmp_path, "a", [GOOD_VOC])
     (tmp_path / "b.xml").write_text(file.read_text())  # a copy, with a.jpg still inside
-    plain(tmp_path / "b.png", 9)
-    plain(tmp_path / "c_named_within.png", 9)
+    save_grey(tmp_path / "b.png", 9)
+    save_grey(tmp_path / "c_named_within.png", 9)
     text = file.read_text().replace("a.jpg", "C:\\photos\\c_named_within.png")
     (tmp_path / "c.xml").write_text(text)
-    source = bound(VOCFolder(str(tmp_path)))
+    source = bind_source(VOCFolder(str(tmp_path)))
     assert paths_of(source, tmp_path) == ["a.jpg", "b.png", "c_named_within.png"]
 
 
-def test_a_stated_size_that_is_wrong_costs_no_object(tmp_path, write_voc):
+def test_wrong_annotated_size_drops_no_object(tmp_path, write_voc):
     # width and height are swapped, as programs write that overlook how a photo is turned
     write_voc(tmp_path, "a", [("apple", 51, 11, 60, 40), GOOD_VOC], (64, 48), (48, 64))
-    source = bound(VOCFolder(str(tmp_path)))
+    source = bind_source(VOCFolder(str(tmp_path)))
     assert source.read(0).boxes_xyxy_px.tolist() == [[50, 10, 60, 40], GOOD_BOX]
-    assert "is 64 x 48, its annotation says 48 x 64" in "".join(
+    assert "is 64 x 48, but annotated as 48 x 64" in "".join(
         [*source.faults, *source.read(0).faults]
     )
 
@@ -115,7 +115,7 @@ def test_a_stated_size_that_is_wrong_costs_no_object(tmp_path, write_voc):
 
 
 @pytest.mark.parametrize(
-    ("bbox", "kept", "said"),
+    ("bbox", "expected", "message"),
     [
         ([float("nan"), 1, 9, 9], [], "has no usable box, skipped"),
         ([1, 1, float("inf"), 9], [], "has no usable box, skipped"),
@@ -127,23 +127,23 @@ def test_a_stated_size_that_is_wrong_costs_no_object(tmp_path, write_voc):
         ([40, 30, -29, -25], [[11, 5, 40, 30]], "has swapped corners, repaired"),
         ([70, 5, 10, 10], [], "lies outside the image, skipped"),
         ([-20, 5, 20, 10], [], "lies outside the image, skipped"),
-        ([32, 24, 100, 100], [[32, 24, 64, 48]], "reaches over the edge, clipped"),
+        ([32, 24, 100, 100], [[32, 24, 64, 48]], "extends beyond the image, clipped"),
         ([32, 24, 33, 24], [[32, 24, 64, 48]], None),
         ([1.5, 2.25, 10, 10], [[1.5, 2.25, 11.5, 12.25]], None),
     ],
 )
-def test_a_bad_coco_annotation(tmp_path, bbox, kept, said):
-    plain(tmp_path / "a.jpg")
+def test_invalid_coco_annotation(tmp_path, bbox, expected, message):
+    save_grey(tmp_path / "a.jpg")
     bad = {"id": 7, "image_id": 5, "category_id": 90, "bbox": bbox}
     file = write_coco(tmp_path / "ann.json", [bad, GOOD_COCO])
-    source = bound(COCOJson(str(file)))
-    assert source.read(0).boxes_xyxy_px.tolist() == [*kept, GOOD_BOX]
-    assert source.faults == ([f"{file}: annotation 7 (a.jpg) {said}"] if said else [])
-    assert source.shapes_wh_px()[0].tolist() == sizes_of([*kept, GOOD_BOX])
+    source = bind_source(COCOJson(str(file)))
+    assert source.read(0).boxes_xyxy_px.tolist() == [*expected, GOOD_BOX]
+    assert source.faults == ([f"{file}: annotation 7 (a.jpg) {message}"] if message else [])
+    assert source.shapes_wh_px()[0].tolist() == sizes_of([*expected, GOOD_BOX])
 
 
-def test_coco_annotations_of_nothing_known_are_skipped_and_named(tmp_path):
-    plain(tmp_path / "a.jpg")
+def test_coco_annotations_without_image_or_category_are_skipped_and_reported(tmp_path):
+    save_grey(tmp_path / "a.jpg")
     images = [
         {"id": 5, "file_name": "a.jpg"},
         {"id": 6, "file_name": "gone.jpg"},
@@ -160,65 +160,65 @@ def test_coco_annotations_of_nothing_known_are_skipped_and_named(tmp_path):
         {**box, "id": 6, "image_id": 5},
     ]
     file = write_coco(tmp_path / "ann.json", annotations, images)
-    source = bound(COCOJson(str(file)))
+    source = bind_source(COCOJson(str(file)))
     assert len(source) == 1
     assert source.read(0).boxes_xyxy_px.tolist() == [GOOD_BOX]
     assert sorted(source.faults) == [
         f"{file}: annotation 2 has the unknown category 1, skipped",
-        f"{file}: annotation 3 (a.jpg) stands there twice, one skipped",
+        f"{file}: annotation 3 (a.jpg) is listed twice, one skipped",
         f"{file}: annotation 5 belongs to no image (77), skipped",
         f"{file}: annotation 6 has the unknown category None, skipped",
-        f"{file}: image 5 stands there twice, one skipped",
+        f"{file}: image 5 is listed twice, one skipped",
         f"{file}: image 6: {tmp_path / 'gone.jpg'} is missing, skipped",
         f"{file}: image 8 has no id or no file_name, skipped",
     ]
 
 
 def test_coco_ids_are_never_labels(tmp_path):
-    plain(tmp_path / "a.jpg")
+    save_grey(tmp_path / "a.jpg")
     file = write_coco(
         tmp_path / "ann.json", [{**GOOD_COCO, "category_id": 90, "bbox": [1, 2, 3, 4]}, GOOD_COCO]
     )
-    source = bound(COCOJson(str(file)))
+    source = bind_source(COCOJson(str(file)))
     assert source.read(0).labels.tolist() == [0, 1]
     assert source.nodes.tolist() == [0, 1]
     assert source.name_counts() == {"apple": 1, "banana": 1}
 
 
-def test_coco_categories_of_one_name_are_one_class(tmp_path):
-    plain(tmp_path / "a.jpg")
+def test_coco_categories_with_the_same_name_are_one_class(tmp_path):
+    save_grey(tmp_path / "a.jpg")
     categories = [{"id": k, "name": name} for k, name in ((1, "apple"), (5, "apple"), (9, "kiwi"))]
     annotations = [
         {"id": k, "image_id": 5, "category_id": category, "bbox": [k, 2, 3, 4]}
         for k, category in enumerate((5, 1, 5))
     ]
     file = write_coco(tmp_path / "ann.json", annotations, categories=categories)
-    source = bound(COCOJson(str(file)))  # kiwi has no boxes, so nobody misses it in the tree
+    source = bind_source(COCOJson(str(file)))  # kiwi has no boxes, so nobody misses it in the tree
     assert source.read(0).labels.tolist() == [0, 0, 0]
     assert source.node_counts() == {0: {"apple": 3}}
     assert source.read(0).boxes_xyxy_px[:, 0].tolist() == [0, 1, 2]
 
 
-def test_coco_objects_stay_with_their_images_in_whatever_order_they_come(tmp_path):
+def test_coco_objects_belong_to_their_images_in_any_order(tmp_path):
     for name in "abc":
-        plain(tmp_path / f"{name}.jpg")
+        save_grey(tmp_path / f"{name}.jpg")
     images = [{"id": k, "file_name": f"{name}.jpg"} for k, name in ((9, "a"), (2, "b"), (4, "c"))]
     annotations = [
         {"id": k, "image_id": image, "category_id": 3, "bbox": [k, 0, 5, 5]}
         for k, image in enumerate((4, 9, 4, 9, 4))
     ]
-    source = bound(COCOJson(str(write_coco(tmp_path / "ann.json", annotations, images))))
+    source = bind_source(COCOJson(str(write_coco(tmp_path / "ann.json", annotations, images))))
     left = [source.read(k).boxes_xyxy_px[:, 0].tolist() for k in range(3)]
     assert left == [[1, 3], [], [0, 2, 4]]
 
 
 def test_regions_of_a_crowd_are_evaluated_but_not_trained(tmp_path):
-    plain(tmp_path / "a.jpg")
+    save_grey(tmp_path / "a.jpg")
     region = {"id": 2, "image_id": 5, "category_id": 3, "bbox": [20, 4, 30, 40], "iscrowd": 1}
     # regions may repeat each other: they are no objects
     file = write_coco(tmp_path / "ann.json", [region, GOOD_COCO, {**region, "id": 3}])
     source = COCOJson(str(file))
-    data = data_of(detection=source, validation=source, detection_batch_size=1)
+    data = set_up_data(detection=source, validation=source, detection_batch_size=1)
     sample = source.read(0)
     assert sample.crowd.tolist() == sample.difficult.tolist() == [True, False, True]
     assert source.faults == []
@@ -247,20 +247,20 @@ def test_regions_of_a_crowd_are_evaluated_but_not_trained(tmp_path):
         ("annotations/train.json", "."),
     ],
 )
-def test_coco_images_are_found_where_they_usually_lie(tmp_path, file, folder):
-    plain(tmp_path / folder / "a.jpg")
-    plain(tmp_path / "val2017/b.jpg")
-    source = bound(COCOJson(str(write_coco(tmp_path / file, [GOOD_COCO]))))
+def test_coco_images_are_found_in_the_usual_folders(tmp_path, file, folder):
+    save_grey(tmp_path / folder / "a.jpg")
+    save_grey(tmp_path / "val2017/b.jpg")
+    source = bind_source(COCOJson(str(write_coco(tmp_path / file, [GOOD_COCO]))))
     assert paths_of(source, tmp_path) == [os.path.normpath(f"{folder}/a.jpg")]
 
 
-def test_coco_images_may_lie_in_a_folder_that_is_named(tmp_path):
-    plain(tmp_path / "far away/deep/a.jpg")
+def test_coco_images_in_a_given_folder(tmp_path):
+    save_grey(tmp_path / "far away/deep/a.jpg")
     images = [{"id": 5, "file_name": "deep/a.jpg"}]
     file = write_coco(tmp_path / "here/ann.json", [GOOD_COCO], images)
     with pytest.raises(InputError, match=r"ann\.json: its images are in none of .*images: …"):
         COCOJson(str(file)).bind(FRUIT)
-    source = bound(COCOJson(str(file), images=str(tmp_path / "far away")))
+    source = bind_source(COCOJson(str(file), images=str(tmp_path / "far away")))
     assert paths_of(source, tmp_path) == ["far away/deep/a.jpg"]
     with pytest.raises(InputError, match="COCO images: folder 'nowhere' not found"):
         COCOJson(str(file), images="nowhere").bind(FRUIT)
@@ -287,14 +287,14 @@ def test_coco_images_may_lie_in_a_folder_that_is_named(tmp_path):
         '"categories": [{"id": [1], "name": "apple"}]}',
     ],
 )
-def test_a_malformed_coco_file_is_named(tmp_path, text):
-    plain(tmp_path / "a.jpg")
+def test_malformed_coco_file_raises(tmp_path, text):
+    save_grey(tmp_path / "a.jpg")
     file = write(tmp_path / "ann.json", text)
     with pytest.raises(InputError, match=r"ann\.json: not a COCO annotation file \("):
         COCOJson(str(file)).bind(FRUIT)
 
 
-def test_a_coco_file_that_is_no_text_or_not_there_is_named(tmp_path):
+def test_missing_or_binary_coco_file_raises(tmp_path):
     file = tmp_path / "ann.json"
     with pytest.raises(InputError, match=r"COCO annotations: file '.*ann\.json' not found"):
         COCOJson(str(file)).bind(FRUIT)
@@ -303,42 +303,42 @@ def test_a_coco_file_that_is_no_text_or_not_there_is_named(tmp_path):
         COCOJson(str(file)).bind(FRUIT)
 
 
-def test_coco_annotation_ids_may_be_of_any_kind(tmp_path):
-    plain(tmp_path / "a.jpg")
+def test_coco_annotation_ids_of_any_type(tmp_path):
+    save_grey(tmp_path / "a.jpg")
     ids = [10**30, "seven", None]
     annotations = [{**GOOD_COCO, "id": k, "bbox": [n, 0, 5, 5]} for n, k in enumerate(ids)]
-    source = bound(COCOJson(str(write_coco(tmp_path / "ann.json", annotations))))
+    source = bind_source(COCOJson(str(write_coco(tmp_path / "ann.json", annotations))))
     assert len(source.read(0).labels) == 3
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_coco_images_outside_need_leave(tmp_path, absolute):
-    plain(tmp_path / "inner/a.jpg")
-    outer = plain(tmp_path / "outer/b.jpg")
+def test_coco_images_outside_the_folder_need_allow_outside(tmp_path, absolute):
+    save_grey(tmp_path / "inner/a.jpg")
+    outer = save_grey(tmp_path / "outer/b.jpg")
     name = str(outer) if absolute else "../outer/b.jpg"
     images = [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": name}]
     file = write_coco(tmp_path / "inner/ann.json", [GOOD_COCO], images)
     with pytest.raises(InputError, match=r"image 6: path '.*b\.jpg' leaves .*allow_outside: true"):
         COCOJson(str(file)).bind(FRUIT)
-    source = bound(COCOJson(str(file), allow_outside=True))
+    source = bind_source(COCOJson(str(file), allow_outside=True))
     assert [source.image_path(k) for k in range(2)] == [tmp_path / "inner/a.jpg", outer]
     assert source.faults == []
 
 
-def test_an_absolute_path_does_not_tell_where_the_others_lie(tmp_path):
-    plain(tmp_path / "images/a.jpg")
-    far = plain(tmp_path / "far/b.jpg")
+def test_absolute_paths_do_not_decide_the_image_folder(tmp_path):
+    save_grey(tmp_path / "images/a.jpg")
+    far = save_grey(tmp_path / "far/b.jpg")
     images = [{"id": 6, "file_name": str(far)}, {"id": 5, "file_name": "a.jpg"}]
     file = write_coco(tmp_path / "ann.json", [GOOD_COCO], images)
-    source = bound(COCOJson(str(file), allow_outside=True))
+    source = bind_source(COCOJson(str(file), allow_outside=True))
     assert paths_of(source, tmp_path) == ["far/b.jpg", "images/a.jpg"]
 
 
-def test_a_path_that_turns_back_inside_stays_inside(tmp_path):
-    plain(tmp_path / "images/a.jpg")
+def test_parent_folder_inside_a_path_is_allowed(tmp_path):
+    save_grey(tmp_path / "images/a.jpg")
     images = [{"id": 5, "file_name": "deep/../a.jpg"}]
     file = write_coco(tmp_path / "ann.json", [GOOD_COCO], images)
-    source = bound(COCOJson(str(file), images=str(tmp_path / "images")))
+    source = bind_source(COCOJson(str(file), images=str(tmp_path / "images")))
     assert paths_of(source, tmp_path) == ["images/a.jpg"]
 
 
@@ -346,7 +346,7 @@ def test_a_path_that_turns_back_inside_stays_inside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "kept", "said"),
+    ("line", "expected", "message"),
     [
         ("0 nan 0.5 0.5 0.5", [], " has no usable box, skipped"),
         ("0 0.5 0.5 inf 0.5", [], " has no usable box, skipped"),
@@ -356,12 +356,12 @@ def test_a_path_that_turns_back_inside_stays_inside(tmp_path):
         ("0 0.5 0.5 0 0.5", [], " has no area, skipped"),
         ("0 0.5 0.5 -0.5 0.5", [[16, 12, 48, 36]], " has swapped corners, repaired"),
         ("0 1.5 0.5 0.25 0.25", [], " lies outside the image, skipped"),
-        ("0 1.0 0.5 0.5 0.5", [[48, 12, 64, 36]], " reaches over the edge, clipped"),
+        ("0 1.0 0.5 0.5 0.5", [[48, 12, 64, 36]], " extends beyond the image, clipped"),
         ("0 0.5 0.5 1.001 1", [[0, 0, 64, 48]], None),
         ("2 0.5 0.5 0.5 0.5", [], ": class 2, allowed: 0 … 1, skipped"),
         ("-1 0.5 0.5 0.5 0.5", [], ": class -1, allowed: 0 … 1, skipped"),
-        ("apple 0.5 0.5 0.5 0.5", [], ": 'apple 0.5 0.5 0.5 0.5' is no object, skipped"),
-        ("0,0.5,0.5,0.5,0.5", [], ": '0,0.5,0.5,0.5,0.5' is no object, skipped"),
+        ("apple 0.5 0.5 0.5 0.5", [], ": 'apple 0.5 0.5 0.5 0.5' is not an object, skipped"),
+        ("0,0.5,0.5,0.5,0.5", [], ": '0,0.5,0.5,0.5,0.5' is not an object, skipped"),
         # six columns: the last one is a confidence
         ("0 0.5 0.5 0.5 0.5 0.9", [[16, 12, 48, 36]], None),
         # polygons, the box around them; four corners of a turned box are one too
@@ -369,53 +369,53 @@ def test_a_path_that_turns_back_inside_stays_inside(tmp_path):
         ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5", [[16, 12, 48, 36]], None),
     ],
 )
-def test_a_bad_yolo_line(tmp_path, line, kept, said):
-    plain(tmp_path / "images/a.jpg")
+def test_invalid_yolo_line(tmp_path, line, expected, message):
+    save_grey(tmp_path / "images/a.jpg")
     file = write(tmp_path / "labels/a.txt", f"{line}\n\n1 0.25 0.25 0.5 0.5\n")
-    source = bound(YOLOText(str(tmp_path), names=["apple", "banana"]))
-    assert source.read(0).boxes_xyxy_px.tolist() == [*kept, [0, 0, 32, 24]]
-    assert source.faults == ([f"{file}:1{said}"] if said else [])
-    assert source.shapes_wh_px()[0].tolist() == sizes_of([*kept, [0, 0, 32, 24]])
+    source = bind_source(YOLOText(str(tmp_path), names=["apple", "banana"]))
+    assert source.read(0).boxes_xyxy_px.tolist() == [*expected, [0, 0, 32, 24]]
+    assert source.faults == ([f"{file}:1{message}"] if message else [])
+    assert source.shapes_wh_px()[0].tolist() == sizes_of([*expected, [0, 0, 32, 24]])
 
 
-def test_yolo_files_that_are_missing_or_empty_are_images_without_objects(tmp_path):
+def test_missing_or_empty_yolo_files_mean_no_objects(tmp_path):
     for name in ("a", "b", "c", "d"):
-        plain(tmp_path / f"images/{name}.jpg")
+        save_grey(tmp_path / f"images/{name}.jpg")
     twice = write(tmp_path / "labels/a.txt", "0 0.5 0.5 0.5 0.5\n" * 2)
     empty = write(tmp_path / "labels/b.txt", "\n")
     missing = tmp_path / "labels/c.txt"
     binary = tmp_path / "labels/d.txt"
     binary.write_bytes(b"0 0.5 \xff\xfe")
-    source = bound(YOLOText(str(tmp_path), names=["apple"]))
+    source = bind_source(YOLOText(str(tmp_path), names=["apple"]))
     assert [len(source.read(k).labels) for k in range(4)] == [1, 0, 0, 0]
-    said = sorted(source.faults)
-    assert said[:3] == [
-        f"{twice}:2 stands there twice, one skipped",
-        f"{empty}: empty, its image taken as without objects",
-        f"{missing}: no such file, images/c.jpg taken as without objects",
+    message = sorted(source.faults)
+    assert message[:3] == [
+        f"{twice}:2 is listed twice, one skipped",
+        f"{empty}: empty, its image is treated as having no objects",
+        f"{missing}: no such file, images/c.jpg is treated as having no objects",
     ]
-    assert said[3].startswith(f"{binary}: not readable (")
-    assert len(said) == 4
+    assert message[3].startswith(f"{binary}: not readable (")
+    assert len(message) == 4
 
 
-def test_a_dataset_without_a_single_object_serves(tmp_path):
-    plain(tmp_path / "images/a.jpg")
+def test_dataset_without_objects_can_be_validated_on(tmp_path):
+    save_grey(tmp_path / "images/a.jpg")
     write(tmp_path / "labels/a.txt", "")
     source = YOLOText(str(tmp_path), names=["apple"])
-    labelled = plain(tmp_path / "labelled/apple/b.jpg").parent.parent
-    data = data_of(classification=ImageFolder(str(labelled)), validation=source)
+    labelled = save_grey(tmp_path / "labelled/apple/b.jpg").parent.parent
+    data = set_up_data(classification=ImageFolder(str(labelled)), validation=source)
     assert source.nodes.tolist() == []
     (batch,) = list(data.val_dataloader())
     assert batch.labels.tolist() == [[-1] * 8]
-    with pytest.raises(InputError, match="data.detection: YOLO .* holds no box to learn from"):
-        data_of(detection=source)
+    with pytest.raises(InputError, match="data.detection: YOLO .* contains no box to learn from"):
+        set_up_data(detection=source)
 
 
-def test_a_crowd_and_a_difficult_object_cost_no_other_object(tmp_path, write_voc):
-    plain(tmp_path / "a.jpg")
+def test_duplicates_of_crowds_and_difficult_objects_keep_the_easy_object(tmp_path, write_voc):
+    save_grey(tmp_path / "a.jpg")
     crowd = {**GOOD_COCO, "id": 2, "iscrowd": 1}
     file = write_coco(tmp_path / "ann.json", [crowd, GOOD_COCO])
-    sample = bound(COCOJson(str(file))).read(0)
+    sample = bind_source(COCOJson(str(file))).read(0)
     assert sample.crowd.tolist() == [True, False]
     write_voc(tmp_path / "voc", "v", [("apple", 1, 1, 9, 9)], difficult=1)
     xml = tmp_path / "voc/v.xml"
@@ -423,4 +423,4 @@ def test_a_crowd_and_a_difficult_object_cost_no_other_object(tmp_path, write_voc
     hard = text[text.index("<object>") : text.index("</annotation>")]
     easy = hard.replace(">1</diff", ">0</diff")
     xml.write_text(text.replace("</annotation>", f"{easy}</annotation>"))
-    assert bound(VOCFolder(str(tmp_path / "voc"))).read(0).difficult.tolist() == [False]
+    assert bind_source(VOCFolder(str(tmp_path / "voc"))).read(0).difficult.tolist() == [False]

@@ -1,4 +1,4 @@
-"""Every source in its usual layout: names, unknown labels, and the index that is kept."""
+"""Every file source: mapping of labels, and the cached index."""
 
 import mmap
 import os
@@ -17,12 +17,12 @@ from tests.helpers.miniatures import (
     GOOD_YOLO,
     SOURCES,
     WNIDS,
-    bound,
+    bind_source,
     build_coco,
     build_folders,
     build_voc,
     build_yolo,
-    plain,
+    save_grey,
     write,
     write_devkit,
     write_ilsvrc,
@@ -34,8 +34,8 @@ from yolo_lightning.errors import InputError
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_a_mapping_says_what_labels_are_called_in_the_tree(tmp_path, kind):
-    source = bound(SOURCES[kind](tmp_path)(mapping=FRENCH))
+def test_mapping_gives_the_nodes_of_labels(tmp_path, kind):
+    source = bind_source(SOURCES[kind](tmp_path)(mapping=FRENCH))
     assert source.node_counts() == {0: {"pomme": 1}, 1: {"banane": 1}}
     assert source.nodes.tolist() == [0, 1]
     for k in range(2):
@@ -44,8 +44,8 @@ def test_a_mapping_says_what_labels_are_called_in_the_tree(tmp_path, kind):
         assert label == (0 if source.image_path(k).stem[-1] in "a1" else 1)
 
 
-# where each source meets the labels first, below its folder
-MET = {
+# where the labels first occur in each source, relative to its folder
+ORIGINS = {
     "VOC": ("a.xml: object 1", "b.xml: object 1"),
     "VOC devkit": ("Annotations/a.xml: object 1", "Annotations/b.xml: object 1"),
     "ILSVRC": (
@@ -64,15 +64,15 @@ MET = {
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_all_unknown_labels_come_in_one_message(tmp_path, kind):
+def test_unknown_labels_are_reported_in_one_message(tmp_path, kind):
     source = SOURCES[kind](tmp_path)()
     with pytest.raises(InputError) as caught:
         source.bind(FRUIT)
-    said = str(caught.value)
-    for name, place in zip(("pomme", "banane"), MET[kind], strict=True):
-        assert f"{tmp_path / place}: label {name!r} is not in the tree" in said
-    assert "did you mean 'banana'?" in said
-    assert "mapping: {label: node}" in said
+    message = str(caught.value)
+    for name, place in zip(("pomme", "banane"), ORIGINS[kind], strict=True):
+        assert f"{tmp_path / place}: label {name!r} is not in the tree" in message
+    assert "did you mean 'banana'?" in message
+    assert "mapping: {label: node}" in message
     with pytest.raises(InputError) as caught:
         SOURCES[kind](tmp_path)(mapping={"pomme": "apple", "banane": "kiwi"}).bind(FRUIT)
     assert "'kiwi' is not in the tree" in str(caught.value)
@@ -80,11 +80,13 @@ def test_all_unknown_labels_come_in_one_message(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["VOC", "COCO", "YOLO", "class folders", "table"])
-def test_a_source_without_images_is_refused(tmp_path, kind):
+def test_source_without_images_raises(tmp_path, kind):
     make = SOURCES[kind](tmp_path)
     for file in [*tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.xml")]:
         file.unlink()
-    with pytest.raises(InputError, match="no annotated images|holds no images|images are in none"):
+    with pytest.raises(
+        InputError, match="no annotated images|contains no images|images are in none"
+    ):
         make().bind(FRUIT)
 
 
@@ -92,22 +94,22 @@ def test_a_source_without_images_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_a_second_open_parses_nothing(tmp_path, monkeypatch, kind):
+def test_second_load_does_not_parse(tmp_path, monkeypatch, kind):
     make = SOURCES[kind](tmp_path)
     cache = tmp_path / index.CACHE_FOLDER
     cache.mkdir()
-    os.utime(cache, ns=(10**18, 10**18))  # so that saving in it changes its time for certain
-    first = make().open()
+    os.utime(cache, ns=(10**18, 10**18))  # saving a file in it then changes its time
+    first = make().load_index()
     source = make()
 
     def parse(self: Any) -> None:
         raise AssertionError("parsed again")
 
     monkeypatch.setattr(type(source), "_parse", parse)
-    second = source.open()
-    assert second.facts == first.facts
+    second = source.load_index()
+    assert second.metadata == first.metadata
     for name, array in first.arrays.items():
-        assert np.array_equal(second[name], array), name
+        assert np.array_equal(second.arrays[name], array), name
 
 
 def count_parses(monkeypatch: pytest.MonkeyPatch, source: Any) -> list[str]:
@@ -122,13 +124,13 @@ def count_parses(monkeypatch: pytest.MonkeyPatch, source: Any) -> list[str]:
 
 
 def touch(path: Path) -> None:
-    """Say that a file or folder changed a second later."""
+    """Set the modification time of a file or folder one second later."""
     later = path.stat().st_mtime_ns + 10**9
     os.utime(path, ns=(later, later))
 
 
 def rewrite(file: Path, old: str, new: str) -> None:
-    """Change a file in its place: same size, so that the time alone tells."""
+    """Change a file but not its size, so that only the modification time differs."""
     assert len(old) == len(new)
     text = file.read_text()
     assert old in text
@@ -153,18 +155,18 @@ def rewrite(file: Path, old: str, new: str) -> None:
         ("ImageNet validation", "val_synsets.txt", "pomme", "poire"),
     ],
 )
-def test_a_changed_annotation_is_parsed_again(tmp_path, kind, file, old, new):
+def test_changed_annotation_is_parsed_again(tmp_path, kind, file, old, new):
     make = SOURCES[kind](tmp_path)
     assert make().name_counts()["pomme"] == 1
     rewrite(tmp_path / file, old, new)
     assert make().name_counts()["pomme"] == 0
 
 
-def test_a_changed_list_of_ilsvrc_is_parsed_again(tmp_path):
+def test_changed_ilsvrc_image_set_is_parsed_again(tmp_path):
     write_ilsvrc(tmp_path)
-    assert bound(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS).nodes.tolist() == [0]
+    assert bind_source(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS).nodes.tolist() == [0]
     rewrite(tmp_path / "ImageSets/DET/val_part.txt", "v_2", "v_1")
-    assert bound(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS).nodes.tolist() == [1]
+    assert bind_source(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS).nodes.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -181,23 +183,23 @@ def test_a_changed_list_of_ilsvrc_is_parsed_again(tmp_path):
         ("ImageNet", "train/poire/c.jpg"),
     ],
 )
-def test_a_new_file_in_a_folder_is_found(tmp_path, kind, file):
+def test_new_file_in_a_folder_is_found(tmp_path, kind, file):
     make = SOURCES[kind](tmp_path)
     before = make()
-    before.open()
+    before.load_index()
     place = tmp_path / file
     if place.suffix == ".xml":
         shutil.copy(place.with_name("a.xml"), place)
         data = str(place.parent).replace("Annotations", "Data")
-        plain(Path(data) / "c.jpg")
+        save_grey(Path(data) / "c.jpg")
     else:
-        plain(place)
+        save_grey(place)
     for folder in (place.parent, place.parent.parent):
         touch(folder)
     assert (len(before), len(make())) == (2, 3)
 
 
-def test_a_label_file_that_appears_is_found(tmp_path):
+def test_new_label_file_is_found(tmp_path):
     make = build_yolo(tmp_path)
     (tmp_path / "labels/a.txt").unlink()
     assert make().name_counts()["banane"] == 1
@@ -207,37 +209,35 @@ def test_a_label_file_that_appears_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["COCO images", "table root"])
-def test_a_relative_folder_means_another_place_in_another_working_folder(
-    tmp_path, monkeypatch, option
-):
+def test_relative_folder_depends_on_the_working_folder(tmp_path, monkeypatch, option):
     kind, name = option.split()
     make = SOURCES[kind](tmp_path / "set")
     for place in ("one", "two"):
-        plain(tmp_path / place / "pictures/a.jpg")
-        plain(tmp_path / place / "pictures/b.jpg")
+        save_grey(tmp_path / place / "pictures/a.jpg")
+        save_grey(tmp_path / place / "pictures/b.jpg")
         monkeypatch.chdir(tmp_path / place)
         source = make(**{name: "pictures"})
         assert source.image_path(0) == tmp_path / place / "pictures/a.jpg"
 
 
-def test_options_have_indices_of_their_own(tmp_path, write_voc):
+def test_each_set_of_options_has_its_own_index(tmp_path, write_voc):
     write_devkit(tmp_path, write_voc, 2007, {"train": "a", "val": "b"})
     root = str(tmp_path / "VOC2007")
     for split, name in (("train", "2007_a"), ("val", "2007_b"), ("train", "2007_a")):
         assert VOCFolder(root, split).image_path(0).stem == name
 
 
-# --- where indices are kept, and how they are opened
+# --- the cache
 
 
-def the_index(root: Path) -> Path:
+def index_file_in(root: Path) -> Path:
     (file,) = root.glob("*.index")
     return file
 
 
-def test_an_index_of_another_version_is_made_anew(tmp_path, monkeypatch):
+def test_index_of_another_version_is_rebuilt(tmp_path, monkeypatch):
     make = build_folders(tmp_path)
-    make().open()
+    make().load_index()
     parses = count_parses(monkeypatch, make())
     monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
     assert len(make()) == 2
@@ -247,28 +247,28 @@ def test_an_index_of_another_version_is_made_anew(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999])
-def test_an_index_that_was_cut_off_is_made_anew(tmp_path, monkeypatch, share):
+def test_truncated_index_is_rebuilt(tmp_path, monkeypatch, share):
     make = build_coco(tmp_path)
-    whole = make().open()
-    file = the_index(tmp_path / index.CACHE_FOLDER)
+    whole = make().load_index()
+    file = index_file_in(tmp_path / index.CACHE_FOLDER)
     data = file.read_bytes()
     file.unlink()
     file.write_bytes(data[: int(len(data) * share)])
     parses = count_parses(monkeypatch, make())
-    again = make().open()
+    again = make().load_index()
     assert len(parses) == 1
-    assert again.facts == whole.facts
+    assert again.metadata == whole.metadata
     assert file.read_bytes()[:10] == data[:10]
-    make().open()
+    make().load_index()
     assert len(parses) == 1
 
 
-def test_nothing_half_written_stays_behind(tmp_path):
-    build_coco(tmp_path)().open()
+def test_no_temporary_file_remains(tmp_path):
+    build_coco(tmp_path)().load_index()
     assert [file.suffix for file in (tmp_path / index.CACHE_FOLDER).iterdir()] == [".index"]
 
 
-def test_the_index_of_a_read_only_folder_is_kept_in_the_users_cache(tmp_path, monkeypatch):
+def test_index_of_a_read_only_folder_is_in_the_user_cache(tmp_path, monkeypatch):
     root = tmp_path / "set"
     make = build_folders(root)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -276,7 +276,7 @@ def test_the_index_of_a_read_only_folder_is_kept_in_the_users_cache(tmp_path, mo
     root.chmod(0o555)
     try:
         assert len(make()) == 2
-        assert the_index(tmp_path / "cache/yolo-lightning").is_file()
+        assert index_file_in(tmp_path / "cache/yolo-lightning").is_file()
         assert not (root / index.CACHE_FOLDER).exists()
         parses = count_parses(monkeypatch, make())
         assert len(make()) == 2
@@ -285,11 +285,11 @@ def test_the_index_of_a_read_only_folder_is_kept_in_the_users_cache(tmp_path, mo
         root.chmod(0o755)
 
 
-def test_indices_are_kept_where_one_asks_for_it(tmp_path, monkeypatch):
+def test_cache_folder_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(index.CACHE_VARIABLE, str(tmp_path / "my/indices"))
     make = build_folders(tmp_path / "set")
-    build_voc(tmp_path / "other")().open()
-    make().open()
+    build_voc(tmp_path / "other")().load_index()
+    make().load_index()
     assert len(list((tmp_path / "my/indices").glob("*.index"))) == 2
     assert not (tmp_path / "set" / index.CACHE_FOLDER).exists()
     parses = count_parses(monkeypatch, make())
@@ -297,39 +297,39 @@ def test_indices_are_kept_where_one_asks_for_it(tmp_path, monkeypatch):
     assert parses == []
 
 
-def test_where_nothing_can_be_kept_a_run_goes_on(tmp_path, monkeypatch):
+def test_source_works_without_a_writable_cache(tmp_path, monkeypatch):
     in_the_way = write(tmp_path / "file", "")
     monkeypatch.setenv(index.CACHE_VARIABLE, str(in_the_way / "below"))
     make = build_folders(tmp_path / "set")
-    source = bound(make(mapping=FRENCH))
+    source = bind_source(make(mapping=FRENCH))
     assert len(source) == 2
     again = pickle.loads(pickle.dumps(source))
     assert again.image_name(1) == source.image_name(1)
 
 
-def test_a_source_goes_to_a_worker_as_the_path_of_its_index(tmp_path):
+def test_source_is_pickled_as_the_path_of_its_index(tmp_path):
     (tmp_path / "pomme").mkdir()
     for k in range(400):
         (tmp_path / "pomme" / f"a picture with a long name, number {k}.jpg").touch()
-    source = bound(ImageFolder(str(tmp_path), mapping=FRENCH))
-    opened = source.open()
+    source = bind_source(ImageFolder(str(tmp_path), mapping=FRENCH))
+    opened = source.load_index()
     assert sum(array.nbytes for array in opened.arrays.values()) > 15_000
     packed = pickle.dumps(opened)
     assert len(packed) < 600
     assert len(pickle.dumps(source)) < 3000
     again = pickle.loads(packed)
     assert again.file == opened.file
-    assert again.facts == opened.facts
+    assert again.metadata == opened.metadata
     assert again.arrays.keys() == opened.arrays.keys()
     for name, array in opened.arrays.items():
-        assert again[name].dtype == array.dtype
-        assert np.array_equal(again[name], array)
-    assert again.text("images", 7) == opened.text("images", 7)
+        assert again.arrays[name].dtype == array.dtype
+        assert np.array_equal(again.arrays[name], array)
+    assert pickle.loads(pickle.dumps(source)).image_path(7) == source.image_path(7)
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_indices_are_mapped_not_read(tmp_path, kind):
-    opened = SOURCES[kind](tmp_path)().open()
+def test_index_is_memory_mapped(tmp_path, kind):
+    opened = SOURCES[kind](tmp_path)().load_index()
     for name, array in opened.arrays.items():
         base: Any = array
         while not isinstance(base, mmap.mmap):

@@ -1,4 +1,4 @@
-"""Layouts of datasets: what each one holds, how it is recognised, and several together."""
+"""Layouts of datasets, autodetection, and lists of sources."""
 
 import os
 from pathlib import Path
@@ -16,12 +16,12 @@ from tests.helpers.miniatures import (
     GOOD_YOLO,
     LABELS,
     WNIDS,
-    bound,
+    bind_source,
     build_folders,
     build_yolo,
-    data_of,
     paths_of,
-    plain,
+    save_grey,
+    set_up_data,
     write,
     write_coco,
     write_devkit,
@@ -44,11 +44,11 @@ from yolo_lightning.tree.wordtree import WordTree
 # --- Pascal VOC and ILSVRC
 
 
-def test_voc_years_follow_each_other(tmp_path, write_voc):
+def test_voc_years_are_concatenated(tmp_path, write_voc):
     write_devkit(tmp_path, write_voc, 2007, {"train": "b", "trainval": "ab"})
     write_devkit(tmp_path, write_voc, 2012, {"train": "a", "trainval": "ba"})
     write_devkit(tmp_path, write_voc, 2010, {"trainval": "a"})
-    source = bound(VOCFolder(str(tmp_path), "trainval", years=[2012, 2007]))
+    source = bind_source(VOCFolder(str(tmp_path), "trainval", years=[2012, 2007]))
     assert paths_of(source, tmp_path) == [
         "VOC2012/JPEGImages/2012_b.jpg",
         "VOC2012/JPEGImages/2012_a.jpg",
@@ -64,23 +64,23 @@ def test_voc_years_follow_each_other(tmp_path, write_voc):
         VOCFolder(str(tmp_path), "test", years=[2007]).bind(FRUIT)
 
 
-def test_a_voc_devkit_without_years_says_what_to_name(tmp_path, write_voc):
+def test_voc_devkit_without_years_raises_with_a_hint(tmp_path, write_voc):
     write_devkit(tmp_path, write_voc, 2007, {"train": "a"})
     write_devkit(tmp_path, write_voc, 2012, {"train": "a"})
-    with pytest.raises(InputError, match=r"holds VOC2007, VOC2012: .*years: \[2007, …\]"):
+    with pytest.raises(InputError, match=r"contains VOC2007, VOC2012: .*years: \[2007, …\]"):
         VOCFolder(str(tmp_path), "train").bind(FRUIT)
 
 
-def test_a_listed_voc_file_that_is_missing_is_named(tmp_path, write_voc):
+def test_missing_listed_voc_file_is_reported(tmp_path, write_voc):
     write_devkit(tmp_path, write_voc, 2007, {"train": "ax"})
-    source = bound(VOCFolder(str(tmp_path / "VOC2007"), "train"))
+    source = bind_source(VOCFolder(str(tmp_path / "VOC2007"), "train"))
     assert len(source) == 1
     xml = tmp_path / "VOC2007/Annotations/2007_x.xml"
     assert source.faults == [f"{xml}: listed but missing, skipped"]
 
 
-def test_ilsvrc_boxes_are_taken_as_they_are(tmp_path):
-    source = bound(ILSVRCDetection(str(write_ilsvrc(tmp_path))), WNIDS)
+def test_ilsvrc_boxes_are_zero_based(tmp_path):
+    source = bind_source(ILSVRCDetection(str(write_ilsvrc(tmp_path))), WNIDS)
     below = "Data/DET/train/ILSVRC2013_train"
     assert paths_of(source, tmp_path) == [f"{below}/n01/n01_7.JPEG", f"{below}/n02/n02_3.JPEG"]
     boxes = [source.read(k).boxes_xyxy_px.tolist() for k in range(2)]
@@ -89,11 +89,11 @@ def test_ilsvrc_boxes_are_taken_as_they_are(tmp_path):
     assert source.faults == []
 
 
-def test_ilsvrc_splits_are_folders_or_lists(tmp_path):
+def test_ilsvrc_splits_are_folders_or_image_sets(tmp_path):
     write_ilsvrc(tmp_path)
-    whole = bound(ILSVRCDetection(str(tmp_path), "val"), WNIDS)
+    whole = bind_source(ILSVRCDetection(str(tmp_path), "val"), WNIDS)
     assert paths_of(whole, tmp_path) == ["Data/DET/val/v_1.JPEG", "Data/DET/val/v_2.JPEG"]
-    listed = bound(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS)
+    listed = bind_source(ILSVRCDetection(str(tmp_path), "val_part"), WNIDS)
     assert paths_of(listed, tmp_path) == ["Data/DET/val/v_2.JPEG"]
     gone = tmp_path / "Annotations/DET/val/v_9.xml"
     assert listed.faults == [f"{gone}: listed but missing, skipped"]
@@ -104,12 +104,12 @@ def test_ilsvrc_splits_are_folders_or_lists(tmp_path):
 def write_archive(root: Path) -> str:
     """Write an image of the classification challenge, with its box."""
     write_xml(root / "Annotations/CLS-LOC/train/n01/n01_7.xml", "n01", (1, 2, 3, 4))
-    plain(root / "Data/CLS-LOC/train/n01/n01_7.JPEG")
+    save_grey(root / "Data/CLS-LOC/train/n01/n01_7.JPEG")
     return str(root)
 
 
 def test_ilsvrc_boxes_of_the_classification_images(tmp_path):
-    source = bound(ILSVRCDetection(write_archive(tmp_path), challenge="CLS-LOC"), WNIDS)
+    source = bind_source(ILSVRCDetection(write_archive(tmp_path), challenge="CLS-LOC"), WNIDS)
     assert source.read(0).boxes_xyxy_px.tolist() == [[1, 2, 3, 4]]
 
 
@@ -194,18 +194,18 @@ def write_layout(root: Path, files: dict[str, str]) -> None:
     """Write files of text, and images with the files of their labels."""
     for name, content in files.items():
         if Path(name).suffix in (".jpg", ".png"):
-            plain(root / name)
+            save_grey(root / name)
             write(root / content, GOOD_YOLO)
         else:
             write(root / name, content)
 
 
 @pytest.mark.parametrize("layout", YOLO_LAYOUTS)
-def test_yolo_layouts_are_found(tmp_path, monkeypatch, layout):
+def test_yolo_layouts(tmp_path, monkeypatch, layout):
     files, root, split, expected = YOLO_LAYOUTS[layout]
     write_layout(tmp_path, files)
     monkeypatch.chdir(tmp_path)
-    source = bound(YOLOText(root, split))
+    source = bind_source(YOLOText(root, split))
     assert [os.path.normpath(path) for path in paths_of(source, tmp_path)] == expected
     assert source.faults == []
     for k in range(len(source)):
@@ -214,17 +214,17 @@ def test_yolo_layouts_are_found(tmp_path, monkeypatch, layout):
 
 
 @pytest.mark.parametrize("root", ["../set/train.txt", "../set/data.yaml"])
-def test_a_root_above_the_working_folder_is_no_way_out(tmp_path, monkeypatch, root):
+def test_root_above_the_working_folder_is_inside(tmp_path, monkeypatch, root):
     lists = {"data.yaml": f"train: train.txt\n{NAMES}", "train.txt": "images/a.jpg\n"}
     write_layout(tmp_path / "set", {**lists, "images/a.jpg": "labels/a.txt"})
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    source = bound(YOLOText(root))
+    source = bind_source(YOLOText(root))
     assert source.image_path(0).resolve() == tmp_path / "set/images/a.jpg"
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_listed_images_outside_need_leave(tmp_path, absolute):
+def test_listed_images_outside_the_folder_need_allow_outside(tmp_path, absolute):
     write_layout(tmp_path / "outer", {"images/a.jpg": "labels/a.txt"})
     outer = tmp_path / "outer/images/a.jpg"
     line = f"{outer}\n" if absolute else "../outer/images/a.jpg\n"
@@ -232,23 +232,23 @@ def test_listed_images_outside_need_leave(tmp_path, absolute):
     names = ["banana", "apple"]
     with pytest.raises(InputError, match=r"train\.txt:1: path .* leaves .*allow_outside: true"):
         YOLOText(str(listed), names=names).bind(FRUIT)
-    source = bound(YOLOText(str(listed), names=names, allow_outside=True))
+    source = bind_source(YOLOText(str(listed), names=names, allow_outside=True))
     assert source.image_path(0) == outer
     assert source.read(0).labels.tolist() == [0]
 
 
-def test_listed_images_that_are_missing_are_named(tmp_path):
+def test_missing_listed_images_are_reported(tmp_path):
     write_layout(tmp_path, {"images/a.jpg": "labels/a.txt"})
     listed = write(tmp_path / "train.txt", f"images/gone.jpg\n{tmp_path}/images/a.jpg\n")
-    source = bound(YOLOText(str(listed), names=["banana", "apple"]))
+    source = bind_source(YOLOText(str(listed), names=["banana", "apple"]))
     assert paths_of(source, tmp_path) == ["images/a.jpg"]
     assert source.faults == [f"{listed}:1: images/gone.jpg is missing, skipped"]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        ("train: images\n", "no names of classes; give names: "),
+        ("train: images\n", "no names of classes; set names: "),
         ("train: images\nnames: 2\n", "no names of classes"),
         ("train: images\nnames: gone.names\n", r"file of names 'gone\.names' not found"),
         (f"train: nowhere\n{NAMES}", "'nowhere' not found, neither below"),
@@ -257,29 +257,29 @@ def test_listed_images_that_are_missing_are_named(tmp_path):
         ("train: [images\n", r"data\.yaml: not YAML"),
     ],
 )
-def test_a_bad_yolo_description_is_named(tmp_path, monkeypatch, content, said):
-    plain(tmp_path / "images/a.jpg")
+def test_invalid_yolo_description_raises(tmp_path, monkeypatch, content, message):
+    save_grey(tmp_path / "images/a.jpg")
     write(tmp_path / "data.yaml", content)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         YOLOText("data.yaml").bind(FRUIT)
 
 
-def test_yolo_names_may_be_keyed_by_text(tmp_path):
+def test_yolo_names_with_string_keys(tmp_path):
     description = "train: images\nnames:\n  '0': banana\n  '1': apple\n"
     write_layout(tmp_path, {"images/a.jpg": "labels/a.txt", "data.yaml": description})
-    source = bound(YOLOText(str(tmp_path / "data.yaml")))
+    source = bind_source(YOLOText(str(tmp_path / "data.yaml")))
     assert source.read(0).labels.tolist() == [0]
 
 
-def test_a_split_that_a_yolo_folder_lacks_is_not_all_of_it(tmp_path):
+def test_missing_split_of_a_yolo_folder_raises(tmp_path):
     for split in ("train", "val"):
         write_layout(tmp_path, {f"images/{split}/a.jpg": f"labels/{split}/a.txt"})
     with pytest.raises(InputError, match="no split 'tset'"):
         YOLOText(str(tmp_path), "tset", names=["banana", "apple"]).bind(FRUIT)
 
 
-def test_a_yolo_root_that_is_not_there_is_named(tmp_path):
+def test_missing_yolo_root_raises(tmp_path):
     with pytest.raises(InputError, match="YOLO text: '.*gone' not found"):
         YOLOText(str(tmp_path / "gone")).bind(FRUIT)
 
@@ -287,53 +287,53 @@ def test_a_yolo_root_that_is_not_there_is_named(tmp_path):
 # --- images with labels
 
 
-def test_class_folders_may_be_links_and_loops_end(tmp_path):
+def test_class_folders_may_be_links_and_loops_are_skipped(tmp_path):
     root = tmp_path / "set"
-    plain(tmp_path / "elsewhere/deep/x.png")
-    plain(root / "banana/y.png")
+    save_grey(tmp_path / "elsewhere/deep/x.png")
+    save_grey(root / "banana/y.png")
     (root / "apple").symlink_to(tmp_path / "elsewhere")
     (root / "banana/self").symlink_to(root / "banana")
     (root / "banana/again").mkdir()
     (root / "banana/again/up").symlink_to(root / "banana")
-    source = bound(ImageFolder(str(root)))
+    source = bind_source(ImageFolder(str(root)))
     assert paths_of(source, root) == ["apple/deep/x.png", "banana/y.png"]
     assert [source.read(k)[1] for k in range(2)] == [0, 1]
 
 
-def test_a_link_back_to_the_root_labels_nothing_twice(tmp_path):
-    plain(tmp_path / "apple/x.png")
-    plain(tmp_path / "banana/y.png")
+def test_link_to_the_root_adds_no_duplicates(tmp_path):
+    save_grey(tmp_path / "apple/x.png")
+    save_grey(tmp_path / "banana/y.png")
     (tmp_path / "apple/root").symlink_to(tmp_path)
-    source = bound(ImageFolder(str(tmp_path)))
+    source = bind_source(ImageFolder(str(tmp_path)))
     assert paths_of(source, tmp_path) == ["apple/x.png", "banana/y.png"]
 
 
 @pytest.mark.parametrize("name", ["with space", "Äpfel, grün", "リンゴ", "a'b\"c"])
-def test_any_name_serves(tmp_path, name):
-    plain(tmp_path / name / f"{name}.jpg")
-    tree = WordTree.flat([name, "other"])
-    source = bound(ImageFolder(str(tmp_path)), tree)
+def test_folder_and_file_names_with_any_characters(tmp_path, name):
+    save_grey(tmp_path / name / f"{name}.jpg")
+    tree = WordTree.from_names([name, "other"])
+    source = bind_source(ImageFolder(str(tmp_path)), tree)
     assert source.image_path(0) == tmp_path / name / f"{name}.jpg"
     assert source.read(0)[1] == 0
 
 
-def test_a_file_name_that_is_no_utf8_serves(tmp_path):
+def test_file_name_that_is_not_utf8(tmp_path):
     (tmp_path / "apple").mkdir()
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/apple/caf\xe9.png")
-    os.rename(plain(tmp_path / "x.png", 77), odd)
-    bound(ImageFolder(str(tmp_path)))
-    source = bound(ImageFolder(str(tmp_path)))  # once more, from the index
+    os.rename(save_grey(tmp_path / "x.png", 77), odd)
+    bind_source(ImageFolder(str(tmp_path)))
+    source = bind_source(ImageFolder(str(tmp_path)))  # once more, from the index
     assert source.image_name(0) == odd
     assert source.read(0)[0][0, 0].tolist() == [77] * 3
 
 
-def test_hidden_files_and_empty_class_folders(tmp_path):
-    plain(tmp_path / "apple/x.png")
-    plain(tmp_path / "apple/.cache/z.png")
-    plain(tmp_path / ".thumbs/z.png")
-    plain(tmp_path / "apple/._x.png")
+def test_hidden_files_are_skipped_and_empty_class_folders_reported(tmp_path):
+    save_grey(tmp_path / "apple/x.png")
+    save_grey(tmp_path / "apple/.cache/z.png")
+    save_grey(tmp_path / ".thumbs/z.png")
+    save_grey(tmp_path / "apple/._x.png")
     (tmp_path / "kiwi").mkdir()
-    source = bound(ImageFolder(str(tmp_path)))
+    source = bind_source(ImageFolder(str(tmp_path)))
     assert paths_of(source, tmp_path) == ["apple/x.png"]
     assert source.faults == [f"{tmp_path / 'kiwi'}: no images"]
 
@@ -349,28 +349,28 @@ def test_hidden_files_and_empty_class_folders(tmp_path):
         'path,label\n"a.png","apple"\r\n"b 1.png","banana"\r\n',
     ],
 )
-def test_tables_are_read_in_every_hand(tmp_path, text):
-    plain(tmp_path / "a.png")
-    plain(tmp_path / "b 1.png")
-    source = bound(LabelCSV(str(write(tmp_path / "table.csv", text))))
+def test_table_headers_delimiters_and_quotes(tmp_path, text):
+    save_grey(tmp_path / "a.png")
+    save_grey(tmp_path / "b 1.png")
+    source = bind_source(LabelCSV(str(write(tmp_path / "table.csv", text))))
     assert paths_of(source, tmp_path) == ["a.png", "b 1.png"]
     assert [source.read(k)[1] for k in range(2)] == [0, 1]
     assert source.faults == []
 
 
-def test_a_table_names_what_is_missing(tmp_path):
-    plain(tmp_path / "pictures/a.png")
+def test_missing_images_of_a_table_are_reported(tmp_path):
+    save_grey(tmp_path / "pictures/a.png")
     file = write(tmp_path / "table.csv", "path,label\ngone.png,apple\na.png,banana\n")
-    source = bound(LabelCSV(str(file), root=str(tmp_path / "pictures")))
+    source = bind_source(LabelCSV(str(file), root=str(tmp_path / "pictures")))
     assert paths_of(source, tmp_path) == ["pictures/a.png"]
     assert source.node_counts() == {1: {"banana": 1}}
     assert source.faults == [f"{file}:2: gone.png is missing, skipped"]
-    with pytest.raises(InputError, match=r"holds no images: .*:2: gone\.png is missing"):
+    with pytest.raises(InputError, match=r"contains no images: .*:2: gone\.png is missing"):
         LabelCSV(str(file)).bind(FRUIT)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a.png,apple\na.png\n", r"table\.csv:2: expected path,label; found 'a\.png'"),
         ("a.png;apple\n;apple\n", r"table\.csv:2: expected path;label; found ';apple'"),
@@ -378,24 +378,24 @@ def test_a_table_names_what_is_missing(tmp_path):
         ("/etc/passwd,apple\n", r"table\.csv:1: path '/etc/passwd' leaves"),
     ],
 )
-def test_a_bad_table_is_named(tmp_path, text, said):
-    plain(tmp_path / "a.png")
-    with pytest.raises(InputError, match=said):
+def test_invalid_table_raises(tmp_path, text, message):
+    save_grey(tmp_path / "a.png")
+    with pytest.raises(InputError, match=message):
         LabelCSV(str(write(tmp_path / "table.csv", text))).bind(FRUIT)
 
 
-def test_a_table_may_lead_outside_where_that_is_allowed(tmp_path):
-    plain(tmp_path / "b.png")
+def test_table_paths_outside_with_allow_outside(tmp_path):
+    save_grey(tmp_path / "b.png")
     file = write(tmp_path / "tables/table.csv", f"../b.png,apple\n{tmp_path}/b.png,banana\n")
-    source = bound(LabelCSV(str(file), allow_outside=True))
+    source = bind_source(LabelCSV(str(file), allow_outside=True))
     assert [source.image_path(k) for k in range(2)] == [tmp_path / "b.png"] * 2
 
 
 def test_imagenet_folders_are_wnids(tmp_path):
-    plain(tmp_path / "train/n02/n02_1.JPEG")
-    plain(tmp_path / "train/n01/n01_1.JPEG")
+    save_grey(tmp_path / "train/n02/n02_1.JPEG")
+    save_grey(tmp_path / "train/n01/n01_1.JPEG")
     (tmp_path / "train/n03").mkdir()
-    source = bound(ImageNet(str(tmp_path)), WNIDS)
+    source = bind_source(ImageNet(str(tmp_path)), WNIDS)
     assert paths_of(source, tmp_path) == ["train/n01/n01_1.JPEG", "train/n02/n02_1.JPEG"]
     assert [source.read(k)[1] for k in range(2)] == [0, 1]
     assert source.faults == [f"{tmp_path / 'train/n03'}: no images"]
@@ -419,7 +419,7 @@ def write_meta(file: Path) -> None:
 
 def write_validation(root: Path, place: str = "val") -> Path:
     for k in (1, 2, 3):
-        plain(root / place / f"ILSVRC2012_val_0000000{k}.JPEG")
+        save_grey(root / place / f"ILSVRC2012_val_0000000{k}.JPEG")
     return root
 
 
@@ -443,30 +443,30 @@ def test_imagenet_validation_labels_are_found(tmp_path, kind):
         write(folder / "ILSVRC2012_validation_ground_truth.txt", "1\n2\n2\n")
         write_meta(folder / "meta.mat")
         labels = str(folder.parent) if kind == "named folder" else None
-    source = bound(ImageNet(str(root), "val", labels), WNIDS)
+    source = bind_source(ImageNet(str(root), "val", labels), WNIDS)
     assert [source.image_path(k).name[-6:] for k in range(3)] == ["1.JPEG", "2.JPEG", "3.JPEG"]
     assert [source.read(k)[1] for k in range(3)] == [1, 0, 0]
     assert source.node_counts() == {0: {"n01": 2}, 1: {"n02": 1}}
     assert source.faults == []
 
 
-def test_part_of_the_validation_images_keep_their_own_labels(tmp_path):
+def test_subset_of_validation_images_has_the_right_labels(tmp_path):
     root = write_validation(tmp_path)
     (root / "val/ILSVRC2012_val_00000001.JPEG").unlink()
     write(root / "imagenet_2012_validation_synset_labels.txt", "n02\nn01\nn02\n")
-    source = bound(ImageNet(str(root), "val"), WNIDS)
+    source = bind_source(ImageNet(str(root), "val"), WNIDS)
     assert [source.read(k)[1] for k in range(2)] == [0, 1]
 
 
-def test_validation_images_without_a_label_are_named(tmp_path):
+def test_validation_images_without_a_label_are_reported(tmp_path):
     root = write_validation(tmp_path)
     file = write(root / "LOC_val_solution.csv", "\n".join(KAGGLE.splitlines()[:3]))
-    source = bound(ImageNet(str(root), "val"), WNIDS)
+    source = bind_source(ImageNet(str(root), "val"), WNIDS)
     assert [source.read(k)[1] for k in range(2)] == [1, 0]
     assert source.faults == [f"{file}: no label for ILSVRC2012_val_00000002.JPEG, skipped"]
 
 
-def test_validation_labels_that_are_missing_or_do_not_fit_are_named(tmp_path):
+def test_missing_or_mismatching_validation_labels_raise(tmp_path):
     root = write_validation(tmp_path)
     with pytest.raises(InputError, match=r"LOC_val_solution\.csv.*labels: PATH"):
         ImageNet(str(root), "val").bind(WNIDS)
@@ -479,7 +479,7 @@ def test_validation_labels_that_are_missing_or_do_not_fit_are_named(tmp_path):
         ImageNet(str(root), "val").bind(WNIDS)
 
 
-# --- recognition
+# --- autodetection
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_validation_labels_that_are_missing_or_do_not_fit_are_named(tmp_path):
         ("YOLO folder", ".", YOLOText),
     ],
 )
-def test_layouts_with_boxes_are_recognised(tmp_path, kind, place, expected):
+def test_autodetect_layouts_with_boxes(tmp_path, kind, place, expected):
     BOXES[kind](tmp_path)
     source = detection_source(str(tmp_path / place))
     assert type(source) is expected
@@ -505,15 +505,15 @@ def test_layouts_with_boxes_are_recognised(tmp_path, kind, place, expected):
     assert source.node_counts() == {0: {"pomme": 1}, 1: {"banane": 1}}
 
 
-def test_boxes_of_imagenets_archive_are_recognised(tmp_path):
+def test_autodetect_imagenet_boxes(tmp_path):
     source = detection_source(write_archive(tmp_path))
     assert type(source) is ILSVRCDetection
-    assert len(bound(source, WNIDS)) == 1
+    assert len(bind_source(source, WNIDS)) == 1
 
 
-def test_cocos_own_archive_is_recognised(tmp_path):
+def test_autodetect_coco_archive(tmp_path):
     for split in ("train", "val"):
-        plain(tmp_path / f"{split}2017/a.jpg")
+        save_grey(tmp_path / f"{split}2017/a.jpg")
         for kind in ("instances", "person_keypoints"):
             write_coco(tmp_path / f"annotations/{kind}_{split}2017.json", [GOOD_COCO])
     source = detection_source(str(tmp_path))
@@ -521,39 +521,39 @@ def test_cocos_own_archive_is_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["train.txt", "obj.data", "."])
-def test_yolo_lists_and_folders_without_a_description_are_recognised(tmp_path, place):
+def test_autodetect_yolo_lists_and_folders(tmp_path, place):
     lists = {"train.txt": "images/a.jpg\n", "obj.names": "banana\napple\n"}
     description = {"obj.data": "train = train.txt\nnames = obj.names\n"}
     write_layout(tmp_path, {**lists, **description, "images/a.jpg": "labels/a.txt"})
     source = detection_source(str(tmp_path / place))
     assert type(source) is YOLOText
-    assert len(bound(source)) == 1
+    assert len(bind_source(source)) == 1
 
 
-def test_voc_folders_are_recognised_by_years_lists_and_splits(tmp_path, write_voc):
+def test_autodetect_voc_years_image_sets_and_splits(tmp_path, write_voc):
     kit = tmp_path / "VOCdevkit"
     write_devkit(kit, write_voc, 2012, {"train": "a", "trainval": "ab"})
     write_devkit(kit, write_voc, 2007, {"train": "a", "trainval": "ab", "test": "b"})
-    years = bound(detection_source(str(kit)))
+    years = bind_source(detection_source(str(kit)))
     assert [path[:7] for path in paths_of(years, kit)] == ["VOC2007"] * 2 + ["VOC2012"] * 2
-    year = bound(detection_source(str(kit / "VOC2007"), "test"))
+    year = bind_source(detection_source(str(kit / "VOC2007"), "test"))
     assert paths_of(year, kit) == ["VOC2007/JPEGImages/2007_b.jpg"]
-    assert len(bound(detection_source(str(kit / "VOC2007")))) == 2
+    assert len(bind_source(detection_source(str(kit / "VOC2007")))) == 2
     splits = tmp_path / "splits"
     for split in ("train", "test"):
         write_voc(splits / split, split, [GOOD_VOC])
-    assert paths_of(bound(detection_source(str(splits))), splits) == ["train/train.jpg"]
-    assert paths_of(bound(detection_source(str(splits), "test")), splits) == ["test/test.jpg"]
+    assert paths_of(bind_source(detection_source(str(splits))), splits) == ["train/train.jpg"]
+    assert paths_of(bind_source(detection_source(str(splits), "test")), splits) == ["test/test.jpg"]
 
 
-def test_of_several_coco_files_the_one_of_the_split_is_taken(tmp_path):
+def test_autodetect_chooses_the_coco_file_of_the_split(tmp_path):
     for split in ("train", "val"):
-        plain(tmp_path / f"{split}2017/a.jpg")
+        save_grey(tmp_path / f"{split}2017/a.jpg")
         write_coco(tmp_path / f"annotations/instances_{split}2017.json", [GOOD_COCO])
     write(tmp_path / "annotations/captions_train2017.json", '{"images": [], "annotations": []}')
-    train = bound(detection_source(str(tmp_path)))
+    train = bind_source(detection_source(str(tmp_path)))
     assert paths_of(train, tmp_path) == ["train2017/a.jpg"]
-    val = bound(detection_source(str(tmp_path), "val"))
+    val = bind_source(detection_source(str(tmp_path), "val"))
     assert paths_of(val, tmp_path) == ["val2017/a.jpg"]
     with pytest.raises(InputError, match=r"several COCO files; name one of .*instances_train2017"):
         detection_source(str(tmp_path), "test")
@@ -563,7 +563,7 @@ def test_of_several_coco_files_the_one_of_the_split_is_taken(tmp_path):
     ("kind", "place", "expected"),
     [("class folders", ".", ImageFolder), ("table", "table.csv", LabelCSV)],
 )
-def test_layouts_with_labels_are_recognised(tmp_path, kind, place, expected):
+def test_autodetect_layouts_with_labels(tmp_path, kind, place, expected):
     LABELS[kind](tmp_path)
     source = label_source(str(tmp_path / place))
     assert type(source) is expected
@@ -571,39 +571,39 @@ def test_layouts_with_labels_are_recognised(tmp_path, kind, place, expected):
 
 
 @pytest.mark.parametrize("folder", [".", "Data/CLS-LOC"])
-def test_imagenet_is_recognised(tmp_path, folder):
-    plain(tmp_path / folder / "train/n01440764/n01440764_18.JPEG")
-    plain(tmp_path / folder / "val/ILSVRC2012_val_00000001.JPEG")
+def test_autodetect_imagenet(tmp_path, folder):
+    save_grey(tmp_path / folder / "train/n01440764/n01440764_18.JPEG")
+    save_grey(tmp_path / folder / "val/ILSVRC2012_val_00000001.JPEG")
     source = label_source(str(tmp_path))
     assert type(source) is ImageNet
     assert source.name_counts() == {"n01440764": 1}
 
 
-@pytest.mark.parametrize("recognise", [detection_source, label_source])
-def test_what_is_not_recognised_is_answered_with_what_is(tmp_path, recognise):
+@pytest.mark.parametrize("detect", [detection_source, label_source])
+def test_autodetect_errors_list_the_known_layouts(tmp_path, detect):
     write(tmp_path / "notes.md", "nothing")
     known = {
         detection_source: "known: COCO JSON; .*VOC.*; YOLO text .*; ILSVRC",
         label_source: "known: a folder with one folder of images per class; ImageNet's; a CSV",
-    }[recognise]
+    }[detect]
     for place in (tmp_path, tmp_path / "notes.md"):
         with pytest.raises(InputError, match=f"{place}: no images with .* recognised; {known}"):
-            recognise(str(place))
+            detect(str(place))
     with pytest.raises(InputError, match="gone': no such file or folder"):
-        recognise(str(tmp_path / "gone"))
+        detect(str(tmp_path / "gone"))
 
 
 # --- several sources
 
 
-def test_several_sources_follow_each_other(tmp_path, write_voc):
+def test_several_sources_are_concatenated(tmp_path, write_voc):
     write_voc(tmp_path / "voc", "a", [GOOD_VOC, ("apple", 2, 2, 9, 9)])
     write_voc(tmp_path / "voc", "b", [GOOD_VOC])
     yolo = build_yolo(tmp_path / "yolo")(mapping=FRENCH)
     write(tmp_path / "yolo/labels/b.txt", "7 0.5 0.5 0.1 0.1\n")
     folders = build_folders(tmp_path / "folders")(mapping=FRENCH)
-    plain(tmp_path / "one/apple/x.png")
-    data = data_of(
+    save_grey(tmp_path / "one/apple/x.png")
+    data = set_up_data(
         detection=[VOCFolder(str(tmp_path / "voc")), yolo],
         classification=[folders, ImageFolder(str(tmp_path / "one"))],
         detection_batch_size=4,
@@ -637,6 +637,6 @@ def test_several_sources_follow_each_other(tmp_path, write_voc):
 
 
 @pytest.mark.parametrize("kind", ["detection", "classification"])
-def test_an_empty_list_of_sources_is_refused(kind):
+def test_empty_list_of_sources_raises(kind):
     with pytest.raises(InputError, match="a list of sources is empty"):
-        data_of(**{kind: []})
+        set_up_data(**{kind: []})

@@ -1,4 +1,4 @@
-"""Exact order: the same batches from any number of workers and ranks."""
+"""Batches do not depend on the number of workers and ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.miniatures import data_of, save, write
+from tests.helpers.miniatures import save, set_up_data, write
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules import (
     ClassificationAugmentation,
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
     return root
 
 
-def ordered(files: Path, **options: Any) -> CombinedDataModule:
+def ordered_data(files: Path, **options: Any) -> CombinedDataModule:
     defaults = {
         "detection": YOLOText(str(files / "boxes"), names=["apple", "banana"]),
         "classification": ImageFolder(str(files / "labels")),
@@ -47,21 +47,21 @@ def ordered(files: Path, **options: Any) -> CombinedDataModule:
         "classification_augmentation": ClassificationAugmentation((40, 80)),
         "seed": 5,
     }
-    return data_of(**{**defaults, **options})
+    return set_up_data(**{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
-def alone(files):
+def single_process_batches(files):
     """The batches of twelve steps, read without workers."""
-    return list(ordered(files).train_dataloader())
+    return list(ordered_data(files).train_dataloader())
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 4])
-def test_no_number_of_workers_changes_a_batch(files, alone, workers):
-    helped = list(ordered(files, num_workers=workers).train_dataloader())
-    assert len(helped) == len(alone) == 12
-    for a, b in zip(alone, helped, strict=True):
+def test_batches_are_equal_for_any_number_of_workers(files, single_process_batches, workers):
+    helped = list(ordered_data(files, num_workers=workers).train_dataloader())
+    assert len(helped) == len(single_process_batches) == 12
+    for a, b in zip(single_process_batches, helped, strict=True):
         assert a.step == b.step
         assert a.sample_ids.tolist() == b.sample_ids.tolist()
         assert torch.equal(a.images, b.images)
@@ -71,9 +71,9 @@ def test_no_number_of_workers_changes_a_batch(files, alone, workers):
             assert torch.equal(a.boxes_cxcywh_norm, b.boxes_cxcywh_norm)
 
 
-def test_a_pass_holds_every_sample_once_and_no_two_are_alike(alone):
+def test_each_pass_has_every_sample_once_in_its_own_order(single_process_batches):
     for kind, size, passes in ((DetectionBatch, 10, 2), (ClassificationBatch, 11, 4)):
-        chosen = [batch for batch in alone if isinstance(batch, kind)]
+        chosen = [batch for batch in single_process_batches if isinstance(batch, kind)]
         ids = torch.cat([batch.sample_ids for batch in chosen]).tolist()
         found = [ids[k * size : (k + 1) * size] for k in range(passes)]
         assert all(sorted(one) == list(range(size)) for one in found)
@@ -83,19 +83,19 @@ def test_a_pass_holds_every_sample_once_and_no_two_are_alike(alone):
         assert not torch.equal(*again)  # augmentation draws anew in each pass
 
 
-def test_another_seed_gives_another_order(files, alone):
-    other = next(iter(ordered(files, seed=6).train_dataloader()))
-    assert other.sample_ids.tolist() != alone[0].sample_ids.tolist()
+def test_order_depends_on_the_seed(files, single_process_batches):
+    other = next(iter(ordered_data(files, seed=6).train_dataloader()))
+    assert other.sample_ids.tolist() != single_process_batches[0].sample_ids.tolist()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_same_global_batches(files, alone, world_size):
-    data = ordered(files)
+def test_ranks_share_the_same_global_batches(files, single_process_batches, world_size):
+    data = ordered_data(files)
     dataset = JointDataset(
         data.detection, data.classification, data.augmentations, data.canvas_size, data.seed
     )
     order = data.order
-    for step, whole in enumerate(alone):
+    for step, whole in enumerate(single_process_batches):
         plans = [order.plan(step, rank, world_size) for rank in range(world_size)]
         assert sum((plan.indices for plan in plans), []) == order.plan(step).indices
         assert {plan.images_seen for plan in plans} == {whole.images_seen}

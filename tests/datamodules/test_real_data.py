@@ -1,4 +1,4 @@
-"""Real photographs: skipped where the developers' datasets are absent."""
+"""Real photographs; skipped without the developers' datasets."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from yolo_lightning.datamodules import CombinedDataModule, ImageFolder, VOCFolde
 pytestmark = pytest.mark.data
 
 
-def test_fruit_reads_every_image_and_names_the_37_sizes_of_zero(real_data):
-    tree = WordTree.flat(["apple", "banana", "orange"])
+def test_fruit_reads_every_image_and_reports_37_sizes_of_zero(real_data):
+    tree = WordTree.from_names(["apple", "banana", "orange"])
     boxes: list[tuple[int, int]] = []
     faults: list[str] = []
     for split in ("train", "test"):
@@ -36,9 +36,9 @@ def test_fruit_trains_from_the_command_line(real_data, workplace, capsys):
     assert "Data: 37 repaired or skipped" in capsys.readouterr().out
 
 
-def test_bccd_split_files_and_degenerate_boxes(real_data):
+def test_bccd_image_sets(real_data):
     source = VOCFolder(str(real_data / "bccd"), "train")
-    source.bind(WordTree.flat(["RBC", "WBC", "Platelets"]))
+    source.bind(WordTree.from_names(["RBC", "WBC", "Platelets"]))
     lines = (real_data / "bccd/ImageSets/Main/train.txt").read_text().split()
     assert len(source) == len(lines)
     for k in range(0, len(source), 20):
@@ -67,7 +67,7 @@ def test_pets_give_joint_batches_over_a_tree(real_data):
     assert set(second.labels.tolist()) <= {2, 3, 4}
 
 
-def test_tiny_darknet_names_the_dog_as_the_original_does(real_data, workplace, capsys):
+def test_tiny_darknet_classifies_the_dog_as_the_original_program(real_data, workplace, capsys):
     tiny = real_data / "tiny_darknet"
     names = ["--names", str(tiny / "imagenet.shortnames.list")]
     names += ["--labels", str(tiny / "imagenet.labels.list")]

@@ -33,7 +33,7 @@ def test_permutation_is_uniform_and_differs_between_keys():
     )
 
 
-def test_fourteen_million_positions_need_no_list():
+def test_permutation_of_fourteen_million_positions():
     found = permute(np.array([0, 7, 13_999_999]), 14_000_000, (1, 2))
     assert len(set(found.tolist())) == 3
     assert found.max() < 14_000_000
@@ -47,7 +47,7 @@ def test_kinds_alternate_in_the_ratio(ratio, kinds):
     assert "".join(order(ratio).plan(step).kind[0] for step in range(8)) == kinds
 
 
-def test_each_source_is_read_once_a_pass_and_passes_meet_inside_a_batch():
+def test_each_pass_reads_a_source_once_and_batches_span_passes():
     joint = order()
     plans = [joint.plan(step) for step in range(40)]
     for kind, size in (("detection", 10), ("classification", 7)):
@@ -66,7 +66,7 @@ def test_each_source_is_read_once_a_pass_and_passes_meet_inside_a_batch():
     assert any(len(set(plan.passes)) > 1 for plan in plans)
 
 
-def test_ranks_shares_join_to_the_global_batch():
+def test_shares_of_ranks_make_up_the_global_batch():
     joint = order(batch=(4, 6))
     for step in range(12):
         whole = joint.plan(step)
@@ -81,14 +81,14 @@ def test_images_seen_counts_both_kinds():
 
 
 @pytest.mark.parametrize(("ratio", "steps"), [("0", 3), ("1", 6), ("4", 15), ("1/2", 4)])
-def test_an_epoch_holds_one_pass_of_the_detection_source(ratio, steps):
+def test_epoch_is_one_pass_of_the_detection_source(ratio, steps):
     joint = order(ratio)
     assert joint.steps_per_pass == steps
     kinds = Counter(joint.plan(step).kind for step in range(steps))
     assert kinds["detection"] == 3
 
 
-def test_epochs_differ_and_go_on_where_training_stands():
+def test_epochs_differ_and_continue_at_the_trained_step():
     trained = 0
     sampler = AlternatingBatchSampler(order(), 6, lambda: trained)
     first = list(sampler)
@@ -103,14 +103,14 @@ def test_epochs_differ_and_go_on_where_training_stands():
     assert len(sampler) == 6
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused():
+def test_batch_size_that_ranks_cannot_share_raises():
     with pytest.raises(InputError, match="detection_batch_size is the global batch: 4 images"):
         AlternatingBatchSampler(order(), 6, lambda: 0, rank=0, world_size=3)
     unused = order("0", batch=(3, 64))
     assert len(AlternatingBatchSampler(unused, 6, lambda: 0, rank=0, world_size=3)) == 6
 
 
-def test_labels_alone_are_read_in_full_passes():
+def test_classification_source_alone_is_read_in_full_passes():
     alone = order(sizes=(0, 7), batch=(4, 3))
     assert alone.steps_per_pass == 3
     plans = [alone.plan(step) for step in range(14)]

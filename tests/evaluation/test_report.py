@@ -1,4 +1,4 @@
-"""What a report holds: files, pictures, options, and the command line that writes it."""
+"""Reports: files, images, options, and the command line that writes them."""
 
 import csv
 import io
@@ -15,87 +15,91 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.helpers.detections import CAT, DOG, FAR, FLAT, HALF, PIG, THIRD, said, table, truth
-from tests.helpers.miniatures import plain
+from tests.helpers.detections import CAT, DOG, FAR, FLAT, HALF, PIG, THIRD, detection, table, target
+from tests.helpers.miniatures import save_grey
 from yolo_lightning.classifier import ClassifierModule
 from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation.average_precision import COCO_FIGURES, coco_evaluation
-from yolo_lightning.evaluation.error_analysis import confusion, matches_at, mistakes
-from yolo_lightning.evaluation.matching import no_boxes
-from yolo_lightning.evaluation.plots import confusion_matrix, mistakes_grid, tile
+from yolo_lightning.evaluation.average_precision import COCO_METRICS, evaluate_coco
+from yolo_lightning.evaluation.error_analysis import (
+    confusion_matrix,
+    find_errors,
+    match_predictions,
+)
+from yolo_lightning.evaluation.matching import empty_table
+from yolo_lightning.evaluation.plots import draw_error_grid, draw_error_tile, plot_confusion_matrix
 from yolo_lightning.evaluation.report import ReportData, ReportOptions, write_report
-from yolo_lightning.evaluation.tables import titles
-from yolo_lightning.export.darknet import checkpoint_of
+from yolo_lightning.evaluation.tables import unique_names
+from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.tree.wordtree import WordTree
 
-PICTURES = {"precision_recall.png", "confidence.png", "confusion.png", "mistakes.jpg"}
-TABLES = {"figures.json", "per_class.csv", "confusion.csv", "mistakes.csv"}
-TRUTHS = table(
-    truth(CAT), truth(CAT, FAR), truth(DOG, image=1), truth(DOG, FAR, 1), truth(PIG, image=2)
+IMAGES = {"precision_recall.png", "confidence.png", "confusion.png", "errors.jpg"}
+TABLES = {"metrics.json", "per_class.csv", "confusion.csv", "errors.csv"}
+TARGETS = table(
+    target(CAT), target(CAT, FAR), target(DOG, image=1), target(DOG, FAR, 1), target(PIG, image=2)
 )
 DETECTIONS = table(
-    said(CAT, 0.9), said(CAT, 0.8, HALF), said(DOG, 0.9, FAR), said(CAT, 0.9, image=1),
-    said(PIG, 0.4, THIRD, image=2), said(PIG, 0.9, FAR, 3),
+    detection(CAT, 0.9), detection(CAT, 0.8, HALF), detection(DOG, 0.9, FAR),
+    detection(CAT, 0.9, image=1), detection(PIG, 0.4, THIRD, image=2), detection(PIG, 0.9, FAR, 3),
 )  # fmt: skip
 
 
 @pytest.fixture
-def no_plots(monkeypatch):
-    """Be a machine without matplotlib."""
+def no_matplotlib(monkeypatch):
+    """Make matplotlib unavailable."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
-def read(index):
-    """Return an image of half of the original's size: grey, another one for each number."""
+def read_image(index):
+    """Return a grey image at half of its original size, of a different grey for each index."""
     return np.full((100, 150, 3), 40 * index, np.uint8), (0.5, 0.5)
 
 
-def evaluated(truths=TRUTHS, detections=DETECTIONS, tree=FLAT):
-    found = coco_evaluation(truths, detections)
-    per_class = {tree.keys[node]: row for node, row in found.per_class.items()}
-    figures = {k: v for k, v in found.figures.items() if v >= 0} | {"AP50_boxed": math.nan}
-    about = {"recipe": "r.yaml", "checkpoint": "runs/a.ckpt", "images": 4, "image_size": 96}
-    return ReportData(tree, truths, detections, figures, per_class, {}, about)
+def report_data(targets=TARGETS, detections=DETECTIONS, tree=FLAT):
+    result = evaluate_coco(targets, detections)
+    per_class = {tree.keys[node]: row for node, row in result.per_class.items()}
+    metrics = {k: v for k, v in result.metrics.items() if v >= 0} | {"AP50_boxed": math.nan}
+    metadata = {"recipe": "r.yaml", "checkpoint": "runs/a.ckpt", "images": 4, "image_size": 96}
+    return ReportData(tree, targets, detections, metrics, per_class, {}, metadata)
 
 
 def rows_of(path):
     return list(csv.DictReader(io.StringIO(path.read_text())))
 
 
-def test_a_report_holds_figures_tables_and_pictures(tmp_path):
+def test_a_report_has_metrics_tables_and_images(tmp_path):
     folder = tmp_path / "deep/report"
-    lines = write_report(folder, evaluated(), read, lambda k: f"photos/{k}.jpg")
-    assert {file.name for file in folder.iterdir()} == PICTURES | TABLES
+    lines = write_report(folder, report_data(), read_image, lambda k: f"photos/{k}.jpg")
+    assert {file.name for file in folder.iterdir()} == IMAGES | TABLES
     assert lines == [
         "best mean F1 0.167 at confidence 0.9",
-        "mistakes at confidence 0.25: wrong class 2, badly placed 1, duplicate 1, background 1, "
+        "errors at confidence 0.25: classification 2, localization 1, duplicate 1, background 1, "
         "missed 1",
     ]
-    figures = json.loads((folder / "figures.json").read_text())
-    assert figures["checkpoint"] == "runs/a.ckpt"
-    assert figures["objects"] == 5
-    assert set(COCO_FIGURES) <= set(figures["figures"])
-    assert figures["figures"]["AP_large"] is None  # no large object
-    assert figures["figures"]["AP50_boxed"] is None  # NaN
-    assert figures["figures"]["AP50"] == pytest.approx(0.5 / 3, abs=0.01)
-    assert figures["mistakes"] == {
-        "confidence": 0.25, "iou": 0.5, "detections": 6, "hits": 1,
-        "wrong_class": 2, "badly_placed": 1, "duplicate": 1, "background": 1, "missed": 1,
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written["checkpoint"] == "runs/a.ckpt"
+    assert written["objects"] == 5
+    assert set(COCO_METRICS) <= set(written["metrics"])
+    assert written["metrics"]["AP_large"] is None  # no large object
+    assert written["metrics"]["AP50_boxed"] is None  # NaN
+    assert written["metrics"]["AP50"] == pytest.approx(0.5 / 3, abs=0.01)
+    assert written["errors"] == {
+        "confidence": 0.25, "iou": 0.5, "detections": 6, "true_positives": 1,
+        "classification": 2, "localization": 1, "duplicate": 1, "background": 1, "missed": 1,
     }  # fmt: skip
-    assert figures["best_f1"]["confidence"] == 0.9
-    # one of the two cats, and a dog called cat
-    cat = figures["per_class"]["cat"]
+    assert written["best_f1"]["confidence"] == 0.9
+    # one of the two cats, and a dog predicted as cat
+    cat = written["per_class"]["cat"]
     assert (cat["objects"], cat["precision"], cat["recall"], cat["f1"]) == (2, 0.5, 0.5, 0.5)
-    assert figures["confusion"] == {"confidence": 0.25, "level": None}
-    assert {"yolo-lightning", "python", "torch", "lightning"} == set(figures["versions"])
+    assert written["confusion"] == {"confidence": 0.25, "level": None}
+    assert {"yolo-lightning", "python", "torch", "lightning"} == set(written["versions"])
 
 
-def test_tables_name_classes_and_images(tmp_path, no_plots):
-    write_report(tmp_path, evaluated(), read, lambda k: f"photos/{k}.jpg")
+def test_content_of_the_tables(tmp_path, no_matplotlib):
+    write_report(tmp_path, report_data(), read_image, lambda k: f"photos/{k}.jpg")
     cat, dog, pig = rows_of(tmp_path / "per_class.csv")
     assert list(cat) == [
         "key", "name", "objects", "AP", "AP50", "AP75", "precision", "recall", "f1",
@@ -104,94 +108,101 @@ def test_tables_name_classes_and_images(tmp_path, no_plots):
     assert (dog["objects"], dog["precision"], pig["recall"]) == ("2", "0", "0")
     lines = (tmp_path / "confusion.csv").read_text().splitlines()
     assert lines == [
-        "truth,cat,dog,pig,missed", "cat,1,1,0,0", "dog,1,0,0,1", "pig,0,0,0,1",
+        "target,cat,dog,pig,missed", "cat,1,1,0,0", "dog,1,0,0,1", "pig,0,0,0,1",
         "background,1,0,2,0",
     ]  # fmt: skip
-    wrong = rows_of(tmp_path / "mistakes.csv")
-    assert [one["kind"] for one in wrong] == [
-        "wrong class", "wrong class", "badly placed", "duplicate", "background", "missed",
+    errors = rows_of(tmp_path / "errors.csv")
+    assert [one["kind"] for one in errors] == [
+        "classification", "classification", "localization", "duplicate", "background", "missed",
     ]  # fmt: skip
-    assert (wrong[0]["file"], wrong[0]["predicted"], wrong[0]["truth"]) == (
+    assert (errors[0]["file"], errors[0]["predicted"], errors[0]["target"]) == (
         "photos/0.jpg", "dog", "cat",
     )  # fmt: skip
-    assert (wrong[2]["iou"], wrong[2]["x1"], wrong[2]["truth_x1"]) == ("0.33333", "20", "10")
-    assert (wrong[4]["truth"], wrong[4]["truth_x1"]) == ("", "")
-    assert (wrong[5]["score"], wrong[5]["x1"], wrong[5]["truth"]) == ("", "", "dog")
+    assert (errors[2]["iou"], errors[2]["x1"], errors[2]["target_x1"]) == ("0.33333", "20", "10")
+    assert (errors[4]["target"], errors[4]["target_x1"]) == ("", "")
+    assert (errors[5]["score"], errors[5]["x1"], errors[5]["target"]) == ("", "", "dog")
 
 
-def test_names_that_several_nodes_have_get_their_keys():
+def test_names_of_several_nodes_include_their_keys():
     tree = WordTree([("n1", "-", "crane"), ("n2", "-", "crane"), ("n3", "-", "jay")])
-    assert titles(tree) == {0: "crane (n1)", 1: "crane (n2)", 2: "jay"}
+    assert unique_names(tree) == {0: "crane (n1)", 1: "crane (n2)", 2: "jay"}
 
 
-def test_options_choose_level_and_confidence(tmp_path, no_plots):
+def test_options_set_level_and_confidence(tmp_path, no_matplotlib):
     tree = WordTree([("pet", "-", "pet"), ("cat", "pet", "cat"), ("dog", "pet", "dog")])
-    truths, detections = table(truth(1), truth(2, FAR)), table(said(2, 0.4), said(2, 0.6, FAR))
-    found = evaluated(truths, detections, tree)
-    write_report(tmp_path, found, read, options=ReportOptions(level=1, confidence=0.5))
+    targets, detections = (
+        table(target(1), target(2, FAR)),
+        table(detection(2, 0.4), detection(2, 0.6, FAR)),
+    )
+    data = report_data(targets, detections, tree)
+    write_report(tmp_path, data, read_image, options=ReportOptions(level=1, confidence=0.5))
     lines = (tmp_path / "confusion.csv").read_text().splitlines()
-    assert lines == ["truth,pet,missed", "pet,1,1", "background,0,0"]
-    write_report(tmp_path, found, read, options=ReportOptions(level=1))
+    assert lines == ["target,pet,missed", "pet,1,1", "background,0,0"]
+    write_report(tmp_path, data, read_image, options=ReportOptions(level=1))
     assert (tmp_path / "confusion.csv").read_text().splitlines()[1] == "pet,2,0"
     with pytest.raises(InputError, match="report.level is 3; allowed: 1 … 2"):
-        write_report(tmp_path, found, read, options=ReportOptions(level=3))
+        write_report(tmp_path, data, read_image, options=ReportOptions(level=3))
 
 
-def test_without_matplotlib_all_else_is_written_and_what_is_missing_said(tmp_path, no_plots):
-    lines = write_report(tmp_path, evaluated(), read)
-    assert {file.name for file in tmp_path.iterdir()} == TABLES | {"mistakes.jpg"}
+def test_without_matplotlib_plots_are_skipped_with_a_message(tmp_path, no_matplotlib):
+    lines = write_report(tmp_path, report_data(), read_image)
+    assert {file.name for file in tmp_path.iterdir()} == TABLES | {"errors.jpg"}
     assert lines[-1] == (
-        "left out precision_recall.png, confidence.png, confusion.png: "
-        "pictures need matplotlib: pip install 'yolo-lightning[plots]'"
+        "skipped precision_recall.png, confidence.png, confusion.png: "
+        "plots need matplotlib: pip install 'yolo-lightning[plots]'"
     )
 
 
 @pytest.mark.parametrize(
-    ("truths", "detections", "written"),
+    ("targets", "detections", "files"),
     [
-        (no_boxes(), no_boxes(), TABLES),
-        (no_boxes(), DETECTIONS, TABLES | {"confusion.png", "mistakes.jpg"}),
-        (TRUTHS, no_boxes(), TABLES | PICTURES),
+        (empty_table(), empty_table(), TABLES),
+        (empty_table(), DETECTIONS, TABLES | {"confusion.png", "errors.jpg"}),
+        (TARGETS, empty_table(), TABLES | IMAGES),
     ],
-    ids=["nothing", "no truths", "no detections"],
+    ids=["nothing", "no targets", "no detections"],
 )
-def test_an_evaluation_of_nothing_invents_no_figures(tmp_path, truths, detections, written):
-    lines = write_report(tmp_path, evaluated(truths, detections), read)
-    assert {file.name for file in tmp_path.iterdir()} == written
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["best_f1"] is None
-    assert figures["mistakes"]["hits"] == 0
-    assert ("no objects to find: no curves" in lines) == (len(truths) == 0)
-    if not len(truths):
-        assert figures["per_class"] == {}
-        assert set(figures["figures"].values()) == {None}
+def test_metrics_of_empty_tables_are_undefined(tmp_path, targets, detections, files):
+    lines = write_report(tmp_path, report_data(targets, detections), read_image)
+    assert {file.name for file in tmp_path.iterdir()} == files
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["best_f1"] is None
+    assert written["errors"]["true_positives"] == 0
+    assert ("no targets: no curves" in lines) == (len(targets) == 0)
+    if not len(targets):
+        assert written["per_class"] == {}
+        assert set(written["metrics"].values()) == {None}
         assert (tmp_path / "per_class.csv").read_text() == "key,name,objects\n"
 
 
-def test_tiles_show_the_place_enlarged_with_both_boxes():
+def test_tiles_show_the_enlarged_crop_with_both_boxes():
     box = (20, 20, 60, 60)
-    pair = table(truth(DOG, box, image=1)), table(said(CAT, 0.9, box, image=1))
-    (one,) = mistakes(matches_at(*pair, FLAT))["wrong class"]
-    picture = np.full((120, 160, 3), 90, np.uint8)
-    picture[20:60, 20:60] = 200, 30, 30
-    shown = np.array(tile(one, lambda k: (picture, (1.0, 1.0))))
-    # a window of one and a half of the box, so that the box fills two thirds
+    pair = table(target(DOG, box, image=1)), table(detection(CAT, 0.9, box, image=1))
+    (one,) = find_errors(match_predictions(*pair, FLAT))["classification"]
+    image = np.full((120, 160, 3), 90, np.uint8)
+    image[20:60, 20:60] = 200, 30, 30
+    shown = np.array(draw_error_tile(one, lambda k: (image, (1.0, 1.0))))
+    # the crop is 1.5 times as large as the box
     side = shown.shape[0]
     first = round((20 - 10) / 60 * side)
     assert shown[side // 2, side // 2].tolist() == [200, 30, 30]
     assert shown[5, 5].tolist() == [90, 90, 90]
     green, orange = (24, 160, 70), (245, 110, 0)
     assert tuple(shown[side // 2, first]) == orange
-    assert tuple(shown[side // 2, first + 3]) == green  # the truth's line is wider
-    # an image that was decoded at a half of its size shows the same place
-    halved = np.array(tile(one, lambda k: (picture[::2, ::2].copy(), (0.5, 0.5))))
+    assert tuple(shown[side // 2, first + 3]) == green  # the line of the target is wider
+    # an image decoded at half of its size gives the same crop
+    halved = np.array(draw_error_tile(one, lambda k: (image[::2, ::2].copy(), (0.5, 0.5))))
     assert tuple(halved[side // 2, first]) == orange
     assert np.abs(halved.astype(int) - shown).mean() < 2
 
 
-def test_a_tile_stays_inside_small_images_and_grey_where_there_is_none():
-    (one,) = mistakes(matches_at(table(truth(CAT, (0, 0, 40, 10))), no_boxes(), FLAT))["missed"]
-    shown = np.array(tile(one, lambda k: (np.full((10, 40, 3), 7, np.uint8), (1.0, 1.0))))
+def test_tiles_of_small_and_unreadable_images_are_padded_with_grey():
+    (one,) = find_errors(
+        match_predictions(table(target(CAT, (0, 0, 40, 10))), empty_table(), FLAT)
+    )["missed"]
+    shown = np.array(
+        draw_error_tile(one, lambda k: (np.full((10, 40, 3), 7, np.uint8), (1.0, 1.0)))
+    )
     middle = shown.shape[0] // 2
     assert shown[middle, middle].tolist() == [7, 7, 7]
     assert shown[5, middle].tolist() == shown[-5, middle].tolist() == [228, 228, 228]
@@ -199,34 +210,34 @@ def test_a_tile_stays_inside_small_images_and_grey_where_there_is_none():
     def broken(index):
         raise UnreadableSample("gone")
 
-    assert set(np.array(tile(one, broken)).reshape(-1).tolist()) == {228}
+    assert set(np.array(draw_error_tile(one, broken)).reshape(-1).tolist()) == {228}
 
 
-def test_the_grid_has_a_row_for_each_kind_that_happened():
+def test_the_grid_has_a_row_of_tiles_for_each_kind_that_occurs():
     sizes = []
-    for truths, detections in ((TRUTHS, DETECTIONS), (table(truth(CAT)), no_boxes())):
-        found = mistakes(matches_at(truths, detections, FLAT))
-        picture = Image.open(io.BytesIO(mistakes_grid(found, titles(FLAT), read, 0.25)))
-        sizes.append(picture.size)
+    for targets, detections in ((TARGETS, DETECTIONS), (table(target(CAT)), empty_table())):
+        found = find_errors(match_predictions(targets, detections, FLAT))
+        image = Image.open(io.BytesIO(draw_error_grid(found, unique_names(FLAT), read_image, 0.25)))
+        sizes.append(image.size)
     (width, tall), (same_width, low) = sizes
     assert width == same_width
     assert tall - low == 4 * 220  # tile, caption and gap
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_the_matrix_grows_with_its_classes(count):
-    tree = WordTree.flat([f"class {k}" for k in range(count)])
-    rows = [truth(k, image=k) for k in range(count)]
-    matrix = confusion(matches_at(table(*rows), no_boxes(), tree), tree)
-    picture = Image.open(io.BytesIO(confusion_matrix(matrix, titles(tree), "Confusion")))
-    pixels = np.array(picture.convert("RGB"))
-    dark = (pixels[..., 2] > 90) & (pixels[..., 0] < 40)  # the missed: a full column
-    assert 300 < picture.size[1] < 3000
-    assert dark.any(axis=1).sum() > 0.3 * picture.size[1]
+def test_the_plot_of_the_matrix_grows_with_the_number_of_classes(count):
+    tree = WordTree.from_names([f"class {k}" for k in range(count)])
+    rows = [target(k, image=k) for k in range(count)]
+    matrix = confusion_matrix(match_predictions(table(*rows), empty_table(), tree), tree)
+    image = Image.open(io.BytesIO(plot_confusion_matrix(matrix, unique_names(tree), "Confusion")))
+    pixels = np.array(image.convert("RGB"))
+    dark = (pixels[..., 2] > 90) & (pixels[..., 0] < 40)  # the column of missed targets
+    assert 300 < image.size[1] < 3000
+    assert dark.any(axis=1).sum() > 0.3 * image.size[1]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"confidence": 1.5}, "report.confidence is 1.5; allowed: 0 … 1"),
         ({"confidence": -0.1}, "report.confidence is -0.1"),
@@ -234,11 +245,11 @@ def test_the_matrix_grows_with_its_classes(count):
         ({"folder": "full/file"}, "report.folder 'full/file' is not empty"),
     ],
 )
-def test_options_out_of_range_are_refused(tmp_path, monkeypatch, options, said):
+def test_options_out_of_range_are_refused(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
     Path("full/file").write_text("mine")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         ReportOptions(**options)
     Path("empty").mkdir()
     ReportOptions(folder="empty")
@@ -255,60 +266,62 @@ TINY = [
 ]  # fmt: skip
 
 
-def report_in(folder):
-    return json.loads((folder / "figures.json").read_text())
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
 
 
-def test_the_command_line_reports_beside_the_checkpoint_and_in_the_mlflow_run(
-    workplace, capsys, monkeypatch, no_plots
+def test_the_command_writes_the_report_to_the_run_folder_and_to_mlflow(
+    workplace, capsys, monkeypatch, no_matplotlib
 ):
     assert main(["fit", *TINY]) == 0
     (run,) = (workplace / "outputs/quickstart").iterdir()
-    kept = set(run.iterdir())
+    before = set(run.iterdir())
     assert main(["test", *TINY, "--report.level=1", "--report.confidence=0.01"]) == 0
     assert f"report: {(run / 'test-001').relative_to(workplace)}" in capsys.readouterr().out
     store = sqlite3.connect(workplace / "mlflow.db")
     ((logged,),) = store.execute("select value from metrics where key = 'test/AP50'").fetchall()
-    ((place,),) = store.execute("select artifact_uri from runs")
+    ((artifact_uri,),) = store.execute("select artifact_uri from runs")
     store.close()
-    assert {file.name for file in (Path(place) / "test-001").iterdir()} == TABLES | {"mistakes.jpg"}
+    assert {file.name for file in (Path(artifact_uri) / "test-001").iterdir()} == TABLES | {
+        "errors.jpg"
+    }
 
     def fail(*args, **kwargs):
         raise OSError("no space")
 
     monkeypatch.setattr("mlflow.tracking.MlflowClient.log_artifact", fail)
     (workplace / "seen.txt").write_text("ring\nsquare\n")
-    with pytest.warns(UserWarning, match=r"not all of this run is in MLflow .* mlflow sync"):
-        assert main(["test", *TINY, "--report.seen=seen.txt"]) == 0
-    assert main(["validate", *TINY, "--report.folder=mine/here"]) == 0
-    assert set(run.iterdir()) - kept == {run / "test-001", run / "test-002"}
+    with pytest.warns(UserWarning, match=r"upload to MLflow .* mlflow sync"):
+        assert main(["test", *TINY, "--report.seen_classes=seen.txt"]) == 0
+    assert main(["validate", *TINY, "--report.folder=my/report"]) == 0
+    assert set(run.iterdir()) - before == {run / "test-001", run / "test-002"}
 
-    figures = report_in(run / "test-001")
-    assert figures["command"] == "test"
-    assert figures["recipe"] == "quickstart.yaml"
-    assert figures["checkpoint"] == str((run / "checkpoints/best.ckpt").relative_to(workplace))
-    assert (figures["images"], figures["image_size"], figures["seen"]) == (5, 96, None)
-    assert figures["mistakes"]["confidence"] == 0.01
+    written = read_metrics(run / "test-001")
+    assert written["command"] == "test"
+    assert written["recipe"] == "quickstart.yaml"
+    assert written["checkpoint"] == str((run / "checkpoints/best.ckpt").relative_to(workplace))
+    assert (written["images"], written["image_size"], written["seen_classes"]) == (5, 96, None)
+    assert written["errors"]["confidence"] == 0.01
     names = (run / "test-001/confusion.csv").read_text().splitlines()[0]
-    assert names == "truth,shape,cross,missed"
-    assert {"found", "named"} & {key for row in figures["per_class"].values() for key in row}
-    assert report_in(run / "test-002")["seen"] == "seen.txt"
-    validated = report_in(workplace / "mine/here")
+    assert names == "target,shape,cross,missed"
+    assert {"detected", "correct"} & {key for row in written["per_class"].values() for key in row}
+    assert read_metrics(run / "test-002")["seen_classes"] == "seen.txt"
+    validated = read_metrics(workplace / "my/report")
     assert (validated["command"], validated["images"]) == ("validate", 3)
 
-    assert figures["figures"]["AP50"] == pytest.approx(logged, abs=1e-6)
+    assert written["metrics"]["AP50"] == pytest.approx(logged, abs=1e-6)
 
 
-def test_what_the_command_line_refuses_costs_no_evaluation(workplace, capsys, monkeypatch):
-    monkeypatch.setattr(cli.RecipeCLI, "after_test", lambda self: pytest.fail("it was measured"))
-    test = ["test", *TINY, "--ckpt_path", str(untrained(workplace))]
+def test_invalid_options_are_refused_before_the_evaluation(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(cli.RecipeCLI, "after_test", lambda self: pytest.fail("evaluated"))
+    test = ["test", *TINY, "--ckpt_path", str(save_untrained(workplace))]
     (workplace / "mine").mkdir()
     (workplace / "mine/file").write_text("")
     for args, message in (
         ([*test, "--report.confidence=2"], "report.confidence is 2; allowed: 0 … 1"),
         ([*test, "--report.level=6"], "report.level is 6; allowed: 1 … 5"),
         ([*test, "--report.folder=mine"], "report.folder 'mine' is not empty"),
-        ([*test, "--report.seen=gone.txt"], "'gone.txt'"),
+        ([*test, "--report.seen_classes=gone.txt"], "'gone.txt'"),
         ([*test, "--report.lvl=2"], "report.lvl: no such option; did you mean 'level'?"),
         (["fit", *TINY, "--report.level=2"], "report.level: an option of validate and test"),
     ):
@@ -317,37 +330,37 @@ def test_what_the_command_line_refuses_costs_no_evaluation(workplace, capsys, mo
     assert not (workplace / "outputs").exists()
 
 
-def untrained(workplace):
-    """Save a detector of shapes beside no run."""
+def save_untrained(workplace):
+    """Save a detector outside of any run folder."""
     module = DetectorModule(
         "recipes/trees/shapes.tsv", [(1.6, 1.7), (2.4, 2.5)], "small", 8, 64, "space_to_depth"
     )
-    torch.save(checkpoint_of(module, {}), workplace / "elsewhere.ckpt")
+    torch.save(build_checkpoint(module, {}), workplace / "elsewhere.ckpt")
     return workplace / "elsewhere.ckpt"
 
 
-def test_a_checkpoint_from_elsewhere_is_reported_under_the_recipe_s_folder(workplace):
-    before = {*workplace.iterdir(), untrained(workplace)}
+def test_the_report_of_a_checkpoint_without_a_run_goes_to_the_folder_of_the_recipe(workplace):
+    before = {*workplace.iterdir(), save_untrained(workplace)}
     assert main(["test", *TINY, "--ckpt_path", "elsewhere.ckpt"]) == 0
     assert {*workplace.iterdir()} - before == {workplace / "outputs"}
     (folder,) = (workplace / "outputs/quickstart").iterdir()
     assert folder.name == "test-001"
-    assert report_in(folder)["checkpoint"] == "elsewhere.ckpt"
-    # two images read of five, one batch of three
+    assert read_metrics(folder)["checkpoint"] == "elsewhere.ckpt"
+    # one batch of two, of five images in three batches
     options = ["--ckpt_path=elsewhere.ckpt", "--trainer.limit_test_batches=0.4"]
     assert main(["test", *TINY, *options]) == 0
-    assert report_in(folder.with_name("test-002"))["images"] == 2
+    assert read_metrics(folder.with_name("test-002"))["images"] == 2
 
 
 def test_other_ranks_write_nothing(workplace, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.Trainer.is_global_zero", False)
-    assert main(["test", *TINY, "--ckpt_path", str(untrained(workplace))]) == 0
+    assert main(["test", *TINY, "--ckpt_path", str(save_untrained(workplace))]) == 0
     assert not (workplace / "outputs").exists()
 
 
-def test_a_classifier_is_measured_without_a_report_of_boxes(workplace, capsys):
+def test_a_classifier_has_no_report(workplace, capsys):
     for label in ("cat", "dog"):
-        plain(workplace / f"val/{label}/1.jpg")
+        save_grey(workplace / f"val/{label}/1.jpg")
     folder = {"class_path": "yolo_lightning.datamodules.ImageFolder", "init_args": {"root": "val"}}
     init: dict[str, Any] = {"tree": ["cat", "dog"], "backbone": [["conv", 4], ["pool"]]}
     data: dict[str, Any] = {"tree": ["cat", "dog"], "validation": folder}
@@ -358,11 +371,11 @@ def test_a_classifier_is_measured_without_a_report_of_boxes(workplace, capsys):
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }
     Path("c.yaml").write_text(yaml.safe_dump(recipe))
-    torch.save(checkpoint_of(ClassifierModule(**init), {}), "c.ckpt")
+    torch.save(build_checkpoint(ClassifierModule(**init), {}), "c.ckpt")
     before = {*workplace.iterdir()}
     test = ["test", "--config=c.yaml", "--ckpt_path=c.ckpt"]
     assert main(test) == 0
     assert "top-1" in capsys.readouterr().out
     assert {*workplace.iterdir()} == before
     assert main([*test, "--report.level=1"]) == 2
-    assert "report: its options are for detectors, and this is none" in capsys.readouterr().err
+    assert "report: these options need a detector; the model is not one" in capsys.readouterr().err

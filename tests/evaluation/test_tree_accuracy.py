@@ -14,13 +14,15 @@ def path_of(tree: WordTree, node: int) -> list[int]:
     return [k for k in tree.paths[node].tolist() if k >= 0][::-1]
 
 
-def kind_of(tree: WordTree, named: int, label: int) -> str:
-    if label in path_of(tree, named):
+def kind_of(tree: WordTree, predicted: int, label: int) -> str:
+    if label in path_of(tree, predicted):
         return "right"
-    if named in path_of(tree, label):
+    if predicted in path_of(tree, label):
         return "not_specific_enough"
     parent = int(tree.parents[label])
-    under_parent = parent in path_of(tree, named) if parent >= 0 else tree.parents[named] < 0
+    under_parent = (
+        parent in path_of(tree, predicted) if parent >= 0 else tree.parents[predicted] < 0
+    )
     return "wrong_leaf" if under_parent else "wrong_branch"
 
 
@@ -28,21 +30,28 @@ def kind_of(tree: WordTree, named: int, label: int) -> str:
 @given(trees(), st.integers(0, 1000))
 def test_kinds_and_depths_equal_brute_force(tree, seed):
     generator = torch.Generator().manual_seed(seed)
-    named, deepest, labels = torch.randint(0, len(tree), (3, 12), generator=generator)
+    predicted, leaves, labels = torch.randint(0, len(tree), (3, 12), generator=generator)
     labels[3] = -1
     metric = TreeAccuracy(tree)
-    metric.update(named[:5], deepest[:5], labels[:5])
-    metric.update(named[5:], deepest[5:], labels[5:])
-    figures = metric.compute()
+    metric.update(predicted[:5], leaves[:5], labels[:5])
+    metric.update(predicted[5:], leaves[5:], labels[5:])
+    metrics = metric.compute()
     real = [k for k in range(12) if labels[k] >= 0]
-    kinds = [kind_of(tree, int(named[k]), int(labels[k])) for k in real]
+    kinds = [kind_of(tree, int(predicted[k]), int(labels[k])) for k in real]
     for kind in KINDS:
-        assert figures[kind] == pytest.approx(kinds.count(kind) / len(real))
+        assert metrics[kind] == pytest.approx(kinds.count(kind) / len(real))
     for depth in range(tree.paths.shape[1]):
-        pairs = [(path_of(tree, int(labels[k])), path_of(tree, int(deepest[k]))) for k in real]
-        deep = [(truth, guess) for truth, guess in pairs if len(truth) > depth]
+        pairs = [(path_of(tree, int(labels[k])), path_of(tree, int(leaves[k]))) for k in real]
+        deep = [
+            (true_path, predicted_path)
+            for true_path, predicted_path in pairs
+            if len(true_path) > depth
+        ]
         if deep:
-            hits = sum(truth[depth] == (guess + [-2] * 30)[depth] for truth, guess in deep)
-            assert figures[f"depth{depth + 1}"] == pytest.approx(hits / len(deep))
+            hits = sum(
+                true_path[depth] == (predicted_path + [-2] * 30)[depth]
+                for true_path, predicted_path in deep
+            )
+            assert metrics[f"depth{depth + 1}"] == pytest.approx(hits / len(deep))
         else:
-            assert f"depth{depth + 1}" not in figures
+            assert f"depth{depth + 1}" not in metrics

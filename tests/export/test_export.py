@@ -23,9 +23,9 @@ from yolo_lightning.boxes import unletterbox
 from yolo_lightning.cli.main import main
 from yolo_lightning.detections import Detections
 from yolo_lightning.export import graph
-from yolo_lightning.export.check import apart, open_onnx, open_torch, threshold_within
-from yolo_lightning.export.darknet import checkpoint_of
-from yolo_lightning.export.graph import DetectorGraph, GraphSettings, TreeDescent, suppressed
+from yolo_lightning.export.check import find_threshold, max_differences, open_onnx, open_torch
+from yolo_lightning.export.darknet import build_checkpoint
+from yolo_lightning.export.graph import DetectorGraph, GraphSettings, TreeDescent, nms_rows
 
 ROWS = [
     ("animal", "-", "animal"), ("tool", "-", "tool"), ("cat", "animal", "cat"),
@@ -65,7 +65,7 @@ def images(batch: int, height: int, width: int) -> torch.Tensor:
     return (255 * blots).byte().repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
-def sizes_of(batch: int) -> torch.Tensor:
+def original_sizes(batch: int) -> torch.Tensor:
     return torch.tensor([[70, 200], [333, 90], [64, 64]])[:batch]
 
 
@@ -78,7 +78,7 @@ def module() -> DetectorModule:
 def exported(module, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Return, for each format, a file and what the command printed."""
     folder = tmp_path_factory.mktemp("exported")
-    torch.save(checkpoint_of(module, {}), folder / "m.ckpt")
+    torch.save(build_checkpoint(module, {}), folder / "m.ckpt")
     found = {}
     for kind, suffix in KINDS.items():
         output, printed = folder / f"m{suffix}", io.StringIO()
@@ -92,22 +92,24 @@ def exported(module, tmp_path_factory) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.fixture(scope="module")
-def opened(exported):
+def runners(exported):
     """Return, for each format, the file's graph at a score threshold."""
     onnx_file, torch_file = (exported[kind][0] for kind in KINDS)
     return {"onnx": open_onnx(onnx_file), "torch-export": open_torch(torch_file)}
 
 
 def check_rows(rows, module, given, sizes, settings) -> list[Detections]:
-    """Assert that a graph gives what `describe` finds, and padding; return what was found."""
+    """Compare the output of a graph with `detect_most_specific`; return the detections."""
     ours: list[Detections]
-    ours = module.describe(given, sizes, settings.score_threshold, settings.tree_threshold)
+    ours = module.detect_most_specific(
+        given, sizes, settings.score_threshold, settings.tree_threshold
+    )
     boxes, scores, nodes = rows
     assert boxes.shape == (len(given), settings.top, 4)
     assert scores.shape == nodes.shape == (len(given), settings.top)
     assert (boxes.dtype, scores.dtype, nodes.dtype) == (torch.float32, torch.float32, torch.int64)
     for k, found in enumerate(ours):
-        best = found.chosen(torch.arange(min(len(found.scores), settings.top)))
+        best = found.select(torch.arange(min(len(found.scores), settings.top)))
         count = len(best.scores)
         assert bool((nodes[k, :count] >= 0).all())
         assert bool((nodes[k, count:] == -1).all())
@@ -115,7 +117,7 @@ def check_rows(rows, module, given, sizes, settings) -> list[Detections]:
         assert not scores[k, count:].any()
         assert bool((scores[k].diff() <= 0).all())
         theirs = Detections(boxes[k, :count], nodes[k, :count], scores[k, :count])
-        assert float(apart(best, theirs, sizes[k].tolist()).max()) < 1e-4
+        assert float(max_differences(best, theirs, sizes[k].tolist()).max()) < 1e-4
     return ours
 
 
@@ -132,7 +134,7 @@ def random_tree(count: int, top: int, seed: int) -> WordTree:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize(("count", "top"), [(1, 1), (9, 9), (60, 3), (200, 1)])
-def test_the_descent_is_the_trees_own_at_every_depth(count, top, threshold):
+def test_tree_descent_equals_the_tree_at_every_depth(count, top, threshold):
     tree = random_tree(count, top, seed=count)
     assert count < 60 or tree.paths.shape[1] > 8
     logits = 4 * torch.randn(300, count, generator=torch.Generator().manual_seed(0))
@@ -140,17 +142,17 @@ def test_the_descent_is_the_trees_own_at_every_depth(count, top, threshold):
     first = torch.tensor([int((tree.groups == group).nonzero()[0]) for group in tree.groups])
     logits[200:, (first != torch.arange(count)).nonzero().flatten()[::2]] = -torch.inf
     nodes, probs = TreeDescent(tree, threshold)(logits)
-    expected, expected_probs = tree.most_specific(logits, threshold)
+    expected, expected_probs = tree.most_specific_nodes(logits, threshold)
     assert torch.equal(nodes, expected)
     torch.testing.assert_close(probs, expected_probs, rtol=1e-5, atol=1e-9)
 
 
-def test_the_descent_takes_no_boxes_at_all():
+def test_tree_descent_without_boxes():
     nodes, probs = TreeDescent(WordTree(ROWS), 0.5)(torch.zeros(0, len(ROWS)))
     assert nodes.shape == probs.shape == (0,)
 
 
-def test_boxes_leave_letterboxes_of_many_sizes_as_they_leave_one():
+def test_unletterbox_each_equals_unletterbox():
     random = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 3000, (200, 2), generator=random)
     sizes[:3] = torch.tensor([[64, 96], [1, 3000], [3000, 1]])
@@ -180,10 +182,10 @@ SCORES = torch.tensor([[0.5, 0.5, 0.9, 0.3, 0.3, 0.3, 0.0], [0.5, 0.4, 0.3, 0.2,
         (0.0, 9, [[2, 3, 4, -1, -1, -1, -1, -1, -1], [5, 6, 0, 3, -1, -1, -1, -1, -1]]),
     ],
 )
-def test_three_ways_of_suppressing_keep_the_same(iou_threshold, top, expected):
+def test_three_implementations_of_nms_agree(iou_threshold, top, expected):
     boxes = CROWDED.expand(2, -1, -1).contiguous()
-    assert suppressed(boxes, SCORES, iou_threshold, top).tolist() == expected
-    in_turn = graph.suppressed_in_turn(boxes, SCORES, iou_threshold, top)
+    assert nms_rows(boxes, SCORES, iou_threshold, top).tolist() == expected
+    in_turn = graph.nms_rows_in_torch(boxes, SCORES, iou_threshold, top)
     assert in_turn.tolist() == expected
     theirs = graph._onnx_nms(boxes.numpy(), SCORES.numpy(), iou_threshold, top)
     assert theirs.value.tolist() == expected
@@ -208,21 +210,21 @@ def test_three_ways_of_suppressing_keep_the_same(iou_threshold, top, expected):
         },
     ],
 )
-def test_the_graph_does_what_the_module_does_for_every_layout(options):
+def test_the_graph_equals_the_module_for_every_network(options):
     module = small(**options)
     settings = GraphSettings(module.hparams["resize"], 0.2, 0.4, module.iou_threshold, 30)
-    wanted = DetectorGraph(module.network, module.tree, settings, suppressed)
-    found = check_rows(wanted(images(2, 48, 64), sizes_of(2)), module, images(2, 48, 64),
-                       sizes_of(2), settings)  # fmt: skip
+    wanted = DetectorGraph(module.network, module.tree, settings, nms_rows)
+    found = check_rows(wanted(images(2, 48, 64), original_sizes(2)), module, images(2, 48, 64),
+                       original_sizes(2), settings)  # fmt: skip
     assert sum(len(image.scores) for image in found) > 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 48, 48), (1, 32, 80), (3, 8, 8)])
-def test_files_find_what_the_module_finds(module, opened, kind, shape):
+def test_files_equal_the_module(module, runners, kind, shape):
     settings = GraphSettings("letterbox", **OPTIONS)
-    sizes = sizes_of(shape[0])
-    rows = opened[kind](None)(images(*shape), sizes)
+    sizes = original_sizes(shape[0])
+    rows = runners[kind](None)(images(*shape), sizes)
     found = check_rows(rows, module, images(*shape), sizes, settings)
     if shape[0] == 2:  # more than fit, at several levels
         assert max(len(image.scores) for image in found) > settings.top
@@ -230,49 +232,51 @@ def test_files_find_what_the_module_finds(module, opened, kind, shape):
         assert set(depths.tolist()) == {1, 2, 3}
 
 
-def test_onnx_takes_a_single_cell(module, opened):
+def test_onnx_accepts_a_single_cell(module, runners):
     settings, given = GraphSettings("letterbox", **OPTIONS), images(2, 8, 8)[:, :, 2:6, 2:6]
     found = check_rows(
-        opened["onnx"](0.01)(given, sizes_of(2)),
-        module, given, sizes_of(2), replace(settings, score_threshold=0.01),
+        runners["onnx"](0.01)(given, original_sizes(2)),
+        module, given, original_sizes(2), replace(settings, score_threshold=0.01),
     )  # fmt: skip
     assert sum(len(image.scores) for image in found) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_give_padding_alone_where_nothing_passes(opened, kind):
-    boxes, scores, nodes = opened[kind](0.9999)(images(2, 48, 48), sizes_of(2))
+def test_files_return_only_padding_if_no_box_exceeds_the_threshold(runners, kind):
+    boxes, scores, nodes = runners[kind](0.9999)(images(2, 48, 48), original_sizes(2))
     assert not boxes.any()
     assert not scores.any()
     assert bool((nodes == -1).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_and_the_python_door_agree_about_an_image(module, opened, kind):
+def test_files_equal_the_python_api_for_an_image(module, runners, kind):
     pixels = np.random.default_rng(0).integers(0, 256, (50, 120, 3), dtype=np.uint8)
-    fitted, size_hw_orig = module.fitted(pixels)
-    run = opened[kind](None)
+    fitted, size_hw_orig = module.preprocess(pixels)
+    run = runners[kind](None)
     boxes, scores, nodes = run(fitted[None], torch.tensor([size_hw_orig]))
-    told = module(pixels, OPTIONS["score_threshold"], OPTIONS["tree_threshold"])[: OPTIONS["top"]]
-    assert len(told) > 20
-    assert [found.node for found in told] == nodes[0, : len(told)].tolist()
-    expected = torch.tensor([found.box_xyxy_orig_px for found in told])
-    torch.testing.assert_close(boxes[0, : len(told)], expected, rtol=1e-4, atol=1e-3)
-    expected = torch.tensor([found.score for found in told])
-    torch.testing.assert_close(scores[0, : len(told)], expected, rtol=1e-4, atol=1e-6)
+    detections = module(pixels, OPTIONS["score_threshold"], OPTIONS["tree_threshold"])[
+        : OPTIONS["top"]
+    ]
+    assert len(detections) > 20
+    assert [found.node for found in detections] == nodes[0, : len(detections)].tolist()
+    expected = torch.tensor([found.box_xyxy_orig_px for found in detections])
+    torch.testing.assert_close(boxes[0, : len(detections)], expected, rtol=1e-4, atol=1e-3)
+    expected = torch.tensor([found.score for found in detections])
+    torch.testing.assert_close(scores[0, : len(detections)], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_refuse_sizes_that_are_no_multiples(opened, kind):
+def test_files_reject_sizes_that_are_not_multiples_of_the_stride(runners, kind):
     with pytest.raises(Exception, match=r"(?i)reshape|guard|multiple|expected"):
-        opened[kind](None)(images(1, 48, 48)[:, :, :46], sizes_of(1))
+        runners[kind](None)(images(1, 48, 48)[:, :, :46], original_sizes(1))
 
 
-def test_files_tell_what_they_hold(exported):
+def test_metadata_of_files(exported):
     held = {p.key: json.loads(p.value) for p in onnx.load(exported["onnx"][0]).metadata_props}
     extra = {graph.METADATA_FILE: ""}
     program = torch.export.load(exported["torch-export"][0], extra_files=extra)
-    only_torchs_operators(program)
+    assert_only_torch_operators(program)
     assert held == json.loads(extra[graph.METADATA_FILE])
     assert held["names"] == ["animal", "tool", "cat", "dog", "Bengal", "Manx", "saw", "drill"]
     assert held["keys"][4:] == ["bengal", "manx", "saw", "drill"]
@@ -282,7 +286,7 @@ def test_files_tell_what_they_hold(exported):
     assert {name: held[name] for name in OPTIONS} == OPTIONS
 
 
-def test_files_name_nothing_of_the_machine_that_wrote_them(exported):
+def test_files_contain_no_paths_of_the_machine(exported):
     with zipfile.ZipFile(exported["torch-export"][0]) as archive:
         texts = [archive.read(name) for name in archive.namelist()]
     for text in (exported["onnx"][0].read_bytes(), *texts):
@@ -290,7 +294,7 @@ def test_files_name_nothing_of_the_machine_that_wrote_them(exported):
         assert str(Path(torch.__file__).parent).encode() not in text
 
 
-def only_torchs_operators(program: torch.export.ExportedProgram) -> None:
+def assert_only_torch_operators(program: torch.export.ExportedProgram) -> None:
     """Assert that a program loads where this package is not installed."""
     targets = [
         str(node.target)
@@ -302,21 +306,21 @@ def only_torchs_operators(program: torch.export.ExportedProgram) -> None:
     assert not [target for target in targets if "yolo" in target]
 
 
-def test_onnx_suppresses_by_its_own_operator(exported):
+def test_onnx_uses_its_nms_operator(exported):
     model = onnx.load(exported["onnx"][0])
     assert [node.op_type for node in model.graph.node].count("NonMaxSuppression") == 1
     assert {entry.domain for entry in model.opset_import} == {""}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_command_says_what_it_compared(exported, kind):
-    said = exported[kind][1]
-    told = r"checked: (\d+) boxes of (\d+) images, maximum difference (\S+) "
-    ((boxes, images_compared, worst),) = re.findall(told, said)
+def test_the_command_reports_the_comparison(exported, kind):
+    output = exported[kind][1]
+    detections = r"checked: (\d+) boxes of (\d+) images, maximum difference (\S+) "
+    ((boxes, images_compared, worst),) = re.findall(detections, output)
     assert int(boxes) > 20
     assert int(images_compared) == 3
     assert 0 < float(worst) < 1e-4
-    assert str(exported[kind][0]) in said
+    assert str(exported[kind][0]) in output
 
 
 @pytest.fixture
@@ -337,7 +341,7 @@ def export(*args: str) -> int:
     return main(["export", "m.ckpt", *given, *args])
 
 
-def test_a_file_stands_in_the_working_folder_and_is_replaced_only_when_asked(quick, capsys):
+def test_an_existing_file_is_replaced_only_with_overwrite(quick, capsys):
     assert export() == 0
     Path("m.onnx").write_text("mine")
     assert export() == 2
@@ -353,19 +357,19 @@ def test_a_file_stands_in_the_working_folder_and_is_replaced_only_when_asked(qui
     "other",
     [("--tree-threshold", "0.99"), ("--iou-threshold", "0.9"), ("--score-threshold", "0.6")],
 )
-def test_a_file_that_differs_from_the_checkpoint_is_not_kept(quick, capsys, other):
+def test_a_file_that_differs_from_the_checkpoint_is_removed(quick, capsys, other):
     Path("m.onnx").write_text("mine")
     assert export("--overwrite", *other) == 2
-    said = capsys.readouterr()
-    assert re.search(r"m.onnx: differs from the checkpoint, maximum difference", said.err)
-    assert "allowed: 0.001. Not kept" in said.err
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert re.search(r"m.onnx: differs from the checkpoint, maximum difference", output.err)
+    assert "allowed: 0.001. Not kept" in output.err
+    assert output.out == ""
     assert Path("m.onnx").read_text() == "mine"
     assert sorted(p.name for p in quick.iterdir()) == ["m.ckpt", "m.onnx", "recipes"]
 
 
-def test_a_file_of_other_weights_is_not_kept(quick, module, capsys):
-    checkpoint = checkpoint_of(module, {})
+def test_a_file_with_other_weights_is_removed(quick, module, capsys):
+    checkpoint = build_checkpoint(module, {})
     state = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
     state["network.class_bias"][:, 2] += 0.05
     torch.save({**checkpoint, "state_dict": state}, "m.ckpt")
@@ -373,31 +377,37 @@ def test_a_file_of_other_weights_is_not_kept(quick, module, capsys):
     assert "differs from the checkpoint" in capsys.readouterr().err
 
 
-def found_of(boxes, nodes, scores) -> Detections:
+def make_detections(boxes, nodes, scores) -> Detections:
     return Detections(torch.tensor(boxes), torch.tensor(nodes), torch.tensor(scores))
 
 
-def test_differences_are_of_sides_and_of_scores():
-    first = found_of([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 2], [0.8, 0.4])
-    other = found_of([[10.0, 10, 62, 40], [0, 0, 100, 50]], [2, 1], [0.5, 0.8])  # in another order
-    torch.testing.assert_close(apart(first, other, (100, 200)), torch.tensor([0.01, 0.25]))
+def test_differences_are_relative_to_sides_and_scores():
+    first = make_detections([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 2], [0.8, 0.4])
+    other = make_detections(
+        [[10.0, 10, 62, 40], [0, 0, 100, 50]], [2, 1], [0.5, 0.8]
+    )  # in another order
+    torch.testing.assert_close(
+        max_differences(first, other, (100, 200)), torch.tensor([0.01, 0.25])
+    )
     for changed in (
-        found_of([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 3], [0.8, 0.4]),  # another node
-        found_of([[0.0, 0, 100, 50]], [1], [0.8]),  # one missing
-        found_of([[0.0, 0, 100, 50], [10, 10, 60, 40], [90, 0, 99, 9]], [1, 2, 2], [0.8, 0.4, 0.4]),
-        first.chosen(torch.tensor([], dtype=torch.int64)),
+        make_detections([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 3], [0.8, 0.4]),  # another node
+        make_detections([[0.0, 0, 100, 50]], [1], [0.8]),  # one missing
+        make_detections(
+            [[0.0, 0, 100, 50], [10, 10, 60, 40], [90, 0, 99, 9]], [1, 2, 2], [0.8, 0.4, 0.4]
+        ),
+        first.select(torch.tensor([], dtype=torch.int64)),
     ):
-        assert float(apart(first, changed, (100, 200)).max()) > 0.1
-        assert float(apart(changed, first, (100, 200)).max()) > 0.1
-    broken = found_of([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 2], [0.8, float("nan")])
-    assert bool(apart(first, broken, (100, 200)).isnan().any())
+        assert float(max_differences(first, changed, (100, 200)).max()) > 0.1
+        assert float(max_differences(changed, first, (100, 200)).max()) > 0.1
+    broken = make_detections([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 2], [0.8, float("nan")])
+    assert bool(max_differences(first, broken, (100, 200)).isnan().any())
 
 
-def test_the_lowered_threshold_lies_in_the_widest_gap():
+def test_the_lowered_threshold_is_in_the_widest_gap():
     scores = torch.tensor([0.9, 0.8, 0.7, 0.4, 0.39, 0.01])
-    assert 0.4 < threshold_within(scores, 2, 4) < 0.7
-    assert 0.8 < threshold_within(scores, 1, 1) < 0.9
-    assert threshold_within(scores[:1], 1, 4) == 0.0
+    assert 0.4 < find_threshold(scores, 2, 4) < 0.7
+    assert 0.8 < find_threshold(scores, 1, 1) < 0.9
+    assert find_threshold(scores[:1], 1, 4) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -413,7 +423,7 @@ def test_the_lowered_threshold_lies_in_the_widest_gap():
         (["--output", "recipes"], "'recipes' is a folder"),
     ],
 )
-def test_bad_options_are_named(quick, capsys, args, message):
+def test_invalid_options(quick, capsys, args, message):
     assert export(*args) == 2
     assert message in capsys.readouterr().err
     assert not Path("m.onnx").exists()
@@ -431,22 +441,22 @@ def test_classifiers_and_missing_checkpoints_are_refused(quick, capsys, monkeypa
 def test_missing_packages_are_named_with_the_extra(quick, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert export() == 2
-    said = capsys.readouterr().err
-    assert "needs onnxscript" in said
-    assert "pip install 'yolo-lightning[export]'" in said
+    output = capsys.readouterr().err
+    assert "needs onnxscript" in output
+    assert "pip install 'yolo-lightning[export]'" in output
 
 
-def test_a_detector_that_finds_nothing_is_refused(quick, module, capsys):
-    checkpoint = checkpoint_of(module, {})
+def test_a_detector_without_detections_is_rejected(quick, module, capsys):
+    checkpoint = build_checkpoint(module, {})
     state = dict(checkpoint["state_dict"])
     state["network.box_conv.bias"] = torch.full_like(state["network.box_conv.bias"], -500.0)
     torch.save({**checkpoint, "state_dict": state}, "m.ckpt")
     assert export() == 2
-    assert "no box of the detector scores more than 0" in capsys.readouterr().err
+    assert "no box of the detector has a score above 0" in capsys.readouterr().err
     assert not Path("m.onnx").exists()
 
 
-def test_help_starts_light():
+def test_help_imports_no_heavy_modules():
     code = (
         "import sys\nfrom yolo_lightning.cli.commands.export import main\n"
         "try: main(['--help'])\n"

@@ -1,4 +1,4 @@
-"""A callback that writes down what every step saw, so that two trainings can be compared."""
+"""A callback that records the batch and the loss of each step, to compare two trainings."""
 
 import json
 import os
@@ -9,10 +9,10 @@ import torch
 
 
 class Diary(pl.Callback):
-    """Append a line a step: number, image size, sample ids, the loss's bits.
+    """Appends a line per step: step, batch type, image size, sample ids, bits of the loss.
 
     Args:
-        folder: of the files, one a rank.
+        folder: for the files, one per rank.
     """
 
     def __init__(self, folder: str) -> None:
@@ -29,16 +29,19 @@ class Diary(pl.Callback):
 
 
 def entries(folder: Path, rank: int = 0) -> list[list[object]]:
-    """Return the whole lines; the last one may have been cut off by a kill."""
+    """Return the complete lines; a kill may have truncated the last one."""
     file = folder / f"rank{rank}.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def mismatches(expected: list[list[object]], found: list[list[object]], steps: int) -> list[str]:
-    """Return what differs: steps done twice have to be the same twice, and none may be missing."""
+def mismatches(expected: list[list[object]], actual: list[list[object]], steps: int) -> list[str]:
+    """Return differences; a step may be repeated with equal values, but none may be missing."""
     reference = {entry[0]: entry for entry in expected}
-    wrong = [f"{entry} instead of {reference[entry[0]]}" for entry in found
-             if entry != reference.get(entry[0])]  # fmt: skip
-    missing = set(range(steps)) - {entry[0] for entry in found}
-    return wrong + [f"step {step} is missing" for step in sorted(missing)]
+    different = [
+        f"{entry} instead of {reference[entry[0]]}"
+        for entry in actual
+        if entry != reference.get(entry[0])
+    ]
+    missing = set(range(steps)) - {entry[0] for entry in actual}
+    return different + [f"step {step} is missing" for step in sorted(missing)]

@@ -1,4 +1,4 @@
-"""Arrays of the original program."""
+"""Golden arrays, computed by the original program."""
 
 import numpy as np
 import torch

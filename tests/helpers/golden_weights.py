@@ -1,7 +1,7 @@
-"""Seeded random Darknet weights: the input side of the *_forward.npz golden files.
+"""Seeded random Darknet weights, from which the *_forward.npz golden files were computed.
 
 `conv_layers` is a list of (in_channels, out_channels, kernel_size, batch_normalize) in file order.
-Draw order per layer is part of the contract: change nothing, or every golden file is void.
+The order of random draws must not change, or the golden files become invalid.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Image files."""
+"""Create image files and EXIF data."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Kill a training again and again; compare what it did with one that was never killed.
+"""Kill a training repeatedly, and compare its steps with those of an uninterrupted training.
 
     python tests/helpers/kill_and_resume.py --kills 30 --workers 0 1 2
 
-Everything is imported once; each start is a fork, so a kill costs a second instead of ten. Moments
-are random, and every epoch's end is hit too. Ends with 1 where a step differs.
+Everything is imported once, and each start is a fork, so a kill takes a second instead of ten.
+Kills are at the end of each epoch, then at random times. Exits with 1 if a step differs.
 """
 
 import argparse
@@ -75,7 +75,7 @@ trainer:
 
 
 def write_recipe(folder: Path) -> Path:
-    """Write a small joint recipe that keeps everything in `folder`."""
+    """Write a small joint recipe with all outputs in `folder`."""
     tree = Path(__file__).resolve().parents[2] / "recipes/trees/shapes.tsv"
     file = folder / "recipe.yaml"
     text = RECIPE.format(tree=tree, folder=folder, epochs=EPOCHS, steps_per_epoch=STEPS_PER_EPOCH)
@@ -90,7 +90,7 @@ def arguments(folder: Path, workers: int) -> list[str]:
 
 
 def start(folder: Path, workers: int) -> int:
-    """Fork a training in a process group of its own; return its number."""
+    """Fork a training in a new process group; return its process id."""
     process = os.fork()
     if process:
         return process
@@ -112,54 +112,54 @@ def start(folder: Path, workers: int) -> int:
         os._exit(code)
 
 
-def ended(process: int, patience_s: float) -> int | None:
-    """Return the exit code of a process that ends within a time, None for one that does not."""
-    until = time.monotonic() + patience_s
+def wait_for_process(process: int, timeout_s: float) -> int | None:
+    """Return the exit code of a process, None if it is still running after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
     while True:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
+        exited, status = os.waitpid(process, os.WNOHANG)
+        if exited:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return None
         time.sleep(0.01)
 
 
-def killed_at_the_end_of(epoch: int, process: int, folder: Path) -> None:
-    """Wait until an epoch's last step is written down, then kill."""
+def kill_at_end_of_epoch(epoch: int, process: int, folder: Path) -> None:
+    """Kill a training after the last step of an epoch."""
     last = (epoch + 1) * STEPS_PER_EPOCH - 1
-    while (code := ended(process, 0.02)) is None:
+    while (code := wait_for_process(process, 0.02)) is None:
         if any(entry[0] == last for entry in entries(folder)):
             os.killpg(process, signal.SIGKILL)
-            ended(process, 10)
+            wait_for_process(process, 10)
             return
     assert code == 0, f"exit code {code}; see {folder / 'log.txt'}"
 
 
 def kill_many(folder: Path, workers: int, kills: int, seconds: float, seed: int) -> int:
-    """Train under kills, at each epoch's end and then at random; return how many there were."""
-    moments, done = random.Random(seed), 0
+    """Kill a training after each epoch, then at random times; return the number of kills."""
+    rng, kills_done = random.Random(seed), 0
     for epoch in range(min(EPOCHS - 1, kills)):
-        killed_at_the_end_of(epoch, start(folder, workers), folder)
-        done += 1
-    while done < kills:
+        kill_at_end_of_epoch(epoch, start(folder, workers), folder)
+        kills_done += 1
+    while kills_done < kills:
         process = start(folder, workers)
-        code = ended(process, moments.uniform(0.05, seconds))
+        code = wait_for_process(process, rng.uniform(0.05, seconds))
         if code is None:
             os.killpg(process, signal.SIGKILL)
-            ended(process, 10)
-            done += 1
-        else:  # it was through: the next training begins anew
+            wait_for_process(process, 10)
+            kills_done += 1
+        else:  # the training is complete, another one is needed
             assert code == 0, f"exit code {code}; see {folder / 'log.txt'}"
             break
-    code = ended(start(folder, workers), 300)
+    code = wait_for_process(start(folder, workers), 300)
     assert code == 0, f"exit code {code}; see {folder / 'log.txt'}"
-    return done
+    return kills_done
 
 
 def main() -> int:
     """Run the trainings and compare them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30, help="of each number of workers")
+    parser.add_argument("--kills", type=int, default=30, help="kills for each number of workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -168,29 +168,31 @@ def main() -> int:
     import_module("yolo_lightning.cli.recipe")
     torch.set_num_threads(1)
     failures = 0
-    with tempfile.TemporaryDirectory() as place:
-        whole = Path(place) / "whole"
-        whole.mkdir()
-        write_recipe(whole)
+    with tempfile.TemporaryDirectory() as temporary:
+        uninterrupted = Path(temporary) / "whole"
+        uninterrupted.mkdir()
+        write_recipe(uninterrupted)
         started = time.monotonic()
-        assert ended(start(whole, 0), 300) == 0, (whole / "log.txt").read_text()
+        code = wait_for_process(start(uninterrupted, 0), 300)
+        assert code == 0, (uninterrupted / "log.txt").read_text()
         seconds = time.monotonic() - started
-        expected = entries(whole)
+        expected = entries(uninterrupted)
         assert [entry[0] for entry in expected] == list(range(STEPS)), expected
         for workers in options.workers:
             total, number = 0, 0
-            wrong: list[str] = []
+            mismatched: list[str] = []
             while total < options.kills:
-                folder = Path(place) / f"killed-{workers}-{number}"
+                folder = Path(temporary) / f"killed-{workers}-{number}"
                 folder.mkdir()
                 write_recipe(folder)
                 seed = options.seed + 1000 * workers + number
                 total += kill_many(folder, workers, options.kills - total, 0.7 * seconds, seed)
-                wrong += mismatches(expected, entries(folder), STEPS)
+                mismatched += mismatches(expected, entries(folder), STEPS)
                 number += 1
-            failures += len(wrong)
-            print(f"workers {workers}: {total} kills, {number} trainings, {len(wrong)} mismatches")
-            for line in wrong[:5]:
+            count = len(mismatched)
+            failures += count
+            print(f"workers {workers}: {total} kills, {number} trainings, {count} mismatches")
+            for line in mismatched[:5]:
                 print(f"  {line}")
     return int(failures > 0)
 

@@ -1,4 +1,4 @@
-"""Miniature datasets in every layout, and what most tests of sources do with them."""
+"""Miniature datasets in every layout, and helpers of the tests of sources."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from yolo_lightning.datamodules import (
 )
 from yolo_lightning.tree.wordtree import WordTree
 
-FRUIT = WordTree.flat(["apple", "banana"])
-WNIDS = WordTree.flat(["n01", "n02"])
+FRUIT = WordTree.from_names(["apple", "banana"])
+WNIDS = WordTree.from_names(["n01", "n02"])
 WIDTH, HEIGHT = 64, 48
 
 GOOD_VOC = ("banana", 1, 1, 10, 20)
@@ -30,8 +30,8 @@ GOOD_COCO = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [0, 0, 10, 20]}
 GOOD_YOLO = "1 0.5 0.5 0.5 0.5\n"
 
 
-def picture() -> Any:
-    """Return four quarters, each of one colour: nothing that JPEG blurs, nothing symmetric."""
+def quarters() -> Any:
+    """Return an image of four quarters, each of one colour: JPEG keeps it, and no flip does."""
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     top, left = HEIGHT // 2, WIDTH // 2
     image[:top, :left] = 200, 40, 40
@@ -42,9 +42,9 @@ def picture() -> Any:
 
 
 def save(path: Path, image: Any = None, **options: Any) -> Path:
-    """Save RGB pixels, or a Pillow image, in the format that the ending names."""
+    """Save RGB pixels, or a Pillow image, in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = picture() if image is None else image
+    whole = quarters() if image is None else image
     if not isinstance(whole, Image.Image):
         whole = Image.fromarray(whole)
     if path.suffix.lower() in (".jpg", ".jpeg"):
@@ -53,8 +53,8 @@ def save(path: Path, image: Any = None, **options: Any) -> Path:
     return path
 
 
-def plain(path: Path, value: int = 90, width: int = WIDTH, height: int = HEIGHT) -> Path:
-    """Save an image of one grey."""
+def save_grey(path: Path, value: int = 90, width: int = WIDTH, height: int = HEIGHT) -> Path:
+    """Save a grey image."""
     return save(path, np.full((height, width, 3), value, np.uint8))
 
 
@@ -64,7 +64,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def bound(source: Any, tree: WordTree = FRUIT) -> Any:
+def bind_source(source: Any, tree: WordTree = FRUIT) -> Any:
     source.bind(tree)
     return source
 
@@ -73,7 +73,7 @@ def paths_of(source: Any, root: Path) -> list[str]:
     return [os.path.relpath(source.image_path(k), root) for k in range(len(source))]
 
 
-def data_of(**options: Any) -> CombinedDataModule:
+def set_up_data(**options: Any) -> CombinedDataModule:
     defaults = {"tree": ["apple", "banana"], "image_size": 64, "num_workers": 0}
     data = CombinedDataModule(**{**defaults, **options})
     data.setup("fit")
@@ -114,7 +114,7 @@ def write_ilsvrc(root: Path) -> Path:
     }
     for name, (label, box) in files.items():
         write_xml(root / f"Annotations/DET/{name}.xml", label, box)
-        plain(root / f"Data/DET/{name}.JPEG")
+        save_grey(root / f"Data/DET/{name}.JPEG")
     write(root / "ImageSets/DET/val_part.txt", "v_2 1\nv_9 2\n")
     return root
 
@@ -131,7 +131,7 @@ def write_coco(
     return write(file, json.dumps(content))
 
 
-# --- every source in its usual layout: two images, one of each label
+# --- every source in its usual layout: two images, one per label
 
 FRENCH = {"pomme": "apple", "banane": "banana"}
 PAIR = {"a": "pomme", "b": "banane"}
@@ -140,14 +140,14 @@ PAIR = {"a": "pomme", "b": "banane"}
 def build_voc(root: Path) -> Any:
     for name, label in PAIR.items():
         write_xml(root / f"{name}.xml", label, (1, 1, 10, 20))
-        plain(root / f"{name}.jpg")
+        save_grey(root / f"{name}.jpg")
     return partial(VOCFolder, str(root))
 
 
 def build_devkit(root: Path) -> Any:
     for name, label in PAIR.items():
         write_xml(root / f"Annotations/{name}.xml", label, (1, 1, 10, 20))
-        plain(root / f"JPEGImages/{name}.jpg")
+        save_grey(root / f"JPEGImages/{name}.jpg")
     write(root / "ImageSets/Main/trainval.txt", "a\nb\n")
     return partial(VOCFolder, str(root), "trainval")
 
@@ -155,13 +155,13 @@ def build_devkit(root: Path) -> Any:
 def build_ilsvrc(root: Path) -> Any:
     for name, label in PAIR.items():
         write_xml(root / f"Annotations/DET/train/{name}/{name}.xml", label, (0, 0, 10, 20))
-        plain(root / f"Data/DET/train/{name}/{name}.JPEG")
+        save_grey(root / f"Data/DET/train/{name}/{name}.JPEG")
     return partial(ILSVRCDetection, str(root))
 
 
 def build_coco(root: Path) -> Any:
     for name in PAIR:
-        plain(root / f"images/{name}.jpg")
+        save_grey(root / f"images/{name}.jpg")
     images = [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": "b.jpg"}]
     categories = [{"id": 3, "name": "banane"}, {"id": 90, "name": "pomme"}]
     annotations = [{**GOOD_COCO, "category_id": 90}, {**GOOD_COCO, "id": 2, "image_id": 6}]
@@ -170,7 +170,7 @@ def build_coco(root: Path) -> Any:
 
 def write_yolo_pair(images: Path, labels: Path) -> None:
     for k, name in enumerate(PAIR):
-        plain(images / f"{name}.jpg")
+        save_grey(images / f"{name}.jpg")
         write(labels / f"{name}.txt", f"{k} 0.078125 0.208333333 0.15625 0.416666667\n")
 
 
@@ -194,13 +194,13 @@ def build_yolo_flat(root: Path) -> Any:
 
 def build_folders(root: Path) -> Any:
     for name, label in PAIR.items():
-        plain(root / label / f"{name}.jpg")
+        save_grey(root / label / f"{name}.jpg")
     return partial(ImageFolder, str(root))
 
 
 def build_table(root: Path) -> Any:
     for name in PAIR:
-        plain(root / f"{name}.jpg")
+        save_grey(root / f"{name}.jpg")
     table = "path,label\na.jpg,pomme\nb.jpg,banane\n"
     return partial(LabelCSV, str(write(root / "table.csv", table)))
 
@@ -212,7 +212,7 @@ def build_imagenet(root: Path) -> Any:
 
 def build_validation(root: Path) -> Any:
     for k in (1, 2):
-        plain(root / f"val/ILSVRC2012_val_0000000{k}.JPEG")
+        save_grey(root / f"val/ILSVRC2012_val_0000000{k}.JPEG")
     write(root / "val_synsets.txt", "pomme\nbanane\n")
     return partial(ImageNet, str(root), "val")
 

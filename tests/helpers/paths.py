@@ -3,6 +3,4 @@
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
-
-
 SHARED_DATA = REPO.parent / "shared" / "data"

@@ -1,4 +1,4 @@
-"""Trainings as processes of their own."""
+"""Run trainings in separate processes."""
 
 import os
 import signal
@@ -16,6 +16,7 @@ ENVIRONMENT = {
 
 
 def start(folder, *options):
+    """Start a training in `folder`; its output goes to log.txt."""
     write_recipe(folder)
     log = (folder / "log.txt").open("w")
     return subprocess.Popen(
@@ -24,7 +25,8 @@ def start(folder, *options):
     )  # fmt: skip
 
 
-def left_within(process, seconds):
+def wait_or_kill(process, seconds):
+    """Return the exit code; kill the process group and raise on a timeout."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -32,16 +34,17 @@ def left_within(process, seconds):
         raise
 
 
-def ranks_of(process: int) -> dict[int, int]:
-    """Return the processes of a training's ranks, the launching one first."""
-    found = {0: process}
+def rank_pids(pid: int) -> dict[int, int]:
+    """Return the process ids of ranks 0 and 1; `pid` is the process that launched the training."""
+    pids = {0: pid}
     for entry in Path("/proc").iterdir():
         try:
-            text = (entry / "environ").read_bytes()
-            line = (entry / "cmdline").read_bytes()
+            environment = (entry / "environ").read_bytes()
+            command_line = (entry / "cmdline").read_bytes()
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue
-        if parent == process and b"yolo_lightning" in line and b"LOCAL_RANK=1" in text:
-            found[1] = int(entry.name)
-    return found
+        is_child = parent == pid and b"yolo_lightning" in command_line
+        if is_child and b"LOCAL_RANK=1" in environment:
+            pids[1] = int(entry.name)
+    return pids

@@ -1,4 +1,4 @@
-"""Options that make the quickstart recipe short."""
+"""The quickstart recipe, and options that make its training short."""
 
 TINY = [
     "--trainer.max_steps=4",
@@ -15,6 +15,4 @@ TINY = [
     "--model.head_channels=8",
     "--model.schedule.burn_in_steps=0",
 ]
-
-
 QUICK = ["--config", "recipes/quickstart.yaml"]

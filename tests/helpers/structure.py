@@ -68,9 +68,17 @@ def levels_of(edges: Edges) -> dict[str, int]:
     while len(found) < len(edges):
         ready = [name for name in edges if name not in found and edges[name] <= set(found)]
         if not ready:
-            raise ValueError(f"cycle among {', '.join(sorted(set(edges) - set(found)))}")
+            raise ValueError(f"cycle: {' -> '.join(_cycle(edges, set(edges) - set(found)))}")
         found |= {name: 1 + max((found[t] for t in edges[name]), default=-1) for name in ready}
     return found
+
+
+def _cycle(edges: Edges, rest: set[str]) -> list[str]:
+    """Return a cycle among modules that all import another one of them."""
+    path = [min(rest)]
+    while len(set(path)) == len(path):
+        path.append(min(edges[path[-1]] & rest))
+    return path[path.index(path[-1]) :]
 
 
 def docstring_lines(files: Iterable[Path]) -> int:

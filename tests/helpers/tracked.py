@@ -1,4 +1,4 @@
-"""Stores, loggers and counts that the tests of tracking share."""
+"""Stores, loggers and database queries for the tracking tests."""
 
 import functools
 import sqlite3
@@ -10,36 +10,38 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from yolo_lightning.tracking import logger as tracking
 from yolo_lightning.tracking import (
-    run_finding,
-    shipped_entries,
-    shipper,
-    shipping,
+    entry_writer,
+    run_lookup,
     system_metrics,
+    upload_thread,
+    uploader,
 )
-from yolo_lightning.tracking.journal import FOLDER, Journal
-from yolo_lightning.tracking.shipper import Shipper
-from yolo_lightning.tracking.shipping import ShippingThread
+from yolo_lightning.tracking import logger as tracking
+from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal
+from yolo_lightning.tracking.upload_thread import UploadThread
+from yolo_lightning.tracking.uploader import Uploader
 
-SPEAKING = (run_finding, shipped_entries, shipper, shipping, system_metrics, tracking)
+MODULES_WITH_WARNINGS = (
+    run_lookup, entry_writer, uploader, upload_thread, system_metrics, tracking,
+)  # fmt: skip
 
 
 @functools.cache
 def empty_store() -> bytes:
-    """Return an empty SQLite store, which takes MLflow seconds to make."""
+    """Return the file of an empty SQLite store, which takes MLflow seconds to create."""
     with tempfile.TemporaryDirectory() as folder:
         MlflowClient(f"sqlite:///{folder}/mlflow.db")
         return Path(folder, "mlflow.db").read_bytes()
 
 
 def fresh_store(folder: Path, name: str = "mlflow.db") -> str:
-    """Put an empty store into a folder; return its address."""
+    """Write an empty store to a folder; return its address."""
     (folder / name).write_bytes(empty_store())
     return f"sqlite:///{folder / name}"
 
 
-def asked(store: str, query: str, *values: Any) -> list[tuple[Any, ...]]:
+def query_store(store: str, query: str, *values: Any) -> list[tuple[Any, ...]]:
     database = sqlite3.connect(store.removeprefix("sqlite:///"))
     try:
         return database.execute(query, values).fetchall()
@@ -48,71 +50,75 @@ def asked(store: str, query: str, *values: Any) -> list[tuple[Any, ...]]:
 
 
 def points(store: str, *, system: bool = False) -> Counter[tuple[str, int]]:
-    """Return how many points a store holds of each metric and step."""
-    rows = asked(store, "select key, step from metrics")
+    """Return the number of points in a store for each metric and step."""
+    rows = query_store(store, "select key, step from metrics")
     return Counter((k, step) for k, step in rows if system or not k.startswith("system/"))
 
 
 def runs(store: str) -> list[str]:
-    return [row[0] for row in asked(store, "select run_uuid from runs order by start_time")]
+    return [row[0] for row in query_store(store, "select run_uuid from runs order by start_time")]
 
 
 def tags(store: str) -> dict[str, str]:
-    return dict(asked(store, "select key, value from tags"))
+    return dict(query_store(store, "select key, value from tags"))
 
 
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect what is warned of, in whatever thread."""
+def collect_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that receives all warnings of the tracking package, from any thread."""
     messages: list[str] = []
-    for module in SPEAKING:
+    for module in MODULES_WITH_WARNINGS:
         if hasattr(module, "rank_zero_warn"):
             warn = lambda message, *a, **k: messages.append(str(message))  # noqa: E731
             monkeypatch.setattr(module, "rank_zero_warn", warn)
     return messages
 
 
-def quick_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let threads look often, and give up soon."""
+def use_fast_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use short intervals and timeouts in upload threads."""
 
-    class Quick(ShippingThread):
-        MAX_PAUSE_S, HUNG_S = 0.2, 6.0
+    class FastThread(UploadThread):
+        MAX_INTERVAL_S, HANG_TIMEOUT_S = 0.2, 6.0
 
-        def __init__(self, shipper: Shipper) -> None:
-            super().__init__(shipper, every_s=0.05)
+        def __init__(self, uploader: Uploader) -> None:
+            super().__init__(uploader, interval_s=0.05)
 
-    monkeypatch.setattr(tracking, "ShippingThread", Quick)
+    monkeypatch.setattr(tracking, "UploadThread", FastThread)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let loggers only write: a test ships by itself."""
+def disable_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make loggers write to the journal only; the test uploads it."""
 
-    class Idle:
-        def __init__(self, shipper: Shipper) -> None:
+    class NoThread:
+        def __init__(self, uploader: Uploader) -> None:
             pass
 
-        def finish(self, patience_s: float | None = None) -> bool:
+        def finish(self, timeout_s: float | None = None) -> bool:
             return True
 
-    monkeypatch.setattr(tracking, "ShippingThread", Idle)
+    monkeypatch.setattr(tracking, "UploadThread", NoThread)
 
 
 def logger(
-    folder: Path, store: str, held: str | None = None, joins_at: int | None = None, **options: Any
+    folder: Path,
+    store: str,
+    checkpoint_run_id: str | None = None,
+    evaluated_step: int | None = None,
+    **options: Any,
 ) -> tracking.RunLogger:
     options = {"system_metrics": False} | options
-    made = tracking.RunLogger("tests", tracking_uri=store, **options)
-    made.place(folder, "tests/one", held, joins_at)
-    return made
+    result = tracking.RunLogger("tests", tracking_uri=store, **options)
+    result.configure_run(folder, "tests/one", checkpoint_run_id, evaluated_step)
+    return result
 
 
-def ship(folder: Path, store: str | None = None) -> Shipper:
-    """Ship a run folder's journal as a process does that does nothing else."""
-    made = Shipper(Journal(folder / FOLDER), store)
+def upload(folder: Path, store: str | None = None) -> Uploader:
+    """Upload the journal of a run folder, as a process does that does nothing else."""
+    uploader = Uploader(Journal(folder / JOURNAL_FOLDER), store)
     try:
-        while made.ship():
+        while uploader.upload_next():
             pass
     finally:
-        made.close()
-    return made
+        uploader.close()
+    return uploader

@@ -1,21 +1,21 @@
-"""Take the MLflow server away from trainings, kill them, and count what the store holds.
+"""Test tracking with outages of the MLflow server and killed trainings; measure its overhead.
 
     python tests/helpers/tracking_outage.py                   everything, about half an hour
     python tests/helpers/tracking_outage.py --only overhead --rounds 5
     python tests/helpers/tracking_outage.py --only outage --steps 400 --step-ms 100
 
---only      overhead, outage, kill, five-kills, two-at-once: which of these, all of them otherwise
---steps     of a timed training
---step-ms   what a step is filled up to by matrix products, the same number of them in each training
---wait      fill steps up by waiting, as a host waits for its GPU; then nothing but what a step does
-            beside it can make it longer
---rounds    how often each kind of a timed training is run, in turns
---folder    where to work, a temporary folder otherwise
+--only      which of overhead, outage, kill, five-kills, two-at-once to run (default: all)
+--steps     number of steps of a timed training
+--step-ms   duration of a step, reached with matrix products, the same number in each training
+--wait      sleep instead of matrix products, as a host waits for its GPU: then only work in the
+            training thread makes a step longer
+--rounds    number of trainings of each kind, which take turns
+--folder    working folder (default: a temporary folder)
 
-A real `mlflow server` runs on this machine; everything is imported once and each training is a
+Starts a real `mlflow server` on this machine. Everything is imported once, and each training is a
 fork. Points are counted in the store's database. Step times leave out the first ten steps of a
-process and what contains a validation. Ends with 1 where a training fails, or a point is missing or
-there twice; times are for the reader to judge, beside what else the machine does.
+process and steps with a validation. Exits with 1 if a training fails or if a point is missing or
+duplicated. Times are only printed: they depend on the load of the machine.
 """
 
 import argparse
@@ -45,12 +45,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lightning.pytorch as pl
 import torch
 
-from tests.helpers.kill_and_resume import ended
-from tests.helpers.kill_and_resume import write_recipe as write_plain_recipe
+from tests.helpers.kill_and_resume import wait_for_process
+from tests.helpers.kill_and_resume import write_recipe as write_untracked_recipe
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 
-MEASURED = ("system/", "speed/", "memory/")  # what no two trainings have in common
-SKIPPED, OUTAGE_AT, OUTAGE_S = 10, 40, 10.0
+VARYING_METRICS = ("system/", "speed/", "memory/")  # differ between any two trainings
+SKIPPED_STEPS, OUTAGE_AT, OUTAGE_S = 10, 40, 10.0
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
@@ -58,16 +58,16 @@ QUIET = {
 
 
 class Clock(pl.Callback):
-    """Fills steps up to a length, notes when each one ended, and stops where it is told to.
+    """Extends steps to a given duration, records when they end, and interrupts training.
 
-    The environment's ``STOP`` says what is to happen, where, and at which step: a signal's name or
-    ``error``; ``before`` or ``after`` the batch, or in the ``validation`` once so many steps are
-    done. Such as ``SIGKILL after 3``.
+    The environment variable ``STOP`` has an action, a position and a step, such as
+    ``SIGKILL after 3``. Actions: a signal name or ``error``. Positions: ``before`` or ``after`` the
+    batch, or ``validation``, the one after so many steps.
 
     Args:
-        folder: of ``clock.jsonl``, with a line for each process that ended training, and ``step``.
-        products: of two matrices, in each step.
-        wait_ms: waited in each step.
+        folder: for ``clock.jsonl``, with a line per process that completed training, and ``step``.
+        products: number of matrix products per step.
+        wait_ms: sleep per step.
     """
 
     def __init__(self, folder: str, products: int = 0, wait_ms: float = 0) -> None:
@@ -78,45 +78,45 @@ class Clock(pl.Callback):
         self._file = -1
         self._stop = os.environ.get("STOP", "")
 
-    def _stops(self, where: str, step: int) -> None:
-        what, *wanted = self._stop.split() or [""]
-        if wanted != [where, str(step)]:
+    def _stop_if_due(self, position: str, step: int) -> None:
+        action, *due = self._stop.split() or [""]
+        if due != [position, str(step)]:
             return
         self._stop = ""
-        if what == "error":
-            raise RuntimeError("it was asked for")
-        os.kill(os.getpid(), signal.Signals[what])
+        if action == "error":
+            raise RuntimeError("requested by STOP")
+        os.kill(os.getpid(), signal.Signals[action])
 
-    def _metered(self, call: Callable[..., None]) -> Callable[..., None]:
-        def metered(*arguments: Any) -> None:
-            begun = time.perf_counter()
+    def _timed(self, call: Callable[..., None]) -> Callable[..., None]:
+        def timed_function(*arguments: Any) -> None:
+            started = time.perf_counter()
             call(*arguments)
-            self._logging_s += time.perf_counter() - begun
+            self._logging_s += time.perf_counter() - started
 
-        return metered
+        return timed_function
 
     def on_train_start(self, trainer, pl_module) -> None:
-        (keeper,) = (one for one in trainer.callbacks if isinstance(one, LastCheckpoint))
-        for owner, name in ((keeper, "_log_step"),
+        (last_checkpoint,) = (c for c in trainer.callbacks if isinstance(c, LastCheckpoint))
+        for owner, name in ((last_checkpoint, "_log_step"),
                             (trainer._logger_connector, "update_train_step_metrics")):  # fmt: skip
-            setattr(owner, name, self._metered(getattr(owner, name)))
+            setattr(owner, name, self._timed(getattr(owner, name)))
         self._file = os.open(self.folder / "step", os.O_WRONLY | os.O_CREAT, 0o644)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self._stops("before", batch.step)
+        self._stop_if_due("before", batch.step)
         multiply(self._factor, self.products)
         if self.wait_s:
             time.sleep(self.wait_s)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        own = time.perf_counter(), time.thread_time(), time.process_time()
-        self._ends.append((batch.step, *own, self._logging_s))
+        times = time.perf_counter(), time.thread_time(), time.process_time()
+        self._ends.append((batch.step, *times, self._logging_s))
         os.pwrite(self._file, b"%12d" % (batch.step + 1), 0)
-        self._stops("after", batch.step)
+        self._stop_if_due("after", batch.step)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_) -> None:
         if batch_idx == 1:
-            self._stops("validation", trainer.global_step)
+            self._stop_if_due("validation", trainer.global_step)
 
     def on_validation_start(self, trainer, pl_module) -> None:
         self._ends.append((-1, 0.0, 0.0, 0.0, 0.0))
@@ -127,28 +127,28 @@ class Clock(pl.Callback):
 
 
 def multiply(factor: torch.Tensor, products: int) -> None:
-    """Do as much work as told."""
+    """Compute a number of matrix products."""
     for _ in range(products):
         torch.mm(factor, factor)
 
 
 class Server:
-    """A real MLflow server on this machine with a SQLite file behind it.
+    """A real MLflow server on this machine, with a SQLite database.
 
     Args:
-        folder: of its database, its artifacts and its log.
+        folder: for the database, the artifacts and the log.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.database = folder, folder / "server.db"
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, patience_s: float = 90) -> None:
-        """Start it, again after `kill` too, and wait until it answers."""
+    def start(self, timeout_s: float = 90) -> None:
+        """Start or restart the server, and wait until it responds."""
         command = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
                    "--backend-store-uri", f"sqlite:///{self.database}",
                    "--artifacts-destination", str(self.folder / "artifacts")]  # fmt: skip
@@ -157,32 +157,32 @@ class Server:
                 [sys.executable, "-m", "mlflow", *command], cwd=self.folder, stdout=log, stderr=log,
                 env={**os.environ, **QUIET}, start_new_session=True,
             )  # fmt: skip
-        until = time.monotonic() + patience_s
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > until:
+        deadline = time.monotonic() + timeout_s
+        while not self._is_healthy():
+            if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((self.folder / "server.log").read_text()[-2000:])
             time.sleep(0.05)
 
-    def _answers(self) -> bool:
+    def _is_healthy(self) -> bool:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):
             return True
         return False
 
     def signal(self, number: int) -> None:
-        """Send a signal to it and its children."""
+        """Send a signal to the server and its child processes."""
         assert self._process is not None
         os.killpg(self._process.pid, number)
 
     def hang(self) -> None:
-        """Leave its port open, and never answer."""
+        """Stop responding, with the port still open."""
         self.signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
-        """Answer again, what was asked meanwhile first."""
+    def resume(self) -> None:
+        """Respond again, first to the requests received while hanging."""
         self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End it, with its children."""
+        """Kill the server and its child processes."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL)
@@ -201,21 +201,21 @@ def write_recipe(
     products: int = 0,
     wait_ms: float = 0,
 ) -> Path:
-    """Write a small joint recipe that logs to a store, or nowhere.
+    """Write a small joint recipe that logs to a store.
 
     Args:
-        folder: of the recipe, and of all that the training writes.
-        store: its address.
-        every: steps from one that is logged to the next.
-        save_every: steps from one that is saved to the next.
+        folder: for the recipe and all outputs of the training.
+        store: its address; None to disable logging.
+        every: number of steps between two logged steps.
+        save_every: number of steps between two saved checkpoints.
         products, wait_ms: see `Clock`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = write_plain_recipe(folder)
+    file = write_untracked_recipe(folder)
     text = file.read_text(encoding="utf-8")
     if store is not None:
-        told = {"tracking_uri": store, "experiment_name": "outage"}
-        logger = {"class_path": "yolo_lightning.tracking.RunLogger", "init_args": told}
+        init_args = {"tracking_uri": store, "experiment_name": "outage"}
+        logger = {"class_path": "yolo_lightning.tracking.RunLogger", "init_args": init_args}
         assert "logger: false" in text
         text = text.replace("logger: false", f"logger: {json.dumps(logger)}")
     text = text.replace("every_n_steps: 2}", f"every_n_steps: {save_every}}}")
@@ -243,13 +243,13 @@ def start(
     console: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Fork a training in a process group of its own; return its number.
+    """Fork a training in a new process group; return its process id.
 
     Args:
         folder: of its recipe.
         options: of its command line.
-        console: as a shell runs it, for Ctrl-C.
-        environment: beside what is there.
+        console: use the entry point of the console script, which handles Ctrl-C.
+        environment: additional variables.
     """
     process = os.fork()
     if process:
@@ -257,14 +257,14 @@ def start(
     code = 1
     try:
         os.setsid()
-        _speak_into(folder / "log.txt")
+        _redirect_output(folder / "log.txt")
         os.environ.update(environment or {})
         from yolo_lightning.cli import main as __main__
 
         sys.argv = ["yolo-lightning", *arguments(folder, *options)]
         code = __main__.console() if console else __main__.main()
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else 1
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
     except BaseException:
         import traceback
 
@@ -275,8 +275,8 @@ def start(
         os._exit(code)
 
 
-def _speak_into(file: Path) -> None:
-    """Let this process's words go into a file, where a test's runner would catch them too."""
+def _redirect_output(file: Path) -> None:
+    """Redirect the output of this process, also from pytest's capture, to a file."""
     log = file.open("a", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -292,37 +292,37 @@ def _speak_into(file: Path) -> None:
     warnings.showwarning = show
 
 
-def finished(process: int, folder: Path, expected: int = 0, patience_s: float = 600) -> None:
-    """Wait for a training's exit code."""
-    code = ended(process, patience_s)
+def wait_for_exit(process: int, folder: Path, expected: int = 0, timeout_s: float = 600) -> None:
+    """Wait until a training exits, and check its exit code."""
+    code = wait_for_process(process, timeout_s)
     log = (folder / "log.txt").read_text(errors="replace") if code != expected else ""
     assert code == expected, f"exit code {code}: {log[-3000:]}"
 
 
-def step_of(folder: Path) -> int:
-    """Return how many batches the training in `folder` has done."""
+def current_step(folder: Path) -> int:
+    """Return the number of batches that the training in `folder` has completed."""
     try:
         return int((folder / "step").read_bytes() or 0)
     except OSError:
         return 0
 
 
-def wait_for_step(folder: Path, process: int, step: int, patience_s: float = 120) -> None:
-    """Wait until a training has done so many batches."""
-    until = time.monotonic() + patience_s
-    while step_of(folder) < step:
-        assert time.monotonic() < until, f"{folder}: no step {step}"
-        code = ended(process, 0.01)
+def wait_for_step(folder: Path, process: int, step: int, timeout_s: float = 120) -> None:
+    """Wait until a training has completed a number of batches."""
+    deadline = time.monotonic() + timeout_s
+    while current_step(folder) < step:
+        assert time.monotonic() < deadline, f"{folder}: no step {step}"
+        code = wait_for_process(process, 0.01)
         assert code is None, (code, (folder / "log.txt").read_text(errors="replace")[-3000:])
 
 
 def kill(process: int) -> None:
-    """Kill a training and what it started."""
+    """Kill a training and its child processes."""
     os.killpg(process, signal.SIGKILL)
-    ended(process, 10)
+    wait_for_process(process, 10)
 
 
-# --- what the store holds
+# --- points in the store
 
 
 def journals(folder: Path) -> list[Path]:
@@ -330,75 +330,75 @@ def journals(folder: Path) -> list[Path]:
     return sorted(folder.glob("runs/*/mlflow/journal.jsonl"))
 
 
-def told(folder: Path) -> set[tuple[str, int]]:
-    """Return name and step of each point that the trainings in `folder` wrote down."""
+def logged_points(folder: Path) -> set[tuple[str, int]]:
+    """Return name and step of each point in the journals of the trainings in `folder`."""
     lines = [line for file in journals(folder) for line in file.read_text().splitlines()]
-    found = [entry for entry in map(json.loads, lines) if {"step", "values"} <= entry.keys()]
-    return {(key, entry["step"]) for entry in found for key in entry["values"]}
+    entries = [entry for entry in map(json.loads, lines) if {"step", "values"} <= entry.keys()]
+    return {(key, entry["step"]) for entry in entries for key in entry["values"]}
 
 
-def asked(database: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
-    """Ask a database that is only read."""
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as held:
-        return held.execute(query, values).fetchall()
+def query_database(database: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
+    """Query a database in read-only mode."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return connection.execute(query, values).fetchall()
 
 
-def runs_of(database: Path, folder: Path) -> list[tuple[str, str]]:
-    """Return id and status of the runs of the trainings in `folder`."""
+def find_runs(database: Path, folder: Path) -> list[tuple[str, str]]:
+    """Return ids and statuses of the runs of the trainings in `folder`."""
     query = "select r.run_uuid, r.status from runs r join tags t on r.run_uuid = t.run_uuid where "
     query += "t.key = 'run_folder' and t.value like ? order by r.start_time"
-    return asked(database, query, f"{folder}/runs/%")
+    return query_database(database, query, f"{folder}/runs/%")
 
 
-def points_of(database: Path, run_id: str) -> Counter[tuple[str, int, float]]:
-    """Return how often a run holds each point that two trainings can have in common."""
+def count_points(database: Path, run_id: str) -> Counter[tuple[str, int, float]]:
+    """Return how often a run has each point, without metrics that differ in every training."""
     query = "select key, step, value, is_nan from metrics where run_uuid = ?"
     return Counter(
         (key, step, float("nan") if is_nan else value)
-        for key, step, value, is_nan in asked(database, query, run_id)
-        if not key.startswith(MEASURED)
+        for key, step, value, is_nan in query_database(database, query, run_id)
+        if not key.startswith(VARYING_METRICS)
     )
 
 
-class Count:
-    """What the journal of a folder's training has and the store's run.
+class PointCount:
+    """Compares the points in a training's journal with those of its run.
 
     Args:
         database: of the store.
-        folder: of one training, in one run.
+        folder: of one training.
     """
 
     def __init__(self, database: Path, folder: Path) -> None:
-        runs = runs_of(database, folder)
+        runs = find_runs(database, folder)
         self.runs = len(runs)
         self.run_id, self.status = runs[0] if runs else ("", "")
         query = "select key, step, count(*) from metrics where run_uuid = ? group by key, step"
-        found = {(key, step): n for key, step, n in asked(database, query, self.run_id)}
-        expected = told(folder)
+        found = {(key, step): n for key, step, n in query_database(database, query, self.run_id)}
+        expected = logged_points(folder)
         self.expected, self.found = len(expected), sum(found.values())
-        self.twice = sorted(point for point, n in found.items() if n > 1)
+        self.duplicate = sorted(point for point, n in found.items() if n > 1)
         self.missing = sorted(expected - found.keys())
-        self.strange = sorted(found.keys() - expected)
+        self.unexpected = sorted(found.keys() - expected)
 
     @property
-    def whole(self) -> bool:
-        """Whether one run holds every point, once."""
-        return self.runs == 1 and not (self.twice or self.missing or self.strange)
+    def complete(self) -> bool:
+        """Whether there is one run, with every point once."""
+        return self.runs == 1 and not (self.duplicate or self.missing or self.unexpected)
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return a summary on one line."""
         return (
             f"{self.runs} run, {self.status}; points: {self.expected} expected, {self.found} "
-            f"found, {len(self.twice)} twice, {len(self.missing)} missing, "
-            f"{len(self.strange)} unknown"
+            f"found, {len(self.duplicate)} duplicate, {len(self.missing)} missing, "
+            f"{len(self.unexpected)} unexpected"
         )
 
 
 # --- times
 
 
-class Times:
-    """Of the steps of trainings of one kind."""
+class StepTimes:
+    """Step times of trainings of one kind."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -407,8 +407,8 @@ class Times:
         self.process: list[float] = []
         self.logging: list[float] = []
 
-    def add(self, folder: Path, begin: int = SKIPPED) -> None:
-        """Add what a training's clock noted, from a step on."""
+    def add(self, folder: Path, begin: int = SKIPPED_STEPS) -> None:
+        """Add the times that `Clock` recorded, from step `begin` on."""
         lines = (folder / "clock.jsonl").read_text().splitlines()
         ends = json.loads(lines[-1])
         pairs = [
@@ -423,78 +423,80 @@ class Times:
         self.process.append(statistics.mean(process))
         self.logging.append(statistics.mean(logging_s))
 
-    def against(self, other: "Times") -> str:
-        """Say it in one line, and how much more it is than another kind's, round by round."""
-        each = zip(self.rounds, other.rounds, strict=True)
-        shares = [100 * (own[0] / their[0] - 1) for own, their in each]
+    def compare_with(self, other: "StepTimes") -> str:
+        """Return the times and the differences from another kind, by round, on one line."""
+        rounds = zip(self.rounds, other.rounds, strict=True)
+        percent = [100 * (mine[0] / theirs[0] - 1) for mine, theirs in rounds]
         rows = {
             "median": (statistics.median(self.wall), statistics.median(other.wall)),
             "mean": (statistics.mean(self.wall), statistics.mean(other.wall)),
             "CPU main thread": (statistics.mean(self.thread), statistics.mean(other.thread)),
             "CPU process": (statistics.mean(self.process), statistics.mean(other.process)),
         }
-        said = [f"{k} {a * 1e3:.2f} ms ({100 * (a / b - 1):+.2f} %)" for k, (a, b) in rows.items()]
-        spread = " ".join(f"{share:+.2f}" for share in shares)
-        beside = statistics.mean(self.process) - statistics.mean(self.thread)
-        own = f"a step logs for {1e3 * statistics.mean(self.logging):.2f} ms, "
-        own += f"other threads work {1e3 * beside:.2f} ms"
-        return f"{', '.join(said)}; medians by round: {spread} %; {own}; {len(self.wall)} steps"
+        times = [f"{k} {a * 1e3:.2f} ms ({100 * (a / b - 1):+.2f} %)" for k, (a, b) in rows.items()]
+        medians = " ".join(f"{value:+.2f}" for value in percent)
+        logging_ms = 1e3 * statistics.mean(self.logging)
+        threads_ms = 1e3 * (statistics.mean(self.process) - statistics.mean(self.thread))
+        return (
+            f"{', '.join(times)}; medians by round: {medians} %; logging {logging_ms:.2f} ms per "
+            f"step, other threads {threads_ms:.2f} ms; {len(self.wall)} steps"
+        )
 
 
 def products_for(step_ms: float) -> int:
-    """Return how many matrix products fill a step up, beside the 20 ms of the training itself."""
+    """Return the number of matrix products that extend a 20 ms step to `step_ms`."""
     factor, number = torch.ones(192, 192), 200
     multiply(factor, number)
-    tries = []
+    durations = []
     for _ in range(5):
         started = time.perf_counter()
         multiply(factor, number)
-        tries.append((time.perf_counter() - started) / number)
-    return max(0, int((step_ms / 1e3 - 0.020) / min(tries)))
+        durations.append((time.perf_counter() - started) / number)
+    return max(0, int((step_ms / 1e3 - 0.020) / min(durations)))
 
 
-# --- what is done
+# --- benchmarks
 
 
-class Bench:
-    """A server, an empty SQLite store, and trainings.
+class Benchmark:
+    """Trainings with an MLflow server or a SQLite store.
 
     Args:
-        place: to work in.
+        folder: working folder.
         options: of the command line.
     """
 
-    def __init__(self, place: Path, options: argparse.Namespace) -> None:
-        self.place, self.options = place, options
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder, self.options = folder, options
         self.products = 0 if options.wait else products_for(options.step_ms)
         self.wait_ms = options.step_ms - 20 if options.wait else 0
-        self.server = Server(place)
+        self.server = Server(folder)
         self.failures = 0
 
-    def judge(self, name: str, database: Path, folder: Path) -> None:
-        """Print what the store holds of a training."""
-        count = Count(database, folder)
-        good = count.whole and count.status == "FINISHED"
-        self.failures += not good
-        print(f"{name}: {count}{'' if good else '  WRONG'}", flush=True)
-        for what in ("twice", "missing", "strange"):
-            if getattr(count, what):
-                print(f"  {what}: {getattr(count, what)[:8]}")
+    def check(self, name: str, database: Path, folder: Path) -> None:
+        """Check the run of a training, and print the result."""
+        count = PointCount(database, folder)
+        ok = count.complete and count.status == "FINISHED"
+        self.failures += not ok
+        print(f"{name}: {count}{'' if ok else '  WRONG'}", flush=True)
+        for kind in ("duplicate", "missing", "unexpected"):
+            if getattr(count, kind):
+                print(f"  {kind}: {getattr(count, kind)[:8]}")
 
-    def fresh_store(self, folder: Path) -> Path:
-        """Put a store's database without runs into a folder; making one takes ten seconds."""
-        made = self.place / "empty" / "mlflow.db"
-        if not made.exists():
-            made.parent.mkdir()
+    def empty_store(self, folder: Path) -> Path:
+        """Copy an empty store to a folder; creating one takes ten seconds."""
+        template = self.folder / "empty" / "mlflow.db"
+        if not template.exists():
+            template.parent.mkdir()
             code = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
-            uri = f"sqlite:///{made}"
+            uri = f"sqlite:///{template}"
             subprocess.run([sys.executable, "-c", code, uri], check=True, capture_output=True)
         folder.mkdir(parents=True)
-        shutil.copy(made, folder / "mlflow.db")
+        shutil.copy(template, folder / "mlflow.db")
         return folder / "mlflow.db"
 
-    def timed(self, folder: Path, store: str | None, every: int) -> int:
-        """Start a training of the asked length with one validation, at its end."""
+    def start_timed(self, folder: Path, store: str | None, every: int) -> int:
+        """Start a training of `--steps` steps with one validation, at its end."""
         write_recipe(folder, store, every, 25, self.products, self.wait_ms)
         steps = self.options.steps
         limits = (f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1")
@@ -505,111 +507,111 @@ class Bench:
         """Compare trainings with and without tracking."""
         kinds: list[tuple[str, str, int]] = [("none", "", 50)]
         kinds += [(f"{s} every {n}", s, n) for s in ("SQLite", "server") for n in (1, 50)]
-        times = {name: Times() for name, *_ in kinds}
+        times = {name: StepTimes() for name, *_ in kinds}
         for number in range(self.options.rounds):
             turn = number % len(kinds)
-            for name, where, every in [*kinds[turn:], *kinds[:turn]]:
-                folder = self.place / f"overhead-{number}-{name.replace(' ', '-')}"
+            for name, kind, every in [*kinds[turn:], *kinds[:turn]]:
+                folder = self.folder / f"overhead-{number}-{name.replace(' ', '-')}"
                 store, database = None, None
-                if where == "SQLite":
-                    database = self.fresh_store(folder)
+                if kind == "SQLite":
+                    database = self.empty_store(folder)
                     store = f"sqlite:///{database}"
-                elif where == "server":
+                elif kind == "server":
                     store, database = self.server.uri, self.server.database
-                finished(self.timed(folder, store, every), folder)
+                wait_for_exit(self.start_timed(folder, store, every), folder)
                 times[name].add(folder)
                 if database is not None:
-                    self.judge(f"overhead, {name}", database, folder)
-        for name, found in times.items():
-            print(f"overhead, {name}: {found.against(times['none'])}", flush=True)
+                    self.check(f"overhead, {name}", database, folder)
+        for name, step_times in times.items():
+            print(f"overhead, {name}: {step_times.compare_with(times['none'])}", flush=True)
 
     def outage(self) -> None:
-        """Compare trainings with a server that is away for some time with one that is not."""
-        ways: dict[str, Callable[[int, Path], None]] = {
+        """Compare trainings with and without a temporary outage of the server."""
+        outages: dict[str, Callable[[int, Path], None]] = {
             "none": self._no_outage,
-            "hangs 10 s": self._hangs,
-            "dead about 10 s": self._dies,
-            "dead for the rest": self._stays_away,
+            "hangs 10 s": self._hang,
+            "dead about 10 s": self._restart,
+            "dead for the rest": self._stay_down,
         }
-        times = {name: Times() for name in ways}
+        times = {name: StepTimes() for name in outages}
         for number in range(self.options.rounds):
-            turn = number % len(ways)
-            for name, way in [*list(ways.items())[turn:], *list(ways.items())[:turn]]:
-                folder = self.place / f"outage-{number}-{name.replace(' ', '-')}"
-                process = self.timed(folder, self.server.uri, 1)
+            turn = number % len(outages)
+            for name, outage in [*list(outages.items())[turn:], *list(outages.items())[:turn]]:
+                folder = self.folder / f"outage-{number}-{name.replace(' ', '-')}"
+                process = self.start_timed(folder, self.server.uri, 1)
                 wait_for_step(folder, process, OUTAGE_AT)
-                way(process, folder)
+                outage(process, folder)
                 times[name].add(folder, OUTAGE_AT)
-                self.judge(f"outage, {name}, exit code 0", self.server.database, folder)
-        for name, found in times.items():
-            print(f"outage, {name}: {found.against(times['none'])}", flush=True)
+                self.check(f"outage, {name}, exit code 0", self.server.database, folder)
+        for name, step_times in times.items():
+            print(f"outage, {name}: {step_times.compare_with(times['none'])}", flush=True)
 
     def _no_outage(self, process: int, folder: Path) -> None:
-        finished(process, folder)
+        wait_for_exit(process, folder)
 
-    def _hangs(self, process: int, folder: Path) -> None:
+    def _hang(self, process: int, folder: Path) -> None:
         self.server.hang()
-        assert ended(process, OUTAGE_S) is None
-        self.server.go_on()
-        finished(process, folder)
+        assert wait_for_process(process, OUTAGE_S) is None
+        self.server.resume()
+        wait_for_exit(process, folder)
 
-    def _dies(self, process: int, folder: Path) -> None:
+    def _restart(self, process: int, folder: Path) -> None:
         self.server.kill()
-        assert ended(process, OUTAGE_S / 2) is None
-        self.server.start()  # takes about as long again
-        finished(process, folder)
+        assert wait_for_process(process, OUTAGE_S / 2) is None
+        self.server.start()  # takes about OUTAGE_S / 2
+        wait_for_exit(process, folder)
 
-    def _stays_away(self, process: int, folder: Path) -> None:
+    def _stay_down(self, process: int, folder: Path) -> None:
         self.server.kill()
-        finished(process, folder)
+        wait_for_exit(process, folder)
         self.server.start()
         sync(folder)
 
     def kill(self) -> None:
-        """Kill a training while the server is away, and go on with both."""
-        folder = self.place / "kill"
-        process = self.timed(folder, self.server.uri, 1)
+        """Kill a training during an outage, then restart the server and resume."""
+        folder = self.folder / "kill"
+        process = self.start_timed(folder, self.server.uri, 1)
         wait_for_step(folder, process, OUTAGE_AT)
         self.server.kill()
         wait_for_step(folder, process, OUTAGE_AT + 30)
         kill(process)
         self.server.start()
-        finished(self.timed(folder, self.server.uri, 1), folder)
-        self.judge("kill -9 in an outage, then resumed", self.server.database, folder)
+        wait_for_exit(self.start_timed(folder, self.server.uri, 1), folder)
+        self.check("kill -9 in an outage, then resumed", self.server.database, folder)
 
     def five_kills(self) -> None:
-        """Kill and resume five times, on either kind of store."""
-        for where in ("SQLite", "server"):
-            folder = self.place / f"five-kills-{where}"
+        """Kill and resume a training five times, with each kind of store."""
+        for kind in ("SQLite", "server"):
+            folder = self.folder / f"five-kills-{kind}"
             database = self.server.database
             store = self.server.uri
-            if where == "SQLite":
-                database = self.fresh_store(folder)
+            if kind == "SQLite":
+                database = self.empty_store(folder)
                 store = f"sqlite:///{database}"
             write_recipe(folder, store, products=self.products // 2)
-            for stop in (4, 6, 9, 13, 19):  # the first state is saved by then
+            for stop in (4, 6, 9, 13, 19):  # the first checkpoint is saved by then
                 process = start(folder)
                 wait_for_step(folder, process, stop)
                 kill(process)
-            finished(start(folder), folder)
-            self.judge(f"five kills, {where}", database, folder)
+            wait_for_exit(start(folder), folder)
+            self.check(f"five kills, {kind}", database, folder)
 
     def two_at_once(self) -> None:
-        """Begin two trainings on a database that does not exist."""
-        place = self.place / "two"
-        store = f"sqlite:///{place}/mlflow.db"
-        folders = [place / "one", place / "two"]
+        """Start two trainings with a database that does not exist yet."""
+        root = self.folder / "two"
+        store = f"sqlite:///{root}/mlflow.db"
+        folders = [root / "one", root / "two"]
         for folder in folders:
             write_recipe(folder, store)
-        both = [(start(folder), folder) for folder in folders]
-        for process, folder in both:
-            finished(process, folder)
+        processes = [(start(folder), folder) for folder in folders]
+        for process, folder in processes:
+            wait_for_exit(process, folder)
         for folder in folders:
-            self.judge(f"two at once, {folder.name}", place / "mlflow.db", folder)
+            self.check(f"two at once, {folder.name}", root / "mlflow.db", folder)
 
 
 def sync(folder: Path) -> None:
-    """Bring what the store did not take into it."""
+    """Run `mlflow sync`."""
     from yolo_lightning.cli.main import main as command
 
     process = os.fork()
@@ -619,22 +621,22 @@ def sync(folder: Path) -> None:
             code = command(["mlflow", "sync", str(folder / "runs")])
         finally:
             os._exit(code)
-    assert ended(process, 120) == 0
+    assert wait_for_process(process, 120) == 0
 
 
 @contextlib.contextmanager
-def workplace(folder: str | None) -> Iterator[Path]:
-    """Yield the folder to work in."""
+def working_folder(folder: str | None) -> Iterator[Path]:
+    """Yield the given folder, or a temporary one."""
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         yield Path(folder).resolve()
         return
-    with tempfile.TemporaryDirectory() as made:
-        yield Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what is asked for."""
+    """Run the selected benchmarks."""
     names = ("overhead", "outage", "kill", "five-kills", "two-at-once")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=names, nargs="+", default=names)
@@ -647,15 +649,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(QUIET)
     torch.set_num_threads(1)
     import_module("yolo_lightning.cli.recipe")
-    with workplace(options.folder) as place:
-        bench = Bench(place, options)
-        bench.server.start()
+    with working_folder(options.folder) as folder:
+        benchmark = Benchmark(folder, options)
+        benchmark.server.start()
         try:
             for name in options.only:
-                getattr(bench, name.replace("-", "_"))()
+                getattr(benchmark, name.replace("-", "_"))()
         finally:
-            bench.server.kill()
-    return int(bench.failures > 0)
+            benchmark.server.kill()
+    return int(benchmark.failures > 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A short training on generated shapes."""
+"""Short trainings on generated shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,23 @@ from yolo_lightning.datamodules import ShapesDetection
 from yolo_lightning.tracking.logger import RunLogger
 
 NAMES = ["ring", "circle"]
-
-
 TREE = [("n13875392", "-", "ring"), ("n13873502", "-", "circle")]
 
 
-class Remembered(RunLogger):
-    """Keeps what a run logger is given, and has no store."""
+class RecordingLogger(RunLogger):
+    """Records logged images and folders, and has no store."""
 
     name = version = run_id = "run"
     save_dir = root_dir = None
 
     def __init__(self) -> None:
-        self.pictures: list[tuple[str, Any, int]] = []
+        self.images: list[tuple[str, Any, int]] = []
         self.folders: list[tuple[Path, str]] = []
 
-    def log_picture(self, name, image, step) -> None:
-        self.pictures.append((name, image, step))
+    def log_image(self, name, image, step) -> None:
+        self.images.append((name, image, step))
 
-    def log_folder(self, path, folder) -> None:
+    def log_artifacts(self, path, folder) -> None:
         self.folders.append((Path(path), folder))
 
     def log_metrics(self, *args, **options) -> None:
@@ -37,29 +35,29 @@ class Remembered(RunLogger):
     log_hyperparams = log_graph = finalize = after_save_checkpoint = save = log_metrics
 
 
-class Watched(DetectorModule):
-    """Remember with which weights images are looked at, and what else could be changed by that."""
+class RecordingDetector(DetectorModule):
+    """Records the sum of the weights at each prediction and validation step."""
 
     def __init__(self, **options) -> None:
         super().__init__(
             TREE, [(1.5, 1.5), (3, 3)], "small", 8, 4, image_size=64, learning_rate=0.01, **options
         )
-        self.looked: list[tuple[float, bool]] = []
-        self.measured: list[float] = []
+        self.predict_weights: list[tuple[float, bool]] = []
+        self.validation_weights: list[float] = []
 
     def _sum(self) -> float:
         return float(sum(p.double().abs().sum() for p in self.parameters()))
 
-    def describe(self, *args, **options):
-        self.looked.append((self._sum(), self.training))
-        return super().describe(*args, **options)
+    def detect_most_specific(self, *args, **options):
+        self.predict_weights.append((self._sum(), self.training))
+        return super().detect_most_specific(*args, **options)
 
     def validation_step(self, batch, batch_idx) -> None:
-        self.measured.append(self._sum())
+        self.validation_weights.append(self._sum())
         super().validation_step(batch, batch_idx)
 
 
-def data_of(validation: Any = None) -> CombinedDataModule:
+def make_datamodule(validation: Any = None) -> CombinedDataModule:
     return CombinedDataModule(
         TREE,
         ShapesDetection(length=8, image_size=64, classes=NAMES),
@@ -86,6 +84,6 @@ def train(
             "enable_model_summary": False, "callbacks": callbacks, **options,
         },
     )  # fmt: skip
-    trainer.loggers = [Remembered()] if loggers is None else loggers
-    trainer.fit(module or Watched(), data or data_of())
+    trainer.loggers = [RecordingLogger()] if loggers is None else loggers
+    trainer.fit(module or RecordingDetector(), data or make_datamodule())
     return trainer

@@ -1,4 +1,4 @@
-"""Random trees, probabilities by brute force, and a small tree and backbone."""
+"""Random trees, their probabilities by brute force, and a small tree and backbone."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from yolo_lightning.tree.wordtree import WordTree
 
 @st.composite
 def trees(draw: st.DrawFn) -> WordTree:
-    """Any forest of up to 25 nodes: each hangs under an earlier node or at the top."""
+    """Draw a forest of up to 25 nodes; the order of the rows is random."""
     count = draw(st.integers(1, 25))
     parents = [-1] + [draw(st.integers(-1, k - 1)) for k in range(1, count)]
     rows = [(f"n{k}", "-" if p < 0 else f"n{p}", f"name {k}") for k, p in enumerate(parents)]
@@ -30,9 +30,10 @@ def absolute_by_hand(tree: WordTree, logits: torch.Tensor) -> list[float]:
     conditional = conditional_by_hand(tree, logits)
     probs = []
     for node in range(len(tree)):
-        product, at = 1.0, node
-        while at >= 0:
-            product, at = product * conditional[at], int(tree.parents[at])
+        product, ancestor = 1.0, node
+        while ancestor >= 0:
+            product = product * conditional[ancestor]
+            ancestor = int(tree.parents[ancestor])
         probs.append(product)
     return probs
 

@@ -1,4 +1,4 @@
-"""`detect`: what is read, what is found, what is written."""
+"""`detect`: sources, detections, output files."""
 
 import csv
 import json
@@ -16,14 +16,14 @@ from yolo_lightning import load
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.darknet import checkpoint_of, export_model
+from yolo_lightning.export.darknet import build_checkpoint, export_model
 from yolo_lightning.images import read_image
 from yolo_lightning.inference.sources import (
     BackgroundWriter,
     Frame,
-    in_batches,
-    newest,
-    places_in,
+    batched,
+    drop_stale,
+    find_sources,
     prefetch,
 )
 
@@ -47,7 +47,7 @@ def module():
 @pytest.fixture(scope="module")
 def checkpoint(module, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    torch.save(checkpoint_of(module, {}), path)
+    torch.save(build_checkpoint(module, {}), path)
     return str(path)
 
 
@@ -62,7 +62,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def rows_of(folder):
+def read_csv(folder):
     with (folder / "detections.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -71,33 +71,35 @@ def run(checkpoint, *args):
     return main(["detect", checkpoint, *[str(arg) for arg in args]])
 
 
-def test_all_formats_say_what_the_python_door_says(checkpoint, photos, tmp_path, capsys):
+def test_all_formats_equal_the_python_interface(checkpoint, photos, tmp_path, capsys):
     out = tmp_path / "out"
     formats = ("--format", "coco", "yolo", "csv")
     assert run(checkpoint, photos, LOW, "--output", out, *formats) == 0
-    said = capsys.readouterr().out
-    assert "3 images" in said
-    assert "milliseconds an image" in said
-    door = load(checkpoint)
+    output = capsys.readouterr().out
+    assert "3 images" in output
+    assert "milliseconds per image" in output
+    detect = load(checkpoint)
     coco = json.loads((out / "detections.json").read_text())
     names = {row["id"]: row["name"] for row in coco["categories"]}
     assert list(names.values()) == [row[2] for row in TREE]
-    rows = rows_of(out)
+    rows = read_csv(out)
     assert len(coco["images"]) == 3
     total = 0
     for entry in coco["images"]:
         path = photos / entry["file_name"]
-        expected = door(path, score_threshold=0.05)
-        assert expected, "a test that finds nothing says nothing"
+        expected = detect(path, score_threshold=0.05)
+        assert expected, "the test needs detections"
         total += len(expected)
         height, width = read_image(path)[1]
         assert (entry["height"], entry["width"]) == (height, width)
-        found = [row for row in coco["annotations"] if row["image_id"] == entry["id"]]
-        told = [row for row in rows if row["file"] == entry["file_name"]]
+        annotations = [row for row in coco["annotations"] if row["image_id"] == entry["id"]]
+        csv_rows = [row for row in rows if row["file"] == entry["file_name"]]
         label = path.relative_to(photos).with_suffix(".txt")
         lines = (out / "labels" / label).read_text().splitlines()
-        assert len(found) == len(told) == len(lines) == len(expected)
-        for one, as_coco, as_csv, as_text in zip(expected, found, told, lines, strict=True):
+        assert len(annotations) == len(csv_rows) == len(lines) == len(expected)
+        for one, as_coco, as_csv, as_text in zip(
+            expected, annotations, csv_rows, lines, strict=True
+        ):
             x1, y1, x2, y2 = one.box_xyxy_orig_px
             assert as_coco["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=2e-3)
             assert as_coco["score"] == pytest.approx(one.score, abs=2e-6)
@@ -113,7 +115,7 @@ def test_all_formats_say_what_the_python_door_says(checkpoint, photos, tmp_path,
     assert (out / "classes.txt").read_text().split() == [row[2] for row in TREE]
 
 
-def test_pictures_have_the_size_of_the_original_and_boxes_on_them(checkpoint, photos, tmp_path):
+def test_annotated_images_have_the_original_size_and_boxes(checkpoint, photos, tmp_path):
     out = tmp_path / "out"
     assert run(checkpoint, photos, LOW, "--output", out) == 0
     for name in ("a", "b/a", "c"):
@@ -129,12 +131,12 @@ def test_pictures_have_the_size_of_the_original_and_boxes_on_them(checkpoint, ph
     assert [path.name for path in bare.iterdir()] == ["detections.json"]
 
 
-def test_batches_do_not_change_what_is_found(checkpoint, photos, tmp_path):
+def test_batch_size_does_not_change_the_detections(checkpoint, photos, tmp_path):
     for size in (1, 2, 8):
         out = tmp_path / f"out{size}"
         args = (LOW, f"--batch-size={size}", "--no-pictures", "--format", "csv", "--output", out)
         assert run(checkpoint, photos, *args) == 0
-    first, *others = (rows_of(tmp_path / f"out{size}") for size in (1, 2, 8))
+    first, *others = (read_csv(tmp_path / f"out{size}") for size in (1, 2, 8))
     for other in others:
         assert len(other) == len(first)
         for one, two in zip(first, other, strict=True):
@@ -142,12 +144,12 @@ def test_batches_do_not_change_what_is_found(checkpoint, photos, tmp_path):
             assert float(one["score"]) == pytest.approx(float(two["score"]), abs=1e-4)
 
 
-def test_classes_take_their_subtree(checkpoint, photos, tmp_path):
+def test_classes_option_includes_descendants(checkpoint, photos, tmp_path):
     def names(*args):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         fixed = (LOW, "--tree-threshold=0.1", "--no-pictures", "--format", "csv", "--output", out)
         assert run(checkpoint, photos, *fixed, *args) == 0
-        return [row["name"] for row in rows_of(out)] if (out / "detections.csv").exists() else []
+        return [row["name"] for row in read_csv(out)] if (out / "detections.csv").exists() else []
 
     everything = names()
     animals = [name for name in everything if name in ("animal", "cat", "dog")]
@@ -158,38 +160,38 @@ def test_classes_take_their_subtree(checkpoint, photos, tmp_path):
     ]
 
 
-def test_lower_tree_thresholds_name_more_specifically(checkpoint, photos):
-    door = load(checkpoint)
+def test_lower_tree_threshold_gives_more_specific_classes(checkpoint, photos):
+    detect = load(checkpoint)
     path = photos / "a.jpg"
-    coarse = {one.name for one in door(path, 0.05, tree_threshold=1.0)}
-    fine = {one.name for one in door(path, 0.01, tree_threshold=0.0)}
+    coarse = {one.name for one in detect(path, 0.05, tree_threshold=1.0)}
+    fine = {one.name for one in detect(path, 0.01, tree_threshold=0.0)}
     assert coarse <= {"animal", "thing"}
     assert fine <= {"cat", "dog", "cup", "jug"}
 
 
-def test_the_door_takes_pixels_and_another_size(checkpoint, photos):
-    door = load(checkpoint)
+def test_python_interface_takes_arrays_and_another_size(checkpoint, photos):
+    detect = load(checkpoint)
     pixels, _ = read_image(photos / "c.png")
-    assert door(pixels, 0.05) == door(photos / "c.png", 0.05)
-    assert door(pixels, 0.05, image_size=160) != door(pixels, 0.05)
+    assert detect(pixels, 0.05) == detect(photos / "c.png", 0.05)
+    assert detect(pixels, 0.05, image_size=160) != detect(pixels, 0.05)
     with pytest.raises(InputError, match="multiples of 32"):
-        door(pixels, image_size=100)
+        detect(pixels, image_size=100)
 
 
-def test_darknets_files_serve_as_they_are(module, checkpoint, photos, tmp_path):
+def test_darknet_files_instead_of_a_checkpoint(module, checkpoint, photos, tmp_path):
     export_model(module, {}, tmp_path / "net", False)
     (tmp_path / "net.data").write_text("names = net.names\ntree = net.tree\n")
     files = [f"--{name}={tmp_path / f'net.{name}'}" for name in ("cfg", "weights", "data")]
     same = (LOW, "--no-pictures", "--format", "csv", "--output")
     assert main(["detect", str(photos), *files, *same, str(tmp_path / "one")]) == 0
     assert run(checkpoint, photos, *same, tmp_path / "two") == 0
-    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    one, two = read_csv(tmp_path / "one"), read_csv(tmp_path / "two")
     assert [row["name"] for row in one] == [row["name"] for row in two]
     for first, second in zip(one, two, strict=True):
         assert float(first["score"]) == pytest.approx(float(second["score"]), abs=1e-4)
 
 
-def test_without_an_output_each_call_gets_a_folder(checkpoint, photos, tmp_path, monkeypatch):
+def test_each_call_without_output_gets_a_new_folder(checkpoint, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(checkpoint, "photos/a.jpg") == 0
     assert run(checkpoint, "photos/a.jpg") == 0
@@ -198,13 +200,13 @@ def test_without_an_output_each_call_gets_a_folder(checkpoint, photos, tmp_path,
     ]  # fmt: skip
 
 
-def test_unreadable_images_are_named_and_the_rest_is_done(checkpoint, photos, tmp_path, capsys):
+def test_unreadable_images_are_reported_after_the_others(checkpoint, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     out = tmp_path / "out"
     assert run(checkpoint, photos, "--output", out) == 2
-    told = capsys.readouterr()
-    assert "broken.jpg" in told.err
-    assert "3 images" in told.out
+    output = capsys.readouterr()
+    assert "broken.jpg" in output.err
+    assert "3 images" in output.out
     assert len(json.loads((out / "detections.json").read_text())["images"]) == 3
     assert not (out / "broken.jpg").exists()
 
@@ -228,24 +230,24 @@ def test_unreadable_images_are_named_and_the_rest_is_done(checkpoint, photos, tm
         (["{photos}", "--cfg=x.cfg"], "need --weights"),
     ],
 )  # fmt: skip
-def test_bad_input_gets_one_message(
+def test_invalid_input_gives_one_message(
     checkpoint, photos, tmp_path, monkeypatch, capsys, args, message
 ):
     monkeypatch.chdir(tmp_path)
     before = sorted(path for path in tmp_path.rglob("*"))
     assert run(checkpoint, *[arg.format(photos=photos) for arg in args]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("yolo-lightning: error: ")
-    assert message in told
-    assert "Traceback" not in told
+    error = capsys.readouterr().err
+    assert error.startswith("yolo-lightning: error: ")
+    assert message in error
+    assert "Traceback" not in error
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-def test_other_kinds_of_models_are_refused(photos, tmp_path, capsys):
+def test_other_files_and_classifiers_are_rejected(photos, tmp_path, capsys):
     from yolo_lightning.classifier import ClassifierModule
 
     classifier = ClassifierModule(tree=["a", "b"], backbone=BACKBONE, image_size=64)
-    torch.save(checkpoint_of(classifier, {}), tmp_path / "c.ckpt")
+    torch.save(build_checkpoint(classifier, {}), tmp_path / "c.ckpt")
     assert run(str(tmp_path / "c.ckpt"), photos) == 2
     assert "holds a classifier; detect takes a detector" in capsys.readouterr().err
     assert run(str(photos / "a.jpg"), photos) == 2
@@ -257,9 +259,9 @@ def test_other_kinds_of_models_are_refused(photos, tmp_path, capsys):
 
 @pytest.fixture
 def film(tmp_path):
-    """Forty frames at ten a second; a square moves through them."""
+    """Forty frames at ten frames/s, with a moving square."""
     pytest.importorskip("av")
-    from yolo_lightning.inference.video import VideoWriter
+    from yolo_lightning.inference.video_writer import VideoWriter
 
     path = tmp_path / "film.mp4"
     with VideoWriter(path, (96, 128), 10) as writer:
@@ -279,7 +281,7 @@ def frames_in(path):
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [("webm", "vp9"), ("mp4", "h264")])
-def test_a_written_video_has_every_frame_and_a_codec_of_browsers(
+def test_annotated_video_has_every_frame_and_a_browser_codec(
     checkpoint, film, tmp_path, suffix, codec
 ):
     out = tmp_path / "out"
@@ -289,14 +291,14 @@ def test_a_written_video_has_every_frame_and_a_codec_of_browsers(
     assert name.removeprefix("lib") in (codec, f"{codec}-vp9", "vpx-vp9")
     assert len(frames) == 40
     assert frames[0].shape == (96, 128, 3)
-    assert frames[5][:8, :40].max() > 200, "frames a second in the corner"
+    assert frames[5][:8, :40].max() > 200, "frame rate in the corner"
     images = json.loads((out / "detections.json").read_text())["images"]
     assert [entry["frame"] for entry in images] == list(range(40))
     assert [entry["time_s"] for entry in images] == pytest.approx([k / 10 for k in range(40)])
-    assert {row["frame"] for row in rows_of(out)} <= {str(k) for k in range(40)}
+    assert {row["frame"] for row in read_csv(out)} <= {str(k) for k in range(40)}
 
 
-def test_a_cut_begins_and_ends_where_it_is_told_to(checkpoint, film, tmp_path):
+def test_start_and_duration_select_the_frames(checkpoint, film, tmp_path):
     out = tmp_path / "out"
     cut = ("--start=1", "--duration=1.5", "--no-fps-overlay")
     assert run(checkpoint, film, *cut, "--score-threshold=1", "--output", out) == 0
@@ -307,8 +309,8 @@ def test_a_cut_begins_and_ends_where_it_is_told_to(checkpoint, film, tmp_path):
     assert np.abs(frames[0].astype(int) - original[14]).mean() > 5
 
 
-def test_a_video_that_breaks_off_keeps_what_was_done(checkpoint, film, photos, tmp_path, capsys):
-    from yolo_lightning.inference.video import VideoWriter
+def test_frames_before_damage_are_written(checkpoint, film, photos, tmp_path, capsys):
+    from yolo_lightning.inference.video_writer import VideoWriter
 
     generator = np.random.default_rng(0)
     with VideoWriter(film, (96, 128), 10) as writer:  # noise: frames of equal size in the file
@@ -317,15 +319,14 @@ def test_a_video_that_breaks_off_keeps_what_was_done(checkpoint, film, photos, t
     film.write_bytes(film.read_bytes()[: film.stat().st_size * 2 // 3])
     out = tmp_path / "out"
     assert run(checkpoint, film, photos / "a.jpg", "--output", out) == 2
-    told = capsys.readouterr()
-    assert "film.mp4" in told.err
+    assert "film.mp4" in capsys.readouterr().err
     entries = json.loads((out / "detections.json").read_text())["images"]
     assert entries[-1]["file_name"].endswith("a.jpg")
     frames, _ = frames_in(out / "film.webm")
     assert 5 < len(frames) == len(entries) - 1 < 40
 
 
-def test_without_pyav_images_work_and_videos_say_what_is_missing(
+def test_without_pyav_images_work_and_videos_name_the_extra(
     checkpoint, photos, film, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "av", None)
@@ -334,50 +335,51 @@ def test_without_pyav_images_work_and_videos_say_what_is_missing(
     assert "pip install 'yolo-lightning[video]'" in capsys.readouterr().err
 
 
-def test_a_camera_that_is_not_there_is_said_so(checkpoint, tmp_path, capsys):
+def test_missing_camera_is_reported(checkpoint, tmp_path, capsys):
     pytest.importorskip("av")
     assert run(checkpoint, "97", "--output", tmp_path / "out") == 2
     assert "97" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-# --- what is read
+# --- sources
 
 
-def test_lists_globs_and_folders_name_places_once_and_apart(photos, tmp_path, monkeypatch):
+def test_sources_are_found_once_with_unique_names(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     listed = tmp_path / "list.txt"
     listed.write_text(f"# a list\nphotos/a.jpg\n{photos}/b/a.jpg\n\n")
-    assert [(place.where, place.name) for place in places_in([str(listed)])] == [
+    assert [(source.location, source.output_name) for source in find_sources([str(listed)])] == [
         ("photos/a.jpg", "a"), (f"{photos}/b/a.jpg", "a-2"),
     ]  # fmt: skip
-    assert [place.name for place in places_in(["photos/*.*", "photos/a.jpg"])] == ["a", "c"]
-    assert [place.name for place in places_in(["photos"])] == ["a", "b/a", "c"]
-    assert len(places_in(["photos/**/*.jpg"])) == 2
+    globbed = find_sources(["photos/*.*", "photos/a.jpg"])
+    assert [source.output_name for source in globbed] == ["a", "c"]
+    assert [source.output_name for source in find_sources(["photos"])] == ["a", "b/a", "c"]
+    assert len(find_sources(["photos/**/*.jpg"])) == 2
     (photos / "empty").mkdir()
     with pytest.raises(InputError, match="holds no images and no videos"):
-        places_in(["photos/empty"])
+        find_sources(["photos/empty"])
     (photos / "notes.md").write_text("")
     with pytest.raises(InputError, match="neither an image nor a video"):
-        places_in(["photos/notes.md"])
+        find_sources(["photos/notes.md"])
 
 
-def test_live_frames_do_not_wait_for_a_batch(photos):
-    (still,) = places_in([str(photos / "a.jpg")])
-    (live,) = places_in(["0"])
+def test_live_frames_complete_their_batch(photos):
+    (still,) = find_sources([str(photos / "a.jpg")])
+    (live,) = find_sources(["0"])
     assert live.kind == "live"
 
     blank = np.zeros((1, 1, 3), np.uint8)
 
-    def frames(*places):
-        return iter([Frame(place, blank, blank, (1, 1)) for place in places])
+    def frames(*sources):
+        return iter([Frame(source, blank, blank, (1, 1)) for source in sources])
 
-    batches = list(in_batches(frames(still, still, still, live, live), 2))
+    batches = list(batched(frames(still, still, still, live, live), 2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert [len(b) for b in in_batches(frames(live, live, live), 8)] == [1, 1, 1]
+    assert [len(b) for b in batched(frames(live, live, live), 8)] == [1, 1, 1]
 
 
-def test_reading_ahead_keeps_order_passes_errors_and_ends_with_its_reader():
+def test_prefetch_keeps_order_raises_errors_and_stops():
     assert list(prefetch(iter(range(50)), 3)) == list(range(50))
 
     def failing():
@@ -405,47 +407,47 @@ def test_reading_ahead_keeps_order_passes_errors_and_ends_with_its_reader():
     assert threading.active_count() < before
 
 
-def test_live_frames_that_nobody_waited_for_are_left_out():
+def test_drop_stale_skips_frames_of_a_slow_consumer():
     def camera():
         for k in range(40):
             time.sleep(0.005)
             yield k
 
-    seen = []
-    for k in newest(camera()):
+    received = []
+    for k in drop_stale(camera()):
         time.sleep(0.04)
-        seen.append(k)
-    assert seen == sorted(set(seen))
-    assert 2 < len(seen) < 20
-    assert seen[-1] == 39
+        received.append(k)
+    assert received == sorted(set(received))
+    assert 2 < len(received) < 20
+    assert received[-1] == 39
 
     def breaking():
         yield 0
         raise InputError("silent for 10 s")
 
     with pytest.raises(InputError, match="silent"):
-        list(newest(breaking()))
+        list(drop_stale(breaking()))
 
 
-def test_writing_behind_keeps_order_and_raises_what_went_wrong():
+def test_background_writer_keeps_order_and_raises_errors():
     done: list[int] = []
-    writing = BackgroundWriter(done.append, 2)
+    writer = BackgroundWriter(done.append, 2)
     for k in range(20):
-        writing.put(k)
-    writing.close()
+        writer.put(k)
+    writer.close()
     assert done == list(range(20))
 
     def refuse(item):
         raise OSError(28, "No space left on device")
 
-    writing = BackgroundWriter(refuse, 2)
+    writer = BackgroundWriter(refuse, 2)
 
     def put_many():
         for _ in range(100):
-            writing.put(0)
+            writer.put(0)
             time.sleep(0.01)
 
     with pytest.raises(OSError, match="No space"):
         put_many()
     with pytest.raises(OSError, match="No space"):
-        writing.close()
+        writer.close()

@@ -1,4 +1,4 @@
-"""One answer from every door: `detect`, the Python door, `validate`, and the exported graph."""
+"""Equal detections from `detect`, Python, `validate` and the exported graph."""
 
 import csv
 import json
@@ -15,15 +15,15 @@ from yolo_lightning import CombinedDataModule, load
 from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import VOCFolder
 from yolo_lightning.detector import DetectorModule
-from yolo_lightning.export.darknet import checkpoint_of
+from yolo_lightning.export.darknet import build_checkpoint
 
 NAMES = ["apple", "banana", "cherry"]
 SCORE = 0.1
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Images of several shapes with a box each, and a network that is sure of many things."""
+def folder(tmp_path_factory):
+    """Images of several shapes with a box each, and a network with confident predictions."""
     folder = tmp_path_factory.mktemp("parity")
     generator = np.random.default_rng(1)
     for k, (height, width) in enumerate([(96, 128), (200, 120), (64, 64), (90, 300)]):
@@ -39,44 +39,44 @@ def place(tmp_path_factory):
     with torch.no_grad():
         model.network.box_conv.weight.mul_(40)
         model.network.class_weight.mul_(60)
-    torch.save(checkpoint_of(model.eval(), {}), folder / "model.ckpt")
+    torch.save(build_checkpoint(model.eval(), {}), folder / "model.ckpt")
     return folder
 
 
 @pytest.fixture(scope="module")
-def from_python(place):
-    door: Any = load(place / "model.ckpt")
-    found = [door(place / f"images/{k}.png", SCORE) for k in range(4)]
-    assert all(found)
-    assert len({one.name for image in found for one in image}) == 3
-    return found
+def from_python(folder):
+    detect: Any = load(folder / "model.ckpt")
+    detections = [detect(folder / f"images/{k}.png", SCORE) for k in range(4)]
+    assert all(detections)
+    assert len({one.name for image in detections for one in image}) == 3
+    return detections
 
 
-def test_detect_says_the_same(place, from_python):
-    images = [str(place / f"images/{k}.png") for k in range(4)]
-    options = ("--score-threshold", str(SCORE), "--format", "csv", "--output", str(place / "out"))
-    assert main(["detect", str(place / "model.ckpt"), *images, *options]) == 0
-    with (place / "out/detections.csv").open() as file:
+def test_detect_equals_python(folder, from_python):
+    images = [str(folder / f"images/{k}.png") for k in range(4)]
+    options = ("--score-threshold", str(SCORE), "--format", "csv", "--output", str(folder / "out"))
+    assert main(["detect", str(folder / "model.ckpt"), *images, *options]) == 0
+    with (folder / "out/detections.csv").open() as file:
         rows = list(csv.DictReader(file))
     for k, image in enumerate(images):
-        told = [row for row in rows if row["file"] == image]
-        assert [row["name"] for row in told] == [one.name for one in from_python[k]]
-        for row, one in zip(told, from_python[k], strict=True):
+        image_rows = [row for row in rows if row["file"] == image]
+        assert [row["name"] for row in image_rows] == [one.name for one in from_python[k]]
+        for row, one in zip(image_rows, from_python[k], strict=True):
             assert float(row["score"]) == pytest.approx(one.score, abs=1e-5)
             corners = [float(row[name]) for name in ("x1", "y1", "x2", "y2")]
             assert corners == pytest.approx(one.box_xyxy_orig_px, abs=1e-2)
 
 
-def test_validation_measures_the_same(place, from_python):
-    """Every class of a box is told there, suppressed by itself: the door's are among them."""
-    model: Any = load(place / "model.ckpt")
-    validation = VOCFolder(str(place / "images"))
+def test_validation_evaluates_the_same_detections(folder, from_python):
+    """Validation evaluates all classes of a box; Python's detections are among them."""
+    model: Any = load(folder / "model.ckpt")
+    validation = VOCFolder(str(folder / "images"))
     data = CombinedDataModule(
-        NAMES, VOCFolder(str(place / "images")), validation=validation, image_size=96,
+        NAMES, VOCFolder(str(folder / "images")), validation=validation, image_size=96,
         detection_batch_size=2, num_workers=0,
     )  # fmt: skip
     nodes = torch.arange(3)
-    model._begin_evaluation = lambda stage: model.evaluation.begin(nodes, model.boxed_ancestors())
+    model._reset_evaluation = lambda stage: model.evaluation.reset(nodes, model.boxed_ancestors())
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
     )
@@ -86,37 +86,37 @@ def test_validation_measures_the_same(place, from_python):
         index = next(i for i in range(4) if validation.image_name(i).endswith(f"{k}.png"))
         rows = table[table[:, 0] == index]
         for one in image:
-            same = rows[rows[:, 1] == one.node]
-            apart = np.abs(same[:, 4:] - one.box_xyxy_orig_px).max(axis=1)
-            assert apart.min() < 1e-2
-            assert same[apart.argmin(), 2] == pytest.approx(one.score, abs=1e-5)
+            same_class = rows[rows[:, 1] == one.node]
+            differences = np.abs(same_class[:, 4:] - one.box_xyxy_orig_px).max(axis=1)
+            assert differences.min() < 1e-2
+            assert same_class[differences.argmin(), 2] == pytest.approx(one.score, abs=1e-5)
 
 
-def test_the_exported_graph_says_the_same(place, from_python):
+def test_exported_graph_equals_python(folder, from_python):
     onnxruntime = pytest.importorskip("onnxruntime")
-    file = place / "model.onnx"
+    file = folder / "model.onnx"
     options = ("--score-threshold", str(SCORE), "--output", str(file))
-    assert main(["export", str(place / "model.ckpt"), *options]) == 0
+    assert main(["export", str(folder / "model.ckpt"), *options]) == 0
     session = onnxruntime.InferenceSession(str(file))
     names = json.loads(session.get_modelmeta().custom_metadata_map["names"])
-    module: Any = load(place / "model.ckpt")
+    module: Any = load(folder / "model.ckpt")
     for k, image in enumerate(from_python):
-        fitted, size = module.fitted(place / f"images/{k}.png")
+        fitted, size = module.preprocess(folder / f"images/{k}.png")
         feed = {"images": fitted[None].numpy(), "sizes_hw_orig": np.array([size])}
         boxes, scores, nodes = (part[0] for part in session.run(None, feed))
-        told = nodes >= 0
-        assert [names[node] for node in nodes[told]] == [one.name for one in image]
-        assert scores[told] == pytest.approx([one.score for one in image], abs=1e-4)
-        assert boxes[told] == pytest.approx(
+        valid = nodes >= 0
+        assert [names[node] for node in nodes[valid]] == [one.name for one in image]
+        assert scores[valid] == pytest.approx([one.score for one in image], abs=1e-4)
+        assert boxes[valid] == pytest.approx(
             np.array([one.box_xyxy_orig_px for one in image]), abs=1e-2
         )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", ["0", "0.45", "1"])
-def test_thresholds_that_a_graph_holds_elsewhere_too_can_be_exported(place, threshold):
-    """0 and 1 stand in shapes, 0.45 in suppression; the check changes the score's alone."""
-    file = place / f"at-{threshold}.onnx"
+def test_thresholds_equal_to_other_constants_can_be_exported(folder, threshold):
+    """0 and 1 also occur in shapes, 0.45 in suppression; only the score threshold may change."""
+    file = folder / f"threshold-{threshold}.onnx"
     args = ("--score-threshold", threshold, "--output", str(file))
-    assert main(["export", str(place / "model.ckpt"), *args]) == 0
+    assert main(["export", str(folder / "model.ckpt"), *args]) == 0
     assert file.is_file()

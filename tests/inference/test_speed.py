@@ -1,4 +1,4 @@
-"""`speed`: what is timed, what is counted, what is written."""
+"""`speed`: timing, operation counts, output files."""
 
 import csv
 import json
@@ -19,17 +19,17 @@ from yolo_lightning import detector
 from yolo_lightning.batches import unit_range
 from yolo_lightning.boxes import pairwise_iou
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.cli.commands.speed import rows as speed_rows
+from yolo_lightning.cli.commands.speed import measurement
 from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.cli.main import main
-from yolo_lightning.darknet.config import LAYOUTS
+from yolo_lightning.darknet.released import LAYOUTS
 from yolo_lightning.detector import SCORE_THRESHOLD, DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.darknet import checkpoint_of
+from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.inference import timing
 from yolo_lightning.inference.loading import load
-from yolo_lightning.inference.timing import WARM_UP, Timing, measure, operations
+from yolo_lightning.inference.timing import WARM_UP, Timing, billion_operations, measure_latency
 from yolo_lightning.models.head import HeadOutput
 from yolo_lightning.models.networks import YOLOv2
 
@@ -41,19 +41,19 @@ MODEL: dict[str, Any] = {
     "tree": ["box"], "anchors_wh_cell": [[1.0, 1.0]], "backbone": BACKBONE, "head_channels": 0,
     "passthrough_channels": 0,
 }  # fmt: skip
-FEW = ("--runs", 2, "--batch-size", 3)
+FEW_RUNS = ("--runs", 2, "--batch-size", 3)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A detector that sees a box in every cell, exactly as large as the cell."""
+    """A detector that predicts a box in every cell, of the size of the cell."""
     module = DetectorModule(**MODEL)
     with torch.no_grad():
         module.network.box_conv.weight.zero_()
         assert module.network.box_conv.bias is not None
         module.network.box_conv.bias.copy_(torch.tensor([0.0, 0, 0, 0, 5]))
     path = tmp_path_factory.mktemp("model") / "cells.ckpt"
-    torch.save(checkpoint_of(module, {}), path)
+    torch.save(build_checkpoint(module, {}), path)
     return str(path)
 
 
@@ -64,10 +64,10 @@ def module(checkpoint):
 
 @pytest.fixture
 def recipe(workplace):
-    """A recipe whose test images, 64 px, hold a box in each quarter: the cells at 64 px."""
+    """A recipe whose test images of 64 px have a box in each quarter, that is in each cell."""
     images, annotations = [], []
     for image in range(5):
-        miniatures.plain(workplace / f"images/{image}.png", 40 * image, 64, 64)
+        miniatures.save_grey(workplace / f"images/{image}.png", 40 * image, 64, 64)
         images.append({"id": image, "file_name": f"{image}.png", "width": 64, "height": 64})
         for k, (x, y) in enumerate([(0, 0), (32, 0), (0, 32), (32, 32)]):
             row = {"id": 4 * image + k + 1, "image_id": image, "category_id": 3}
@@ -93,91 +93,93 @@ def run(*args):
     return main(["speed", *[str(arg) for arg in args]])
 
 
-def written(folder):
-    said = json.loads((folder / "speed.json").read_text())
+def read_output(folder):
+    content = json.loads((folder / "speed.json").read_text())
     with (folder / "speed.csv").open(encoding="utf-8", newline="") as file:
-        return said, said["sizes"], list(csv.DictReader(file))
+        return content, content["sizes"], list(csv.DictReader(file))
 
 
-def test_medians_and_shares_by_hand():
+def test_percentiles_and_shares_by_hand():
     runs = [(0.010, 0.006, 0.001), (0.020, 0.016, 0.002), (0.040, 0.010, 0.003)]
-    found = Timing.of(4, runs)
+    found = Timing.from_runs(4, runs)
     assert found.median_ms == pytest.approx(20)
-    assert found.low_ms == pytest.approx(12)  # a fifth of the way from 10 to 20
-    assert found.high_ms == pytest.approx(36)
+    assert found.p10_ms == pytest.approx(12)  # a fifth of the way from 10 to 20
+    assert found.p90_ms == pytest.approx(36)
     assert found.images_per_second == pytest.approx(200)
     # medians of 6, 16, 10; of 1, 2, 3; and of what is left, 3, 2, 27
-    parts = (found.network, found.decode, found.suppression)
+    parts = (found.network_share, found.decode_share, found.suppression_share)
     assert parts == pytest.approx((10 / 15, 2 / 15, 3 / 15))
 
 
-def test_a_decoding_that_was_slower_by_itself_leaves_nothing_negative():
-    found = Timing.of(1, [(0.010, 0.009, 0.002)])
-    assert found.network == pytest.approx(9 / 11)
-    assert found.suppression == 0
+def test_shares_are_never_negative():
+    found = Timing.from_runs(1, [(0.010, 0.009, 0.002)])
+    assert found.network_share == pytest.approx(9 / 11)
+    assert found.suppression_share == 0
 
 
-def test_the_parts_lie_between_the_readings_of_the_clock(module, monkeypatch):
+def test_stages_are_timed_between_clock_readings(module, monkeypatch):
     readings = iter([0.0, 6.0, 9.0, 10.0, 12.0] * (WARM_UP + 1))
-    monkeypatch.setattr(timing.Clock, "__call__", lambda self: next(readings))
-    images, sizes = speed_rows.noise(64, 1)
-    found = measure(module, images, sizes, 1, 1)
+    monkeypatch.setattr(timing.SynchronizedClock, "__call__", lambda self: next(readings))
+    images, sizes = measurement.smooth_noise(64, 1)
+    found = measure_latency(module, images, sizes, 1, 1)
     assert found.median_ms == 9000
-    assert (found.network, found.decode, found.suppression) == pytest.approx((6 / 9, 2 / 9, 1 / 9))
+    assert found.network_share == pytest.approx(6 / 9)
+    assert found.decode_share == pytest.approx(2 / 9)
+    assert found.suppression_share == pytest.approx(1 / 9)
     assert next(readings, None) is None
 
 
-def test_the_clock_waits_for_a_gpu_and_for_nothing_else(monkeypatch):
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    timing.Clock(torch.device("cpu"))()
-    assert not waited
-    first = timing.Clock(torch.device("cuda:1"))
+def test_clock_synchronizes_only_gpus(monkeypatch):
+    synchronized: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    timing.SynchronizedClock(torch.device("cpu"))()
+    assert not synchronized
+    first = timing.SynchronizedClock(torch.device("cuda:1"))
     assert first() < first()
-    assert waited == [torch.device("cuda:1")] * 2
+    assert synchronized == [torch.device("cuda:1")] * 2
 
 
-def test_precision_is_told_with_what_a_gpu_makes_of_it():
+def test_precision_name_mentions_tf32_on_gpus():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert timing.precision_name(cpu, torch.float32) == "float32"
-    assert timing.precision_name(gpu, torch.float16) == "float16 by autocast"
+    assert timing.precision_name(gpu, torch.float16) == "float16 with autocast"
     assert "TF32" in timing.precision_name(gpu, torch.float32)
 
 
-def test_runs_take_the_images_in_turn_and_leave_the_detector_as_it_was(module, monkeypatch):
-    seen = []
-    describe = module.describe
+def test_runs_cycle_through_the_images_and_remove_the_hook(module, monkeypatch):
+    calls = []
+    describe = module.detect_most_specific
 
-    def noted(images, sizes_hw_orig, score_threshold):
+    def recorded(images, sizes_hw_orig, score_threshold):
         assert torch.is_inference_mode_enabled()
         assert score_threshold == 0.25
-        seen.append((images[:, 0, 0, 0].tolist(), sizes_hw_orig[:, 0].tolist()))
+        calls.append((images[:, 0, 0, 0].tolist(), sizes_hw_orig[:, 0].tolist()))
         return describe(images, sizes_hw_orig, score_threshold)
 
-    monkeypatch.setattr(module, "describe", noted)
+    monkeypatch.setattr(module, "detect_most_specific", recorded)
     images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 64, 64)
-    measure(module, images, torch.tensor([[5, 5], [6, 6], [7, 7]]), 2, 4)
-    assert len(seen) == WARM_UP + 4
-    assert seen[:3] == [([0, 1], [5, 6]), ([2, 0], [7, 5]), ([1, 2], [6, 7])]
+    measure_latency(module, images, torch.tensor([[5, 5], [6, 6], [7, 7]]), 2, 4)
+    assert len(calls) == WARM_UP + 4
+    assert calls[:3] == [([0, 1], [5, 6]), ([2, 0], [7, 5]), ([1, 2], [6, 7])]
     assert not module.network._forward_hooks
 
 
 @pytest.mark.parametrize("name", ["yolov2-voc", "yolo9000"])
 @pytest.mark.parametrize("size", [224, 416])
-def test_operations_are_those_of_the_readme(name, size):
+def test_operations_match_the_readme(name, size):
     with torch.device("meta"):
-        network = darknet.network_of(LAYOUTS[name]())
+        network = darknet.build_network(LAYOUTS[name]())
     assert isinstance(network, YOLOv2)
-    assert operations(network, size) == pytest.approx(darknet.operations(name, size))
+    assert billion_operations(network, size) == pytest.approx(darknet.operations(name, size))
 
 
-def test_a_table_without_a_recipe(checkpoint, module, workplace, capsys):
-    assert run(checkpoint, "--image-sizes", 96, 64, 96, *FEW) == 0
+def test_table_without_recipe(checkpoint, module, workplace, capsys):
+    assert run(checkpoint, "--image-sizes", 96, 64, 96, *FEW_RUNS) == 0
     text = capsys.readouterr().out
-    said, rows, table = written(workplace / "outputs/speed/cells-001")
+    content, rows, table = read_output(workplace / "outputs/speed/cells-001")
     assert [row["image_size"] for row in rows] == [64, 96]
     for row, line in zip(rows, table, strict=True):
-        assert row["billion_operations"] == operations(module.network, row["image_size"])
+        assert row["billion_operations"] == billion_operations(module.network, row["image_size"])
         assert (row["AP50"], row["AP"]) == (None, None)
         for prefix, images in (("", 1), ("batch_", 3)):
             low, median, high = (
@@ -191,32 +193,39 @@ def test_a_table_without_a_recipe(checkpoint, module, workplace, capsys):
         assert {k: "" if v is None else str(v) for k, v in row.items()} == line
         printed = f"^ *{row['image_size']} +- +- .*{row['images_per_second']:.1f} .*"
         assert re.search(printed + f"{row['batch_images_per_second']:.1f} ", text, re.MULTILINE)
-    assert (said["runs"], said["batch_size"], said["threads"]) == (2, 3, 1)
+    assert (content["runs"], content["batch_size"], content["threads"]) == (2, 3, 1)
     for name in ("device_name", "torch", "yolo_lightning"):
-        assert said[name]
-        assert said[name] in text
-    assert (said["device"], said["precision"], said["images"]) == ("cpu", "float32", "smooth noise")
+        assert content[name]
+        assert content[name] in text
+    assert (content["device"], content["precision"], content["images"]) == (
+        "cpu",
+        "float32",
+        "smooth noise",
+    )
     with Image.open(workplace / "outputs/speed/cells-001/speed.png") as picture:
         assert min(picture.size) > 500
-    assert run(checkpoint, "--image-sizes", 64, *FEW) == 0
+    assert run(checkpoint, "--image-sizes", 64, *FEW_RUNS) == 0
     assert (workplace / "outputs/speed/cells-002/speed.png").is_file()
 
 
-def test_average_precision_at_every_size_on_the_same_images(checkpoint, recipe, workplace, capsys):
+def test_average_precision_at_each_size(checkpoint, recipe, workplace, capsys):
     out = workplace / "out"
-    assert run(checkpoint, "--recipe", recipe, "--image-sizes", 64, 96, *FEW, "--output", out) == 0
-    said, rows, _ = written(out)
+    assert (
+        run(checkpoint, "--recipe", recipe, "--image-sizes", 64, 96, *FEW_RUNS, "--output", out)
+        == 0
+    )
+    content, rows, _ = read_output(out)
     # four cells at 64 px are the quarters; nine at 96 px overlap them by 4/9
     assert rows[0]["AP50"] == pytest.approx(1)
     assert rows[0]["AP"] == pytest.approx(1)
     assert rows[1]["AP50"] == pytest.approx(0)
-    assert said["images"] == f"test images of {recipe}"
+    assert content["images"] == f"test images of {recipe}"
     assert re.search(r"^ *64 +1\.000 +1\.000 ", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_average_precision_is_what_lightning_s_test_says(checkpoint, module, recipe):
+def test_average_precision_equals_trainer_test(checkpoint, module, recipe):
     twin = load(checkpoint)
-    data = speed_rows.test_data(str(recipe), [], module)
+    data = measurement.load_test_data(str(recipe), [], module)
     for size in (96, 64):
         own = recipe_data([str(recipe), f"--data.image_size={size}"])
         tester = pl.Trainer(
@@ -225,56 +234,58 @@ def test_average_precision_is_what_lightning_s_test_says(checkpoint, module, rec
         )  # fmt: skip
         figures = tester.test(twin, own, verbose=False)[0]
         expected = (figures["test/AP50"], figures["test/AP"])
-        assert speed_rows.accuracy(module, data, size, half=False) == pytest.approx(expected)
+        assert measurement.average_precision(module, data, size, half=False) == pytest.approx(
+            expected
+        )
     assert not module.training
 
 
-def test_half_of_the_precision_on_a_cpu_is_bfloat16(checkpoint, module, recipe, workplace, capsys):
+def test_half_on_a_cpu_is_bfloat16(checkpoint, module, recipe, workplace, capsys):
     types = []
     module.network.box_conv.register_forward_hook(lambda m, i, output: types.append(output.dtype))
-    images, sizes = speed_rows.noise(64, 1)
-    assert measure(module, images, sizes, 1, 1, torch.bfloat16).median_ms > 0
+    images, sizes = measurement.smooth_noise(64, 1)
+    assert measure_latency(module, images, sizes, 1, 1, torch.bfloat16).median_ms > 0
     assert set(types) == {torch.bfloat16}
-    options = ("--recipe", recipe, "--half", "--image-sizes", 64, *FEW, "--output", "out")
+    options = ("--recipe", recipe, "--half", "--image-sizes", 64, *FEW_RUNS, "--output", "out")
     assert run(checkpoint, *options) == 0
-    said, rows, _ = written(workplace / "out")
-    assert said["precision"] == "bfloat16 by autocast"
-    assert "bfloat16 by autocast" in capsys.readouterr().out
+    content, rows, _ = read_output(workplace / "out")
+    assert content["precision"] == "bfloat16 with autocast"
+    assert "bfloat16 with autocast" in capsys.readouterr().out
     assert rows[0]["AP50"] == pytest.approx(1)
 
 
-def test_threads_are_set_for_the_measurement_alone(checkpoint, workplace):
+def test_number_of_threads_is_restored(checkpoint, workplace):
     before = torch.get_num_threads()
-    options = ("--image-sizes", 64, *FEW, "--output", "out")
+    options = ("--image-sizes", 64, *FEW_RUNS, "--output", "out")
     assert run(checkpoint, "--threads", before + 1, *options) == 0
-    assert written(workplace / "out")[0]["threads"] == before + 1
+    assert read_output(workplace / "out")[0]["threads"] == before + 1
     assert torch.get_num_threads() == before
 
 
 def test_timed_images_are_spread_over_the_test_images(module, recipe, monkeypatch):
-    data = speed_rows.test_data(str(recipe), [], module)
-    images, sizes = speed_rows.images_of(data, module, 96, 2)
+    data = measurement.load_test_data(str(recipe), [], module)
+    images, sizes = measurement.load_images(data, module, 96, 2)
     assert images[:, 0, 0, 0].tolist() == [0, 80]  # the first and the third of five
     assert images.shape == (2, 3, 96, 96)
     assert sizes.tolist() == [[64, 64]] * 2
-    assert speed_rows.images_of(data, module, 64, 9)[0].shape[0] == 5
+    assert measurement.load_images(data, module, 64, 9)[0].shape[0] == 5
     read = data.test.read
 
-    def broken(index, least_side=None):
+    def broken(index, min_side=None):
         if index == 0:
             raise UnreadableSample("0.png: broken")
-        return read(index, least_side)
+        return read(index, min_side)
 
     monkeypatch.setattr(data.test, "read", broken)
-    assert speed_rows.images_of(data, module, 96, 2)[0][:, 0, 0, 0].tolist() == [80]
+    assert measurement.load_images(data, module, 96, 2)[0][:, 0, 0, 0].tolist() == [80]
     monkeypatch.setattr(data.test, "read", lambda *a: broken(0))
     with pytest.raises(InputError, match="no test image can be read: 0.png: broken"):
-        speed_rows.images_of(data, module, 96, 2)
+        measurement.load_images(data, module, 96, 2)
 
 
-def test_noise_is_smooth_and_the_same_every_time():
-    images, sizes = speed_rows.noise(96, 3)
-    assert torch.equal(images, speed_rows.noise(96, 3)[0])
+def test_noise_is_smooth_and_deterministic():
+    images, sizes = measurement.smooth_noise(96, 3)
+    assert torch.equal(images, measurement.smooth_noise(96, 3)[0])
     assert not torch.equal(images[0], images[1])
     assert images.dtype == torch.uint8
     assert sizes.tolist() == [[96, 96]] * 3
@@ -286,72 +297,70 @@ def test_noise_is_smooth_and_the_same_every_time():
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory")]
 )
-def test_a_batch_that_the_memory_does_not_hold_costs_its_figures_alone(
+def test_out_of_memory_omits_only_the_batch_columns(
     checkpoint, workplace, monkeypatch, capsys, error
 ):
-    def small(module, images, sizes, batch_size, *rest):
-        if batch_size > most:
+    def with_little_memory(module, images, sizes, batch_size, *rest):
+        if batch_size > max_batch_size:
             raise error
-        return measure(module, images, sizes, batch_size, *rest)
+        return measure_latency(module, images, sizes, batch_size, *rest)
 
-    monkeypatch.setattr(speed_rows, "measure", small)
-    most = 1
-    assert run(checkpoint, "--image-sizes", 64, *FEW, "--output", "out") == 0
+    monkeypatch.setattr(measurement, "measure_latency", with_little_memory)
+    max_batch_size = 1
+    assert run(checkpoint, "--image-sizes", 64, *FEW_RUNS, "--output", "out") == 0
     assert "too little memory" in capsys.readouterr().out
-    _, (row,), (line,) = written(workplace / "out")
+    _, (row,), (line,) = read_output(workplace / "out")
     assert row["batch_latency_ms"] is None
     assert line["batch_latency_ms"] == ""
     assert row["latency_ms"] > 0
-    most = 0
-    assert run(checkpoint, "--image-sizes", 64, *FEW, "--output", "none") == 2
+    max_batch_size = 0
+    assert run(checkpoint, "--image-sizes", 64, *FEW_RUNS, "--output", "none") == 2
     assert "64 px: too little memory for one image" in capsys.readouterr().err
-    monkeypatch.setattr(speed_rows, "out_of_memory", lambda error: False)
+    monkeypatch.setattr(measurement, "is_out_of_memory", lambda error: False)
     with pytest.raises(type(error)):
-        run(checkpoint, "--image-sizes", 64, *FEW, "--output", "neither")
+        run(checkpoint, "--image-sizes", 64, *FEW_RUNS, "--output", "neither")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--image-sizes", "100"], "image size 100: allowed are multiples of 32"),
-        (["--image-sizes", "64", "0"], "--image-sizes holds 0; allowed: 32, 64"),
+        (["--image-sizes", "64", "0"], "--image-sizes contains 0; allowed: 32, 64"),
         (["--runs", "0"], "--runs is 0; allowed: 1 or more"),
         (["--batch-size", "0"], "--batch-size is 0; allowed: 1 or more"),
         (["--threads", "0"], "--threads is 0; allowed: 1 or more"),
         (["--device", "abacus"], "--device is 'abacus'; allowed: cpu, cuda, cuda:1"),
         (["--device", "meta"], "--device is 'meta'; allowed: cpu, cuda, cuda:1"),
         (["--device", "cuda:99"], "device 'cuda:99'"),
-        (["--data.seed", "1"], "--data.seed: no such option; with --recipe, those of the recipe"),
+        (["--data.seed", "1"], "--data.seed: no such option; with --recipe, also options of"),
         (["--recipe", "none.yaml"], "recipe 'none.yaml' not found"),
         (["--recipe", "recipe.yaml", "--run", "1"], "--run: no such option; did you mean '--runs'"),
         (["--recipe", "recipe.yaml", "--data.tree=[crate]"], "data.tree differs from the check"),
-        (["--recipe", "recipe.yaml", "--data.validation=null"], "names neither data.test nor"),
+        (["--recipe", "recipe.yaml", "--data.validation=null"], "defines neither data.test nor"),
         (["--output", "full"], "--output 'full' holds files; nothing is overwritten"),
         (["--output", "recipe.yaml"], "--output 'recipe.yaml' is a file; expected a folder"),
     ],
 )  # fmt: skip
-def test_bad_input_is_told_before_anything_is_written(
-    checkpoint, recipe, workplace, capsys, args, message
-):
+def test_invalid_input_writes_nothing(checkpoint, recipe, workplace, capsys, args, message):
     miniatures.write(workplace / "full/notes.txt", "mine")
     assert run(checkpoint, *args) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.err.count("\n") == 1
-    assert not told.out
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert not output.out
     assert not (workplace / "outputs").exists()
     assert [path.name for path in (workplace / "full").iterdir()] == ["notes.txt"]
 
 
-def test_a_classifier_is_refused(workplace, capsys):
+def test_classifier_is_rejected(workplace, capsys):
     module = ClassifierModule(tree=["a", "b"], backbone=BACKBONE)
-    torch.save(checkpoint_of(module, {}), workplace / "classifier.ckpt")
+    torch.save(build_checkpoint(module, {}), workplace / "classifier.ckpt")
     assert run("classifier.ckpt") == 2
     assert "holds a classifier; speed takes a detector" in capsys.readouterr().err
 
 
-def test_images_without_boxes_are_refused(checkpoint, recipe, workplace, capsys):
-    miniatures.plain(workplace / "labels/box/a.png")
+def test_images_without_boxes_are_rejected(checkpoint, recipe, workplace, capsys):
+    miniatures.save_grey(workplace / "labels/box/a.png")
     values = yaml.safe_load(recipe.read_text())
     folders = "yolo_lightning.datamodules.ImageFolder"
     values["data"]["init_args"]["test"] = {"class_path": folders, "init_args": {"root": "labels"}}
@@ -360,7 +369,7 @@ def test_images_without_boxes_are_refused(checkpoint, recipe, workplace, capsys)
     assert "data.test has no boxes" in capsys.readouterr().err
 
 
-def test_missing_matplotlib_is_told_before_the_work(checkpoint, workplace, monkeypatch, capsys):
+def test_missing_matplotlib_is_reported_at_once(checkpoint, workplace, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run(checkpoint) == 2
     assert "pip install 'yolo-lightning[plots]'" in capsys.readouterr().err
@@ -372,45 +381,47 @@ COCO_ANCHORS = [(0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.
 
 
 def clustered(images, classes, spread_cells):
-    """Return a dense head's output at 416 px with boxes around ten objects an image, seeded.
+    """Return a seeded head output at 416 px with boxes around ten objects per image.
 
-    Objectness falls with the distance from the nearest object, from 0.98 to about 0.001; its class
-    stands out of the others by 6.
+    Objectness falls with the distance from the nearest object, from 0.98 to about 0.001; the logit
+    of its class is 6 above the others.
     """
     generator, side = torch.Generator().manual_seed(0), 13
     centres = side * torch.rand(images, 10, 2, generator=generator)
     kinds = torch.randint(classes, (images, 10), generator=generator)
-    places = torch.cartesian_prod(*[torch.arange(side) + 0.5] * 2)
-    distance, nearest = torch.cdist(places.expand(images, -1, 2), centres).min(dim=2)  # (B, G)
+    cells = torch.cartesian_prod(*[torch.arange(side) + 0.5] * 2)
+    distance, nearest = torch.cdist(cells.expand(images, -1, 2), centres).min(dim=2)  # (B, G)
     raw = torch.randn(images, 5, 5 + classes, side * side, generator=generator)
     raw[:, :, 2:4] *= 0.3
     raw[:, :, 4] *= 0.5
     raw[:, :, 4] += (4 - (distance / spread_cells) ** 2).clamp(min=-7)[:, None]
-    named = 5 + kinds.gather(1, nearest)[:, None, None].expand(-1, 5, 1, -1)
-    raw.scatter_add_(2, named, torch.full(named.shape, 6.0))
+    class_rows = 5 + kinds.gather(1, nearest)[:, None, None].expand(-1, 5, 1, -1)
+    raw.scatter_add_(2, class_rows, torch.full(class_rows.shape, 6.0))
     return HeadOutput.from_dense(raw.unflatten(3, (side, side)).flatten(1, 2), 5)
 
 
-def timed(runs, work):
-    """Return the median of the seconds, and what the last run gave."""
-    seconds, given = [], None
+def timed(runs, function):
+    """Return the median time in seconds, and the last result."""
+    seconds, result = [], None
     for _ in range(runs):
         start = time.perf_counter()
-        given = work()
+        result = function()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), given
+    return statistics.median(seconds), result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spread_cells", [0.5, 1.0, 4.0])
 @torch.inference_mode()
-def test_decode_and_suppression_of_64_images_beside_the_network(spread_cells, monkeypatch):
-    """Print how long both take; run with -s to see it."""
+def test_decode_and_suppression_of_64_images(spread_cells, monkeypatch):
+    """Print the time of both; run with -s to see it."""
     module = DetectorModule([f"class {k}" for k in range(80)], COCO_ANCHORS).eval()
-    eight, output = unit_range(speed_rows.noise(416, 8)[0]), clustered(64, 80, spread_cells)
+    eight, output = unit_range(measurement.smooth_noise(416, 8)[0]), clustered(64, 80, spread_cells)
     chunk, _ = timed(5, lambda: module.network(eight))
     monkeypatch.setattr(module.network, "forward", lambda images: output)
-    monkeypatch.setattr(detector, "unit_range", lambda images: images)  # counts for the network
+    monkeypatch.setattr(
+        detector, "unit_range", lambda images: images
+    )  # is part of the network's time
     inputs, sizes = eight[:1].expand(64, -1, -1, -1), torch.full((64, 2), 416)
     leaves = module.tree.leaves
     rest, found = timed(7, lambda: module.detect(inputs, sizes, leaves, SCORE_THRESHOLD))
@@ -418,7 +429,7 @@ def test_decode_and_suppression_of_64_images_beside_the_network(spread_cells, mo
     pairs = sum(len(image.labels) for image in found) / 64
     print(
         f"\n64 images at 416 px, {torch.get_num_threads()} threads: network {8 * chunk:.1f} s, "
-        f"decode and suppression {rest:.2f} s, {100 * rest / (8 * chunk):.1f} %; an image: "
+        f"decode and suppression {rest:.2f} s, {100 * rest / (8 * chunk):.1f} %; per image: "
         f"{passing:.0f} boxes of 845 above the threshold, {pairs:.0f} pairs kept"
     )
     for image in found:

@@ -1,4 +1,4 @@
-"""Reading and writing video: which frames come back, what breaks, and what is left behind."""
+"""Reading and writing video: frames and timestamps, damaged files, temporary files."""
 
 import contextlib
 import http.server
@@ -21,11 +21,11 @@ from yolo_lightning.inference import video
 from yolo_lightning.inference.video import (
     BrokenVideo,
     VideoReader,
-    VideoWriter,
     is_camera,
     is_stream,
     is_video,
 )
+from yolo_lightning.inference.video_writer import VideoWriter
 
 av = pytest.importorskip("av")
 
@@ -41,7 +41,7 @@ ENCODERS = {
 
 
 def numbered(number: int, noise: np.random.Generator) -> Image:
-    """Return noise, so that a frame is many bytes, whose upper left quarter tells its number."""
+    """Return noise, so that frames are large, with the number encoded in the upper left quarter."""
     image = noise.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     image[: HEIGHT // 2, : WIDTH // 2] = 4 + 8 * number
     return image
@@ -52,10 +52,10 @@ def number_of(image: Image) -> int:
 
 
 def generate(
-    path: Path, times_s: Sequence[float] = (), sound_s: float = 0.0, coded_as: str = ""
+    path: Path, times_s: Sequence[float] = (), audio_s: float = 0.0, codec_of: str = ""
 ) -> Path:
-    """Write numbered frames with PyAV alone, at the usual rate or at given times."""
-    codec, options, _ = ENCODERS[coded_as or path.suffix[1:]]
+    """Write numbered frames with PyAV, at a constant rate or at given times."""
+    codec, options, _ = ENCODERS[codec_of or path.suffix[1:]]
     *_, container_options = ENCODERS[path.suffix[1:]]
     noise = np.random.default_rng(0)
     with av.open(str(path), "w", container_options=container_options) as container:
@@ -63,45 +63,45 @@ def generate(
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
         if times_s:
             stream.codec_context.time_base = TICK
-        sound = container.add_stream("libopus", rate=48000, layout="mono") if sound_s else None
+        audio = container.add_stream("libopus", rate=48000, layout="mono") if audio_s else None
         for number in range(len(times_s) or FRAMES):
             frame = av.VideoFrame.from_ndarray(numbered(number, noise), format="rgb24")
             frame.pts = round(times_s[number] / TICK) if times_s else number
             frame.time_base = TICK if times_s else Fraction(1, RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-        if sound is not None:
-            for _ in range(round(sound_s * 50)):
+        if audio is not None:
+            for _ in range(round(audio_s * 50)):
                 silence = np.zeros((1, 960), np.float32)
                 frame = av.AudioFrame.from_ndarray(silence, format="flt", layout="mono")
                 frame.sample_rate = 48000
-                container.mux(sound.encode(frame))
-            container.mux(sound.encode(None))
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
     return path
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("whole")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("intact")
     return {suffix: generate(folder / f"video.{suffix}") for suffix in ENCODERS}
 
 
-def read(place: str | Path, *window: float) -> tuple[list[int], list[float]]:
-    with VideoReader(place, *window) as reader:
+def read(source: str | Path, *window: float) -> tuple[list[int], list[float]]:
+    with VideoReader(source, *window) as reader:
         frames = list(reader)
     return [number_of(image) for image, _ in frames], [time_s for _, time_s in frames]
 
 
-def read_broken(place: str | Path) -> tuple[list[int], BrokenVideo]:
-    """Read up to the break; what was read is whole and in order."""
+def read_broken(source: str | Path) -> tuple[list[int], BrokenVideo]:
+    """Read up to the damage; check that the frames before it are complete and in order."""
     numbers, error = [], None
-    with VideoReader(place) as reader:
+    with VideoReader(source) as reader:
         try:
             for image, _ in reader:
                 numbers.append(number_of(image))
         except BrokenVideo as caught:
             error = caught
-    assert error is not None, f"read {numbers} without complaint"
+    assert error is not None, f"read {numbers} without an error"
     assert numbers == list(range(len(numbers)))
     assert error.frames_read == len(numbers) == reader.frames_read
     assert error.time_s == pytest.approx((len(numbers) - 1) / RATE)
@@ -115,30 +115,29 @@ def with_bytes(source: Path, target: Path, change: Callable[[bytearray], None]) 
     return target
 
 
-def garbled(data: bytearray) -> None:
+def overwrite_middle(data: bytearray) -> None:
     middle, noise = len(data) // 2, np.random.default_rng(1)
     data[middle : middle + 4000] = noise.integers(0, 256, 4000, dtype=np.uint8).tobytes()
 
 
-def from_between_two_keyframes(data: bytes) -> bytes:
+def cut_between_keyframes(data: bytes) -> bytes:
     return data[len(data) // 6 // 188 * 188 :]
 
 
-def test_kinds_of_places_are_told_apart_by_their_names():
+def test_source_types_are_detected_by_name():
     assert is_video("a/b.MP4")
     assert is_video(Path("b.webm"))
     assert not is_video("b.jpg")
-    assert [is_stream(place) for place in ("rtsp://h/x", "HTTP://h", "C:\\x", "x/y.mp4", "0")] == [
-        True, True, False, False, False,
-    ]  # fmt: skip
-    assert [is_camera(place) for place in ("0", "12", "-1", "0.mp4", "")] == [
+    locations = ("rtsp://h/x", "HTTP://h", "C:\\x", "x/y.mp4", "0")
+    assert [is_stream(location) for location in locations] == [True, True, False, False, False]
+    assert [is_camera(location) for location in ("0", "12", "-1", "0.mp4", "")] == [
         True, True, False, False, False,
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", ENCODERS)
-def test_every_frame_comes_once_in_order_with_its_time(whole, suffix):
-    with VideoReader(whole[suffix]) as reader:
+def test_every_frame_is_read_once_in_order_with_its_time(intact, suffix):
+    with VideoReader(intact[suffix]) as reader:
         assert reader.size_hw == (HEIGHT, WIDTH)
         assert reader.frames_per_second == RATE
         assert reader.frame_count == FRAMES
@@ -161,13 +160,13 @@ def test_every_frame_comes_once_in_order_with_its_time(whole, suffix):
         ((2.9, 60.0), range(29, 30)),
     ],
 )
-def test_a_window_holds_exactly_its_frames(whole, suffix, window, expected):
-    numbers, times_s = read(whole[suffix], *window)
+def test_window_contains_exactly_its_frames(intact, suffix, window, expected):
+    numbers, times_s = read(intact[suffix], *window)
     assert numbers == list(expected)
     assert times_s == pytest.approx([k / RATE for k in expected])
 
 
-def test_windows_that_follow_each_other_share_no_frame_and_lose_none(tmp_path):
+def test_consecutive_windows_share_no_frame_and_lose_none(tmp_path):
     thirds = [round(k / 3, 3) for k in range(20)]  # as Matroska rounds them: 0.333, 0.667 …
     path = generate(tmp_path / "thirds.mkv", thirds)
     edges = [0, 1 / 3, 1.0, 5 / 3, 3.1, 4, 7]
@@ -176,23 +175,23 @@ def test_windows_that_follow_each_other_share_no_frame_and_lose_none(tmp_path):
     assert sum(found, []) == list(range(20))
 
 
-def test_a_window_says_how_many_frames_to_expect(whole):
-    with VideoReader(whole["mp4"], 1.0, 0.5) as reader:
+def test_frame_count_of_a_window(intact):
+    with VideoReader(intact["mp4"], 1.0, 0.5) as reader:
         assert reader.frame_count == 5
-    with VideoReader(whole["webm"], 2.0, 60.0) as reader:
+    with VideoReader(intact["webm"], 2.0, 60.0) as reader:
         assert reader.frame_count == 10
 
 
-def test_a_turned_video_is_read_upright(whole, tmp_path):
-    def turn(data: bytearray) -> None:  # a quarter clockwise, as telephones held upright write it
+def test_rotated_video_is_read_upright(intact, tmp_path):
+    def turn(data: bytearray) -> None:  # by 90 degrees clockwise, as phones held upright do
         matrix = data.index(b"tkhd") + 44
         data[matrix : matrix + 20] = np.array([0, 65536, 0, -65536, 0], ">i4").tobytes()
 
-    with VideoReader(with_bytes(whole["mp4"], tmp_path / "turned.mp4", turn)) as reader:
+    with VideoReader(with_bytes(intact["mp4"], tmp_path / "turned.mp4", turn)) as reader:
         assert reader.size_hw == (WIDTH, HEIGHT)
         image, _ = list(reader)[20]
     assert image.shape == (WIDTH, HEIGHT, 3)
-    upright = image[: WIDTH // 2, HEIGHT // 2 :]  # the quarter was left above, and is right above
+    upright = image[: WIDTH // 2, HEIGHT // 2 :]  # the quarter was top left and is now top right
     assert number_of(upright) == 20
     assert upright.std() < 5 < image[WIDTH // 2 :].std()
 
@@ -210,19 +209,19 @@ def test_pixels_become_square(tmp_path):
         assert [image.shape for image, _ in reader] == [(HEIGHT, 96, 3)]
 
 
-def test_sound_that_outlasts_the_picture_breaks_nothing(tmp_path):
-    assert read(generate(tmp_path / "song.mkv", sound_s=5.0))[0] == list(range(FRAMES))
+def test_audio_may_be_longer_than_the_video(tmp_path):
+    assert read(generate(tmp_path / "song.mkv", audio_s=5.0))[0] == list(range(FRAMES))
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "webm", "mp4"])
-def test_frames_that_stand_long_break_nothing(tmp_path, suffix):
+def test_long_gaps_between_timestamps_are_allowed(tmp_path, suffix):
     times_s = [0, 0.1, 0.2, 0.3, 2.8, 2.9]
-    path = generate(tmp_path / f"still.{suffix}", times_s, sound_s=3.0)
+    path = generate(tmp_path / f"still.{suffix}", times_s, audio_s=3.0)
     assert read(path)[1] == pytest.approx(times_s)
 
 
 def packets(path: Path) -> list[tuple[int, int, int]]:
-    """Return number of the frame, and first and last byte, of each packet in their order."""
+    """Return frame number, first and last byte of each packet, in file order."""
     with av.open(str(path)) as container:
         (stream,) = container.streams
         step = float(RATE * stream.time_base)
@@ -233,68 +232,70 @@ def packets(path: Path) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("suffix", ["mp4", "webm", "mkv", "avi"])
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("between", [False, True], ids=["in a packet", "between two"])
-def test_a_file_that_is_cut_off_yields_all_that_is_there_and_says_so(
-    whole, tmp_path, suffix, part, between
+def test_truncated_file_yields_its_frames_and_reports_the_end(
+    intact, tmp_path, suffix, part, between
 ):
-    coded = packets(whole[suffix])
-    kept = int(part * FRAMES)
-    end = coded[kept][1] if between else sum(coded[kept][1:]) // 2
+    all_packets = packets(intact[suffix])
+    count = int(part * FRAMES)
+    end = all_packets[count][1] if between else sum(all_packets[count][1:]) // 2
     path = tmp_path / f"cut.{suffix}"
-    path.write_bytes(whole[suffix].read_bytes()[:end])
-    there = {number for number, *_ in coded[:kept]}
+    path.write_bytes(intact[suffix].read_bytes()[:end])
+    complete = {number for number, *_ in all_packets[:count]}
     numbers, error = read_broken(path)
-    assert len(numbers) == next(number for number in itertools.count() if number not in there)
+    assert len(numbers) == next(number for number in itertools.count() if number not in complete)
     assert str(path) in str(error)
     assert f"frames read: {len(numbers)}" in str(error)
 
 
-def test_a_frame_of_which_most_is_there_is_not_read(tmp_path):
-    path = generate(tmp_path / "vp9.mp4", coded_as="webm")  # VP9 decodes most of a packet
+def test_incomplete_last_frame_is_not_read(tmp_path):
+    path = generate(tmp_path / "vp9.mp4", codec_of="webm")  # VP9 decodes most of a packet
     _, start, end = packets(path)[12]
     path.write_bytes(path.read_bytes()[: end - (end - start) // 8])
     assert len(read_broken(path)[0]) == 12
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm", "mkv", "avi"])
-def test_a_file_with_garbage_in_its_middle_yields_what_lies_before(whole, tmp_path, suffix):
-    numbers, _ = read_broken(with_bytes(whole[suffix], tmp_path / f"bad.{suffix}", garbled))
+def test_damaged_file_yields_the_frames_before_the_damage(intact, tmp_path, suffix):
+    numbers, _ = read_broken(
+        with_bytes(intact[suffix], tmp_path / f"bad.{suffix}", overwrite_middle)
+    )
     assert 10 <= len(numbers) < 20
 
 
-def test_damage_before_and_behind_the_window_is_not_seen(whole, tmp_path):
-    path = with_bytes(whole["mp4"], tmp_path / "bad.mp4", garbled)
+def test_damage_outside_the_window_is_ignored(intact, tmp_path):
+    path = with_bytes(intact["mp4"], tmp_path / "bad.mp4", overwrite_middle)
     assert read(path, 0.0, 1.0)[0] == list(range(10))
     assert read(path, 2.0)[0] == list(range(20, FRAMES))
 
 
-def wrong_bytes(data: bytearray) -> None:
+def damage_a_few_bytes(data: bytearray) -> None:
     middle = len(data) // 2
     data[middle : middle + 20] = b"wrong" * 4
 
 
-def test_a_transport_stream_breaks_at_damage_but_may_begin_anywhere(whole, tmp_path):
-    numbers, _ = read_broken(with_bytes(whole["ts"], tmp_path / "bad.ts", wrong_bytes))
+def test_transport_stream_fails_at_damage_but_may_start_anywhere(intact, tmp_path):
+    numbers, _ = read_broken(with_bytes(intact["ts"], tmp_path / "bad.ts", damage_a_few_bytes))
     assert 10 <= len(numbers) < 20
-    data = whole["ts"].read_bytes()
-    (tmp_path / "late.ts").write_bytes(from_between_two_keyframes(data))
+    data = intact["ts"].read_bytes()
+    (tmp_path / "late.ts").write_bytes(cut_between_keyframes(data))
     assert read(tmp_path / "late.ts")[0][-20:] == list(range(10, FRAMES))
 
 
-def test_times_increase_even_where_those_of_the_file_do_not(tmp_path):
+def test_equal_timestamps_become_increasing(tmp_path):
     path = generate(tmp_path / "equal.webm", [0, 0.1, 0.1004, 0.2])  # stored as 0, 100, 100, 200 ms
     assert read(path)[1] == pytest.approx([0, 0.1, 0.101, 0.2], abs=1e-4)
 
 
-def copied(source: Path, target: Path) -> None:
+def copy_frames(source: Path, target: Path) -> None:
     with VideoReader(source) as reader, VideoWriter(target, reader.size_hw, RATE) as writer:
         for image, time_s in reader:
             writer.write(image, time_s)
 
 
-def test_what_was_done_before_a_video_breaks_can_be_played(whole, tmp_path):
-    path = with_bytes(whole["mp4"], tmp_path / "bad.mp4", garbled)
+def test_output_is_playable_after_damaged_input(intact, tmp_path):
+    path = with_bytes(intact["mp4"], tmp_path / "bad.mp4", overwrite_middle)
     with pytest.raises(BrokenVideo) as caught:
-        copied(path, tmp_path / "out.webm")
+        copy_frames(path, tmp_path / "out.webm")
     assert read(tmp_path / "out.webm")[0] == list(range(caught.value.frames_read))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.mp4", "out.webm"]
 
@@ -312,18 +313,18 @@ def test_what_was_done_before_a_video_breaks_can_be_played(whole, tmp_path):
         ),
     ],
 )
-def test_what_is_no_video_is_refused(tmp_path, name, content, message):
+def test_other_files_are_rejected(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name}: {message}"):
         VideoReader(tmp_path / name)
 
 
-def test_what_holds_no_picture_that_can_be_decoded_is_refused(whole, tmp_path):
+def test_files_without_decodable_video_are_rejected(intact, tmp_path):
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
-        sound = container.add_stream("aac", rate=48000, layout="mono")
+        audio = container.add_stream("aac", rate=48000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 48000
-        container.mux([*sound.encode(frame), *sound.encode(None)])
+        container.mux([*audio.encode(frame), *audio.encode(None)])
     with pytest.raises(InputError, match=r"song\.mp4: no video in it.* only audio"):
         VideoReader(tmp_path / "song.mp4")
     with av.open(str(tmp_path / "cover.mp4"), "w") as container:
@@ -339,10 +340,10 @@ def test_what_holds_no_picture_that_can_be_decoded_is_refused(whole, tmp_path):
         data[:] = data.replace(b"avc1", b"zzzz")
 
     with pytest.raises(InputError, match="unknown codec"):
-        VideoReader(with_bytes(whole["mp4"], tmp_path / "odd.mp4", rename))
-    for place, message in ((tmp_path / "none.mp4", "No such file"), (tmp_path, "directory")):
+        VideoReader(with_bytes(intact["mp4"], tmp_path / "odd.mp4", rename))
+    for source, message in ((tmp_path / "none.mp4", "No such file"), (tmp_path, "directory")):
         with pytest.raises(InputError, match=message):
-            VideoReader(place)
+            VideoReader(source)
 
 
 @pytest.mark.parametrize(
@@ -355,33 +356,33 @@ def test_what_holds_no_picture_that_can_be_decoded_is_refused(whole, tmp_path):
         ((3.0,), "the start, 3 s, lies beyond its end; it is 3.000 s long"),
     ],
 )
-def test_windows_outside_of_the_video_are_refused(whole, window, message):
+def test_windows_outside_of_the_video_are_rejected(intact, window, message):
     with pytest.raises(InputError, match=message):
-        VideoReader(whole["mp4"], *window)
+        VideoReader(intact["mp4"], *window)
 
 
-def test_a_window_between_two_frames_is_refused(whole):
+def test_window_without_frames_is_rejected(intact):
     with pytest.raises(InputError, match=r"no frame between 2\.95 and 3\.95 s"):
-        read(whole["webm"], 2.95, 1.0)
+        read(intact["webm"], 2.95, 1.0)
 
 
-def test_without_pyav_the_message_names_the_extra(whole, tmp_path, monkeypatch):
+def test_without_pyav_the_message_names_the_extra(intact, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    for opening in (
-        lambda: VideoReader(whole["mp4"]),
+    for create in (
+        lambda: VideoReader(intact["mp4"]),
         lambda: VideoWriter(tmp_path / "x.webm", (48, 64), 10),
     ):
         with pytest.raises(InputError, match=r"pip install 'yolo-lightning\[video\]'"):
-            opening()
+            create()
 
 
-def test_a_camera_that_is_not_there_is_refused_at_once():
-    with pytest.raises(InputError, match="camera 99: /dev/video99 cannot be opened.* there is: "):
+def test_missing_camera_is_rejected():
+    with pytest.raises(InputError, match="camera 99: /dev/video99 cannot be opened.* available"):
         VideoReader("99")
 
 
 @pytest.mark.parametrize("scheme", ["rtsp", "http", "tcp", "rtmp"])
-def test_a_closed_port_is_refused_at_once_without_naming_the_password(scheme):
+def test_closed_port_fails_fast_without_printing_the_password(scheme):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -393,14 +394,14 @@ def test_a_closed_port_is_refused_at_once_without_naming_the_password(scheme):
     assert time.perf_counter() - started < 5
 
 
-def test_an_address_of_another_kind_is_refused():
-    with pytest.raises(InputError, match="ftp://host/x: streams begin with http, https, "):
+def test_unsupported_url_scheme_is_rejected():
+    with pytest.raises(InputError, match="ftp://host/x: not a supported stream; allowed: http, "):
         VideoReader("ftp://host/x")
 
 
 @contextlib.contextmanager
 def serving(content: bytes, stated: int | None = None) -> Iterator[str]:
-    """Serve bytes over HTTP; the length that is stated may promise more."""
+    """Serve bytes over HTTP; `stated` overrides the content length."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -422,22 +423,22 @@ def serving(content: bytes, stated: int | None = None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])
-def test_a_video_over_http_is_read_to_its_end(whole, suffix):
-    with serving(whole[suffix].read_bytes()) as address:
+def test_video_over_http_is_read_to_its_end(intact, suffix):
+    with serving(intact[suffix].read_bytes()) as address:
         assert read(address)[0] == list(range(FRAMES))
         assert read(address, 1.5, 0.5)[0] == list(range(15, 20))
 
 
-def test_a_server_that_hangs_up_midway_breaks_the_video(whole):
-    content = whole["webm"].read_bytes()
+def test_closed_http_connection_is_an_error(intact):
+    content = intact["webm"].read_bytes()
     with serving(content[: len(content) // 2], len(content)) as address:
         numbers, _ = read_broken(address)
     assert 10 <= len(numbers) < 20
 
 
 @contextlib.contextmanager
-def sending(content: bytes, then_wait: bool = False) -> Iterator[str]:
-    """Send bytes to whoever connects, as a live stream; then hang up, or send nothing more."""
+def sending(content: bytes, keep_open: bool = False) -> Iterator[str]:
+    """Send bytes to the first client as a live stream; keep the connection open or close it."""
     done = threading.Event()
 
     def send(listening: socket.socket) -> None:
@@ -445,7 +446,7 @@ def sending(content: bytes, then_wait: bool = False) -> Iterator[str]:
             connection, _ = listening.accept()
             with connection:
                 connection.sendall(content)
-                if then_wait:
+                if keep_open:
                     done.wait(20)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -456,9 +457,9 @@ def sending(content: bytes, then_wait: bool = False) -> Iterator[str]:
         thread.join()
 
 
-def test_a_live_stream_begins_anywhere(whole):
+def test_live_stream_may_start_anywhere(intact):
     with (
-        sending(from_between_two_keyframes(whole["ts"].read_bytes())) as address,
+        sending(cut_between_keyframes(intact["ts"].read_bytes())) as address,
         VideoReader(address) as reader,
     ):
         assert reader.frame_count is None
@@ -468,17 +469,17 @@ def test_a_live_stream_begins_anywhere(whole):
     assert [time_s for _, time_s in frames] == pytest.approx([k / RATE for k in range(len(frames))])
 
 
-def test_the_window_of_a_live_stream_counts_from_its_first_frame(whole):
-    data = from_between_two_keyframes(whole["ts"].read_bytes())
+def test_window_of_a_live_stream_starts_at_its_first_frame(intact):
+    data = cut_between_keyframes(intact["ts"].read_bytes())
     with sending(data) as address:
         numbers, _ = read(address)
     with sending(data) as address:
         assert read(address, 0.5, 1.0)[0] == numbers[5:15]
 
 
-def test_a_live_stream_goes_on_after_damage(whole):
-    data = bytearray(whole["ts"].read_bytes())
-    wrong_bytes(data)
+def test_live_stream_continues_after_damage(intact):
+    data = bytearray(intact["ts"].read_bytes())
+    damage_a_few_bytes(data)
     with sending(bytes(data)) as address:
         numbers, times_s = read(address)
     assert numbers[:10] == list(range(10))
@@ -486,22 +487,22 @@ def test_a_live_stream_goes_on_after_damage(whole):
     assert times_s == sorted(set(times_s))
 
 
-def test_a_stream_that_falls_silent_does_not_hang(whole, monkeypatch):
+def test_silent_stream_times_out(intact, monkeypatch):
     monkeypatch.setattr(video, "TIMEOUT_S", 1.0)
     with (
-        sending(b"", then_wait=True) as address,
-        pytest.raises(InputError, match=r"cannot be opened \(no answer within 1 s\)"),
+        sending(b"", keep_open=True) as address,
+        pytest.raises(InputError, match=r"cannot be opened \(timed out after 1 s\)"),
     ):
         VideoReader(address)
-    content = whole["webm"].read_bytes()
-    with sending(content[: len(content) // 2], then_wait=True) as address:
+    content = intact["webm"].read_bytes()
+    with sending(content[: len(content) // 2], keep_open=True) as address:
         numbers, error = read_broken(address)
     assert 10 <= len(numbers) < 20
-    assert "no answer within 1 s" in str(error)
+    assert "timed out after 1 s" in str(error)
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [("webm", "vp9"), ("mp4", "h264")])
-def test_written_video_is_what_browsers_play(tmp_path, suffix, codec):
+def test_written_video_is_playable_in_browsers(tmp_path, suffix, codec):
     path = tmp_path / f"out.{suffix}"
     colour = np.array([200, 30, 60], np.uint8)
     with VideoWriter(path, (HEIGHT, WIDTH), RATE) as writer:
@@ -513,11 +514,11 @@ def test_written_video_is_what_browsers_play(tmp_path, suffix, codec):
         (stream,) = container.streams
         assert stream.codec_context.name == codec
         assert stream.codec_context.pix_fmt == "yuv420p"
-        assert stream.codec_context.colorspace == 1  # BT.709, and the colours below agree with it
+        assert stream.codec_context.colorspace == 1  # BT.709
         assert stream.average_rate == RATE
         assert container.duration == pytest.approx(1e6 * FRAMES / RATE, abs=1000)
         assert container.metadata.get("ENCODER", container.metadata.get("encoder"))
-    if suffix == "mp4":  # plays before it is loaded whole
+    if suffix == "mp4":  # can be played before it is complete
         data = path.read_bytes()
         assert data.index(b"moov") < data.index(b"mdat")
     with VideoReader(path) as reader:
@@ -542,7 +543,7 @@ def test_odd_sides_grow_by_a_copy_of_the_last_pixel(tmp_path, suffix, size_hw):
 
 
 @pytest.mark.parametrize("suffix", ["webm", "mp4"])
-def test_times_are_kept_and_count_from_the_first_frame(tmp_path, suffix):
+def test_timestamps_are_relative_to_the_first_frame(tmp_path, suffix):
     times_s = [0.0, 0.1, 0.2, 1.2, 1.25, 3.0]
     path = tmp_path / f"uneven.{suffix}"
     noise = np.random.default_rng(0)
@@ -556,7 +557,7 @@ def test_times_are_kept_and_count_from_the_first_frame(tmp_path, suffix):
         assert container.duration == pytest.approx(3.1e6, abs=1000)
 
 
-def test_nothing_lies_under_the_name_before_the_video_is_whole(tmp_path):
+def test_file_is_replaced_only_when_complete(tmp_path):
     path = tmp_path / "out.mp4"
     path.write_bytes(b"from before")
     with VideoWriter(path, (HEIGHT, WIDTH), RATE) as writer:
@@ -567,42 +568,42 @@ def test_nothing_lies_under_the_name_before_the_video_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["out.mp4"]
 
 
-def test_without_a_frame_there_is_no_file(tmp_path):
+def test_no_file_without_frames(tmp_path):
     with VideoWriter(tmp_path / "out.webm", (HEIGHT, WIDTH), RATE) as writer:
         pass
-    writer.close()  # closing twice does no harm
+    writer.close()  # closing twice is allowed
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("suffix", ["webm", "mp4"])
-def test_a_full_disk_is_reported_and_leaves_nothing(whole, tmp_path, suffix):
-    (tmp_path / f"out.{suffix}.fresh").symlink_to("/dev/full")
+def test_full_disk_is_reported_and_leaves_no_file(intact, tmp_path, suffix):
+    (tmp_path / f"out.{suffix}.part").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
-        copied(whole["mp4"], tmp_path / f"out.{suffix}")
+        copy_frames(intact["mp4"], tmp_path / f"out.{suffix}")
     assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
+def test_invalid_output_paths_are_rejected(tmp_path, monkeypatch):
     (tmp_path / "folder.mp4").mkdir()
     for name, message in (
         ("out.gif", r"allowed: \.webm \.mp4"),
-        ("none/out.mp4", "a folder that exists"),
+        ("none/out.mp4", "an existing folder"),
         ("folder.mp4", "not a file"),
     ):
         with pytest.raises(InputError, match=message):
             VideoWriter(tmp_path / name, (HEIGHT, WIDTH), RATE)
 
-    def none(name: str, mode: str) -> None:
+    def no_encoder(name: str, mode: str) -> None:
         raise ValueError(name)
 
-    monkeypatch.setattr(av, "Codec", none)
+    monkeypatch.setattr(av, "Codec", no_encoder)
     with pytest.raises(InputError, match=r"no encoder libx264; try \.webm"):
         VideoWriter(tmp_path / "out.mp4", (HEIGHT, WIDTH), RATE)
     assert os.listdir(tmp_path) == ["folder.mp4"]
 
 
-def test_frames_of_another_size_or_out_of_order_are_refused(tmp_path):
+def test_frames_of_wrong_size_or_order_are_rejected(tmp_path):
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     with VideoWriter(tmp_path / "out.webm", (HEIGHT, WIDTH), RATE) as writer:
         writer.write(image, 1.0)
@@ -612,6 +613,6 @@ def test_frames_of_another_size_or_out_of_order_are_refused(tmp_path):
             writer.write(image[:-1], 2.0)
         with pytest.raises(ValueError, match="float32"):
             writer.write(image.astype(np.float32), 2.0)
-        writer.write(image, 1.0001)  # nearer than Matroska's clock ticks, yet later
+        writer.write(image, 1.0001)  # less than a tick of Matroska later
     with av.open(str(tmp_path / "out.webm")) as container:
         assert [frame.pts for frame in container.decode(video=0)] == [0, 1]

@@ -1,4 +1,4 @@
-"""Dimension clusters by hand, their invariants, and the command in process."""
+"""Dimension clusters by hand, their properties, and the command `anchors`."""
 
 import os
 import re
@@ -20,11 +20,11 @@ from yolo_lightning.models import anchors
 from yolo_lightning.models.anchors import (
     as_yaml_values,
     average_iou,
-    cluster,
-    elbow,
-    hand_picked,
-    letterboxed_wh,
-    shorter_side_wh,
+    cluster_anchors,
+    cluster_for_each_count,
+    faster_rcnn_anchors,
+    scale_to_letterbox,
+    scale_to_shorter_side,
 )
 from yolo_lightning.visualization.figures import COLOURS
 
@@ -48,7 +48,7 @@ def test_average_iou_by_hand():
     assert average_iou(boxes, np.array([[2, 2], [4, 2]])) == pytest.approx((1 + 1 / 2) / 2)
 
 
-def test_average_iou_over_several_chunks_equals_the_loss_own_iou():
+def test_average_iou_over_several_chunks_equals_the_iou_of_the_loss():
     boxes, anchors = many_boxes(40_000), many_boxes(7, seed=1)
     expected = shape_iou(torch.from_numpy(boxes), torch.from_numpy(anchors)).amax(dim=1).mean()
     assert average_iou(boxes, anchors) == pytest.approx(float(expected), rel=1e-5)
@@ -60,25 +60,25 @@ def test_separate_clusters_are_recovered_exactly(copies, distance):
     centres = np.array([[10.0, 20.0], [60.0, 30.0], [200.0, 210.0]])
     around = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     boxes = np.tile((centres[:, None] + around).reshape(-1, 2), (copies, 1))
-    np.testing.assert_array_equal(cluster(boxes, 3, distance=distance), centres)
+    np.testing.assert_array_equal(cluster_anchors(boxes, 3, distance=distance), centres)
 
 
 @pytest.mark.parametrize("count", [500, 30_000])
 def test_clusters_depend_on_the_seed_and_not_on_the_order_of_boxes(count):
     boxes = many_boxes(count)
-    found = cluster(boxes, 5, restarts=2, seed=3)
-    np.testing.assert_array_equal(found, cluster(boxes.copy(), 5, restarts=2, seed=3))
+    found = cluster_anchors(boxes, 5, restarts=2, seed=3)
+    np.testing.assert_array_equal(found, cluster_anchors(boxes.copy(), 5, restarts=2, seed=3))
     shuffled = np.random.default_rng(1).permutation(boxes)
-    np.testing.assert_array_equal(found, cluster(shuffled, 5, restarts=2, seed=3))
-    others = [cluster(boxes, 5, restarts=1, seed=seed) for seed in range(4)]
+    np.testing.assert_array_equal(found, cluster_anchors(shuffled, 5, restarts=2, seed=3))
+    others = [cluster_anchors(boxes, 5, restarts=1, seed=seed) for seed in range(4)]
     assert any(not np.array_equal(others[0], other) for other in others[1:])
 
 
 @pytest.mark.parametrize("num", [5, 9])
 def test_iou_clusters_match_better_than_squared_errors(num):
     boxes = many_boxes(4000)
-    by_iou = average_iou(boxes, cluster(boxes, num))
-    by_error = average_iou(boxes, cluster(boxes, num, distance="squared_error"))
+    by_iou = average_iou(boxes, cluster_anchors(boxes, num))
+    by_error = average_iou(boxes, cluster_anchors(boxes, num, distance="squared_error"))
     assert by_iou > by_error + 0.02
 
 
@@ -88,13 +88,15 @@ def test_squared_error_clusters_have_the_smaller_squared_error():
     def error(anchors: np.ndarray) -> float:
         return float(((boxes[:, None] - anchors[None]) ** 2).sum(axis=2).min(axis=1).mean())
 
-    assert error(cluster(boxes, 5, distance="squared_error")) < 0.9 * error(cluster(boxes, 5))
+    assert error(cluster_anchors(boxes, 5, distance="squared_error")) < 0.9 * error(
+        cluster_anchors(boxes, 5)
+    )
 
 
-def test_starts_are_drawn_in_proportion_to_the_distance_so_far():
+def test_initial_boxes_are_drawn_in_proportion_to_the_distance():
     boxes = np.array([[1, 1], [2, 1], [4, 1]], dtype=np.float32)
     generator = np.random.default_rng(0)
-    starts = [anchors._start(boxes, 3, "squared_error", generator)[:, 0] for _ in range(3000)]
+    starts = [anchors._initialise(boxes, 3, "squared_error", generator)[:, 0] for _ in range(3000)]
     assert all(sorted(start) == [1, 2, 4] for start in starts), "a box was drawn twice"
     second = [start[1] for start in starts if start[0] == 1]
     assert len(second) == pytest.approx(1000, abs=100)
@@ -102,14 +104,14 @@ def test_starts_are_drawn_in_proportion_to_the_distance_so_far():
     assert second.count(4) / len(second) == pytest.approx(0.9, abs=0.04)
 
 
-def test_more_restarts_never_match_worse():
+def test_more_restarts_never_decrease_the_average_iou():
     boxes = many_boxes(2000)
-    found = [average_iou(boxes, cluster(boxes, 9, restarts=k)) for k in (1, 3, 10)]
+    found = [average_iou(boxes, cluster_anchors(boxes, 9, restarts=k)) for k in (1, 3, 10)]
     assert found == sorted(found)
     assert found[0] < found[-1]
 
 
-def test_the_best_state_is_returned_and_not_the_last(monkeypatch):
+def test_the_best_iteration_is_returned_instead_of_the_last(monkeypatch):
     boxes = many_boxes(300)
     states = []
     nearest = anchors._nearest
@@ -121,30 +123,30 @@ def test_the_best_state_is_returned_and_not_the_last(monkeypatch):
         return cost, index
 
     monkeypatch.setattr(anchors, "_nearest", watched)
-    found = cluster(boxes, 5, restarts=6)
+    found = cluster_anchors(boxes, 5, restarts=6)
     monkeypatch.undo()
     assert average_iou(boxes, found) == pytest.approx(max(states), abs=1e-12)
     assert states[-1] < max(states)
 
 
 def test_anchors_are_sorted_by_area():
-    areas = cluster(many_boxes(2000), 9).prod(axis=1)
+    areas = cluster_anchors(many_boxes(2000), 9).prod(axis=1)
     assert (np.diff(areas) > 0).all()
 
 
-def test_shapes_too_rare_for_the_sample_still_get_a_anchor():
+def test_shapes_missing_from_the_sample_still_get_an_anchor():
     rare = np.array([[3.0, 90.0], [90.0, 3.0], [300.0, 300.0]])
     boxes = np.vstack([np.full((60_000, 2), 20.0), rare])
     expected = [[3.0, 90.0], [90.0, 3.0], [20.0, 20.0], [300.0, 300.0]]
     for seed in range(3):  # a sample of a third rarely holds all three
-        np.testing.assert_array_equal(cluster(boxes, 4, seed=seed), expected)
+        np.testing.assert_array_equal(cluster_anchors(boxes, 4, seed=seed), expected)
 
 
 def test_fewer_distinct_boxes_than_anchors_are_refused():
     boxes = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
-    assert cluster(boxes, 2).tolist() == [[1.0, 2.0], [2.0, 1.0]]
-    with pytest.raises(InputError, match="3 anchors need as many distinct boxes; found: 2"):
-        cluster(boxes, 3)
+    assert cluster_anchors(boxes, 2).tolist() == [[1.0, 2.0], [2.0, 1.0]]
+    with pytest.raises(InputError, match="3 anchors require 3 distinct boxes; found: 2"):
+        cluster_anchors(boxes, 3)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +154,8 @@ def test_fewer_distinct_boxes_than_anchors_are_refused():
     [
         (np.zeros((0, 2)), {}, r"boxes have shape \(0, 2\)"),
         (np.ones((3, 4)), {}, r"boxes have shape \(3, 4\)"),
-        (np.array([[1.0, 0.0]]), {}, "not above 0"),
-        (np.array([[1.0, np.nan]]), {}, "not above 0"),
+        (np.array([[1.0, 0.0]]), {}, "not positive"),
+        (np.array([[1.0, np.nan]]), {}, "not positive"),
         (np.ones((3, 2)), {"num": 0}, "num is 0; allowed: 1 or more"),
         (np.ones((3, 2)), {"restarts": 0}, "restarts is 0"),
         (np.ones((3, 2)), {"seed": -1}, "seed is -1"),
@@ -162,45 +164,45 @@ def test_fewer_distinct_boxes_than_anchors_are_refused():
 )
 def test_bad_input_is_refused(boxes, options, message):
     with pytest.raises(InputError, match=message):
-        cluster(boxes, **{"num": 1, **options})
+        cluster_anchors(boxes, **{"num": 1, **options})
 
 
-def test_the_elbow_never_falls():
+def test_average_iou_never_decreases_with_more_anchors():
     boxes = many_boxes(1000)
-    curve = elbow(boxes, 15, restarts=1)
+    curve = cluster_for_each_count(boxes, 15, restarts=1)
     assert [len(anchors) for anchors in curve] == list(range(1, 16))
     assert (np.diff([average_iou(boxes, anchors) for anchors in curve]) >= 0).all()
-    np.testing.assert_array_equal(curve[4], cluster(boxes, 5, restarts=1))
+    np.testing.assert_array_equal(curve[4], cluster_anchors(boxes, 5, restarts=1))
 
 
-def test_the_elbow_mends_a_clustering_that_ended_lower(monkeypatch):
+def test_a_worse_clustering_is_replaced_by_the_previous_anchors(monkeypatch):
     boxes = many_boxes(200)
-    one = cluster(boxes, 1)
-    monkeypatch.setattr(anchors, "cluster", lambda b, num, *_: one / num**2)
-    curve = elbow(boxes, 4)
+    one = cluster_anchors(boxes, 1)
+    monkeypatch.setattr(anchors, "cluster_anchors", lambda b, num, *_: one / num**2)
+    curve = cluster_for_each_count(boxes, 4)
     ious = [average_iou(boxes, anchors) for anchors in curve]
     assert [len(anchors) for anchors in curve] == [1, 2, 3, 4]
     assert (np.diff(ious) > 0).all()
     assert all((np.diff(anchors.prod(axis=1)) > 0).all() for anchors in curve)
 
 
-def test_the_elbow_ends_with_the_distinct_boxes():
+def test_the_number_of_anchors_is_limited_by_the_distinct_boxes():
     boxes = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
-    ious = [average_iou(boxes, anchors) for anchors in elbow(boxes)]
+    ious = [average_iou(boxes, anchors) for anchors in cluster_for_each_count(boxes)]
     # 1 x 2 and 2 x 1 share 1 of 3; the mean of the three shapes would match worse than 1 x 2
     assert ious == [pytest.approx((2 + 1 / 3) / 3), 1.0]
 
 
-def test_hand_picked_anchors_are_three_scales_by_three_ratios():
-    anchors = hand_picked()
+def test_faster_rcnn_anchors_are_three_scales_by_three_ratios():
+    anchors = faster_rcnn_anchors()
     np.testing.assert_allclose(anchors.prod(axis=1), np.repeat([128**2, 256**2, 512**2], 3))
     np.testing.assert_allclose(anchors[:, 1] / anchors[:, 0], np.tile([0.5, 1, 2], 3))
 
 
 def test_boxes_are_scaled_with_their_images():
     boxes, images = np.array([[100, 50], [30, 90]]), np.array([[500, 250], [300, 600]])
-    np.testing.assert_allclose(letterboxed_wh(boxes, images, 416), [[83.2, 41.6], [20.8, 62.4]])
-    np.testing.assert_allclose(shorter_side_wh(boxes, images), [[240, 120], [60, 180]])
+    np.testing.assert_allclose(scale_to_letterbox(boxes, images, 416), [[83.2, 41.6], [20.8, 62.4]])
+    np.testing.assert_allclose(scale_to_shorter_side(boxes, images), [[240, 120], [60, 180]])
 
 
 def test_yaml_values_keep_four_significant_digits():
@@ -275,7 +277,7 @@ def test_every_recipe_can_be_written_to(tmp_path, recipe):
         ("anchors_wh_cell: [[1, 2]", "not YAML"),
     ],
 )
-def test_what_cannot_be_replaced_is_refused_and_left_alone(tmp_path, value, message):
+def test_a_recipe_that_cannot_be_edited_is_left_unchanged(tmp_path, value, message):
     recipe = tmp_path / "recipe.yaml"
     text = f"model:\n  init_args:\n    {value}\n    c: 1\n"
     recipe.write_text(text)
@@ -319,7 +321,7 @@ def place(workplace: Path, write_voc) -> Path:
     return workplace
 
 
-def test_the_command_prints_rows_and_anchors_and_draws_both_pictures(place, capsys):
+def test_the_command_prints_anchors_and_writes_both_plots(place, capsys):
     main(["recipe.yaml", "--restarts", "2", "--output", "drawn"])
     printed = capsys.readouterr().out
     cells = [line.rsplit(maxsplit=2) for line in printed.splitlines() if line.startswith("  ")]
@@ -347,7 +349,7 @@ def test_the_command_writes_the_anchors_into_the_recipe(place, capsys):
     assert (place / "outputs/anchors/elbow.png").is_file()
 
 
-def test_the_command_takes_datasets_and_several_places(place, capsys):
+def test_the_command_accepts_several_datasets(place, capsys):
     main(["voc", "recipe.yaml", "voc", "--image-size", "192", "--num", "2", "--restarts", "2"])
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("anchors_wh_cell")]
@@ -366,7 +368,7 @@ def test_the_command_takes_datasets_and_several_places(place, capsys):
     assert "[[1.387, 1.387], [2.773, 1.387]" in capsys.readouterr().out
 
 
-def test_the_command_hands_options_to_the_recipe(place, capsys):
+def test_the_command_passes_options_to_the_recipe(place, capsys):
     (place / "voc").rename(place / "elsewhere")
     overrides = ["--data.detection.root", "elsewhere", "--model.backbone", "darknet19"]
     main(["recipe.yaml", "--num", "1", "--restarts", "1", *overrides])
@@ -403,14 +405,14 @@ def test_stretched_images_stretch_their_boxes(place, write_voc, capsys):
         (["recipe.yaml", "--output", "recipe.yaml"], "recipe.yaml"),
     ],
 )
-def test_the_command_refuses(place, argv, message):
+def test_invalid_options_of_the_command(place, argv, message):
     with pytest.raises(InputError, match=message):
         main(argv)
     assert (place / "recipe.yaml").read_text() == RECIPE
     assert not (place / "outputs").exists()
 
 
-def test_a_description_of_a_dataset_is_no_recipe(tmp_path):
+def test_a_dataset_yaml_is_not_a_recipe(tmp_path):
     for name, text, expected in (
         ("recipe.yml", "data:\n  class_path: a.B\n", True),
         ("data.yaml", "path: .\ntrain: images/train\nnames: [a]\n", False),
@@ -427,7 +429,7 @@ def test_a_recipe_without_boxes_is_refused(place, write_voc):
     (place / "voc" / "0.jpg").rename(place / "labels" / "thing" / "0.jpg")
     text = RECIPE.replace("detection:", "classification:").replace("VOCFolder", "ImageFolder")
     (place / "recipe.yaml").write_text(text.replace("root: voc", "root: labels"))
-    with pytest.raises(InputError, match=r"names no data.detection"):
+    with pytest.raises(InputError, match=r"has no data.detection"):
         main(["recipe.yaml"])
 
 
@@ -438,7 +440,7 @@ def test_without_matplotlib_the_message_says_what_to_install(place, monkeypatch,
     assert "anchors_wh_cell: [[" in capsys.readouterr().out
 
 
-def test_help_loads_neither_torch_nor_matplotlib():
+def test_help_imports_neither_torch_nor_matplotlib():
     code = (
         "import sys; from yolo_lightning.cli.commands.anchors import main\n"
         "try: main(['--help'])\n"

@@ -1,4 +1,4 @@
-"""MLflow models: what a folder holds, what it answers, and its place in a run."""
+"""MLflow models: the saved folder, its predictions, logging and registering."""
 
 import base64
 import json
@@ -32,24 +32,24 @@ from yolo_lightning import ClassifierModule, DetectorModule, load
 from yolo_lightning.checkpoints.io import load_file
 from yolo_lightning.cli.commands.mlflow.model import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.darknet import checkpoint_of
+from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.inference.classification import classify, read_image
 from yolo_lightning.serving.mlflow_model import REQUIREMENTS, log_model, register, save_model
 
 THRESHOLD = 0.05
 
 
-def write_checkpoint(path: Path, module: Any, **beside: Any) -> Path:
-    """Write a checkpoint with what a resume needs, as training does."""
+def write_checkpoint(path: Path, module: Any, **extra: Any) -> Path:
+    """Write a checkpoint with the state for resuming, as training does."""
     weights = {name: value.clone() for name, value in module.state_dict().items()}
     resume = {"optimizer_states": [weights], "loops": {}, "callbacks": {}, "global_step": 40}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**checkpoint_of(module, {}), **resume, **beside}, path)
+    torch.save({**build_checkpoint(module, {}), **resume, **extra}, path)
     return path
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A checkpoint, its model, and images."""
     folder = tmp_path_factory.mktemp("place")
     torch.manual_seed(3)
@@ -65,16 +65,16 @@ def place(tmp_path_factory):
     miniatures.save(folder / "a.jpg")
     miniatures.save(folder / "turned.png", exif=exif_of(6))
     miniatures.save(folder / "c.webp")
-    save_model(folder / "run/checkpoints/best.ckpt", folder / "model", miniatures.picture())
+    save_model(folder / "run/checkpoints/best.ckpt", folder / "model", miniatures.quarters())
     return folder
 
 
 @pytest.fixture(scope="module")
-def model(place):
-    return mlflow.pyfunc.load_model(str(place / "model"))
+def model(folder):
+    return mlflow.pyfunc.load_model(str(folder / "model"))
 
 
-def table_of(*images: bytes | Path | None) -> Any:
+def image_table(*images: bytes | Path | None) -> Any:
     return pd.DataFrame({"image": [i.read_bytes() if isinstance(i, Path) else i for i in images]})
 
 
@@ -82,14 +82,14 @@ def boxes_in(rows: Any) -> Any:
     return rows[["x1", "y1", "x2", "y2"]].to_numpy()
 
 
-def test_a_model_answers_as_the_python_door_does(place, model):
-    files = [place / "a.jpg", place / "turned.png", place / "c.webp"]
-    found = model.predict(table_of(*files), params={"score_threshold": THRESHOLD})
-    door = load(place / "run/checkpoints/best.ckpt")
-    assert found["image"].unique().tolist() == [0, 1, 2]
+def test_predictions_equal_those_of_load(folder, model):
+    files = [folder / "a.jpg", folder / "turned.png", folder / "c.webp"]
+    table = model.predict(image_table(*files), params={"score_threshold": THRESHOLD})
+    detector = load(folder / "run/checkpoints/best.ckpt")
+    assert table["image"].unique().tolist() == [0, 1, 2]
     for number, file in enumerate(files):
-        rows = found[found["image"] == number]
-        expected = door(file, THRESHOLD)
+        rows = table[table["image"] == number]
+        expected = detector(file, THRESHOLD)
         assert len(expected) > 1
         assert rows["name"].tolist() == [one.name for one in expected]
         assert rows["key"].tolist() == [one.key for one in expected]
@@ -97,12 +97,12 @@ def test_a_model_answers_as_the_python_door_does(place, model):
         assert rows["score"].tolist() == [one.score for one in expected]
         np.testing.assert_array_equal(boxes_in(rows), [one.box_xyxy_orig_px for one in expected])
     above = {name: [n for n in (parent, name) if n != "-"] for name, parent, _ in TREE}
-    assert found["path"].tolist() == [above[name] for name in found["name"]]
-    assert found["path"].map(len).max() == 2
+    assert table["path"].tolist() == [above[name] for name in table["name"]]
+    assert table["path"].map(len).max() == 2
 
 
-def test_parameters_hold_for_one_question_alone(place, model):
-    image = table_of(place / "a.jpg", place / "a.jpg")
+def test_parameters_apply_to_one_call_only(folder, model):
+    image = image_table(folder / "a.jpg", folder / "a.jpg")
     usual = model.predict(image, params={"score_threshold": THRESHOLD})
     wide = model.predict(image, params={"score_threshold": THRESHOLD, "iou_threshold": 1.0})
     counts = [wide["image"].tolist().count(number) for number in (0, 1)]
@@ -119,65 +119,67 @@ def test_parameters_hold_for_one_question_alone(place, model):
 
 
 @pytest.mark.parametrize("data", [b"", b"no image at all", "cut", None])
-def test_an_image_that_cannot_be_read_is_named_by_its_row(place, model, data):
-    whole = (place / "a.jpg").read_bytes()
+def test_an_unreadable_image_raises_with_its_row(folder, model, data):
+    whole = (folder / "a.jpg").read_bytes()
     bad = whole[:200] if data == "cut" else data
     with pytest.raises(MlflowException, match=r"^row 1, counted from 0: [^/]*$") as caught:
-        model.predict(table_of(whole, bad))
+        model.predict(image_table(whole, bad))
     assert caught.value.get_http_status_code() == 400
 
 
-def test_a_parameter_out_of_range_is_refused(place, model):
+def test_a_parameter_out_of_range_raises(folder, model):
     with pytest.raises(MlflowException, match="score_threshold is 25.0; allowed: 0 … 1"):
-        model.predict(table_of(place / "a.jpg"), params={"score_threshold": 25.0})
+        model.predict(image_table(folder / "a.jpg"), params={"score_threshold": 25.0})
 
 
-def test_a_folder_holds_code_and_weights_and_no_pickles(place, model):
-    folder = place / "model"
-    names = {str(file.relative_to(folder)) for file in folder.rglob("*")}
-    for kept in (
+def test_the_folder_contains_code_and_weights_but_no_pickles(folder, model):
+    model_folder = folder / "model"
+    names = {str(file.relative_to(model_folder)) for file in model_folder.rglob("*")}
+    for expected_file in (
         "code/yolo_lightning/datamodules/voc.py", "code/yolo_lightning/callbacks/multi_scale.py",
         "code/yolo_lightning/cli/commands/mlflow/model.py",
         "code/yolo_lightning/tree/data/wordnet_nouns.xz",
     ):  # fmt: skip
-        assert kept in names
+        assert expected_file in names
     assert not [n for n in names if re.search(r"\.(pkl|pickle|pyc|joblib)$|__pycache__", n)]
-    assert not [n for n in names if (folder / n).is_symlink()]
-    held = load_file(folder / "artifacts/model.ckpt")
-    assert not {"optimizer_states", "loops", "callbacks"} & set(held)
-    assert held["global_step"] == 40
-    whole = (place / "run/checkpoints/best.ckpt").stat().st_size
-    assert (folder / "artifacts/model.ckpt").stat().st_size < 0.8 * whole
-    assert str(REPO) not in (folder / "MLmodel").read_text()
-    beside = sum(f.stat().st_size for f in (folder / "code").rglob("*") if f.is_file())
-    assert beside < 4 * 2**20
+    assert not [n for n in names if (model_folder / n).is_symlink()]
+    content = load_file(model_folder / "artifacts/model.ckpt")
+    assert not {"optimizer_states", "loops", "callbacks"} & set(content)
+    assert content["global_step"] == 40
+    full_size = (folder / "run/checkpoints/best.ckpt").stat().st_size
+    assert (model_folder / "artifacts/model.ckpt").stat().st_size < 0.8 * full_size
+    assert str(REPO) not in (model_folder / "MLmodel").read_text()
+    code_size = sum(f.stat().st_size for f in (model_folder / "code").rglob("*") if f.is_file())
+    assert code_size < 4 * 2**20
 
 
-def test_a_model_says_what_it_takes_and_gives(place, model):
+def test_signature_and_input_example(folder, model):
     signature = model.metadata.signature.to_dict()
     assert json.loads(signature["inputs"]) == [
         {"type": "binary", "name": "image", "required": True}
     ]
     defaults = {row["name"]: row["default"] for row in json.loads(signature["params"])}
     assert defaults == {"score_threshold": 0.25, "tree_threshold": 0.5, "iou_threshold": 0.4}
-    told = [row["name"] for row in json.loads(signature["outputs"])]
-    assert told == model.predict(model.input_example).columns.tolist()
+    outputs = [row["name"] for row in json.loads(signature["outputs"])]
+    assert outputs == model.predict(model.input_example).columns.tolist()
     (example,) = model.input_example["image"]
-    (place / "example.jpg").write_bytes(example)
-    shown = 255 * read_image(place / "example.jpg").permute(1, 2, 0)
-    assert (shown - torch.tensor(miniatures.picture())).abs().mean() < 10
+    (folder / "example.jpg").write_bytes(example)
+    shown = 255 * read_image(folder / "example.jpg").permute(1, 2, 0)
+    assert (shown - torch.tensor(miniatures.quarters())).abs().mean() < 10
 
 
-def test_requirements_are_the_project_s_own_pinned(place):
+def test_requirements_are_the_pinned_project_dependencies(folder):
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
     assert [re.split("[<>=]", line)[0] for line in project] == list(REQUIREMENTS)
-    lines = (place / "model/requirements.txt").read_text().split()
+    lines = (folder / "model/requirements.txt").read_text().split()
     assert [line.split("==")[0] for line in lines] == list(REQUIREMENTS)
     assert f"torch=={torch.__version__.split('+')[0]}" in lines
     assert f"mlflow=={mlflow.__version__}" in lines
 
 
-def test_writing_leaves_mlflow_and_the_folders_as_they_were(place, tmp_path, monkeypatch, capfd):
+def test_save_model_changes_no_global_state_and_leaves_no_other_files(
+    folder, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "uv.lock").write_text("version = 1")
@@ -185,7 +187,7 @@ def test_writing_leaves_mlflow_and_the_folders_as_they_were(place, tmp_path, mon
     before = (mlflow.get_tracking_uri(), mlflow.active_run(), mlflow.get_active_model_id())
     environment = dict(os.environ)
     large = np.full((900, 1800, 3), 50, np.uint8)
-    save_model(place / "run/checkpoints/best.ckpt", "new/model", large)
+    save_model(folder / "run/checkpoints/best.ckpt", "new/model", large)
     assert (mlflow.get_tracking_uri(), mlflow.active_run(), mlflow.get_active_model_id()) == before
     assert dict(os.environ) == environment
     assert capfd.readouterr() == ("", "")
@@ -196,31 +198,31 @@ def test_writing_leaves_mlflow_and_the_folders_as_they_were(place, tmp_path, mon
     (tmp_path / "example").write_bytes(base64.b64decode(example["data"][0][0]))
     assert tuple(read_image(tmp_path / "example").shape) == (3, 320, 640)
     with pytest.raises(InputError, match="new/model: not an empty folder"):
-        save_model(place / "run/checkpoints/best.ckpt", "new/model")
+        save_model(folder / "run/checkpoints/best.ckpt", "new/model")
     (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match="other.ckpt"):
         save_model("other.ckpt", "fresh/model")
     assert not (tmp_path / "fresh").exists()
 
 
-def test_a_classifier_answers_with_names(tmp_path):
+def test_classifier_predictions_equal_those_of_classify(tmp_path):
     torch.manual_seed(0)
     module = ClassifierModule(tree=TREE, backbone=BACKBONE, image_size=64).eval()
     save_model(write_checkpoint(tmp_path / "c.ckpt", module), tmp_path / "model")
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     file = miniatures.save(tmp_path / "a.jpg")
-    found = model.predict(table_of(file, file), params={"top": 3})
+    table = model.predict(image_table(file, file), params={"top": 3})
     expected = classify(module, read_image(file), (64, 64), "letterbox", 3)["classes"]
     for number in (0, 1):
-        rows = found[found["image"] == number]
+        rows = table[table["image"] == number]
         assert rows["key"].tolist() == [row["key"] for row in expected]
         assert rows["score"].tolist() == [row["probability"] for row in expected]
         assert all(path[-1] == name for path, name in zip(rows["path"], rows["name"], strict=True))
     with pytest.raises(MlflowException, match="top is 0; allowed: 1 or more"):
-        model.predict(table_of(file), params={"top": 0})
+        model.predict(image_table(file), params={"top": 0})
 
 
-def test_the_code_inside_is_what_runs_where_nothing_is_installed(place, tmp_path):
+def test_the_saved_code_is_used_if_the_package_is_not_installed(folder, tmp_path):
     code = f"""
 import socket, sys
 sys.path += [{sysconfig.get_path("purelib")!r}, {sysconfig.get_path("platlib")!r}]
@@ -232,8 +234,8 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from importlib.util import find_spec
 assert find_spec("yolo_lightning") is None
 import mlflow, os, pandas
-model = mlflow.pyfunc.load_model({str(place / "model")!r})
-image = open({str(place / "a.jpg")!r}, "rb").read()
+model = mlflow.pyfunc.load_model({str(folder / "model")!r})
+image = open({str(folder / "a.jpg")!r}, "rb").read()
 found = model.predict(pandas.DataFrame({{"image": [image]}}), params={{"score_threshold": 0.05}})
 import yolo_lightning, yolo_lightning.datamodules.voc
 assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
@@ -242,26 +244,26 @@ print(yolo_lightning.__file__, len(found))
 """
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
     clean.pop("MLFLOW_DISABLE_TELEMETRY", None)
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-S", "-B", "-c", code],
         cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    file, count = done.stdout.split()
-    assert Path(file) == place / "model/code/yolo_lightning/__init__.py"
-    expected = load(place / "run/checkpoints/best.ckpt")(place / "a.jpg", THRESHOLD)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    file, count = completed.stdout.split()
+    assert Path(file) == folder / "model/code/yolo_lightning/__init__.py"
+    expected = load(folder / "run/checkpoints/best.ckpt")(folder / "a.jpg", THRESHOLD)
     assert int(count) == len(expected)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    return tmp_path_factory.mktemp("store") / "mlflow.db"  # made once: that takes seconds
+    return tmp_path_factory.mktemp("store") / "mlflow.db"  # created once: it takes seconds
 
 
 @pytest.fixture
 def store(database, tmp_path, monkeypatch):
-    """A store, a run in it, and a global store of MLflow that must not be used."""
+    """A client, a run, and a global MLflow store that must not be used."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/never.db")
     client = MlflowClient(f"sqlite:///{database}")
@@ -271,12 +273,12 @@ def store(database, tmp_path, monkeypatch):
     assert not (tmp_path / "never.db").exists()
 
 
-def test_a_model_is_logged_once_and_registered_once(place, store, tmp_path):
+def test_a_model_is_logged_once_and_registered_once(folder, store, tmp_path):
     client, run_id = store
     for key, step in (("val/AP", 39), ("val/AP", 19), ("val/AP/cat", 39), ("train/loss", 39)):
         client.log_metric(run_id, key, 0.5, step=step)
-    first = log_model(client, run_id, place / "model", "best", 40, "animals")
-    assert log_model(client, run_id, place / "model", "best", 40, "animals") == first
+    first = log_model(client, run_id, folder / "model", "best", 40, "animals")
+    assert log_model(client, run_id, folder / "model", "best", 40, "animals") == first
     run = client.get_run(run_id)
     assert [(o.model_id, o.step) for o in run.outputs.model_outputs] == [(first, 40)]
     logged = client.get_logged_model(first)
@@ -292,12 +294,12 @@ def test_a_model_is_logged_once_and_registered_once(place, store, tmp_path):
     described = Path(logged.artifact_location.removeprefix("file://"), "MLmodel").read_text()
     assert f"model_id: {first}" in described
     assert f"run_id: {run_id}" in described
-    later = log_model(client, run_id, place / "model", "best", 60, "animals")
+    later = log_model(client, run_id, folder / "model", "best", 60, "animals")
     assert later != first
     assert client.get_model_version("animals", "2").run_id == run_id
     source = client.get_model_version_download_uri("animals", "2")
     loaded = mlflow.pyfunc.load_model(source)
-    assert len(loaded.predict(table_of(place / "a.jpg"), params={"score_threshold": THRESHOLD}))
+    assert len(loaded.predict(image_table(folder / "a.jpg"), params={"score_threshold": THRESHOLD}))
     assert loaded.metadata.model_id == later
 
 
@@ -306,22 +308,24 @@ def test_a_model_is_logged_once_and_registered_once(place, store, tmp_path):
     ["log_outputs", "log_model_artifacts", "log_model_artifact", "finalize_logged_model",
      "create_registered_model", "create_model_version", "set_logged_model_tags"],
 )  # fmt: skip
-@pytest.mark.parametrize("done", [False, True])
-def test_logging_goes_on_where_it_broke_off(place, store, monkeypatch, step, done):
+@pytest.mark.parametrize("completed", [False, True])
+def test_interrupted_logging_is_completed_by_the_next_call(
+    folder, store, monkeypatch, step, completed
+):
     client, run_id = store
-    name = f"{step}-{done}"
-    real = getattr(client, step)
+    name = f"{step}-{completed}"
+    original = getattr(client, step)
 
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        if done:
-            real(*args, **kwargs)
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if completed:
+            original(*args, **kwargs)
         raise MlflowException("the connection is gone")
 
-    monkeypatch.setattr(client, step, broken)
+    monkeypatch.setattr(client, step, interrupted)
     with pytest.raises(MlflowException, match="the connection is gone"):
-        log_model(client, run_id, place / "model", "best", 40, name)
+        log_model(client, run_id, folder / "model", "best", 40, name)
     monkeypatch.undo()
-    model_id = log_model(client, run_id, place / "model", "best", 40, name)
+    model_id = log_model(client, run_id, folder / "model", "best", 40, name)
     run = client.get_run(run_id)
     assert [o.model_id for o in run.outputs.model_outputs] == [model_id]
     logged = client.search_logged_models([run.info.experiment_id])
@@ -330,70 +334,70 @@ def test_logging_goes_on_where_it_broke_off(place, store, monkeypatch, step, don
     assert "mlflow.modelVersions" in client.get_logged_model(model_id).tags
 
 
-def test_the_command_writes_a_folder_or_logs_into_the_run(place, store, monkeypatch, capsys):
+def test_the_command_writes_a_folder_or_logs_to_the_run(folder, store, monkeypatch, capsys):
     client, run_id = store
-    checkpoint = str(place / "run/checkpoints/best.ckpt")
+    checkpoint = str(folder / "run/checkpoints/best.ckpt")
     main([checkpoint, "--output", "written"])
-    said = capsys.readouterr().out
-    assert "mlflow models serve -m written " in said
+    output = capsys.readouterr().out
+    assert "mlflow models serve -m written " in output
     assert mlflow.pyfunc.load_model("written").metadata.run_id is None
-    with pytest.raises(InputError, match="belongs to no MLflow run"):
+    with pytest.raises(InputError, match="has no MLflow run"):
         main([checkpoint])
     with pytest.raises(InputError, match="--register needs a run"):
         main([checkpoint, "--output", "again", "--register", "beasts"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
     module = load(checkpoint)
-    own = write_checkpoint(Path("own.ckpt"), module, mlflow_run_id=run_id)
-    main([str(own)])
+    with_run_id = write_checkpoint(Path("own.ckpt"), module, mlflow_run_id=run_id)
+    main([str(with_run_id)])
     (logged,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
     assert (
         f"detector, step 40: models:/{logged.model_id} in run {run_id}" in capsys.readouterr().out
     )
-    beside = write_checkpoint(Path("run/checkpoints/best.ckpt"), module, mlflow_run_id="not this")
+    extra = write_checkpoint(Path("run/checkpoints/best.ckpt"), module, mlflow_run_id="not this")
     Path("run/mlflow_run_id").write_text(f"{run_id}\n")
-    main([str(beside), "--register", "beasts"])
-    said = capsys.readouterr().out
-    assert "registered as beasts, version 1" in said
-    assert "mlflow.pyfunc.load_model('models:/beasts/1')" in said
+    main([str(extra), "--register", "beasts"])
+    output = capsys.readouterr().out
+    assert "registered as beasts, version 1" in output
+    assert "mlflow.pyfunc.load_model('models:/beasts/1')" in output
     Path("run/mlflow_run_id").write_text("0123")
     with pytest.raises(InputError, match=r"run 0123 of run/.*not found"):
-        main([str(beside)])
+        main([str(extra)])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
     with pytest.raises(InputError, match=r"there is no none\.db in "):
-        main([str(own)])
+        main([str(with_run_id)])
     assert not Path("none.db").exists()
 
 
-def test_the_page_s_python_runs(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    miniatures.save(place / "dog.jpg")
+def test_the_python_example_of_the_docs_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    miniatures.save(folder / "dog.jpg")
     page = (REPO / "docs/serving.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(compile(block.replace('": 0.3', f'": {THRESHOLD}'), "page", "exec"), {})
-    said = capsys.readouterr().out
-    assert any(name in said for _, _, name in TREE)
+    output = capsys.readouterr().out
+    assert any(name in output for _, _, name in TREE)
 
 
-def asked(port: int, body: dict[str, Any]) -> tuple[int, Any]:
+def post(port: int, body: dict[str, Any]) -> tuple[int, Any]:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/invocations",
         json.dumps(body).encode(), {"Content-Type": "application/json"},
     )  # fmt: skip
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
 
 @pytest.mark.slow
-def test_a_server_takes_images_in_base64(place, tmp_path):
+def test_a_server_accepts_images_in_base64(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(place / "model"),
+        [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder / "model"),
          "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
         cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={**os.environ, "PATH": tools, "MLFLOW_DISABLE_TELEMETRY": "true"},
@@ -406,21 +410,21 @@ def test_a_server_takes_images_in_base64(place, tmp_path):
             except OSError:
                 assert server.poll() is None
                 time.sleep(0.5)
-        text = base64.b64encode((place / "a.jpg").read_bytes()).decode()
+        text = base64.b64encode((folder / "a.jpg").read_bytes()).decode()
         params = {"score_threshold": THRESHOLD}
-        expected = load(place / "run/checkpoints/best.ckpt")(place / "a.jpg", THRESHOLD)
+        expected = load(folder / "run/checkpoints/best.ckpt")(folder / "a.jpg", THRESHOLD)
         for body in (
             {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
             {"dataframe_records": [{"image": text}]},
         ):
-            status, answer = asked(port, {**body, "params": params})
-            assert status == 200, answer
-            rows = answer["predictions"]
+            status, response = post(port, {**body, "params": params})
+            assert status == 200, response
+            rows = response["predictions"]
             assert [row["name"] for row in rows] == [one.name for one in expected]
             assert [row["score"] for row in rows] == pytest.approx([o.score for o in expected])
-        status, answer = asked(port, {"dataframe_records": [{"image": text}, {"image": "QUJD"}]})
+        status, response = post(port, {"dataframe_records": [{"image": text}, {"image": "QUJD"}]})
         assert status == 400
-        assert "row 1, counted from 0: not a readable image" in answer["message"]
+        assert "row 1, counted from 0: not a readable image" in response["message"]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)

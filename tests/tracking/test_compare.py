@@ -1,4 +1,4 @@
-"""Runs side by side: figures by hand, on a store with a few runs."""
+"""`mlflow compare`: values computed by hand, on a store with a few runs."""
 
 import csv
 import shutil
@@ -11,16 +11,16 @@ import pytest
 
 from yolo_lightning.cli.commands.mlflow import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.compare.plot import mean_and_spread, thinned
+from yolo_lightning.tracking.compare.plot import downsample, mean_and_std
 from yolo_lightning.tracking.compare.runs import Curve, first_difference
-from yolo_lightning.tracking.compare.tables import alike, cut
+from yolo_lightning.tracking.compare.tables import merge_equal_params, shorten
 
 NAN, INF = float("nan"), float("inf")
 ALL_BUT_NAN_AND_INF = [(10, 0.2), (20, 0.5), (30, NAN), (40, INF), (50, 0.4)]
 
 
 def add_run(client, experiment, name, params, metrics, batches=None, tags=(), folder=None):
-    """Write a run: metrics are lists of (step, value), later ones with later times."""
+    """Log a run; metrics are lists of (step, value), with increasing timestamps."""
     from mlflow.entities import Metric, Param, RunTag
 
     run_id = client.create_run(experiment, run_name=name).info.run_id
@@ -43,13 +43,13 @@ def add_run(client, experiment, name, params, metrics, batches=None, tags=(), fo
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store of known runs, and with one that has none."""
-    from mlflow.tracking import MlflowClient  # after the switches that the package sets
+def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store of known runs, and with an empty one."""
+    from mlflow.tracking import MlflowClient  # after the package has set environment variables
 
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # files of runs go there
+        patch.chdir(folder)  # for the artifacts of runs
         client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
         client.search_experiments()
         shutil.copy(folder / "mlflow.db", folder / "empty.db")
@@ -61,29 +61,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         b = {**shared, "model.learning_rate": "0.01", "seed_everything": "1"}
         c = {**shared, "model.learning_rate": "0.02", "seed_everything": "0"}
         # step 10 was trained twice: the later 0.2 counts, not 0.9
-        figures = {
+        metrics = {
             "val/AP50": [(10, 0.9), *ALL_BUT_NAN_AND_INF],
             "train/loss": [(1, 3.0), (2, 1.0), (60, 2.0)],
             "system/cpu": [(900, 1.0)],
         }
         add = add_run
-        add(client, shapes, "shapes/a", a, figures, [1, 2, 3, 4], trial, folder)
+        add(client, shapes, "shapes/a", a, metrics, [1, 2, 3, 4], trial, folder)
         add(client, shapes, "shapes/b", b, {"val/AP50": [(10, 0.1), (50, 0.7)]}, [1, 2, 0, 4, 5],
             trial, folder)  # fmt: skip
         add(client, shapes, "shapes/c", c, {"val/AP50": [(50, 0.3)]}, [1, 2, 3, 9],
             {"recipe": "shapes"}, folder)  # fmt: skip
         add(client, fruit, "fruit/e", {**shared, "data.root": "x" * 30 + "y" * 30},
             {"val/AP50": [(7, 0.25)], "val/AP": [(7, NAN)]}, tags={"recipe": "fruit"})  # fmt: skip
-        gone = add(client, shapes, "shapes/gone", {}, {"val/AP50": [(1, 0.99)]})
-        client.delete_run(gone)
+        deleted = add(client, shapes, "shapes/gone", {}, {"val/AP50": [(1, 0.99)]})
+        client.delete_run(deleted)
     return folder
 
 
 @pytest.fixture
-def compare(place, tmp_path, monkeypatch, capsys):
-    """Run the command on the store; give what it prints."""
+def compare(store_folder, tmp_path, monkeypatch, capsys):
+    """Return a function that runs the command on the store and returns its output."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store_folder / 'mlflow.db'}")
 
     def run(*argv: str) -> str:
         capsys.readouterr()
@@ -98,9 +98,9 @@ def row_of(text: str, name: str) -> list[str]:
     return line.split()
 
 
-def test_best_step_and_last_value_by_hand_and_the_best_run_first(compare):
+def test_best_and_last_values_and_the_order_of_runs(compare):
     text = compare("--experiment", "shapes", "--metric", "val/AP50", "--metric", "train/loss")
-    # NaN and infinity are not the best; of the two values of step 10 the later one counts
+    # NaN and infinity are never the best; the later value of step 10 counts
     assert row_of(text, "shapes/a") == (
         "2 shapes/a finished 60 0.5000 20 0.4000 1.0000 2 2.0000 0.01 0".split()
     )
@@ -111,58 +111,58 @@ def test_best_step_and_last_value_by_hand_and_the_best_run_first(compare):
     ]  # fmt: skip
 
 
-def test_only_what_differs_is_shown_and_neither_deleted_runs_nor_parents(compare):
+def test_equal_parameters_deleted_runs_and_parents_are_not_shown(compare):
     text = compare("--experiment", "shapes")
     assert "model.learning_rate" in text
     assert "momentum" not in text
     assert "gone" not in text
     assert "sweep" not in text
     assert "experiment" not in text
-    # beside another experiment: its column; without a tag for it, all others have no root
+    # runs of two experiments: there is a column for the experiment
     assert row_of(compare(), "fruit/e")[:4] == ["4", "fruit/e", "fruit", "finished"]
 
 
-def test_more_parameters_than_fit_get_lines_with_the_numbers_of_their_runs(compare, monkeypatch):
-    monkeypatch.setattr("yolo_lightning.tracking.compare.tables.FEW_PARAMS", 1)
+def test_many_different_parameters_are_listed_below_the_table(compare, monkeypatch):
+    monkeypatch.setattr("yolo_lightning.tracking.compare.tables.MAX_PARAM_COLUMNS", 1)
     text = compare("--experiment", "shapes")
     assert "  model.learning_rate  0.01 (1, 2);  0.02 (3)" in text
     assert "  seed_everything      0 (2, 3);  1 (1)" in text
     assert "0.02" not in text.split("parameters that differ")[0]
 
 
-def test_parameters_that_change_together_are_told_once():
+def test_parameters_that_change_together_are_merged():
     params = {"data.a.seed": ["0", "1"], "data.seed": ["0", "1"], "rate": ["1", "2"]}
-    assert alike(params) == {"data.seed": ["data.a.seed"], "rate": []}
-    assert alike(params, "data.a.seed") == {"data.a.seed": ["data.seed"], "rate": []}
+    assert merge_equal_params(params) == {"data.seed": ["data.a.seed"], "rate": []}
+    assert merge_equal_params(params, "data.a.seed") == {"data.a.seed": ["data.seed"], "rate": []}
 
 
-def test_a_parent_stands_for_its_trials_and_a_run_is_found_by_its_id(compare, place):
+def test_a_parent_selects_its_children_and_an_id_selects_a_run(compare, store_folder):
     assert [line.split()[1] for line in compare("--run", "sweep").splitlines()[1:3]] == [
         "shapes/a", "shapes/b",
     ]  # fmt: skip
-    with (place / "x.csv").open("w+") as handle:
+    with (store_folder / "x.csv").open("w+") as handle:
         compare("--experiment", "shapes", "--csv", handle.name)
         (run_id,) = [row["id"] for row in csv.DictReader(handle) if row["run"] == "shapes/c"]
     text = compare("--run", run_id[:8], "--run", "shapes/b")
     assert [line.split()[1] for line in text.splitlines()[1:3]] == ["shapes/c", "shapes/b"]
 
 
-def test_the_first_step_at_which_runs_read_different_batches(compare):
+def test_first_step_with_different_batches(compare):
     two = compare("--run", "shapes/a", "--run", "shapes/c")
-    assert "shapes/a and shapes/c: different batches first at step 3\n" in two
+    assert "shapes/a and shapes/c: different batches, first at step 3\n" in two
     # step 2 was not trained by b, and a has no step 4
     two = compare("--run", "shapes/a", "--run", "shapes/b")
-    assert "shapes/a and shapes/b: the same batches in all 3 steps that both trained\n" in two
-    every = compare("--run", "sweep", "--run", "shapes/c", "--run", "fruit/e")
-    assert "batches, beside those of # 1\n" in every
-    assert "the same batches in all 3 steps that both trained: # 2\n" in every
-    assert "different batches first at step 3: # 3\n" in every
-    assert "batches are not recorded of # 4\n" in every
+    assert "shapes/a and shapes/b: the same batches in all 3 steps that both have trained\n" in two
+    several = compare("--run", "sweep", "--run", "shapes/c", "--run", "fruit/e")
+    assert "batches, compared with those of # 1\n" in several
+    assert "the same batches in all 3 steps that both have trained: # 2\n" in several
+    assert "different batches, first at step 3: # 3\n" in several
+    assert "batches are not recorded for # 4\n" in several
     assert "batches" not in compare("--run", "shapes/a")
-    assert "not recorded of # 2" in compare("--run", "shapes/a", "--run", "fruit/e")
+    assert "not recorded for # 2" in compare("--run", "shapes/a", "--run", "fruit/e")
 
 
-def test_batches_of_steps_that_only_one_run_trained_say_nothing():
+def test_steps_that_only_one_run_has_trained_are_not_compared():
     def checks(*values: int) -> np.ndarray:
         return np.array(values, dtype=np.uint32)
 
@@ -171,7 +171,7 @@ def test_batches_of_steps_that_only_one_run_trained_say_nothing():
     assert first_difference(checks(), checks(1)) == (None, 0)
 
 
-def test_groups_have_a_mean_and_a_spread_over_their_runs(compare, tmp_path):
+def test_groups_have_mean_and_standard_deviation(compare, tmp_path):
     text = compare("--group-by", "recipe", "--csv", "groups.csv")
     # best values 0.5, 0.7, 0.3: deviations of 0.2, by n - 1
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -186,18 +186,18 @@ def test_groups_have_a_mean_and_a_spread_over_their_runs(compare, tmp_path):
     assert row_of(last, "shapes")[2:4] == ["3", "0.4667"]  # 0.4, 0.7, 0.3
 
 
-def test_groups_by_a_parameter_are_sorted_by_their_means(compare):
+def test_groups_by_a_parameter_are_sorted_by_mean(compare):
     text = compare("--group-by", "model.learning_rate", "--experiment", "shapes")
     rows = [line.split()[1:4] for line in text.splitlines()[2:4]]
     assert rows == [["0.01", "2", "0.6000"], ["0.02", "1", "0.3000"]]
     text = compare("--group-by", "seed_everything", "--experiment", "shapes", "--max-runs", "2")
-    assert "the newest 2 runs; --max-runs 4 shows more" in text
+    assert "the newest 2 runs; use --max-runs 4 to show more" in text
     assert "differ within a group" not in text
     # c has seed 0, b has seed 1
     assert "  model.learning_rate  0.01 (1);  0.02 (0)" in text
 
 
-def test_a_csv_holds_every_parameter_that_differs_in_full(compare, tmp_path):
+def test_csv_has_all_different_parameters_in_full(compare, tmp_path):
     text = compare("--csv", "deep/runs.csv")
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / "deep/runs.csv").open())}
     assert rows["fruit/e"]["data.root"] == "x" * 30 + "y" * 30
@@ -207,7 +207,7 @@ def test_a_csv_holds_every_parameter_that_differs_in_full(compare, tmp_path):
     assert rows["shapes/c"]["val/AP"] == ""
 
 
-def test_curves_are_drawn_for_runs_and_for_groups(compare, tmp_path):
+def test_plots_of_runs_and_groups(compare, tmp_path):
     for options in ([], ["--group-by", "recipe"]):
         compare("--plot", "deep/curves.png", "--metric", "val/AP50", "--metric", "train/loss",
                 *options)  # fmt: skip
@@ -220,30 +220,30 @@ def curve(*points: tuple[int, float]) -> Curve:
     return Curve(np.array([p[0] for p in points]), np.array([p[1] for p in points]))
 
 
-def test_the_band_spans_the_steps_that_all_runs_reached():
-    steps, mean, spread = mean_and_spread(
+def test_mean_and_std_cover_the_steps_of_all_runs():
+    steps, mean, std = mean_and_std(
         [curve((0, 0.0), (10, 1.0), (20, 3.0)), curve((0, 2.0), (20, 4.0), (30, 9.0))]
     )
     assert steps.tolist() == [0, 10, 20]
     assert mean.tolist() == [1.0, 2.0, 3.5]  # at 10 the second is at 3, half way
-    assert spread == pytest.approx([2**0.5, 2**0.5, 0.5**0.5])
-    assert not len(mean_and_spread([curve((0, NAN)), curve((0, 1.0))])[0])
-    assert mean_and_spread([curve((0, 1.0))])[2].tolist() == [0.0]
+    assert std == pytest.approx([2**0.5, 2**0.5, 0.5**0.5])
+    assert not len(mean_and_std([curve((0, NAN)), curve((0, 1.0))])[0])
+    assert mean_and_std([curve((0, 1.0))])[2].tolist() == [0.0]
 
 
-def test_many_points_become_means_of_neighbours():
+def test_downsample_averages_neighbouring_points():
     values = np.arange(450.0)
     values[0], values[449] = NAN, INF
-    few, size = thinned(Curve(np.arange(450), values))
+    few, size = downsample(Curve(np.arange(450), values))
     assert (size, len(few.steps)) == (3, 150)
     assert few.values[:2].tolist() == [1.5, 4.0]  # of 1 and 2; of 3, 4 and 5
     assert few.values[-1] == 447.5
     assert few.steps[:2].tolist() == [1, 4]
 
 
-def test_what_is_long_loses_its_middle():
-    assert cut("abcdefghij", 7) == "abc…hij"
-    assert cut("abcdefghij", 10) == "abcdefghij"
+def test_shorten_replaces_the_middle():
+    assert shorten("abcdefghij", 7) == "abc…hij"
+    assert shorten("abcdefghij", 10) == "abcdefghij"
 
 
 @pytest.mark.parametrize(
@@ -255,38 +255,38 @@ def test_what_is_long_loses_its_middle():
         (["--group-by", "recip"], "did you mean 'recipe'"),
         (["--experiment", "Default"], "no run with a metric in Default"),
         (["--max-runs", "0"], "allowed: 1 or more"),
-        (["--plot", "curves.jpg"], "name it FILE.png"),
+        (["--plot", "curves.jpg"], "use a name FILE.png"),
     ],
 )
-def test_what_is_not_there_is_refused_with_what_is_near(compare, argv, message):
+def test_unknown_names_raise_with_a_suggestion(compare, argv, message):
     with pytest.raises(InputError, match=message):
         compare(*argv)
 
 
-def test_stores_without_runs_and_stores_that_do_not_answer(place, tmp_path, monkeypatch):
+def test_empty_and_unreachable_stores_raise(store_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match=f"no mlflow.db in {tmp_path}"):
         main(["compare"])
     assert not list(tmp_path.iterdir())
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'empty.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store_folder / 'empty.db'}")
     with pytest.raises(InputError, match="no run with a metric in sqlite"):
         main(["compare"])
     (tmp_path / "text.db").write_text("no store of anything")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///text.db")
-    with pytest.raises(InputError, match="no store of MLflow"):
+    with pytest.raises(InputError, match="not an MLflow store"):
         main(["compare"])
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     start = time.monotonic()
-    with pytest.raises(InputError, match="does not answer"):
+    with pytest.raises(InputError, match="unreachable"):
         main(["compare"])
     assert time.monotonic() - start < 6
 
 
-def test_the_overview_and_unknown_words(capsys):
+def test_usage_and_unknown_commands(capsys):
     main([])
     overview = capsys.readouterr().out
     main(["--help"])

@@ -1,4 +1,4 @@
-"""MLflow's own pages, in a browser without a window, over what real trainings left."""
+"""MLflow's pages for the runs of real trainings, in a headless browser."""
 
 import os
 import shutil
@@ -24,8 +24,8 @@ FLAGS = [
     "--hide-scrollbars", "--window-size=1400,1300",
 ]  # fmt: skip
 CLOSE = "[data-component-id='mlflow.assistant.chat_panel.close']"
-FOLDER = os.environ.get("SCREENSHOTS")
-"""Where to keep pictures of the pages; none are kept where it is not set."""
+SCREENSHOT_FOLDER = os.environ.get("SCREENSHOTS")
+"""Folder for screenshots of the pages; none are saved if it is not set."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory):
-    """Two trainings of different seeds, and MLflow's pages over their store."""
+    """The address of the MLflow UI, and the folder of two trainings with different seeds."""
     folder = tmp_path_factory.mktemp("dashboard")
     (folder / "recipes").symlink_to(REPO / "recipes")
     address = ""
@@ -77,79 +77,79 @@ def dashboard(tmp_path_factory):
 
 
 def wait_for(url: str) -> None:
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except OSError:
-            assert time.monotonic() < until, f"{url} does not answer"
+            assert time.monotonic() < deadline, f"{url} does not respond"
             time.sleep(0.5)
 
 
-def page(browser, url: str, *words: str, picture: str = "") -> str:
-    """Open a page and wait for words on it; return all of its text."""
+def page(browser, url: str, *words: str, screenshot: str = "") -> str:
+    """Open a page, wait until it shows all words, and return its text."""
     browser.get("about:blank")
-    # the pages of trainings, not those of language models
+    # the pages for model training, not those for language models
     browser.get(f"{url}{'&' if '?' in url else '?'}workflowType=machine_learning")
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while True:
         text = browser.find_element("tag name", "body").text
         missing = [word for word in words if word not in text]
         if not missing:
             break
-        assert time.monotonic() < until, f"{missing} not on {url}: {text[:2000]}"
+        assert time.monotonic() < deadline, f"{missing} not on {url}: {text[:2000]}"
         time.sleep(0.3)
-    if FOLDER and picture:
+    if SCREENSHOT_FOLDER and screenshot:
         for button in browser.find_elements("css selector", CLOSE):
             button.click()
         time.sleep(5)  # charts are drawn after their titles
-        browser.save_screenshot(str(Path(FOLDER) / picture))
+        browser.save_screenshot(str(Path(SCREENSHOT_FOLDER) / screenshot))
     return str(text)
 
 
-def runs_of(folder: Path) -> list[tuple[str, str]]:
+def find_runs(folder: Path) -> list[tuple[str, str]]:
     store = sqlite3.connect(folder / "mlflow.db")
-    found = store.execute("select run_uuid, name from runs order by start_time").fetchall()
+    runs = store.execute("select run_uuid, name from runs order by start_time").fetchall()
     store.close()
-    return found
+    return runs
 
 
-def test_the_page_of_a_run_shows_its_note_figures_tags_data_and_model(browser, dashboard):
+def test_run_page_shows_description_metrics_tags_datasets_and_model(browser, dashboard):
     address, folder = dashboard
-    (run, name), _ = runs_of(folder)
+    (run, name), _ = find_runs(folder)
     page(
         browser, f"{address}/#/experiments/1/runs/{run}",
         name, "Finished", "The paper's claim in miniature", "recipe", "shapes", "detector",
-        "train/loss_coord", picture="run.png",
+        "train/loss_coord", screenshot="run.png",
     )  # fmt: skip
 
 
-def test_charts_and_pictures_are_among_the_metrics(browser, dashboard):
+def test_metrics_page_shows_charts_and_images(browser, dashboard):
     address, folder = dashboard
-    (run, _), _ = runs_of(folder)
+    (run, _), _ = find_runs(folder)
     url = f"{address}/#/experiments/1/runs/{run}/model-metrics"
-    page(browser, url, "train", "val/AP50", "images_per_s", "memory", picture="metrics.png")
+    page(browser, url, "train", "val/AP50", "images_per_s", "memory", screenshot="metrics.png")
 
 
-def test_the_artifacts_open(browser, dashboard):
+def test_artifacts_page_shows_files(browser, dashboard):
     address, folder = dashboard
-    (run, _), _ = runs_of(folder)
+    (run, _), _ = find_runs(folder)
     names = ("anchors", "batches", "checkpoints", "plots", "recipe", "tree")
     page(browser, f"{address}/#/experiments/1/runs/{run}/artifacts", *names)
     path = f"{address}/#/experiments/1/runs/{run}/artifacts/recipe/resolved.yaml"
-    page(browser, path, "seed_everything", picture="artifacts.png")
-    page(browser, f"{address}/#/experiments/1/runs/{run}/artifacts/plots/mistakes.jpg", "KB")
+    page(browser, path, "seed_everything", screenshot="artifacts.png")
+    page(browser, f"{address}/#/experiments/1/runs/{run}/artifacts/plots/errors.jpg", "KB")
     widths = "return [...document.images].map(image => image.naturalWidth)"
-    until = time.monotonic() + 30
+    deadline = time.monotonic() + 30
     while max(browser.execute_script(widths), default=0) < 500:
-        assert time.monotonic() < until, "the picture is not shown"
+        assert time.monotonic() < deadline, "the image is not shown"
         time.sleep(0.2)
 
 
-def test_the_compare_page_shows_what_differs(browser, dashboard):
+def test_compare_page_shows_different_parameters(browser, dashboard):
     address, folder = dashboard
-    (one, first), (other, second) = runs_of(folder)
+    (one, first), (other, second) = find_runs(folder)
     chosen = f"runs=%5B%22{one}%22,%22{other}%22%5D&experiments=%5B%221%22%5D"
     words = ("Comparing 2 Runs", first, second, "data.seed", "Show diff only", "speed/images_per_s")
-    page(browser, f"{address}/#/compare-runs?{chosen}", *words, picture="compare.png")
+    page(browser, f"{address}/#/compare-runs?{chosen}", *words, screenshot="compare.png")

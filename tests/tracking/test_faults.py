@@ -1,4 +1,4 @@
-"""Stores that fail, hang and talk nonsense; names and values that MLflow does not take."""
+"""Stores that fail, hang or send invalid responses; names and values that MLflow rejects."""
 
 import contextlib
 import json
@@ -21,22 +21,24 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from tests.helpers import tracked
 from tests.helpers.paths import REPO
 from tests.helpers.recipes import QUICK, TINY
-from tests.helpers.tracked import asked, fresh_store, logger, points, runs, ship, tags
+from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, tags, upload
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking import system_metrics
-from yolo_lightning.tracking.journal import FOLDER, Journal
+from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal
 from yolo_lightning.tracking.logger import RunLogger
-from yolo_lightning.tracking.names import Names, allowed
-from yolo_lightning.tracking.store import public, short, without_password
+from yolo_lightning.tracking.names import KeyMap, valid_key
+from yolo_lightning.tracking.store import short_message, strip_credentials, strip_passwords
 from yolo_lightning.tracking.system_metrics import SystemMetrics
 
 STEPS = 50
-Answer = Callable[[BaseHTTPRequestHandler], None]
+Responder = Callable[[BaseHTTPRequestHandler], None]
 
 
-def answer(status: int, body: str, kind: str = "application/json", **headers: str) -> Answer:
-    def give(request: BaseHTTPRequestHandler) -> None:
+def respond_with(
+    status: int, body: str, kind: str = "application/json", **headers: str
+) -> Responder:
+    def respond(request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
         for name, value in {"Content-Type": kind, **headers}.items():
             request.send_header(name.replace("_", "-"), value)
@@ -44,10 +46,10 @@ def answer(status: int, body: str, kind: str = "application/json", **headers: st
         request.end_headers()
         request.wfile.write(body.encode())
 
-    return give
+    return respond
 
 
-def half(request: BaseHTTPRequestHandler) -> None:
+def truncated_response(request: BaseHTTPRequestHandler) -> None:
     request.send_response(200)
     request.send_header("Content-Length", "5000")
     request.end_headers()
@@ -61,7 +63,7 @@ def reset(request: BaseHTTPRequestHandler) -> None:
 
 
 def loop(request: BaseHTTPRequestHandler) -> None:
-    answer(302, "", Location=request.path)(request)
+    respond_with(302, "", Location=request.path)(request)
 
 
 def hang(request: BaseHTTPRequestHandler) -> None:
@@ -70,21 +72,21 @@ def hang(request: BaseHTTPRequestHandler) -> None:
 
 released = Event()
 PAGE = "<html><body>Sign in to go on</body></html>"
-ANSWERS: dict[str, Answer] = {
-    "500": answer(500, '{"error_code": "INTERNAL_ERROR", "message": "out of order"}'),
-    "500 page": answer(500, PAGE, "text/html"),
-    "503": answer(503, ""),
-    "400": answer(400, '{"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}'),
-    "401": answer(401, "You are not authenticated", "text/plain"),
-    "403": answer(403, '{"error_code": "PERMISSION_DENIED", "message": "not you"}'),
-    "403 page": answer(403, PAGE, "text/html"),
-    "404 page": answer(404, PAGE, "text/html"),
-    "a page": answer(200, PAGE, "text/html"),
-    "nothing": answer(200, ""),
-    "an empty object": answer(200, "{}"),
-    "a list": answer(200, "[1, 2]"),
-    "another object": answer(200, '{"experiment": {"experiment_id": {"a": 1}}}'),
-    "half an answer": half,
+RESPONDERS: dict[str, Responder] = {
+    "500": respond_with(500, '{"error_code": "INTERNAL_ERROR", "message": "out of order"}'),
+    "500 page": respond_with(500, PAGE, "text/html"),
+    "503": respond_with(503, ""),
+    "400": respond_with(400, '{"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}'),
+    "401": respond_with(401, "You are not authenticated", "text/plain"),
+    "403": respond_with(403, '{"error_code": "PERMISSION_DENIED", "message": "not you"}'),
+    "403 page": respond_with(403, PAGE, "text/html"),
+    "404 page": respond_with(404, PAGE, "text/html"),
+    "a page": respond_with(200, PAGE, "text/html"),
+    "nothing": respond_with(200, ""),
+    "an empty object": respond_with(200, "{}"),
+    "a list": respond_with(200, "[1, 2]"),
+    "another object": respond_with(200, '{"experiment": {"experiment_id": {"a": 1}}}'),
+    "a truncated response": truncated_response,
     "a hang": hang,
     "a reset": reset,
     "a redirect to itself": loop,
@@ -92,14 +94,14 @@ ANSWERS: dict[str, Answer] = {
 
 
 @contextlib.contextmanager
-def server(give: Answer) -> Iterator[int]:
-    """Serve one answer to everything; yield the port."""
+def server(respond: Responder) -> Iterator[int]:
+    """Send the same response to every request; yield the port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             with contextlib.suppress(OSError):
-                give(self)
+                respond(self)
 
         do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
@@ -113,42 +115,42 @@ def server(give: Answer) -> Iterator[int]:
             pass
 
     released.clear()
-    made = Quiet(("127.0.0.1", 0), Handler)
-    thread = Thread(target=made.serve_forever, args=(0.02,), daemon=True)
+    http_server = Quiet(("127.0.0.1", 0), Handler)
+    thread = Thread(target=http_server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield made.server_port
+        yield http_server.server_port
     finally:
         released.set()
-        made.shutdown()
-        made.server_close()
+        http_server.shutdown()
+        http_server.server_close()
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    tracked.quick_threads(monkeypatch)
+    tracked.use_fast_threads(monkeypatch)
     return tmp_path
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return tracked.told(monkeypatch)
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return tracked.collect_warnings(monkeypatch)
 
 
 @pytest.fixture
-def alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No threads: a test ships by itself."""
-    tracked.no_threads(monkeypatch)
-    return place
+def offline_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No upload threads: the test uploads itself."""
+    tracked.disable_threads(monkeypatch)
+    return folder
 
 
 def train(run: RunLogger) -> tuple[float, float]:
-    """Log a training; return the seconds of the steps and of the end."""
+    """Log a training; return the duration of the steps and of `finalize` in seconds."""
     run.log_hyperparams({"model": {"learning_rate": 0.1}})
-    run.begin(0)
+    run.start_training(0)
     started = time.monotonic()
     for step in range(STEPS):
         run.log_metrics({"loss": 1 / (step + 1)}, step)
@@ -158,79 +160,79 @@ def train(run: RunLogger) -> tuple[float, float]:
     return trained - started, time.monotonic() - trained
 
 
-def assert_synced(folder: Path, place: Path) -> None:
-    healthy = fresh_store(place, "healthy.db")
+def assert_synced(run_folder: Path, folder: Path) -> None:
+    healthy = fresh_store(folder, "healthy.db")
     for _ in range(2):
-        assert main(["mlflow", "sync", str(folder), "--store", healthy]) == 0
+        assert main(["mlflow", "sync", str(run_folder), "--store", healthy]) == 0
         assert points(healthy) == {("loss", step): 1 for step in range(STEPS)}
-    assert asked(healthy, "select status from runs") == [("FINISHED",)]
-    assert asked(healthy, "select value from params") == [("0.1",)]
+    assert query_store(healthy, "select status from runs") == [("FINISHED",)]
+    assert query_store(healthy, "select value from params") == [("0.1",)]
 
 
-def hold_the_password(folder: Path) -> list[str]:
+def files_with_the_password(folder: Path) -> list[str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [path.name for path in files if b"s3cr" in path.read_bytes()]
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_a_server_that_fails_costs_the_training_nothing(place, said, capfd, name):
-    with server(ANSWERS[name]) as port:
-        run = logger(place / "run", f"http://user:s3cr@t@127.0.0.1:{port}")
+@pytest.mark.parametrize("name", RESPONDERS)
+def test_a_failing_server_does_not_affect_training(folder, warnings, capfd, name):
+    with server(RESPONDERS[name]) as port:
+        run = logger(folder / "run", f"http://user:s3cr@t@127.0.0.1:{port}")
         steps_s, end_s = train(run)
-    assert steps_s < 2, "a training waits for no server"
+    assert steps_s < 2, "training must not wait for the server"
     assert end_s < 10
-    outages = [text for text in said if "does not take figures" in text]
-    lasts = [text for text in said if "not all of this run is in MLflow" in text]
-    assert (len(outages), len(lasts)) == (1, 1)
-    assert len(said) == 2, said
-    assert outages[0].startswith(f"MLflow at http://127.0.0.1:{port} does not take figures (")
-    assert f"they are kept in {place / 'run/mlflow'} and follow" in outages[0]
-    assert f"yolo-lightning mlflow sync {place / 'run'}" in lasts[0]
-    assert not [text for text in said if "s3cr" in text or "t@127" in text]
+    outages = [text for text in warnings if "is not available" in text]
+    incomplete = [text for text in warnings if "is not complete" in text]
+    assert (len(outages), len(incomplete)) == (1, 1)
+    assert len(warnings) == 2, warnings
+    assert outages[0].startswith(f"MLflow at http://127.0.0.1:{port} is not available (")
+    assert f"metrics are kept in {folder / 'run/mlflow'} and uploaded later" in outages[0]
+    assert f"yolo-lightning mlflow sync {folder / 'run'}" in incomplete[0]
+    assert not [text for text in warnings if "s3cr" in text or "t@127" in text]
     assert "s3cr" not in "".join(capfd.readouterr())
-    assert not hold_the_password(place)
+    assert not files_with_the_password(folder)
     assert run.run_id is None
-    assert_synced(place / "run", place)
-    assert not hold_the_password(place)
+    assert_synced(folder / "run", folder)
+    assert not files_with_the_password(folder)
 
 
-def test_a_port_where_nobody_listens_is_one_warning(place, said):
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
-    train(logger(place / "run", f"http://127.0.0.1:{port}"))
-    assert len(said) == 2
-    assert f"MLflow at http://127.0.0.1:{port} does not take figures" in said[0]
-    assert_synced(place / "run", place)
+def test_a_closed_port_warns_once(folder, warnings):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    train(logger(folder / "run", f"http://127.0.0.1:{port}"))
+    assert len(warnings) == 2
+    assert f"MLflow at http://127.0.0.1:{port} is not available" in warnings[0]
+    assert_synced(folder / "run", folder)
 
 
-def until(condition: Callable[[], Any]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < end, "it took too long"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("connected", [False, True])
-def test_a_store_that_comes_back_gets_everything_while_training_goes_on(place, said, connected):
-    store = fresh_store(place)
-    run = logger(place / "run", store)
-    if connected:
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_a_store_that_recovers_during_training_gets_all_points(folder, warnings, is_connected):
+    store = fresh_store(folder)
+    run = logger(folder / "run", store)
+    if is_connected:
         run.log_metrics({"loss": 1.0}, 0)
-        until(lambda: points(store))
-    (place / "mlflow.db").rename(place / "away.db")
-    (place / "mlflow.db").mkdir()  # nothing that SQLite opens
-    for step in range(connected, 10):
+        wait_until(lambda: points(store))
+    (folder / "mlflow.db").rename(folder / "away.db")
+    (folder / "mlflow.db").mkdir()  # SQLite cannot open a folder
+    for step in range(is_connected, 10):
         run.log_metrics({"loss": 1.0 / (step + 1)}, step)
-    until(lambda: said)
-    assert "does not take figures" in said[0]
-    (place / "mlflow.db").rmdir()
-    (place / "away.db").rename(place / "mlflow.db")
+    wait_until(lambda: warnings)
+    assert "is not available" in warnings[0]
+    (folder / "mlflow.db").rmdir()
+    (folder / "away.db").rename(folder / "mlflow.db")
     for step in range(10, 20):
         run.log_metrics({"loss": 1.0 / (step + 1)}, step)
-    until(lambda: len(points(store)) > connected)
+    wait_until(lambda: len(points(store)) > is_connected)
     run.finalize()
     assert points(store) == {("loss", step): 1 for step in range(20)}
-    assert len(said) == 1
+    assert len(warnings) == 1
     assert run.run_id == runs(store)[0]
 
 
@@ -244,57 +246,57 @@ def test_a_store_that_comes_back_gets_everything_while_training_goes_on(place, s
         ("postgresql://user:s3cret@127.0.0.1:1/runs", "psycopg"),
     ],
 )
-def test_an_address_that_is_none_is_one_warning_with_the_reason(place, said, store, words):
-    train(logger(place / "run", store))
-    assert len(said) == 2
-    assert words in said[0]
-    assert str(place / "run/mlflow") in said[0]
-    assert "s3cret" not in "".join(said)
-    assert_synced(place / "run", place)
+def test_an_invalid_address_warns_once_with_the_reason(folder, warnings, store, words):
+    train(logger(folder / "run", store))
+    assert len(warnings) == 2
+    assert words in warnings[0]
+    assert str(folder / "run/mlflow") in warnings[0]
+    assert "s3cret" not in "".join(warnings)
+    assert_synced(folder / "run", folder)
 
 
-def test_a_store_in_a_folder_that_takes_no_files_is_one_warning(place, said, monkeypatch):
-    real = open
+def test_a_store_in_a_read_only_folder_warns_once(folder, warnings, monkeypatch):
+    original = open
 
     def guarded(file: Any, *args: Any, **options: Any) -> Any:
-        if str(file).startswith(str(place / "locked")):
+        if str(file).startswith(str(folder / "locked")):
             raise PermissionError(13, "Permission denied", str(file))
-        return real(file, *args, **options)
+        return original(file, *args, **options)
 
-    monkeypatch.setattr("builtins.open", guarded)  # root may write everywhere
-    train(logger(place / "run", f"sqlite:///{place}/locked/mlflow.db"))
-    assert len(said) == 2
-    assert "Permission denied" in said[0]
-    assert_synced(place / "run", place)
+    monkeypatch.setattr("builtins.open", guarded)  # root can write everywhere
+    train(logger(folder / "run", f"sqlite:///{folder}/locked/mlflow.db"))
+    assert len(warnings) == 2
+    assert "Permission denied" in warnings[0]
+    assert_synced(folder / "run", folder)
 
 
-def test_sync_names_each_run_that_a_store_did_not_take(place, said, capsys, monkeypatch):
-    tracked.no_threads(monkeypatch)
+def test_sync_reports_each_run_that_failed(folder, warnings, capsys, monkeypatch):
+    tracked.disable_threads(monkeypatch)
     for name in "ab":
-        run = logger(place / "runs" / name, "sqlite:///x.db")
+        run = logger(folder / "runs" / name, "sqlite:///x.db")
         run.log_metrics({"loss": 1.0}, 0)
-    with server(ANSWERS["403"]) as port:
+    with server(RESPONDERS["403"]) as port:
         assert main(["mlflow", "sync", "runs", "--store", f"http://me:s3@127.0.0.1:{port}"]) == 2
     shown = capsys.readouterr().err
     for name in "ab":
-        assert f"runs/{name}: http://127.0.0.1:{port} does not take it: " in shown
+        assert f"runs/{name}: upload to http://127.0.0.1:{port} failed: " in shown
     assert "not you" in shown
     assert "s3" not in shown
-    for arguments, words in ((["none"], "not found"), ([str(REPO / "docs")], "has a journal")):
+    for arguments, words in ((["none"], "not found"), ([str(REPO / "docs")], "no MLflow journal")):
         assert main(["mlflow", "sync", *arguments]) == 2
         assert words in capsys.readouterr().err
 
 
-def test_sync_takes_the_password_of_the_environment(alone, monkeypatch):
-    from yolo_lightning.cli.commands.mlflow.sync import _with_password
+def test_sync_uses_the_password_in_the_environment(offline_folder, monkeypatch):
+    from yolo_lightning.cli.commands.mlflow.sync import _uri_with_password
 
-    run = logger(alone / "run", "http://me:s3cret@127.0.0.1:1")
+    run = logger(offline_folder / "run", "http://me:s3cret@127.0.0.1:1")
     run.log_metrics({"a": 1.0}, 0)
-    assert _with_password(run.journal) is None
+    assert _uri_with_password(run.journal) is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:1")
-    assert _with_password(run.journal) == "http://me:s3cret@127.0.0.1:1"
+    assert _uri_with_password(run.journal) == "http://me:s3cret@127.0.0.1:1"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:2")
-    assert _with_password(run.journal) is None
+    assert _uri_with_password(run.journal) is None
 
 
 @pytest.mark.parametrize(
@@ -310,12 +312,15 @@ def test_sync_takes_the_password_of_the_environment(alone, monkeypatch):
         ("mlruns", "mlruns", None),
     ],
 )
-def test_addresses_are_told_without_secrets(uri, shown, written):
-    assert public(uri) == shown
+def test_credentials_are_removed_from_addresses(uri, shown, written):
+    assert strip_credentials(uri) == shown
     if written:
-        assert without_password(uri) == written
+        assert strip_passwords(uri) == written
     sentence = f"API request to {uri} failed,\nor to {uri} "
-    assert short(RuntimeError(sentence)) == f"API request to {shown} failed, or to {shown}"[:300]
+    assert (
+        short_message(RuntimeError(sentence))
+        == f"API request to {shown} failed, or to {shown}"[:300]
+    )
 
 
 # --- names and values
@@ -326,10 +331,10 @@ def test_addresses_are_told_without_secrets(uri, shown, written):
     ["a*b", "../x", "..x/y", "/x", "x/", "a//b", "", ".", "..", "x" * 300, "a\nb", "ü/日本", "a,b",
      "a\0b", "a\udcffb", "a/./b", "x/" * 200, " ", "é" * 250, "a:b c-d.e_f/g"],
 )  # fmt: skip
-def test_every_name_becomes_one_that_mlflow_takes(name):
+def test_valid_key_returns_a_name_that_mlflow_accepts(name):
     from mlflow.utils.validation import _validate_metric_name, _validate_tag_name
 
-    key = allowed(name)
+    key = valid_key(name)
     _validate_metric_name(key)
     _validate_tag_name(key)
     assert 0 < len(key) <= 250
@@ -337,47 +342,47 @@ def test_every_name_becomes_one_that_mlflow_takes(name):
         assert key == name
 
 
-def test_two_names_never_become_one():
-    names = Names()
+def test_different_names_get_different_keys():
+    names = KeyMap()
     keys = [names.key(name) for name in ("a*b", "a?b", "a_b", "a*b", "x" * 260, "x" * 261)]
     assert keys[0] == keys[3] == "a_b"
     assert len({*keys}) == 5
 
 
-def test_strange_names_arrive_with_one_warning_each_and_stay_theirs_on_resuming(alone, said):
-    store = fresh_store(alone)
-    strange = ["a*b", "a?b", "../x", "/lead", "y" * 300, ""]
-    run = logger(alone / "run", store, tags={"t*g": "1"})
+def test_invalid_names_warn_once_and_keep_their_keys_when_resuming(offline_folder, warnings):
+    store = fresh_store(offline_folder)
+    unusual = ["a*b", "a?b", "../x", "/lead", "y" * 300, ""]
+    run = logger(offline_folder / "run", store, tags={"t*g": "1"})
     for step in range(3):
-        run.log_metrics({name: float(step) for name in [*strange, "ü"]}, step)
-    assert len(said) == len(strange) + 1
-    assert said[1] == "MLflow does not take the name 'a*b' beside others: it is 'a_b' there"
-    again = logger(alone / "run", store)
-    again.log_metrics(dict.fromkeys(reversed(["a_b", *strange, "ü"]), 3.0), 3)
-    ship(alone / "run")
-    held = points(store)
-    assert len(held) == 3 * 7 + 8
-    assert set(held.values()) == {1}
-    rows = asked(store, "select step from metrics where key = 'a_b' order by step")
+        run.log_metrics({name: float(step) for name in [*unusual, "ü"]}, step)
+    assert len(warnings) == len(unusual) + 1
+    assert warnings[1] == "MLflow does not accept the name 'a*b'; logged as 'a_b'"
+    resumed = logger(offline_folder / "run", store)
+    resumed.log_metrics(dict.fromkeys(reversed(["a_b", *unusual, "ü"]), 3.0), 3)
+    upload(offline_folder / "run")
+    logged = points(store)
+    assert len(logged) == 3 * 7 + 8
+    assert set(logged.values()) == {1}
+    rows = query_store(store, "select step from metrics where key = 'a_b' order by step")
     assert rows == [(0,), (1,), (2,), (3,)]
     assert tags(store)["t_g"] == "1"
 
 
-def test_numbers_that_are_none_are_kept_and_said_once(alone, said):
-    store = fresh_store(alone)
-    run = logger(alone / "run", store)
+def test_values_that_are_not_finite_are_logged_and_warn_once(offline_folder, warnings):
+    store = fresh_store(offline_folder)
+    run = logger(offline_folder / "run", store)
     for step in range(3):
         run.log_metrics({"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 1.0}, step)
-    assert said == [
+    assert warnings == [
         "metric nan is not finite (nan at step 0; MLflow shows NaN)",
         "metric up is not finite (inf at step 0; MLflow shows +1.8e308)",
         "metric down is not finite (-inf at step 0; MLflow shows -1.8e308)",
     ]
-    ship(alone / "run")
-    rows = asked(store, "select key, value, is_nan, count(*) from metrics group by key")
-    held = {key: (value, bool(is_nan), count) for key, value, is_nan, count in rows}
+    upload(offline_folder / "run")
+    rows = query_store(store, "select key, value, is_nan, count(*) from metrics group by key")
+    logged = {key: (value, bool(is_nan), count) for key, value, is_nan, count in rows}
     largest = np.finfo(float).max
-    assert held == {
+    assert logged == {
         "nan": (0, True, 3), "up": (largest, False, 3), "down": (-largest, False, 3),
         "fine": (1, False, 3),
     }  # fmt: skip
@@ -386,82 +391,82 @@ def test_numbers_that_are_none_are_kept_and_said_once(alone, said):
 @pytest.mark.parametrize(
     "value", ["text", None, [1, 2], {"a": 1}, np.ones(3), 10**400, object(), "1.5"]
 )
-def test_a_metric_that_is_no_number_is_left_out_by_name_once(alone, said, value):
-    store = fresh_store(alone)
-    run: Any = logger(alone / "run", store)
+def test_a_metric_that_is_not_a_number_is_ignored_and_warns_once(offline_folder, warnings, value):
+    store = fresh_store(offline_folder)
+    run: Any = logger(offline_folder / "run", store)
     for step in (0, np.int64(1), 2.0):
         run.log_metrics({"bad": value, "good": np.float32(0.5), "whole": True}, step)
-    (warning,) = said
-    assert warning.startswith("metric bad is no number, and is left out (")
-    ship(alone / "run")
+    (warning,) = warnings
+    assert warning.startswith("metric bad is not a number and is ignored (")
+    upload(offline_folder / "run")
     assert points(store) == {(key, step): 1 for key in ("good", "whole") for step in range(3)}
 
 
-def test_long_and_odd_values_are_cut_off_with_a_word(alone, said):
-    store = fresh_store(alone)
-    run = logger(alone / "run", store, tags={"long": "t" * 9000, "number": 3})
+def test_long_values_are_truncated_with_a_warning(offline_folder, warnings):
+    store = fresh_store(offline_folder)
+    run = logger(offline_folder / "run", store, tags={"long": "t" * 9000, "number": 3})
     run.log_hyperparams(
         {"text": "p" * 7000, "lines": "a\nb\n", "none": None, "odd": "a\0b\udcff", 7: "key"}
     )
-    ship(alone / "run")
-    params = dict(asked(store, "select key, value from params"))
+    upload(offline_folder / "run")
+    params = dict(query_store(store, "select key, value from params"))
     assert (len(params["text"]), params["text"][-2:]) == (6000, "p…")
     assert (params["lines"], params["none"], params["7"]) == ("a\nb\n", "None", "key")
     assert params["odd"] == "a\N{REPLACEMENT CHARACTER}b?"
     assert (len(tags(store)["long"]), tags(store)["number"]) == (8000, "3")
-    assert said == [
-        "long is cut off for MLflow (9,000 characters, it takes 8,000)",
-        "text is cut off for MLflow (7,000 characters, it takes 6,000)",
+    assert warnings == [
+        "long is truncated for MLflow (9,000 characters; allowed: up to 8,000)",
+        "text is truncated for MLflow (7,000 characters; allowed: up to 6,000)",
     ]
 
 
-def test_parameters_hold_no_password(alone):
-    store = fresh_store(alone)
-    run = logger(alone / "run", store)
+def test_parameters_contain_no_password(offline_folder):
+    store = fresh_store(offline_folder)
+    run = logger(offline_folder / "run", store)
     run.log_hyperparams({"logger": [{"class_path": "a.B", "uri": "http://me:s3cret@host:1/"}]})
-    ship(alone / "run")
-    assert asked(store, "select value from params where key like '%uri'") == [
+    upload(offline_folder / "run")
+    assert query_store(store, "select value from params where key like '%uri'") == [
         ("http://me@host:1/",)
     ]
-    assert not hold_the_password(alone)
+    assert not files_with_the_password(offline_folder)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 501])
-def test_an_experiment_that_mlflow_cannot_name_is_refused_at_once(alone, name):
+def test_an_invalid_experiment_name_raises(offline_folder, name):
     with pytest.raises(InputError, match=r"experiment_name has \d+ characters; allowed: 1 to 500"):
         RunLogger(name)
 
 
-def test_a_run_s_name_has_no_limit(alone):
-    store = fresh_store(alone)
-    run = logger(alone / "run", store, run_name="é\udcff" * 200)
+def test_a_long_run_name_is_truncated(offline_folder):
+    store = fresh_store(offline_folder)
+    run = logger(offline_folder / "run", store, run_name="é\udcff" * 200)
     run.log_metrics({"a": 1.0}, 0)
-    ship(alone / "run")
-    assert asked(store, "select name from runs") == [("é?" * 125,)]
+    upload(offline_folder / "run")
+    assert query_store(store, "select name from runs") == [("é?" * 125,)]
 
 
-def test_files_that_are_not_there_are_one_warning_each(alone, said):
-    store = fresh_store(alone)
-    run = logger(alone / "run", store)
+def test_each_missing_file_warns_once(offline_folder, warnings):
+    store = fresh_store(offline_folder)
+    run = logger(offline_folder / "run", store)
     for _ in range(2):
-        run.log_file(alone / "none.txt", "plots")
-        run.log_folder(alone / "nowhere", "plots")
-        run.log_model(alone / "no-model", "detector", 3)
-    assert len(said) == 3
-    assert all("is not kept for MLflow: " in text for text in said)
-    (alone / "run/x.txt").write_text("x")
-    run.log_file(alone / "run/x.txt", "plots")
-    shutil.rmtree(alone / "run/mlflow/files")
-    (alone / "run/x.txt").unlink()
+        run.log_artifact(offline_folder / "none.txt", "plots")
+        run.log_artifacts(offline_folder / "nowhere", "plots")
+        run.log_model(offline_folder / "no-model", "detector", 3)
+    assert len(warnings) == 3
+    assert all("cannot be logged to MLflow: " in text for text in warnings)
+    (offline_folder / "run/x.txt").write_text("x")
+    run.log_artifact(offline_folder / "run/x.txt", "plots")
+    shutil.rmtree(offline_folder / "run/mlflow/files")
+    (offline_folder / "run/x.txt").unlink()
     run.log_metrics({"a": 1.0}, 0)
-    ship(alone / "run")
+    upload(offline_folder / "run")
     assert points(store) == {("a", 0): 1}
-    assert said[3:] == ["MLflow: left out 1 files that are not there any more: plots/x.txt"]
+    assert warnings[3:] == ["MLflow: skipped 1 files that no longer exist: plots/x.txt"]
 
 
-def test_a_full_disk_under_the_journal_is_one_warning_and_loses_nothing(place, said, monkeypatch):
-    store, write = fresh_store(place), os.write
-    run = logger(place / "run", store)
+def test_a_full_disk_warns_once_and_loses_no_points(folder, warnings, monkeypatch):
+    store, write = fresh_store(folder), os.write
+    run = logger(folder / "run", store)
     run.log_metrics({"loss": 1.0}, 0)
 
     def refuse(*args: Any) -> int:
@@ -471,20 +476,20 @@ def test_a_full_disk_under_the_journal_is_one_warning_and_loses_nothing(place, s
         patch.setattr("yolo_lightning.tracking.journal.os.write", refuse)
         for step in range(1, 20):
             run.log_metrics({"loss": 1 / (step + 1)}, step)
-        run.log_picture("grid", np.zeros((4, 4, 3), np.uint8), 3)
+        run.log_image("grid", np.zeros((4, 4, 3), np.uint8), 3)
     assert os.write is write
     run.log_metrics({"loss": 0.0}, 20)
     run.finalize()
     assert points(store) == {("loss", step): 1 for step in range(21)}
-    (warning,) = said
+    (warning,) = warnings
     assert "No space left on device" in warning
-    assert "its lines wait in memory" in warning
-    assert len(list(Journal(place / "run" / FOLDER).entries(0, "metrics"))) == 21
+    assert "lines are buffered in memory" in warning
+    assert len(list(Journal(folder / "run" / JOURNAL_FOLDER).entries(0, "metrics"))) == 21
 
 
-def test_a_training_whose_disk_stays_full_is_in_the_store(place, said, monkeypatch):
-    store = fresh_store(place)
-    run = logger(place / "run", store)
+def test_points_are_uploaded_if_the_disk_stays_full(folder, warnings, monkeypatch):
+    store = fresh_store(folder)
+    run = logger(folder / "run", store)
     run.log_metrics({"loss": 1.0}, 0)
 
     def refuse(*args: Any) -> int:
@@ -495,52 +500,54 @@ def test_a_training_whose_disk_stays_full_is_in_the_store(place, said, monkeypat
         run.log_metrics({"loss": 1 / (step + 1)}, step)
     run.finalize()
     assert points(store) == {("loss", step): 1 for step in range(20)}
-    assert len(said) == 1
+    assert len(warnings) == 1
 
 
-def test_a_folder_that_was_removed_under_a_training_is_written_anew(alone):
-    store = fresh_store(alone)
-    run = logger(alone / "run", store)
+def test_a_run_folder_deleted_during_training_is_created_again(offline_folder):
+    store = fresh_store(offline_folder)
+    run = logger(offline_folder / "run", store)
     run.log_metrics({"a": 1.0}, 0)
-    shutil.rmtree(alone / "run")
+    shutil.rmtree(offline_folder / "run")
     run.log_metrics({"a": 2.0}, 1)
-    assert [e["step"] for e, _ in Journal(alone / "run" / FOLDER).entries(0, "metrics")] == [1]
+    assert [
+        e["step"] for e, _ in Journal(offline_folder / "run" / JOURNAL_FOLDER).entries(0, "metrics")
+    ] == [1]
 
 
-def test_a_monitor_that_fails_is_said_and_the_others_go_on(said, monkeypatch):
+def test_a_failing_monitor_is_disabled_with_a_warning(warnings, monkeypatch):
     class Broken(DiskMonitor):
         def aggregate_metrics(self) -> dict[str, float]:
             raise OSError("no /proc here")
 
     monkeypatch.setattr(system_metrics, "DiskMonitor", Broken)
-    found: list[Any] = []
-    measured = SystemMetrics(found.append, every_s=0.01)
+    samples: list[Any] = []
+    system = SystemMetrics(samples.append, interval_s=0.01)
     time.sleep(0.3)
-    measured.stop()
-    assert said == ["Broken does not measure any more: no /proc here"]
-    assert len(found) > 1
-    assert "system/cpu_utilization_percentage" in found[-1]
+    system.stop()
+    assert warnings == ["Broken failed and is disabled: no /proc here"]
+    assert len(samples) > 1
+    assert "system/cpu_utilization_percentage" in samples[-1]
 
 
-def test_a_fit_goes_on_beside_a_server_that_hangs_and_is_synced(
-    workplace, monkeypatch, said, capsys
+def test_fit_with_a_hanging_server_completes_and_can_be_synced(
+    workplace, monkeypatch, warnings, capsys
 ):
-    tracked.quick_threads(monkeypatch)
+    tracked.use_fast_threads(monkeypatch)
     recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
     loggers = recipe["trainer"]["logger"]
     assert "RunLogger" in loggers["class_path"]
-    with server(ANSWERS["a hang"]) as port:
+    with server(RESPONDERS["a hang"]) as port:
         uri = f"--trainer.logger.init_args.tracking_uri=http://127.0.0.1:{port}"
         assert main(["fit", *QUICK, *TINY, uri]) == 0
-    assert len([text for text in said if "does not take figures" in text]) == 1
-    assert len([text for text in said if "not all of this run is in MLflow" in text]) == 1
+    assert len([text for text in warnings if "is not available" in text]) == 1
+    assert len([text for text in warnings if "is not complete" in text]) == 1
     (folder,) = (workplace / "outputs/quickstart").iterdir()
     lines = (folder / "mlflow/journal.jsonl").read_text().splitlines()
     assert [json.loads(line)["op"] for line in lines][0] == "open"
     healthy = fresh_store(workplace, "healthy.db")
     assert main(["mlflow", "sync", str(folder), "--store", healthy]) == 0
-    assert asked(healthy, "select status from runs") == [("FINISHED",)]
-    steps = asked(healthy, "select step from metrics where key = 'train/lr' order by step")
+    assert query_store(healthy, "select status from runs") == [("FINISHED",)]
+    steps = query_store(healthy, "select step from metrics where key = 'train/lr' order by step")
     assert steps == [(0,), (1,), (2,), (3,)]
     assert set(points(healthy).values()) == {1}
     stored = {path.name for path in (workplace / "mlruns").rglob("*") if path.is_file()}

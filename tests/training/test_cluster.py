@@ -1,4 +1,4 @@
-"""Two nodes on one machine: torchrun's agents, network namespaces, SLURM."""
+"""Two simulated nodes: torchrun, network namespaces, SLURM."""
 
 import os
 import shutil
@@ -27,8 +27,8 @@ ENVIRONMENT = {
 OPTIONS = ["--allow-module", "tests.helpers.diary", "--trainer.strategy=ddp"]
 
 
-def tracked(folder: Path) -> list[str]:
-    """Return options that track a training in a store of its folder."""
+def tracking_options(folder: Path) -> list[str]:
+    """Return options that track a training in an SQLite file in its folder."""
     return [
         "--trainer.logger=yolo_lightning.tracking.RunLogger",
         f"--trainer.logger.tracking_uri=sqlite:///{folder}/mlflow.db",
@@ -36,25 +36,25 @@ def tracked(folder: Path) -> list[str]:
     ]
 
 
-def judge_store(folder: Path) -> None:
-    """Hold the store to one run that has finished, with every step's point once."""
+def check_store(folder: Path) -> None:
+    """Check that MLflow has one finished run, with each metric logged once per step."""
     store = sqlite3.connect(folder / "mlflow.db")
     assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
     steps = "select step from metrics where key = 'train/lr' order by step"
     assert [step for (step,) in store.execute(steps)] == list(range(STEPS))
-    twice = "select key, step from metrics group by key, step having count(*) > 1"
-    assert store.execute(twice).fetchall() == []
+    duplicates = "select key, step from metrics group by key, step having count(*) > 1"
+    assert store.execute(duplicates).fetchall() == []
     store.close()
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-def agents(folder: Path, inside=((), ()), master="127.0.0.1", **environment: str):
-    """Start torchrun.sh as two machines would; return both processes."""
+def start_agents(folder: Path, prefixes=((), ()), master="127.0.0.1", **environment: str):
+    """Start torchrun.sh as on two machines, with command prefixes; return both processes."""
     recipe = write_recipe(folder)
     common = {**ENVIRONMENT, "NODES": "2", "DEVICES": "1", "RUN_ID": folder.name, **environment}
     common["MASTER"] = f"{master}:{free_port()}"
@@ -62,23 +62,23 @@ def agents(folder: Path, inside=((), ()), master="127.0.0.1", **environment: str
     for rank in (0, 1):
         log = (folder / f"agent{rank}.txt").open("w")
         script = str(REPO / "recipes/cluster/torchrun.sh")
-        command = [*inside[rank], script, str(recipe), *OPTIONS, *tracked(folder)]
-        own = {**common, "NODE_RANK": str(rank)}
-        if "LOCAL_ADDR" in own:
-            own["LOCAL_ADDR"] += f".{rank + 1}"
+        command = [*prefixes[rank], script, str(recipe), *OPTIONS, *tracking_options(folder)]
+        env = {**common, "NODE_RANK": str(rank)}
+        if "LOCAL_ADDR" in env:
+            env["LOCAL_ADDR"] += f".{rank + 1}"
         started.append(
             subprocess.Popen(
-                command, cwd=folder, env=own, stdout=log, stderr=log, start_new_session=True
+                command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
             )
         )
     return started
 
 
 def wait(processes, folder: Path, seconds: float) -> None:
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     try:
         for process in processes:
-            code = process.wait(max(1.0, until - time.monotonic()))
+            code = process.wait(max(1.0, deadline - time.monotonic()))
             assert code == 0, (folder / "agent0.txt").read_text()[-3000:]
     finally:
         for process in processes:
@@ -86,25 +86,25 @@ def wait(processes, folder: Path, seconds: float) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def until_step(folder: Path, rank: int, count: int, seconds: float) -> float:
-    """Wait until a rank has written down so many steps; return when it had."""
-    until = time.monotonic() + seconds
+def wait_for_steps(folder: Path, rank: int, count: int, seconds: float) -> float:
+    """Wait deadline a rank has recorded some steps; return the time."""
+    deadline = time.monotonic() + seconds
     while len(entries(folder, rank)) < count:
-        assert time.monotonic() < until, (folder / "agent0.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline, (folder / "agent0.txt").read_text()[-3000:]
         time.sleep(0.05)
     return time.monotonic()
 
 
 def rank_process(folder: Path, rank: int) -> int:
-    """Return the process that trains as a rank of the training in a folder."""
+    """Return the process id of a rank of the training in a folder."""
     for entry in Path("/proc").iterdir():
         try:
             environ = (entry / "environ").read_bytes().split(b"\0")
             line = (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        of_this = f"TORCHELASTIC_RUN_ID={folder.name}".encode() in environ
-        if of_this and f"RANK={rank}".encode() in environ and b"yolo_lightning" in line:
+        same_run = f"TORCHELASTIC_RUN_ID={folder.name}".encode() in environ
+        if same_run and f"RANK={rank}".encode() in environ and b"yolo_lightning" in line:
             return int(entry.name)
     raise AssertionError(f"no process of rank {rank}")
 
@@ -112,7 +112,7 @@ def rank_process(folder: Path, rank: int) -> int:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    wait(agents(folder), folder, 200)
+    wait(start_agents(folder), folder, 200)
     expected = [entries(folder, rank) for rank in (0, 1)]
     assert all(len(one) == STEPS for one in expected)
     assert [e[:3] for e in expected[0]] == [e[:3] for e in expected[1]]
@@ -121,38 +121,38 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_rank_comes_back_and_both_are_exact(two_ranks, tmp_path, capsys):
+def test_killed_rank_restarts_and_both_resume_exactly(two_ranks, tmp_path, capsys):
     folder = tmp_path / "killed"
     folder.mkdir()
-    processes = agents(folder)
-    until_step(folder, 1, 7, 150)
+    processes = start_agents(folder)
+    wait_for_steps(folder, 1, 7, 150)
     os.kill(rank_process(folder, 1), signal.SIGKILL)
     killed = time.monotonic()
-    time.sleep(1)  # a process that is killed may end the line that it writes
+    time.sleep(1)  # a killed process may still complete a line
     before = len(entries(folder, 1))
-    back = until_step(folder, 1, before + 1, 240)
+    resumed = wait_for_steps(folder, 1, before + 1, 240)
     wait(processes, folder, 200)
     for rank in (0, 1):
         assert not mismatches(two_ranks[rank], entries(folder, rank), STEPS)
     assert len(list((folder / "runs").iterdir())) == 1
-    judge_store(folder)
+    check_store(folder)
     with capsys.disabled():
-        print(f"\na killed rank trained again after {back - killed:.0f} s")
+        print(f"\na killed rank resumed after {resumed - killed:.0f} s")
 
 
-def namespaces():
-    """Return why there are none, or nothing."""
+def namespaces_unavailable():
+    """Return why network namespaces cannot be used, or an empty string."""
     if os.geteuid() or not shutil.which("ip"):
         return "needs root and ip"
-    made = subprocess.run(["ip", "netns", "add", "yl-probe"], capture_output=True, check=False)
+    result = subprocess.run(["ip", "netns", "add", "yl-probe"], capture_output=True, check=False)
     subprocess.run(["ip", "netns", "del", "yl-probe"], capture_output=True, check=False)
-    return made.stderr.decode().strip() if made.returncode else ""
+    return result.stderr.decode().strip() if result.returncode else ""
 
 
 @pytest.mark.timeout(400)
-def test_two_network_namespaces_train(two_ranks, tmp_path):
-    if why := namespaces():
-        pytest.skip(why)
+def test_training_across_two_network_namespaces(two_ranks, tmp_path):
+    if reason := namespaces_unavailable():
+        pytest.skip(reason)
     names = [f"yl{os.getpid()}a", f"yl{os.getpid()}b"]
     commands = [
         *(f"ip netns add {name}" for name in names),
@@ -168,9 +168,9 @@ def test_two_network_namespaces_train(two_ranks, tmp_path):
     try:
         for command in commands:
             subprocess.run(command.split(), check=True)
-        inside = tuple(("ip", "netns", "exec", name) for name in names)
-        processes = agents(
-            folder, inside, "10.77.0.1", GLOO_SOCKET_IFNAME="veth0", LOCAL_ADDR="10.77.0"
+        prefixes = tuple(("ip", "netns", "exec", name) for name in names)
+        processes = start_agents(
+            folder, prefixes, "10.77.0.1", GLOO_SOCKET_IFNAME="veth0", LOCAL_ADDR="10.77.0"
         )
         wait(processes, folder, 300)
     finally:
@@ -184,12 +184,12 @@ def test_two_network_namespaces_train(two_ranks, tmp_path):
 
 
 def slurm(command: str, configuration: Path, **options) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         command.split(), env={**ENVIRONMENT, "SLURM_CONF": str(configuration)},
         capture_output=True, text=True, check=False, timeout=60, **options,
     )  # fmt: skip
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return str(done.stdout.strip())
+    assert result.returncode == 0, f"{command}: {result.stderr}"
+    return str(result.stdout.strip())
 
 
 @pytest.fixture
@@ -203,31 +203,32 @@ def cluster(tmp_path_factory):
 
 
 @pytest.mark.timeout(900)
-def test_five_preemptions_under_slurm_lose_no_step(two_ranks, cluster, tmp_path):
+def test_five_slurm_preemptions_lose_no_step(two_ranks, cluster, tmp_path):
     folder = tmp_path / "job"
     folder.mkdir()
     recipe = write_recipe(folder)
     site = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=60"
+    options = [*OPTIONS, *tracking_options(folder)]
     job = slurm(
         f"sbatch --parsable {site} --output={folder}/job.txt --export=ALL,MASTER_ADDR=127.0.0.1 "
-        f"{REPO}/recipes/cluster/slurm.sbatch {recipe} {' '.join(OPTIONS + tracked(folder))}",
+        f"{REPO}/recipes/cluster/slurm.sbatch {recipe} {' '.join(options)}",
         cluster, cwd=folder,
     )  # fmt: skip
     try:
         for k in range(5):
             log = folder / "job.txt"
-            until = time.monotonic() + 150
+            deadline = time.monotonic() + 150
             while len(entries(folder)) < 3 * k + 2:
-                assert time.monotonic() < until, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.1)
             slurm(f"scancel --signal=USR1 {job}", cluster)
             while "PENDING" not in slurm(f"scontrol show job {job}", cluster):
-                assert time.monotonic() < until, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.2)
             slurm(f"scontrol update jobid={job} StartTime=now", cluster)
-        until = time.monotonic() + 200
+        deadline = time.monotonic() + 200
         while "COMPLETED" not in slurm(f"scontrol show job {job}", cluster):
-            assert time.monotonic() < until, (folder / "job.txt").read_text()[-3000:]
+            assert time.monotonic() < deadline, (folder / "job.txt").read_text()[-3000:]
             time.sleep(0.5)
     finally:
         subprocess.run(["scancel", job], env={**ENVIRONMENT, "SLURM_CONF": str(cluster)},
@@ -235,6 +236,6 @@ def test_five_preemptions_under_slurm_lose_no_step(two_ranks, cluster, tmp_path)
     for rank in (0, 1):
         found = entries(folder, rank)
         assert not mismatches(two_ranks[rank], found, STEPS)
-        assert len(found) == STEPS, "no step twice: each stop saved the step that it ended"
+        assert len(found) == STEPS, "no step is repeated"
     assert (folder / f"runs/slurm-{job}").is_dir()
-    judge_store(folder)
+    check_store(folder)

@@ -1,4 +1,4 @@
-"""Two gloo ranks: every kind of batch trains, ranks agree, evaluation counts each image once."""
+"""Two gloo ranks: all batch types train, ranks agree, evaluation counts each image once."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.detections import figures_of, random_image
+from tests.helpers.detections import metrics_of, random_image
 from tests.helpers.paths import REPO
 from tests.helpers.recipes import QUICK, TINY
 
@@ -26,7 +26,8 @@ WORKER = '''
 import json, os, sys
 import lightning.pytorch as pl
 import torch
-from yolo_lightning import CombinedDataModule, DetectorModule, metrics
+from yolo_lightning import CombinedDataModule, DetectorModule
+from yolo_lightning.evaluation import average_precision as metrics
 from yolo_lightning.callbacks import MultiScale
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.source import DetectionSample
@@ -37,19 +38,19 @@ tree, folder, rule = sys.argv[1:4]
 
 
 class Sparse(ShapesDetection):
-    """Objects are missing on rank 0 at step 0, and on both ranks at step 4."""
+    """No objects on rank 0 at step 0, and on both ranks at step 4."""
 
     empty = set()
 
-    def read(self, index, least_side=None):
-        sample = super().read(index, least_side)
+    def read(self, index, min_side=None):
+        sample = super().read(index, min_side)
         if index not in self.empty:
             return sample
         return DetectionSample(sample.image, sample.boxes_xyxy_px[:0], sample.labels[:0],
                                sample.difficult[:0])
 
 
-class Diary(pl.Callback):
+class Recorder(pl.Callback):
     steps = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -68,28 +69,28 @@ data = CombinedDataModule(
 Sparse.empty = {*data.order.plan(0, 0, 2).indices, *data.order.plan(4).indices}
 model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
                        loss=LossSettings(objectness_rule=rule))
-seen, evaluations = [], []
-update, evaluated = model.evaluation.fine.update, metrics.evaluated
+image_ids, evaluations = [], []
+update, evaluated = model.evaluation.fine.update, metrics.evaluate_tables
 
 
-def seeing_update(found, images):
-    seen.extend(image["image_id"] for image in images)
+def recording_update(found, images):
+    image_ids.extend(image["image_id"] for image in images)
     update(found, images)
 
 
-model.evaluation.fine.update = seeing_update
-metrics.evaluated = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
+model.evaluation.fine.update = recording_update
+metrics.evaluate_tables = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
 trainer = pl.Trainer(
     max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     num_sanity_val_steps=0, use_distributed_sampler=False,
-    callbacks=[Diary(), MultiScale([32, 64], every_n_batches=2)])
+    callbacks=[Recorder(), MultiScale([32, 64], every_n_batches=2)])
 trainer.fit(model, data)
 weights = float(sum(p.double().abs().sum() for p in model.parameters()))
 with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
-    json.dump({"steps": Diary.steps, "seen": seen, "weights": weights,
+    json.dump({"steps": Recorder.steps, "image_ids": image_ids, "weights": weights,
                "classes": len(model.evaluation.per_class), "evaluations": len(evaluations),
-               "tables": [len(model.evaluation.truths), len(model.evaluation.detections)],
+               "tables": [len(model.evaluation.targets), len(model.evaluation.detections)],
                "ap": float(trainer.callback_metrics.get("val/AP50", -1))}, file)
 '''
 
@@ -99,11 +100,11 @@ def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     tree = str(REPO / "recipes/trees/shapes.tsv")
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(script), tree, str(tmp_path), rule],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1)]
     assert len(ranks[0]["steps"]) == 6
     for first, second in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True):
@@ -117,8 +118,8 @@ def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
     assert min(objects[1]) > 0
     assert objects[2] == [0, 0]
     assert ranks[0]["weights"] == ranks[1]["weights"]
-    # five images over two ranks: one is padding, and counted as such
-    assert sorted(ranks[0]["seen"] + ranks[1]["seen"]) == [-1, 0, 1, 2, 3, 4]
+    # five images on two ranks: one is padding with image id -1
+    assert sorted(ranks[0]["image_ids"] + ranks[1]["image_ids"]) == [-1, 0, 1, 2, 3, 4]
     assert ranks[0]["classes"] == ranks[1]["classes"] > 0
     assert 0 <= ranks[0]["ap"] == ranks[1]["ap"] <= 1
     assert ranks[1]["evaluations"] == 0 < ranks[0]["evaluations"]
@@ -130,23 +131,23 @@ METRIC_WORKER = """
 import json, sys
 from torch import distributed
 from torch.multiprocessing import start_processes
-from tests.helpers.detections import add, known_as, random_image
+from tests.helpers.detections import add, with_image_id, random_image
 from yolo_lightning.evaluation import average_precision as metrics
 
 
 def rank(number, folder, cases):
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
-    evaluations, evaluated = [], metrics.evaluated
-    metrics.evaluated = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=2)
+    evaluations, evaluated = [], metrics.evaluate_tables
+    metrics.evaluate_tables = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
     out = {}
     for name, shares in cases.items():
         metric = metrics.BoxAveragePrecision()
         for image in shares[number]:
             drawn = random_image(abs(image))
-            add(metric, drawn if image < 0 else known_as(image, drawn))
+            add(metric, drawn if image < 0 else with_image_id(image, drawn))
         metric.compute()
-        out[name] = metric.figures, len(metric.tables[0]), sorted(metric.per_class)
+        out[name] = metric.results, len(metric.tables[0]), sorted(metric.per_class)
     with open(f"{folder}/rank{number}.json", "w") as file:
         json.dump([out, len(evaluations)], file)
     distributed.destroy_process_group()
@@ -156,7 +157,7 @@ start_processes(rank, (sys.argv[1], json.loads(sys.argv[2])), nprocs=2, start_me
 """
 
 
-def test_ranks_without_images_and_images_that_come_twice_change_no_figure(tmp_path: Path):
+def test_metrics_do_not_depend_on_the_split_over_ranks(tmp_path: Path):
     cases = {
         "all on one": [[0, 1, 2, 3], []],
         "all on the other": [[], [0, 1, 2, 3]],
@@ -167,28 +168,28 @@ def test_ranks_without_images_and_images_that_come_twice_change_no_figure(tmp_pa
     }
     script = tmp_path / "metric_worker.py"
     script.write_text(METRIC_WORKER)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(script), str(tmp_path), json.dumps(cases)],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1))
     assert (first[1], second[1]) == (len(cases), 0)
-    assert figures_of(*(random_image(k) for k in range(4)))["AP"] > 0.05
+    assert metrics_of(*(random_image(k) for k in range(4)))["AP"] > 0.05
     for name, (figures, truths, classes) in first[0].items():
         images = range(4, 7) if name == "unnamed" else range(4 if name != "none" else 0)
-        assert figures == pytest.approx(figures_of(*(random_image(k) for k in images)))
+        assert figures == pytest.approx(metrics_of(*(random_image(k) for k in images)))
         assert truths == sum(len(random_image(k)[1]["labels"]) for k in images)
         assert second[0][name] == [figures, 0, classes]
 
 
-def test_two_ranks_through_the_command_line_share_one_folder_and_one_run(workplace):
+def test_two_ranks_share_one_folder_and_one_mlflow_run(workplace):
     options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "yolo_lightning", "fit", *QUICK, *TINY, *options],
         cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
     (folder,) = (workplace / "outputs/quickstart").iterdir()
     assert (folder / "checkpoints/best.ckpt").is_file()
     assert (folder / "resolved.yaml").is_file()
@@ -199,11 +200,11 @@ def test_two_ranks_through_the_command_line_share_one_folder_and_one_run(workpla
     store.close()
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(workplace):
+def test_batch_size_must_be_divisible_by_the_ranks(workplace):
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.detection_batch_size=3"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "yolo_lightning", "fit", *QUICK, *TINY, *options],
         cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    assert done.returncode != 0
-    assert "3 images cannot be shared equally by 2 ranks" in done.stderr
+    assert result.returncode != 0
+    assert "3 images cannot be shared equally by 2 ranks" in result.stderr

@@ -1,4 +1,4 @@
-"""A resumed run reads the samples and has the losses of one that never stopped, bit for bit."""
+"""A resumed training has the same samples and losses as an uninterrupted one, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ STEPS_PER_EPOCH = 6
 
 
 class Diary(pl.Callback):
-    """Write down what every step saw: step, kind, size, sample ids, the loss's bits."""
+    """Record each step: number, batch type, image size, sample ids, bits of the loss."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, ...]] = []
@@ -83,11 +83,11 @@ def train(folder: Path, epochs: int, workers: int = 0, ckpt: Path | None = None)
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> tuple[Path, Diary]:
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     return folder, train(folder, epochs=3)
 
 
-def test_the_uninterrupted_run_alternates_and_changes_size(uninterrupted):
+def test_uninterrupted_run_alternates_and_changes_size(uninterrupted):
     _, diary = uninterrupted
     assert [step for step, *_ in diary.steps] == list(range(18))
     kinds = [kind[0] for _, kind, *_ in diary.steps]
@@ -99,14 +99,14 @@ def test_the_uninterrupted_run_alternates_and_changes_size(uninterrupted):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", ["step=3", "step=6", "epoch-epoch=0", "step=8", "step=17"])
-def test_resuming_equals_never_stopping(uninterrupted, tmp_path, name, workers):
+def test_resumed_steps_equal_uninterrupted_ones(uninterrupted, tmp_path, name, workers):
     folder, diary = uninterrupted
     resumed = train(tmp_path, epochs=3, workers=workers, ckpt=folder / f"{name}.ckpt")
-    done = 6 if "epoch" in name else int(name.split("=")[1])
-    assert resumed.steps == diary.steps[done:]
+    first_step = 6 if "epoch" in name else int(name.split("=")[1])
+    assert resumed.steps == diary.steps[first_step:]
 
 
-def test_more_epochs_can_be_added(uninterrupted, tmp_path):
+def test_training_can_be_extended_by_an_epoch(uninterrupted, tmp_path):
     folder, _ = uninterrupted
     resumed = train(tmp_path, epochs=4, ckpt=folder / "epoch-epoch=2.ckpt")
     assert [step for step, *_ in resumed.steps] == list(range(18, 24))

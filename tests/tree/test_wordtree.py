@@ -31,7 +31,7 @@ def test_probabilities_equal_brute_force(tree, seed):
 def test_descent_equals_brute_force(tree, seed, threshold):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(3, len(tree), generator=generator, dtype=torch.float64)
-    nodes, probs = tree.most_specific(logits, threshold)
+    nodes, probs = tree.most_specific_nodes(logits, threshold)
     for k, row in enumerate(logits):
         absolute = absolute_by_hand(tree, row)
         at = -1
@@ -45,14 +45,14 @@ def test_descent_equals_brute_force(tree, seed, threshold):
         assert probs[k] == pytest.approx(absolute[at])
 
 
-def test_groups_200_apart_lose_no_digits():
+def test_groups_with_very_different_logits_lose_no_precision():
     tree = WordTree([("a", "-", "a"), ("b", "-", "b"), ("c", "a", "c"), ("d", "a", "d")])
     logits = torch.tensor([200.0, 199.0, -200.0, -201.0])
     same = torch.tensor([1.0, 0.0, 1.0, 0.0])
     torch.testing.assert_close(tree.log_softmax(logits), tree.log_softmax(same))
 
 
-def test_a_group_of_one_is_certain_and_learns_nothing():
+def test_a_group_of_one_node_has_probability_one_and_no_gradient():
     tree = WordTree([("a", "-", "a"), ("b", "a", "b"), ("c", "-", "c")])
     logits = torch.tensor([[0.3, 5.0, -1.0]], requires_grad=True)
     tree.path_loss(logits, torch.tensor([1])).sum().backward()
@@ -62,14 +62,14 @@ def test_a_group_of_one_is_certain_and_learns_nothing():
 
 
 def test_flat_list_is_a_softmax():
-    tree = WordTree.flat(["apple", "banana", "orange"])
+    tree = WordTree.from_names(["apple", "banana", "orange"])
     logits = torch.randn(5, 3)
     torch.testing.assert_close(tree.log_probs(logits), logits.log_softmax(1))
 
 
-def test_ancestors_and_the_deepest_supervised_one():
-    tree = WordTree.read(REPO / "recipes/trees/shapes.tsv")
-    boxed = torch.tensor([tree.node("right triangle"), tree.node("ring")])
+def test_ancestors_and_the_deepest_ancestor_with_boxes():
+    tree = WordTree.from_file(REPO / "recipes/trees/shapes.tsv")
+    boxed = torch.tensor([tree.find_node("right triangle"), tree.find_node("ring")])
     supervised = tree.ancestors_or_self(boxed)
     names = {tree.names[k] for k in supervised.nonzero().flatten().tolist()}
     assert names == {"right triangle", "triangle", "polygon", "plane figure", "shape", "ring"}
@@ -81,56 +81,56 @@ def test_ancestors_and_the_deepest_supervised_one():
         "right triangle": "right triangle",
     }
     for name, ancestor in expected.items():
-        assert tree.names[deepest[tree.node(name)]] == ancestor
-    assert deepest[tree.node("Latin cross")] == -1
+        assert tree.names[deepest[tree.find_node(name)]] == ancestor
+    assert deepest[tree.find_node("Latin cross")] == -1
 
 
 def test_shapes_tree_has_wordnet_keys_and_depth():
-    tree = WordTree.read(REPO / "recipes/trees/shapes.tsv")
+    tree = WordTree.from_file(REPO / "recipes/trees/shapes.tsv")
     assert len(tree.leaves) == 12
     assert tree.paths.shape[1] >= 3
     assert all(key[0] == "n" and len(key) == 9 and key[1:].isdigit() for key in tree.keys)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("a\t-\tx\na\t-\ty\n", "tree.tsv:2: key 'a' stands in line 1 already"),
-        ("# x\na\tb\tx\nb\ta\ty\n", "tree.tsv:2: node 'a' hangs in a cycle of parents: a under b"),
+        ("a\t-\tx\na\t-\ty\n", "tree.tsv:2: key 'a' was already defined in line 1"),
+        ("# x\na\tb\tx\nb\ta\ty\n", "tree.tsv:2: node 'a' is in a cycle of parents: a under b"),
         ("apple\t-\tx\nb\taple\ty\n", "tree.tsv:2: node 'b' has the unknown parent 'aple'; did"),
         ("a\t-\n", "tree.tsv:1: expected three tab-separated fields"),
         ("# only a comment\n", "has no classes"),
     ],
 )
-def test_malformed_trees_are_refused_by_name(tmp_path: Path, text, said):
+def test_invalid_tree_files_are_named(tmp_path: Path, text, message):
     file = tmp_path / "tree.tsv"
     file.write_text(text)
-    with pytest.raises(InputError, match=said):
-        WordTree.read(file)
+    with pytest.raises(InputError, match=message):
+        WordTree.from_file(file)
 
 
-def test_labels_are_never_guessed():
+def test_unknown_and_ambiguous_labels():
     tree = WordTree([("n1", "-", "crane"), ("n2", "-", "crane"), ("n3", "-", "heron")])
-    assert tree.node("n2") == 1
-    assert tree.node("heron") == 2
+    assert tree.find_node("n2") == 1
+    assert tree.find_node("heron") == 2
     with pytest.raises(InputError, match="ambiguous in the tree; use a key: n1, n2"):
-        tree.node("crane")
+        tree.find_node("crane")
     with pytest.raises(InputError, match=r"a.xml: label 'herron' is not in the tree; did you mean"):
-        tree.node("herron", "a.xml")
+        tree.find_node("herron", "a.xml")
     with pytest.raises(InputError, match="tree file 'nowhere.tsv' not found"):
-        WordTree.read("nowhere.tsv")
+        WordTree.from_file("nowhere.tsv")
 
 
-def test_path_rows_hold_the_siblings_along_the_path():
+def test_path_siblings():
     tree = WordTree([("a", "-", ""), ("b", "-", ""), ("c", "a", ""), ("d", "a", "")])
-    nodes, levels, on_path = tree.path_rows(torch.tensor([1, 3]))
+    nodes, levels, on_path = tree.path_siblings(torch.tensor([1, 3]))
     assert nodes.tolist() == [[0, 1, -1, -1], [2, 3, 0, 1]]
     assert levels[1].tolist() == [0, 0, 1, 1]
     assert on_path.tolist() == [[False, True, False, False], [False, True, True, False]]
 
 
-def test_a_tree_too_deep_is_refused_before_it_takes_memory():
+def test_a_too_deep_tree_is_rejected_before_it_uses_memory():
     rows = [("k0", "-", "x"), *((f"k{k}", f"k{k - 1}", "x") for k in range(1, 20_000))]
-    with pytest.raises(InputError, match="node 'k200' hangs too deep; allowed: 200 levels"):
+    with pytest.raises(InputError, match="node 'k200' is too deep; allowed: 200 levels"):
         WordTree(rows)
     WordTree(rows[:200])

@@ -1,4 +1,7 @@
-"""Checkpoint files: written whole or not at all, and verified before anything in them is used."""
+"""Durable writing and safe reading of checkpoint files.
+
+Writing: temporary file, fsync, rename, rotate. Reading: verify the archive and the pickle first.
+"""
 
 import contextlib
 import os
@@ -18,116 +21,103 @@ from torch import Tensor
 from yolo_lightning.errors import InputError
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-"""The newest state of a run, and the one before it."""
-
-PART = ".part"
-"""Ends the name of a file that is being written."""
-
-MAX_OPERATIONS = 2_000_000
-"""Of the pickle in a checkpoint, and values in it; a tree of 82,115 nodes takes 820,000."""
+PARTIAL_SUFFIX = ".part"  # of a temporary file that is being written
+MAX_OPERATIONS = 2_000_000  # of a pickle, and values in it; a tree of 82,115 nodes needs 820,000
 
 _MAX_PICKLE_BYTES = 16 << 20
 _MAX_DIRECTORY_BYTES = 8 << 20
 _MAX_BUILDS = 8
 _MAX_LEVELS = 50
 
-_CALLED = re.compile(
+# module and name of the globals in a pickle of plain values and tensors
+_ALLOWED_GLOBALS = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)"
     r"|torch \w+Storage|torch.storage UntypedStorage"
 )
-"""Module and name of what a pickle of plain values and tensors asks for."""
 
+# end records of a zip archive
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint beside its target, force it to the disk, and rename it.
+    """Write a checkpoint durably: to a temporary file in the same folder, fsync, rename.
 
-    Whatever goes wrong, the target is afterwards what it was, and nothing is left beside it.
-
-    Args:
-        checkpoint: plain values and tensors.
-        path: the target; its folder is created.
+    After an error, the target is unchanged and the temporary file is removed.
 
     Raises:
-        OSError: no room, or another fault of the disk.
-        InputError: a value that is not plain, and could not be read back.
+        OSError: the disk is full or fails.
+        InputError: a value could not be read back with ``weights_only=True``.
     """
     target = Path(path)
-    part = target.with_name(target.name + PART)
+    temporary = target.with_name(target.name + PARTIAL_SUFFIX)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as handle:
+        with temporary.open("wb") as handle:
             _save(checkpoint, handle)
             handle.flush()
             os.fsync(handle.fileno())
-        with zipfile.ZipFile(part) as archive:
+        with zipfile.ZipFile(temporary) as archive:
             _check_pickle(_pickle_of(archive))
-        os.replace(part, target)
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
 
 
 def _save(checkpoint: dict[str, Any], handle: Any) -> None:
-    """Save; torch wraps what the file says about a full disk into words about positions."""
+    """Call `torch.save`; raise the `OSError` that PyTorch hides behind a `RuntimeError`."""
     try:
         torch.save(checkpoint, handle)
     except RuntimeError as error:
-        behind: BaseException | None = error
-        while behind is not None and not isinstance(behind, OSError):
-            behind = behind.__context__
-        raise behind or error from None
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk, where the file system can do that."""
+    """Fsync a folder, so that a rename in it is durable, if the file system supports it."""
     with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(number)
+            os.fsync(descriptor)
         finally:
-            os.close(number)
+            os.close(descriptor)
 
 
-def rotate(fresh: Path, last: Path) -> None:
-    """Make a fresh checkpoint the last one, and the last one the previous one beside it.
+def rotate(new: Path, last: Path) -> None:
+    """Rotate checkpoints: last → previous, new → last.
 
-    A checkpoint lies under the last one's name at every moment; on file systems without hard
-    links there is a moment in which only the previous one does.
-
-    Raises:
-        OSError: of the disk; the last one is then where it was, or is the previous one.
+    `last` exists at every moment; on file systems without hard links, only the previous checkpoint
+    exists for a moment, and is left if the disk fails then.
     """
     previous = last.with_name(PREVIOUS)
-    spare = previous.with_name(previous.name + PART)
+    link = previous.with_name(previous.name + PARTIAL_SUFFIX)
     if last.is_file():
         try:
-            spare.unlink(missing_ok=True)
-            os.link(last, spare)
-            os.replace(spare, previous)
+            link.unlink(missing_ok=True)
+            os.link(last, link)
+            os.replace(link, previous)
         except OSError:
             os.replace(last, previous)
         finally:
             with contextlib.suppress(OSError):
-                spare.unlink(missing_ok=True)  # renaming onto itself leaves both names
-    os.replace(fresh, last)
+                link.unlink(missing_ok=True)  # replacing a hard link of the same file keeps both
+    os.replace(new, last)
     _sync_folder(last.parent)
 
 
 def verify(path: str | Path) -> None:
-    """Read a checkpoint's file to its end, and refuse one that is not what was written.
+    """Read a checkpoint file to its end and check archive, CRC-32 checksums and pickle.
 
-    The archive has to be complete, its records uncompressed and equal to their checksums
-    (CRC-32), and its pickle may ask for nothing but tensors. Nothing in it is executed, and no
-    more memory is taken than the pickle is long.
+    Nothing is executed, and no more memory is needed than the size of the pickle.
 
     Raises:
-        InputError: names the file and what is wrong with it.
+        InputError: the file is missing, damaged, or not a checkpoint.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -149,26 +139,22 @@ def verify(path: str | Path) -> None:
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint's file holds, verified, on the CPU.
-
-    Raises:
-        InputError: see `verify`; also a tensor larger than its data, or too many values.
-    """
+    """Verify a checkpoint file, load it on the CPU, and check its values."""
     verify(path)
     try:
-        held: dict[str, Any] = torch.load(
+        content: dict[str, Any] = torch.load(
             Path(path).expanduser(), map_location="cpu", weights_only=True
         )
-        _check_values(held)
+        _check_values(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:
         raise InputError(f"{path}: not a checkpoint of this program ({_reason(error)})") from None
-    return held
+    return content
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error; what torch says about pickles is no help to anyone."""
+    """Return the first line of an error, without PyTorch's advice on `weights_only`."""
     first = (str(error).splitlines() or [""])[0].strip()
     if not first or first.startswith("Weights only load failed"):
         return f"its pickle is malformed: {type(error).__name__}"
@@ -176,171 +162,163 @@ def _reason(error: Exception) -> str:
 
 
 def _check_directory(handle: Any, size: int) -> None:
-    """Refuse an archive that does not end in its directory, or with one too long to be read."""
-    cut = InputError("damaged (cut short, or something follows its end)")
+    """Check that the archive ends with its central directory, of limited size."""
+    truncated = InputError("damaged (truncated, or followed by other data)")
     if size < _END.size:
-        raise cut
+        raise truncated
     handle.seek(max(0, size - _END.size - _LOCATOR.size - _END64.size))
     tail = handle.read()
-    mark, _, _, _, _, length, start, comment = _END.unpack(tail[-_END.size :])
+    signature, _, _, _, _, length, start, comment = _END.unpack(tail[-_END.size :])
     end = size - _END.size
-    if mark != b"PK\x05\x06" or comment:
-        raise cut
+    if signature != b"PK\x05\x06" or comment:
+        raise truncated
     locator = tail[-_END.size - _LOCATOR.size : -_END.size]
     if locator[:4] == b"PK\x06\x07":
         end -= _LOCATOR.size + _END64.size
-        place = _LOCATOR.unpack(locator)[2]
-        if place != end or tail[:4] != b"PK\x06\x06":
-            raise cut
+        offset = _LOCATOR.unpack(locator)[2]
+        if offset != end or tail[:4] != b"PK\x06\x06":
+            raise truncated
         *_, length, start = _END64.unpack(tail[: _END64.size])
     if start + length != end:
-        raise cut
+        raise truncated
     if length > _MAX_DIRECTORY_BYTES:
         raise InputError(f"a directory of {length:,} bytes; allowed: {_MAX_DIRECTORY_BYTES:,}")
 
 
 def _check_records(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse records that are compressed, outside the one folder, or unlike their checksums."""
+    """Check that records are uncompressed, in one folder, unique, and equal to their checksums."""
     records = archive.infolist()
     folder = records[0].filename.split("/")[0] if records else ""
     for record in records:
-        shown = repr(record.filename[:60])
-        plain = record.compress_type == zipfile.ZIP_STORED and not record.flag_bits & 1
-        if not plain or record.file_size != record.compress_size:
-            raise InputError(f"record {shown} is compressed; allowed: stored")
-        own = record.filename == record.orig_filename and record.filename.isascii()
-        if not own or not record.filename.startswith(f"{folder}/"):
-            raise InputError(f"record {shown} lies outside {folder[:60]!r}")
+        name = repr(record.filename[:60])
+        stored = record.compress_type == zipfile.ZIP_STORED and not record.flag_bits & 1
+        if not stored or record.file_size != record.compress_size:
+            raise InputError(f"record {name} is compressed; allowed: stored")
+        valid_name = record.filename == record.orig_filename and record.filename.isascii()
+        if not valid_name or not record.filename.startswith(f"{folder}/"):
+            raise InputError(f"record {name} is outside {folder[:60]!r}")
     if len({record.filename.lower() for record in records}) < len(records):
-        raise InputError("a record twice")
+        raise InputError("duplicate records")
     total = sum(record.file_size for record in records)
     if total > size:
         raise InputError(f"records of {total:,} bytes in a file of {size:,}")
     for record in records:
         with archive.open(record) as stream:
-            while stream.read(1 << 20):  # compares with the checksum at the end
+            while stream.read(1 << 20):  # the end of the stream checks the CRC-32
                 pass
 
 
 def _pickle_of(archive: zipfile.ZipFile) -> bytes:
-    """Return the pickle: all values but the tensors' data."""
-    found = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
-    if len(found) != 1:
-        raise InputError(f"not a checkpoint of this program ({len(found)} records data.pkl)")
-    if found[0].file_size > _MAX_PICKLE_BYTES:
-        raise InputError(
-            f"a pickle of {found[0].file_size:,} bytes; allowed: {_MAX_PICKLE_BYTES:,}"
-        )
-    return archive.read(found[0])
+    """Return the pickle, which contains everything except the data of the tensors."""
+    records = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
+    if len(records) != 1:
+        raise InputError(f"not a checkpoint of this program ({len(records)} records data.pkl)")
+    size = records[0].file_size
+    if size > _MAX_PICKLE_BYTES:
+        raise InputError(f"a pickle of {size:,} bytes; allowed: {_MAX_PICKLE_BYTES:,}")
+    return archive.read(records[0])
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """Refuse a pickle that asks for more than tensors and empty dicts; executes nothing.
-
-    Operations are counted, since a byte can ask for an object of 200; calls take nothing that
-    could be copied over and over.
-    """
-    builds, latest = 0, ("", "")
+    """Check, without executing it, that a pickle only creates plain values and tensors."""
+    # operations are limited, since one byte can create an object of 200 bytes; calls may not take
+    # arguments that could be copied repeatedly
+    builds, previous = 0, ("", "")
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
         name = operation.name
         if number >= MAX_OPERATIONS:
             raise InputError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
-        if name in ("GLOBAL", "INST") and not _CALLED.fullmatch(str(argument)):
-            asked = ".".join(str(argument).split(" ", 1))[:80]
-            raise InputError(f"refused: it asks for {asked}; allowed: plain values and tensors")
-        arguments = latest[1] == "EMPTY_TUPLE" or (
-            latest[1] in ("TUPLE", "TUPLE3") and latest[0] == "REDUCE"
+        if name in ("GLOBAL", "INST") and not _ALLOWED_GLOBALS.fullmatch(str(argument)):
+            global_name = ".".join(str(argument).split(" ", 1))[:80]
+            raise InputError(
+                f"rejected: its pickle uses {global_name}; allowed: plain values and tensors"
+            )
+        arguments = previous[1] == "EMPTY_TUPLE" or (
+            previous[1] in ("TUPLE", "TUPLE3") and previous[0] == "REDUCE"
         )
         builds += name == "BUILD"
         if (name == "REDUCE" and not arguments) or builds > _MAX_BUILDS:
-            raise InputError("refused: its pickle does more than hold plain values and tensors")
+            raise InputError("rejected: its pickle does more than store plain values and tensors")
         if name not in ("BINPUT", "LONG_BINPUT"):
-            latest = (latest[1], name)
+            previous = (previous[1], name)
 
 
-def _check_values(held: Any) -> None:
-    """Refuse values that are not plain, and tensors that claim more than they hold."""
-    if not isinstance(held, dict):
+def _check_values(content: Any) -> None:
+    """Check that all values are plain, and that tensors are not larger than their storage."""
+    if not isinstance(content, dict):
         raise InputError("not a checkpoint of this program (no dict)")
-    todo: list[tuple[Any, int]] = [(held, 0)]
-    left = MAX_OPERATIONS
-    while todo:
-        value, depth = todo.pop()
+    stack: list[tuple[Any, int]] = [(content, 0)]
+    remaining = MAX_OPERATIONS
+    while stack:
+        value, depth = stack.pop()
         if isinstance(value, Tensor):
             bytes_needed = value.numel() * value.element_size()
             if value.layout != torch.strided or bytes_needed > value.untyped_storage().nbytes():
-                raise InputError(f"a tensor of shape {list(value.shape)} on less data than that")
+                raise InputError(f"a tensor of shape {list(value.shape)} with less data")
         elif isinstance(value, dict | list | tuple):
-            inside = [*value, *value.values()] if isinstance(value, dict) else value
-            left -= len(inside)
-            if left >= 0:  # before they are laid out: lists may hold each other
-                todo.extend((part, depth + 1) for part in inside)
+            children = [*value, *value.values()] if isinstance(value, dict) else value
+            remaining -= len(children)
+            if remaining >= 0:  # before adding them: nested lists can be shared many times
+                stack.extend((child, depth + 1) for child in children)
         elif isinstance(value, str):
-            left -= len(value) // 100
+            remaining -= len(value) // 100
         elif not isinstance(value, bool | int | float | None):
             raise InputError(f"a value of type {type(value).__name__}; allowed: plain ones")
-        if left < 0 or depth > _MAX_LEVELS:
+        if remaining < 0 or depth > _MAX_LEVELS:
             raise InputError(
                 f"more than {MAX_OPERATIONS:,} values, or more than {_MAX_LEVELS} levels of them"
             )
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's writer and reader of checkpoints, made to outlive full disks and power cuts.
+    """Lightning's checkpoint plugin with durable writing and safe reading.
 
-    A checkpoint that the disk does not take costs no training: what lay under its name stays, a
-    warning says so once, and the next one is tried in its turn. `LastCheckpoint` looks at
-    `problem`, and does end a training whose last state could not be saved. A `ModelCheckpoint`
-    ranks a checkpoint that could not be written as if it were there; what it would have removed
-    for it stays.
+    A write error does not end the training: the existing file stays, a warning is logged once, and
+    the next checkpoint is tried. `LastCheckpoint` reads `last_error` and fails if the final state
+    could not be saved. `ModelCheckpoint` ranks a checkpoint that could not be written as if it
+    existed, but the checkpoint that it replaces is kept. URLs are passed to Lightning.
 
-    Addresses with ``://`` go Lightning's own way.
-
-    Attributes:
-        problem: why the newest checkpoint could not be written, None where it was.
-
-    Deviation: Lightning builds the whole file in memory, writes it into the folder for temporary
-    files, and moves it; where that is another file system, a full disk ends in half a file under
-    the checkpoint's name.
+    Deviation: Lightning builds the file in memory, writes it to the system's temporary folder, and
+    moves it; if that is another file system, a full disk leaves a truncated checkpoint.
     """
 
-    problem: str | None = None
+    last_error: str | None = None  # why the newest checkpoint could not be written
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint, or say why not; called on rank 0."""
+        """Write a checkpoint on rank 0; log a warning on a write error."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        known = self.problem is not None
+        warned = self.last_error is not None
         try:
             write_checkpoint(checkpoint, path)
         except OSError as error:
-            self.problem = f"{str(path).removesuffix(PART)}: {error.strerror or error}"
-            if not known:
+            self.last_error = f"{str(path).removesuffix(PARTIAL_SUFFIX)}: {error.strerror or error}"
+            if not warned:
                 rank_zero_warn(
-                    f"checkpoint not written, {self.problem}; training goes on, what lay there "
-                    "stays, and the next one will be tried"
+                    f"checkpoint not written, {self.last_error}; training continues, the existing "
+                    "file is kept, and the next checkpoint will be tried"
                 )
             return
-        self.problem = None
+        self.last_error = None
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return what a checkpoint holds, verified; plain values and tensors, whatever is asked."""
+        """Verify and load a checkpoint, always with ``weights_only=True``."""
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
         return load_file(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, unless the one that takes its place could not be written."""
-        if self.problem is None:
+        """Remove a checkpoint, unless its replacement could not be written."""
+        if self.last_error is None:
             super().remove_checkpoint(path)
 
 
-def write_durably(trainer: pl.Trainer) -> None:
-    """Let a trainer write all its checkpoints durably; a plugin that a recipe names stays."""
+def use_durable_io(trainer: pl.Trainer) -> None:
+    """Install `DurableCheckpointIO`, unless the recipe sets another plugin."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()

@@ -1,4 +1,4 @@
-"""Starting from weights: Darknet's or a checkpoint's, with a report of what went where."""
+"""Loading pretrained weights of Darknet or of a checkpoint, with a report."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,195 +9,195 @@ import torch
 from torch import Tensor, nn
 
 from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
-from yolo_lightning.darknet.files import WeightsReader, blocks_of, read_weights, tensors_of
+from yolo_lightning.darknet.weights import WeightsReader, conv_blocks, conv_tensors, read_weights
 from yolo_lightning.errors import InputError
+from yolo_lightning.models.layers import CustomBackbone
 from yolo_lightning.models.networks import Classifier, ConvBlock, YOLOv2
 from yolo_lightning.tree.wordtree import WordTree
 
+# dimension of the tree nodes in each tensor of the class predictor
 _CLASS_ROWS = {"class_weight": 1, "class_bias": 1, "class_conv.weight": 0, "class_conv.bias": 0}
-"""Along which dimension a tensor holds a row a node."""
 
 
 @dataclass
-class Report:
-    """What became of pretrained weights.
-
-    Attributes:
-        source: the file.
-        loaded, fresh, left_over: parts of the network, and of the file, a phrase each.
-        loaded_values, values: numbers that the network took from the file, and has.
-    """
+class PretrainedReport:
+    """Which weights were loaded."""
 
     source: str
-    loaded: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)  # parts of the network in the file
+    initialized: list[str] = field(default_factory=list)  # parts of the network not in the file
+    unused: list[str] = field(default_factory=list)  # parts of the file not in the network
     loaded_values: int = 0
-    values: int = 0
+    total_values: int = 0  # of the network
 
     def __str__(self) -> str:
-        """Return a few lines for a person."""
+        """Format the report as lines of text."""
         lines = [f"pretrained: {self.source}"]
-        share = f"{self.loaded_values:,} of the network's {self.values:,} values"
+        share = f"{self.loaded_values:,} of the network's {self.total_values:,} values"
         for title, parts in (
             ("loaded", [share, *self.loaded]),
-            ("fresh", self.fresh or ["nothing"]),
-            ("left over", self.left_over or ["nothing"]),
+            ("initialized", self.initialized or ["nothing"]),
+            ("unused", self.unused or ["nothing"]),
         ):
-            lines.append(f"  {title:<11}{'; '.join(parts)}")
+            lines.append(f"  {title:<13}{'; '.join(parts)}")
         return "\n".join(lines)
 
 
 def load_pretrained(
-    network: YOLOv2 | Classifier, tree: WordTree, path: str | Path, backbone_length: int
-) -> Report:
-    """Fill a network with whatever of a file fits it.
+    network: YOLOv2 | Classifier, tree: WordTree, path: str | Path, num_backbone_layers: int
+) -> PretrainedReport:
+    """Load all weights of a file that fit a network.
 
-    Layers are taken from the image on, up to the first one that differs. Class rows are taken by
-    node key, so that what is known of a class outlives a new tree; they need every layer before
-    them.
+    Layers are loaded in order up to the first one that differs. If all layers are loaded, the rows
+    of the class predictor are loaded by node key, also from a different tree.
 
     Args:
-        network: filled in place.
+        network: modified in place.
         tree: of the network.
-        path: a Darknet `.weights` file, or one of our checkpoints; of a run that averaged its
-            weights, the averaged ones.
-        backbone_length: how many of the network's layers are its backbone.
+        path: a Darknet `.weights` file or a checkpoint; averaged weights are preferred.
+        num_backbone_layers: number of layers of the backbone.
 
     Raises:
-        InputError: no such file, or nothing in it fits.
+        InputError: the file does not exist, or nothing in it fits.
     """
     if not Path(path).expanduser().is_file():
         raise InputError(
             f"model.pretrained {str(path)!r} not found (working folder: {Path.cwd()}); "
             "null starts from random weights"
         )
-    report = Report(str(path), values=sum(t.numel() for t in _learned(network).values()))
+    total = sum(tensor.numel() for tensor in _weights(network).values())
+    report = PretrainedReport(str(path), total_values=total)
     if is_checkpoint(path):
         _from_checkpoint(network, tree, path, report)
     else:
-        _from_darknet(network, path, backbone_length, report)
+        _from_darknet(network, path, num_backbone_layers, report)
     if not report.loaded_values:
         raise InputError(f"model.pretrained {str(path)!r}: nothing in it fits; {report}")
     return report
 
 
-def _learned(network: nn.Module) -> dict[str, Tensor]:
-    """Return what a network learns, running statistics included."""
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and running statistics, without the anchors."""
     state = network.state_dict()
     return {k: v for k, v in state.items() if k != "anchors_wh_cell" and v.is_floating_point()}
 
 
 @torch.no_grad()
 def _from_checkpoint(
-    network: YOLOv2 | Classifier, tree: WordTree, path: str | Path, report: Report
+    network: YOLOv2 | Classifier, tree: WordTree, path: str | Path, report: PretrainedReport
 ) -> None:
     checkpoint = read_checkpoint(path)
     prefix = "network."
-    theirs = {
+    saved = {
         k.removeprefix(prefix): v
         for k, v in checkpoint["state_dict"].items()
         if k.startswith(prefix)
     }
-    own = _learned(network)
-    taken: set[str] = set()
+    target = _weights(network)
+    used: set[str] = set()
 
-    def take(names: Iterable[str]) -> None:
+    def copy(names: Iterable[str]) -> None:
         for name in names:
-            own[name].copy_(theirs[name])
-            taken.add(name)
-            report.loaded_values += own[name].numel()
+            target[name].copy_(saved[name])
+            used.add(name)
+            report.loaded_values += target[name].numel()
 
     loaded: list[int] = []
-    fresh: list[int] = []
-    # a checkpoint that was imported from partial weights holds nothing learned from there on
-    filled = checkpoint.get("darknet", {}).get("fresh_from", 10**6)
-    theirs = {name: value for name, value in theirs.items() if _layer_of(name) < filled}
-    for number, _ in blocks_of(network.body):
-        names = [name for name in own if name.startswith(f"body.{number}.")]
-        if not fresh and all(n in theirs and theirs[n].shape == own[n].shape for n in names):
-            take(names)
+    initialized: list[int] = []
+    # a checkpoint that was imported from partial weights has no trained layers from there on
+    first_missing = checkpoint.get("darknet", {}).get("first_missing_layer", 10**6)
+    saved = {name: value for name, value in saved.items() if _layer_of(name) < first_missing}
+    for number in sorted({_layer_of(name) for name in target if name.startswith("body.")}):
+        names = [name for name in target if name.startswith(f"body.{number}.")]
+        if not initialized and all(n in saved and saved[n].shape == target[n].shape for n in names):
+            copy(names)
             loaded.append(number)
         else:
-            fresh.append(number)
-    _say_layers(report, loaded, fresh)
+            initialized.append(number)
+    _report_layers(report, loaded, initialized)
     if isinstance(network, YOLOv2):
         boxes = ["box_conv.weight", "box_conv.bias"]
-        fits = all(name in theirs and theirs[name].shape == own[name].shape for name in boxes)
-        if fits and not fresh:
-            take(boxes)
+        fits = all(name in saved and saved[name].shape == target[name].shape for name in boxes)
+        if fits and not initialized:
+            copy(boxes)
             report.loaded.append("boxes and objectness")
         else:
-            report.fresh.append("boxes and objectness")
-    their_tree = WordTree.of(checkpoint["hyper_parameters"]["tree"])
-    rows = [name for name in own if name in _CLASS_ROWS]
-    taken |= _take_rows(own, theirs, rows, tree, their_tree, bool(fresh), report)
+            report.initialized.append("boxes and objectness")
+    saved_tree = WordTree.from_source(checkpoint["hyper_parameters"]["tree"])
+    rows = [name for name in target if name in _CLASS_ROWS]
+    used |= _copy_class_rows(target, saved, rows, tree, saved_tree, bool(initialized), report)
     unused = [
         name
-        for name, value in theirs.items()
-        if name not in taken and name != "anchors_wh_cell" and value.is_floating_point()
+        for name, value in saved.items()
+        if name not in used and name != "anchors_wh_cell" and value.is_floating_point()
     ]
     if unused:
-        values = sum(theirs[name].numel() for name in unused)
-        report.left_over.append(f"{values:,} values: {', '.join(_parts(unused))}")
+        values = sum(saved[name].numel() for name in unused)
+        report.unused.append(f"{values:,} values: {', '.join(_layer_names(unused))}")
 
 
 def _layer_of(name: str) -> int:
-    """Return the number of the layer that a tensor belongs to; the last convolution comes last."""
+    """Return the layer number of a tensor; the last convolution has a large one."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "body" else 10**6 - 1
 
 
-def _take_rows(
-    own: dict[str, Tensor],
-    theirs: dict[str, Tensor],
+def _copy_class_rows(
+    target: dict[str, Tensor],
+    saved: dict[str, Tensor],
     names: list[str],
     tree: WordTree,
-    their_tree: WordTree,
-    broken: bool,
-    report: Report,
+    saved_tree: WordTree,
+    layers_missing: bool,
+    report: PretrainedReport,
 ) -> set[str]:
-    """Carry class rows over by node key."""
-    index = {key: number for number, key in enumerate(their_tree.keys)}
+    """Copy the rows of the class predictor by node key; return the names of the tensors."""
+    index = {key: number for number, key in enumerate(saved_tree.keys)}
     pairs = [(node, index[key]) for node, key in enumerate(tree.keys) if key in index]
     fits = all(
-        name in theirs
-        and theirs[name].movedim(_CLASS_ROWS[name], 0).shape[1:]
-        == own[name].movedim(_CLASS_ROWS[name], 0).shape[1:]
+        name in saved
+        and saved[name].movedim(_CLASS_ROWS[name], 0).shape[1:]
+        == target[name].movedim(_CLASS_ROWS[name], 0).shape[1:]
         for name in names
     )
-    if broken or not fits or not pairs:
-        report.fresh.append(f"all {len(tree)} classes")
+    if layers_missing or not fits or not pairs:
+        report.initialized.append(f"all {len(tree)} classes")
         return set()
-    to, source = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    targets, sources = (torch.tensor(side) for side in zip(*pairs, strict=True))
     for name in names:
-        rows = own[name].movedim(_CLASS_ROWS[name], 0)
-        picked = theirs[name].movedim(_CLASS_ROWS[name], 0)[source]
-        rows[to] = picked
-        report.loaded_values += picked.numel()
+        rows = target[name].movedim(_CLASS_ROWS[name], 0)
+        values = saved[name].movedim(_CLASS_ROWS[name], 0)[sources]
+        rows[targets] = values
+        report.loaded_values += values.numel()
     report.loaded.append(f"{len(pairs)} of {len(tree)} classes, by key")
-    known = set(index)
-    new = [key for key in tree.keys if key not in known]
-    if new:
-        report.fresh.append(f"{len(new)} classes ({_some(new)})")
-    own_keys = set(tree.keys)
-    gone = [key for key in their_tree.keys if key not in own_keys]
-    if gone:
-        report.left_over.append(f"{len(gone)} classes ({_some(gone)})")
+    added = [key for key in tree.keys if key not in index]
+    if added:
+        report.initialized.append(f"{len(added)} classes ({_first_keys(added)})")
+    keys = set(tree.keys)
+    removed = [key for key in saved_tree.keys if key not in keys]
+    if removed:
+        report.unused.append(f"{len(removed)} classes ({_first_keys(removed)})")
     return set(names)
 
 
 def _from_darknet(
-    network: YOLOv2 | Classifier, path: str | Path, backbone_length: int, report: Report
+    network: YOLOv2 | Classifier,
+    path: str | Path,
+    num_backbone_layers: int,
+    report: PretrainedReport,
 ) -> None:
-    """Fill as much as the file's length proves to be there.
+    """Load the layers that the length of the file implies.
 
-    A file says nothing about its layers. It may hold the whole network, end between two layers, or
-    hold a body or a backbone and the 1x1 convolution to classes (and boxes) that stood on it.
+    The file does not describe its layers. It may contain the whole network, the first layers, or
+    the body or backbone followed by another 1x1 convolution to classes (and boxes).
     """
+    if isinstance(network.body.layers[0], CustomBackbone):
+        raise InputError(
+            f"model.pretrained {path}: Darknet weights cannot be loaded into a custom backbone"
+        )
     weights = read_weights(path)
-    blocks = blocks_of(network.body)
-    backbone = [(k, block) for k, block in blocks if k < backbone_length]
+    blocks = conv_blocks(network.body)
+    backbone = [(k, block) for k, block in blocks if k < num_backbone_layers]
     last = last_conv(network)
     ends = np.cumsum([_size(block) for _, block in blocks]).tolist()
     count = len(weights.values)
@@ -215,8 +215,8 @@ def _from_darknet(
         raise InputError(
             f"model.pretrained {path}: {len(weights.values):,} values; the network has "
             f"{sum(_size(b) for _, b in blocks) + sum(t.numel() for t in last):,}, "
-            f"{', '.join(sizes)}, and what follows those is no 1x1 convolution; for another "
-            "network, `yolo-lightning darknet import` takes its .cfg"
+            f"{', '.join(sizes)}, and the values after those are no 1x1 convolution; for another "
+            "network, use `yolo-lightning darknet import` with its .cfg file"
         )
     reader = WeightsReader(weights)
     for _, block in part:
@@ -224,20 +224,20 @@ def _from_darknet(
     if whole:
         fill_last_conv(network, reader)
     report.loaded_values = reader.position
-    _say_layers(report, [k for k, _ in part], [k for k, _ in blocks[len(part) :]])
+    _report_layers(report, [k for k, _ in part], [k for k, _ in blocks[len(part) :]])
     rest_name = "classes" if isinstance(network, Classifier) else "boxes, objectness and classes"
-    (report.loaded if whole else report.fresh).append(rest_name)
+    (report.loaded if whole else report.initialized).append(rest_name)
     if reader.remaining:
         outputs = reader.remaining // (width + 1)
-        report.left_over.append(
+        report.unused.append(
             f"{reader.remaining:,} values: a 1x1 convolution from {width} to {outputs} channels"
         )
 
 
 def last_conv(network: YOLOv2 | Classifier) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of the last 1x1 convolution as Darknet has them, (N, C, 1, 1), (N,).
+    """Return weight (N, C, 1, 1) and bias (N,) of the last 1x1 convolution in Darknet's order.
 
-    Anchor by anchor: x, y, w, h, objectness, classes.
+    For each anchor: x, y, w, h, objectness, classes.
     """
     if isinstance(network, Classifier):
         assert network.class_conv.bias is not None
@@ -252,7 +252,7 @@ def last_conv(network: YOLOv2 | Classifier) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fill_last_conv(network: YOLOv2 | Classifier, reader: WeightsReader) -> None:
-    """Fill the last 1x1 convolution from a `.weights` file: bias, then kernels."""
+    """Load the last 1x1 convolution from a `.weights` file: bias, then weight."""
     weight, bias = (t.shape for t in last_conv(network))
     new_bias = reader.take(bias)
     new_weight = reader.take(weight)
@@ -272,18 +272,17 @@ def fill_last_conv(network: YOLOv2 | Classifier, reader: WeightsReader) -> None:
 
 
 def _size(block: ConvBlock) -> int:
-    return sum(tensor.numel() for tensor in tensors_of(block))
+    return sum(tensor.numel() for tensor in conv_tensors(block))
 
 
-def _say_layers(report: Report, loaded: list[int], fresh: list[int]) -> None:
+def _report_layers(report: PretrainedReport, loaded: list[int], initialized: list[int]) -> None:
     if loaded:
         report.loaded.append(f"layers {loaded[0]} … {loaded[-1]}")
-    if fresh:
-        report.fresh.append(f"layers {fresh[0]} … {fresh[-1]}")
+    if initialized:
+        report.initialized.append(f"layers {initialized[0]} … {initialized[-1]}")
 
 
-def _parts(names: list[str]) -> list[str]:
-    """Return the parts of a network that tensors belong to."""
+def _layer_names(names: list[str]) -> list[str]:
     return list(
         dict.fromkeys(
             f"layer {name.split('.')[1]}" if name.startswith("body.") else name for name in names
@@ -291,5 +290,5 @@ def _parts(names: list[str]) -> list[str]:
     )
 
 
-def _some(keys: list[str]) -> str:
+def _first_keys(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (", …" if len(keys) > 5 else "")

@@ -1,4 +1,4 @@
-"""The recipe parser's complaints, told in one readable message."""
+"""Turn error messages of jsonargparse into one readable message."""
 
 import inspect
 import re
@@ -16,19 +16,21 @@ _NOISE = re.compile(
     r"|Expected a path but)"
 )
 _KEY = re.compile(r"^\"([\w.]+)\":$")
-_STRAY = re.compile(r"(?:does not accept option '|[Uu]nrecognized arguments: --)([\w.]+)")
-_CLASS = re.compile(r"class_path '([\w.]+)\.(\w+)'")
-_OURS = ("yolo_lightning.", "lightning.")
-_TOP = ("seed_everything", "model", "data", "trainer", "ckpt_path")
-_OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
+_UNKNOWN_OPTION = re.compile(
+    r"(?:does not accept option '|[Uu]nrecognized arguments: --)([\w.]+)"
+    r"|Option '([\w.]+)' is not accepted"
+)
+_UNKNOWN_CLASS = re.compile(r"class_path '([\w.]+)\.(\w+)'")
+_HINT_MODULES = ("yolo_lightning.", "lightning.")
+_TOP_LEVEL_KEYS = ("seed_everything", "model", "data", "trainer", "ckpt_path")
 
 
-def readable(message: str, recipes: Sequence[str]) -> str:
-    """Return the key and the reasons, without what the parser says about its own insides.
+def readable_message(message: str, recipes: Sequence[str]) -> str:
+    """Return the key and the reasons of a parser error, without parser internals.
 
     Args:
-        message: the parser's text, nested one level for each type that it tried.
-        recipes: the files that were read, for the names that are allowed.
+        message: of the parser, nested one level for each type that it tried.
+        recipes: paths of the recipes, which are read for the allowed names.
     """
     path: list[str] = []
     reasons: list[str] = []
@@ -41,37 +43,39 @@ def readable(message: str, recipes: Sequence[str]) -> str:
         if key:
             path += key.group(1).split(".")
         elif text and not _NOISE.match(text):
-            reasons.append(_plain(text))
-    said = " ".join(reasons)
-    stray = _STRAY.search(said)
-    option = _OPTION.search(said)
-    if stray or option:
-        path += (stray or option).group(1).split(".")  # type: ignore[union-attr]
-        allowed = _options_at(path[:-1], path[-1], recipes) if path[0] in _TOP else list(_TOP)
-        if path[0] not in _TOP:
-            path = path[:1]
-        hint = nearest(path[-1], allowed)
-        if not hint and allowed:
-            hint = f"allowed: {', '.join(allowed)}"
-        return f"{'.'.join(path)}: no such option{'; ' + hint if hint else ''}"
-    unknown = _CLASS.search(said)
+            reasons.append(_without_python_types(text))
+    joined = " ".join(reasons)
+    option = _UNKNOWN_OPTION.search(joined)
+    if option:
+        return _unknown_option([*path, *(option[1] or option[2]).split(".")], recipes)
+    unknown = _UNKNOWN_CLASS.search(joined)
     if unknown:
-        reasons = [f"no class {'.'.join(unknown.groups())!r}", _classes_near(*unknown.groups())]
+        reasons = [f"no class {'.'.join(unknown.groups())!r}", _class_hint(*unknown.groups())]
         reasons = [reason for reason in reasons if reason]
     reason = "; ".join(dict.fromkeys(reasons)) or message.strip()
     return f"{'.'.join(path)}: {reason}" if path else reason
 
 
-def _plain(text: str) -> str:
-    """Return a reason in the words of YAML instead of Python's types."""
+def _unknown_option(path: list[str], recipes: Sequence[str]) -> str:
+    if path[0] in _TOP_LEVEL_KEYS:
+        allowed = _allowed_options(path[:-1], path[-1], recipes)
+    else:
+        path, allowed = path[:1], list(_TOP_LEVEL_KEYS)
+    hint = nearest(path[-1], allowed)
+    if not hint and allowed:
+        hint = f"allowed: {', '.join(allowed)}"
+    return f"{'.'.join(path)}: no such option{'; ' + hint if hint else ''}"
+
+
+def _without_python_types(text: str) -> str:
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"allowed: \1", text)
     text = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", text)
     return text.replace(". Got value:", "; found:")
 
 
-def _classes_near(module: str, name: str) -> str:
-    """Return a hint at the classes that a module of ours or Lightning's has."""
-    if not module.startswith(_OURS):
+def _class_hint(module: str, name: str) -> str:
+    """Return similar class names of a module of this package or Lightning."""
+    if not module.startswith(_HINT_MODULES):
         return ""
     try:
         return nearest(name, dir(import_module(module)))
@@ -79,37 +83,37 @@ def _classes_near(module: str, name: str) -> str:
         return ""
 
 
-def _options_at(path: Sequence[str], option: str, recipes: Sequence[str]) -> list[str]:
-    """Return the parameters of the class that a recipe names at a key; none where it names none."""
+def _allowed_options(path: Sequence[str], option: str, recipes: Sequence[str]) -> list[str]:
+    """Return the parameters of the class that a recipe names at a key; empty if it names none."""
     if list(path) == ["trainer"]:
         return _parameters("lightning.pytorch.Trainer")
     for recipe in reversed(recipes):
         try:
-            at: Any = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+            value: Any = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             continue
         for key in path:
-            at = at.get("init_args", at) if isinstance(at, dict) else None
-            at = at.get(key) if isinstance(at, dict) else None
-        for item in at if isinstance(at, list) else []:
+            value = value.get("init_args", value) if isinstance(value, dict) else None
+            value = value.get(key) if isinstance(value, dict) else None
+        for item in value if isinstance(value, list) else []:
             if isinstance(item, dict) and option in (item.get("init_args") or {}):
-                at = item
-        name = at.get("class_path") if isinstance(at, dict) else None
-        if isinstance(name, str) and name.startswith(_OURS):
+                value = item
+        name = value.get("class_path") if isinstance(value, dict) else None
+        if isinstance(name, str) and name.startswith(_HINT_MODULES):
             return _parameters(name)
     return []
 
 
 def _parameters(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
-    found = getattr(import_module(module), name, None)
-    if found is None:
+    cls = getattr(import_module(module), name, None)
+    if cls is None:
         return []
-    return [p for p in inspect.signature(found.__init__).parameters if p != "self"]
+    return [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
 
 
-def input_error_behind(error: BaseException | None) -> InputError | None:
-    """Return the `InputError` among the causes of an error, if any."""
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """Return the first `InputError` in the chain of causes of an error, if any."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,4 +1,4 @@
-"""Where runs lie: their folders, their checkpoints, and what is measured of these."""
+"""Run folders: where they are, how they are locked, and which checkpoints they hold."""
 
 import contextlib
 import fcntl
@@ -12,70 +12,91 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
-from yolo_lightning.checkpoints.validation import sound_checkpoint
+from yolo_lightning.checkpoints.validation import resumable_checkpoint
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.journal import FOLDER, RUN_ID_FILE
+from yolo_lightning.tracking.journal import JOURNAL_FOLDER, RUN_ID_FILE
 
 BEST = "best.ckpt"
 _RECORD, _LOCK = "resolved.yaml", ".lock"
 
 
 def rank() -> int:
-    """Return the number of this process among those of a distributed run."""
+    """Return the global rank of this process."""
     return int(getattr(rank_zero_only, "rank", 0) or 0)
 
 
-def root_of(config: Namespace, recipes: Sequence[str]) -> Path:
-    """Return the folder that holds the runs of a recipe."""
+def runs_root(config: Namespace, recipes: Sequence[str]) -> Path:
+    """Return the folder that holds all runs of a recipe."""
     name = Path(recipes[-1]).stem if recipes else "run"
     return Path(config.trainer.default_root_dir or f"outputs/{name}")
 
 
-def folder_of(checkpoint: str | None) -> Path | None:
-    """Return the run folder that a checkpoint lies in, None where it lies elsewhere."""
+def checkpoint_run_folder(checkpoint: str | None) -> Path | None:
+    """Return the run folder that contains a checkpoint; None if it is outside of one."""
     if not checkpoint:
         return None
     folder = Path(checkpoint).parent.parent
     return folder if (folder / _RECORD).is_file() else None
 
 
-def job_of(environment: Mapping[str, str]) -> str | None:
-    """Return what the cluster calls this job, the same each time it starts; None outside of one."""
+def tracked_run_folder(checkpoint: str | None) -> Path | None:
+    """Return the run folder of a checkpoint if it also holds an MLflow run, else None."""
+    folder = Path(checkpoint).parent.parent if checkpoint else None
+    if folder is None or not (
+        (folder / RUN_ID_FILE).is_file() or (folder / JOURNAL_FOLDER).is_dir()
+    ):
+        return None
+    return folder
+
+
+def cluster_job_id(environment: Mapping[str, str]) -> str | None:
+    """Return an id of the SLURM or torchrun job that survives restarts; None outside of a job."""
     if "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment:
         array = environment.get("SLURM_ARRAY_JOB_ID")
         task = environment.get("SLURM_ARRAY_TASK_ID")
         return f"slurm-{array}-{task}" if array else f"slurm-{environment['SLURM_JOB_ID']}"
     name = environment.get("TORCHELASTIC_RUN_ID", "none")
-    # `none` is what torchrun says where nobody gave it a name
+    # torchrun sets `none` if it got no --rdzv-id
     return None if name == "none" else f"torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
 
 
-def newest_state(folder: Path) -> Path | None:
-    """Return the newest sound state to go on from: of one run, or of the runs in a folder.
+def find_resume_checkpoint(folder: Path) -> Path | None:
+    """Return the newest valid checkpoint to resume from, in one run or in a folder of runs.
 
     Raises:
-        InputError: the newest run's states are damaged, both of them.
+        InputError: both checkpoints of the newest run are damaged.
     """
-    found = [
+    checkpoints = [
         path
         for name in (LAST, PREVIOUS)
         for path in (*folder.glob(f"checkpoints/{name}"), *folder.glob(f"*/checkpoints/{name}"))
     ]
-    if not found:
+    if not checkpoints:
         return None
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    return sound_checkpoint(newest.with_name(LAST))
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+    return resumable_checkpoint(newest.with_name(LAST))
 
 
-def run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = None) -> Path:
-    """Return the folder of the run that is resumed, else a fresh one, made on rank 0.
+def find_best_checkpoint(root: Path) -> Path:
+    """Return the best checkpoint of the newest run, or its last one if none was marked as best.
 
-    Args:
-        root: holds the runs of the recipe.
-        checkpoint: to go on from.
-        job_folder: where a cluster's job has its run.
+    Raises:
+        InputError: no run has a checkpoint.
     """
-    resumed = folder_of(checkpoint)
+    for name in (BEST, LAST):
+        found = sorted(root.glob(f"*/checkpoints/{name}"), key=lambda p: p.stat().st_mtime)
+        if found:
+            return found[-1]
+    nested = sorted(str(path) for path in root.rglob(f"checkpoints/{LAST}"))
+    hint = f"pass one of: {', '.join(nested[-4:])}" if nested else "train first"
+    raise InputError(
+        f"no --ckpt_path given, and no run in {str(root)!r} has checkpoints/{BEST}; {hint}"
+    )
+
+
+def prepare_run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = None) -> Path:
+    """Return the folder of the resumed checkpoint, of the job, or a new one; rank 0 creates it."""
+    resumed = checkpoint_run_folder(checkpoint)
     if resumed is not None:
         return resumed
     if job_folder is not None:
@@ -87,7 +108,7 @@ def run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = Non
     while True:
         folder = root / (stamp if number == 1 else f"{stamp}-{number}")
         if rank() != 0:
-            return folder  # only rank 0's is used
+            return folder  # only rank 0 uses it
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -96,46 +117,11 @@ def run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = Non
             return folder
 
 
-_held: list[IO[str]] = []
-
-
-def hold(folder: Path) -> None:
-    """Keep other trainings out of a run's folder until this process ends; on rank 0.
-
-    A lock of the process, which forked loader workers neither share nor outlive.
+def make_numbered_folder(parent: Path, name: str) -> Path:
+    """Create the next free folder of ``name-001``, ``name-002``, … and return it.
 
     Raises:
-        InputError: another process trains there.
-    """
-    if rank() != 0:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("w")
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{folder}: another training is writing there; wait for its end, or leave out "
-            "--resume auto for a run of its own"
-        ) from None
-    except OSError:
-        return  # a file system without locks
-    _held[:] = [lock]
-
-
-def leave(folder: Path) -> None:
-    """Remove a run's folder that nothing was written to."""
-    with contextlib.suppress(OSError):
-        if rank() == 0 and [path.name for path in folder.iterdir()] in ([], [_LOCK]):
-            (folder / _LOCK).unlink(missing_ok=True)
-            folder.rmdir()
-
-
-def numbered_folder(parent: Path, name: str) -> Path:
-    """Make and return a fresh folder: ``name-001``, ``name-002`` and so on.
-
-    Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     number = 1
     while True:
@@ -150,26 +136,36 @@ def numbered_folder(parent: Path, name: str) -> Path:
             return folder
 
 
-def tracked(checkpoint: str | None) -> Path | None:
-    """Return the folder of a checkpoint's run where that is an MLflow run too, else None."""
-    folder = Path(checkpoint).parent.parent if checkpoint else None
-    if folder is None or not ((folder / RUN_ID_FILE).is_file() or (folder / FOLDER).is_dir()):
-        return None
-    return folder
+_locks: list[IO[str]] = []
 
 
-def newest_checkpoint(root: Path) -> Path:
-    """Return the best checkpoint of the newest run.
+def lock(folder: Path) -> None:
+    """Lock a run folder against other trainings until this process ends; rank 0 only.
+
+    The lock belongs to the process: forked loader workers do not inherit it.
 
     Raises:
-        InputError: no run holds one.
+        InputError: another process holds the lock.
     """
-    for name in (BEST, LAST):
-        found = sorted(root.glob(f"*/checkpoints/{name}"), key=lambda p: p.stat().st_mtime)
-        if found:
-            return found[-1]
-    deeper = sorted(str(path) for path in root.rglob(f"checkpoints/{LAST}"))
-    hint = f"name one: {', '.join(deeper[-4:])}" if deeper else "train first"
-    raise InputError(
-        f"no --ckpt_path given, and no run under {str(root)!r} holds checkpoints/{BEST}; {hint}"
-    )
+    if rank() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("w")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another training is writing there; wait until it ends, or omit "
+            "--resume auto to start a new run"
+        ) from None
+    except OSError:
+        return  # the file system does not support locks
+    _locks[:] = [file]
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a run folder that contains nothing but the lock file."""
+    with contextlib.suppress(OSError):
+        if rank() == 0 and [path.name for path in folder.iterdir()] in ([], [_LOCK]):
+            (folder / _LOCK).unlink(missing_ok=True)
+            folder.rmdir()

@@ -1,4 +1,4 @@
-"""What a tree is built from: labels of datasets, hierarchies, mappings."""
+"""Inputs for building a tree: labels of datasets, hierarchies, mappings."""
 
 import csv
 import json
@@ -16,66 +16,68 @@ from yolo_lightning.datamodules.autodetect import (
     label_source,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.tree.build import ENTITY, build, lies_below
-from yolo_lightning.tree.labels import resolve
+from yolo_lightning.tree.build import ENTITY, build_tree, is_below
+from yolo_lightning.tree.labels import resolve_labels
 from yolo_lightning.tree.wordnet import is_wnid, wordnet
 from yolo_lightning.tree.wordtree import WordTree
 
 ALIAS = " | "
 
 
-def labels_in(place: str) -> Counter[str]:
-    """Return the labels of a dataset and how many objects or images have each.
+def count_labels(dataset: str) -> Counter[str]:
+    """Return the number of objects or images per label of a dataset.
 
     Args:
-        place: any layout of images with boxes or labels that is recognised, or the annotations
-            alone: a COCO JSON, a folder with Pascal VOC XML files; or a text with a name a line.
+        dataset: a dataset in a supported layout; or only annotations: a COCO JSON file, a folder
+            with Pascal VOC XML files; or a text file with one name per line.
 
     Raises:
-        InputError: none of these, or one without labels; names file and line where it can.
+        InputError: an unsupported layout, or no labels.
     """
-    path = Path(place).expanduser()
+    path = Path(dataset).expanduser()
     if path.suffix == ".json":
-        found = _labels_of_coco(path)
+        counts = _count_coco_labels(path)
     elif path.suffix in (".yaml", ".yml", ".data"):
-        found = detection_source(place).name_counts()
+        counts = detection_source(dataset).name_counts()
     elif path.suffix in (".csv", ".tsv"):
-        found = label_source(place).name_counts()
+        counts = label_source(dataset).name_counts()
     elif not path.is_dir():
-        found = Counter(read_names(path))
+        counts = Counter(read_names(path))
     else:
-        found = _labels_of_xml(path) or _recognised(place)
-    if not found:
-        raise InputError(f"{place}: no labels; expected class folders with images or VOC XML files")
-    return found
+        counts = _count_xml_labels(path) or _count_folder_labels(dataset)
+    if not counts:
+        raise InputError(
+            f"{dataset}: no labels; expected class folders with images or VOC XML files"
+        )
+    return counts
 
 
-def _recognised(place: str) -> Counter[str]:
-    """Return the labels of a folder as training reads it, with boxes or with labels alone."""
+def _count_folder_labels(dataset: str) -> Counter[str]:
+    """Count the labels of images with boxes or, if the folder has none, of images with labels."""
     try:
-        return detection_source(place).name_counts()
+        return detection_source(dataset).name_counts()
     except AmbiguousLayout:
         raise
     except InputError:
-        pass  # no boxes: labels alone, perhaps
+        pass
     try:
-        return label_source(place).name_counts()
+        return label_source(dataset).name_counts()
     except InputError:
         return Counter()
 
 
-def _labels_of_xml(folder: Path) -> Counter[str]:
-    found: Counter[str] = Counter()
+def _count_xml_labels(folder: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
     for file in folder.rglob("*.xml"):
         try:
             names = [item.findtext("name", "") for item in ET.parse(file).iter("object")]
         except ET.ParseError:
-            continue  # training names it and leaves it out
-        found.update(name.strip() for name in names if name.strip())
-    return found
+            continue  # training reports and skips the file
+        counts.update(name.strip() for name in names if name.strip())
+    return counts
 
 
-def _labels_of_coco(path: Path) -> Counter[str]:
+def _count_coco_labels(path: Path) -> Counter[str]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         names = {item["id"]: str(item["name"]) for item in data["categories"]}
@@ -85,61 +87,58 @@ def _labels_of_coco(path: Path) -> Counter[str]:
     return Counter({name: counts.get(name, 0) for name in names.values()})
 
 
-def read_hierarchy(place: str) -> dict[str, str]:
-    """Return the parent of each class of one's own: a class, a word of WordNet, or ``-``.
+def read_hierarchy(file: str) -> dict[str, str]:
+    """Return the parent of each custom class: a custom class, a word of WordNet, or ``-``.
 
     Args:
-        place: YAML, where what is nested lies below, and ``bengal: domestic cat`` hangs a class
-            under a word; or CSV of child and parent.
+        file: nested YAML, or lines such as ``bengal: domestic cat``; or CSV of child and parent.
 
     Raises:
         InputError: missing, malformed, or a class with two parents; names the line.
     """
-    path = Path(place).expanduser()
+    path = Path(file).expanduser()
     parents: dict[str, str] = {}
     lines: dict[str, int] = {}
-    for line, child, parent in _pairs(path, "hierarchy"):
+    for line, child, parent in _read_pairs(path):
         if not child:
             raise InputError(f"{path}:{line}: expected a class and its parent")
-        if child in parents:
-            same = parents[child] == parent
-            if not same or path.suffix != ".csv":
-                raise InputError(
-                    f"{path}:{line}: {child!r} lies under {_shown(parents[child])} already (line "
-                    f"{lines[child]}), and now under {_shown(parent)}; a class has one parent and "
-                    "stands once: take one of them out"
-                )
+        if child in parents and (parents[child] != parent or path.suffix != ".csv"):
+            raise InputError(
+                f"{path}:{line}: {child!r} has the parent {_format_parent(parent)}, but line "
+                f"{lines[child]} gives it {_format_parent(parents[child])}; a class has one parent "
+                "and one entry: remove one entry"
+            )
         parents[child], lines[child] = parent, line
     if not parents:
-        raise InputError(f"{path}: holds no classes; expected lines such as bengal: domestic cat")
+        raise InputError(f"{path}: contains no classes; expected lines such as bengal: cat")
     for start in parents:
-        _refuse_cycle(start, parents, lines, path)
+        _check_cycle(start, parents, lines, path)
     return parents
 
 
-def _shown(parent: str) -> str:
+def _format_parent(parent: str) -> str:
     return "the top" if parent == "-" else repr(parent)
 
 
-def _refuse_cycle(
+def _check_cycle(
     start: str, parents: Mapping[str, str], lines: Mapping[str, int], path: Path
 ) -> None:
-    way = [start]
-    while way[-1] in parents:
-        way.append(parents[way[-1]])
-        if way[-1] in way[:-1]:
-            last = max(lines[name] for name in way)
+    chain = [start]
+    while chain[-1] in parents:
+        chain.append(parents[chain[-1]])
+        if chain[-1] in chain[:-1]:
+            last = max(lines[name] for name in chain)
             raise InputError(
-                f"{path}:{last}: a cycle of parents: {' under '.join(way)}; give one of them "
+                f"{path}:{last}: a cycle of parents: {' under '.join(chain)}; give one of them "
                 "another parent, or - for the top"
             )
 
 
-def _pairs(path: Path, what: str) -> Iterator[tuple[int, str, str]]:
+def _read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield line, child and parent of a hierarchy."""
-    text = _text(path, what)
+    text = _read_text(path, "hierarchy")
     if path.suffix != ".csv":
-        for line, child, parent in _nested(_composed(text, path), "-", path, 0):
+        for line, child, parent in _nested_pairs(_compose_yaml(text, path), "-", path, 0):
             yield line, child.strip(), parent.strip() or "-"
         return
     for number, row in enumerate(csv.reader(text.splitlines()), start=1):
@@ -150,17 +149,17 @@ def _pairs(path: Path, what: str) -> Iterator[tuple[int, str, str]]:
         yield number, row[0].strip(), row[1].strip() or "-"
 
 
-def _text(path: Path, what: str) -> str:
+def _read_text(path: Path, description: str) -> str:
     if not path.is_file():
-        raise InputError(f"{what} {str(path)!r} not found (working folder: {Path.cwd()})")
+        raise InputError(f"{description} {str(path)!r} not found (working folder: {Path.cwd()})")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
 
-def _composed(text: str, path: Path) -> yaml.Node | None:
-    """Return YAML as nodes, which know their lines and hide no key that stands twice."""
+def _compose_yaml(text: str, path: Path) -> yaml.Node | None:
+    """Return YAML as nodes, which have line numbers and keep duplicate keys."""
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -173,12 +172,12 @@ def _composed(text: str, path: Path) -> yaml.Node | None:
 _MAX_NESTED = 200
 
 
-def _nested(
+def _nested_pairs(
     node: yaml.Node | None, parent: str, path: Path, depth: int
 ) -> Iterator[tuple[int, str, str]]:
     """Yield line, child and parent of nested YAML."""
     if depth > _MAX_NESTED:
-        raise InputError(f"{path}: nested more than {_MAX_NESTED} deep")
+        raise InputError(f"{path}: more than {_MAX_NESTED} levels; allowed: {_MAX_NESTED}")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
@@ -186,28 +185,28 @@ def _nested(
                 yield line, name, str(value.value)  # bengal: domestic cat
             else:
                 yield line, name, parent
-                yield from _nested(value, name, path, depth + 1)
+                yield from _nested_pairs(value, name, path, depth + 1)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             if isinstance(item, yaml.ScalarNode):
                 yield item.start_mark.line + 1, str(item.value), parent
             else:
-                yield from _nested(item, parent, path, depth + 1)
+                yield from _nested_pairs(item, parent, path, depth + 1)
     elif isinstance(node, yaml.ScalarNode) and not depth:
         raise InputError(
-            f"{path}:{node.start_mark.line + 1}: {node.value!r} stands alone; expected a list or "
-            "classes below it"
+            f"{path}:{node.start_mark.line + 1}: found only {node.value!r}; expected a list or "
+            "nested classes"
         )
 
 
-def read_mapping(place: str) -> dict[str, str]:
-    """Return what names mean: lines of ``name: meaning`` (YAML) or ``name,meaning`` (CSV).
+def read_mapping(file: str) -> dict[str, str]:
+    """Return meanings by name, from lines ``name: meaning`` (YAML) or ``name,meaning`` (CSV).
 
     Raises:
         InputError: missing, malformed, or a name with two meanings; names the line.
     """
-    path = Path(place).expanduser()
-    text = _text(path, "mapping")
+    path = Path(file).expanduser()
+    text = _read_text(path, "mapping")
     rows: list[tuple[int, str, str]] = []
     if path.suffix == ".csv":
         for number, row in enumerate(csv.reader(text.splitlines()), start=1):
@@ -218,75 +217,78 @@ def read_mapping(place: str) -> dict[str, str]:
                     )
                 rows.append((number, row[0], row[1]))
     else:
-        top = _composed(text, path)
+        top = _compose_yaml(text, path)
         pairs = top.value if isinstance(top, yaml.MappingNode) else []
         if not pairs or not all(isinstance(value, yaml.ScalarNode) for _, value in pairs):
             raise InputError(f"{path}: expected lines such as mouse: n03793489")
         rows = [(key.start_mark.line + 1, str(key.value), str(v.value)) for key, v in pairs]
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for number, name, meaning in ((n, a.strip(), b.strip()) for n, a, b in rows):
-        if found.get(name, meaning) != meaning:
+        if meanings.get(name, meaning) != meaning:
             raise InputError(
-                f"{path}:{number}: {name!r} means {found[name]!r} already; take one line out"
+                f"{path}:{number}: {name!r} already has the meaning {meanings[name]!r}; remove one "
+                "line"
             )
-        found[name] = meaning
-    return found
+        meanings[name] = meaning
+    return meanings
 
 
-def tree_of(
+def build_class_tree(
     datasets: Mapping[str, Iterable[str]],
     hierarchy: Mapping[str, str] | None = None,
     meanings: Mapping[str, str] | None = None,
     table: str | None = None,
     root: str = ENTITY,
 ) -> WordTree:
-    """Return the tree over the labels of several datasets; equal meanings share a node.
+    """Build the tree of the labels of several datasets; labels of equal meaning share a node.
 
     Args:
-        datasets: labels by the name of the dataset.
-        hierarchy: parents of classes of one's own: another one, a word or wnid, or ``-``.
-        meanings: what names mean, where WordNet knows several things or none.
-        table: of the reviewed meanings, see `resolve`.
+        datasets: labels by dataset.
+        hierarchy: parents of custom classes: a custom class, a word or wnid, or ``-``.
+        meanings: meanings of names that are ambiguous or missing in WordNet.
+        table: a table of reviewed meanings, see `resolve_labels`.
         root: wnid above the tree.
 
     Raises:
-        InputError: names without a meaning, all of them, and whatever `build` refuses.
+        InputError: lists all names without a meaning; also see `build_tree`.
     """
-    own = dict(hierarchy or {})
-    words = {parent for parent in own.values() if parent != "-" and parent not in own}
-    found = resolve(words, meanings, where=lambda word: f"the hierarchy's parent {word!r}")
-    own_parents = {child: found.get(parent, parent) for child, parent in own.items()}
-    keys: dict[str, set[str]] = {}
+    custom = dict(hierarchy or {})
+    words = {parent for parent in custom.values() if parent != "-" and parent not in custom}
+    wnids = resolve_labels(words, meanings, where=lambda word: f"the hierarchy's parent {word!r}")
+    custom_parents = {child: wnids.get(parent, parent) for child, parent in custom.items()}
+    labels_by_key: dict[str, set[str]] = {}
     for dataset, labels in datasets.items():
-        listed = list(labels)
-        place = _places(dataset, listed)
-        meant = {label: label for label in listed if label in own}
-        meant |= resolve(set(listed) - set(own), meanings, table, place, own)
-        for label, key in meant.items():
-            keys.setdefault(key, set()).add(label)
-            if is_wnid(key) and not lies_below(key, root):
+        label_list = list(labels)
+        where = _label_locations(dataset, label_list)
+        keys = {label: label for label in label_list if label in custom}
+        keys |= resolve_labels(set(label_list) - set(custom), meanings, table, where, custom)
+        for label, key in keys.items():
+            labels_by_key.setdefault(key, set()).add(label)
+            if is_wnid(key) and not is_below(key, root):
                 raise InputError(
-                    f"{place(label)}: {label!r} ({wordnet().describe(key)}) shares no root with "
-                    f"the rest: it does not lie below {wordnet().describe(root)}; choose a higher "
-                    "--root, or take it out"
+                    f"{where(label)}: {label!r} ({wordnet().describe(key)}) is not below the root "
+                    f"{wordnet().describe(root)}; choose a higher --root, or remove it"
                 )
-    said = {key: labels - {key} for key, labels in keys.items()}  # keys are known as they are
-    names = {key: ALIAS.join(sorted(labels)) for key, labels in said.items() if labels}
-    return build([*keys, *own_parents], own_parents, names, root)
+    names = {
+        key: ALIAS.join(sorted(labels - {key}))
+        for key, labels in labels_by_key.items()
+        if labels != {key}
+    }
+    return build_tree([*labels_by_key, *custom_parents], custom_parents, names, root)
 
 
-def _places(dataset: str, labels: list[str]) -> Callable[[str], str]:
-    """Return what says where a label stands: with its line where the dataset is a list of them."""
+def _label_locations(dataset: str, labels: list[str]) -> Callable[[str], str]:
+    """Return a function from a label to its location, with a line number in lists of names."""
     is_list = Path(dataset).suffix in ("", ".txt", ".names", ".list") and Path(dataset).is_file()
     lines = {label: k for k, label in reversed(list(enumerate(labels, start=1)))}
     return lambda label: f"{dataset}:{lines[label]}" if is_list else dataset
 
 
 def top_labels(counts_path: str, number: int) -> list[str]:
-    """Return the wnids with most images, of an ImageNet folder or a CSV of wnid and count.
+    """Return the wnids with the most images in an ImageNet folder or a CSV of wnid and count.
 
     Raises:
-        InputError: neither of these, or a line that is no wnid and count; names the line.
+        InputError: neither of these, or an invalid line; names the line.
     """
     path = Path(counts_path).expanduser()
     if number < 1:
@@ -295,10 +297,10 @@ def top_labels(counts_path: str, number: int) -> list[str]:
         counts = label_source(counts_path).name_counts()
         bad = next((name for name in counts if not is_wnid(name)), None)
         if bad is not None:
-            raise InputError(f"{path}: folder {bad!r} is no wnid")
+            raise InputError(f"{path}: folder {bad!r} is not a wnid")
     else:
         counts = Counter()
-        for line, row in enumerate(csv.reader(_lines(path)), start=1):
+        for line, row in enumerate(csv.reader(_read_lines(path)), start=1):
             if not row or row == ["wnid", "count"]:
                 continue
             if len(row) != 2 or not is_wnid(row[0].strip()) or not row[1].strip().isdigit():
@@ -307,7 +309,7 @@ def top_labels(counts_path: str, number: int) -> list[str]:
     return sorted(counts, key=lambda wnid: (-counts[wnid], wnid))[:number]
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{str(path)!r}: no such file or folder (working folder: {Path.cwd()})")
     return path.read_text(encoding="utf-8").splitlines()

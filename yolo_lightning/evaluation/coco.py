@@ -1,4 +1,4 @@
-"""COCO's twelve numbers, matching by faster-coco-eval."""
+"""COCO's twelve metrics, matched by faster-coco-eval."""
 
 import gc
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from yolo_lightning.evaluation.matching import (
 
 _MAX_AREA = 1e10
 _MAX_DETECTIONS = (1, 10, 100)
-_MAX_ROWS, _EXCUSED = 50_000, 0.5
+_MAX_ROWS, _DIFFICULT_IOU = 50_000, 0.5
 _AREAS = {
     "all": (0, _MAX_AREA),
     "small": (0, 32**2),
@@ -30,84 +30,73 @@ _AREAS = {
     "large": (96**2, _MAX_AREA),
 }
 
-COCO_FIGURES = (
+COCO_METRICS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
     "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
 )  # fmt: skip
-"""COCO's twelve: average precision over IoU 0.50…0.95, at 0.50 and 0.75, by size; average recall
-with 1, 10 and 100 detections an image, and by size."""
+"""Average precision over IoU 0.50…0.95, at 0.50 and at 0.75, and by size; average recall with 1, 10
+and 100 detections per image, and by size."""
 
 
 @dataclass
-class CocoEvaluation:
-    """What COCO's evaluation says; -1 where it has nothing to say.
+class COCOResult:
+    """Metrics by name, and AP, AP50, AP75 of every class that has a target; -1 if undefined."""
 
-    Attributes:
-        figures: the twelve numbers, by the names in `COCO_FIGURES`.
-        per_class: AP, AP50 and AP75 of every class with at least one truth, by class.
-    """
-
-    figures: dict[str, float]
+    metrics: dict[str, float]
     per_class: dict[int, dict[str, float]]
 
 
-def coco_evaluation(truths: Table, detections: Table) -> CocoEvaluation:
-    """Evaluate boxes as COCO does, over the classes that have a truth.
+def evaluate_coco(targets: Table, detections: Table) -> COCOResult:
+    """Evaluate boxes as COCO does, over the classes that have a target.
 
-    Difficult truths are neither asked for nor punished, as in Pascal VOC's evaluation at an IoU of
-    a half: however many detections overlap one of them most, none counts.
-
-    Args:
-        truths: (N, 8) rows of image, class, area in square px (0 for the box's own), flag
-            (1 difficult, 2 crowd), x1, y1, x2, y2; see `boxtables`.
-        detections: (M, 8) rows of image, class, score, 0, x1, y1, x2, y2.
+    Difficult targets are ignored as in Pascal VOC at an IoU of 0.5: they are no misses, and the
+    detections that overlap one of them most are no false positives, however many they are.
     """
-    classes = sorted({int(label) for label in truths[truths[:, FLAG] == 0, LABEL]})
+    classes = sorted({int(label) for label in targets[targets[:, FLAG] == 0, LABEL]})
     if not classes:
-        return CocoEvaluation(dict.fromkeys(COCO_FIGURES, -1.0), {})
-    truths, detections = _without_difficult(truths, detections)
-    collecting = gc.isenabled()
-    gc.disable()  # hundreds of thousands of annotations, none of them in a ring
+        return COCOResult(dict.fromkeys(COCO_METRICS, -1.0), {})
+    targets, detections = _without_difficult(targets, detections)
+    gc_enabled = gc.isenabled()
+    gc.disable()  # hundreds of thousands of annotations without reference cycles
     try:
         parts = [
-            _evaluated(truths, detections, chosen)
-            for chosen in _class_parts(classes, truths, detections)
+            _precision_recall(targets, detections, part)
+            for part in _class_parts(classes, targets, detections)
         ]
     finally:
-        if collecting:
+        if gc_enabled:
             gc.enable()
     precision = np.concatenate([part[0] for part in parts], axis=2)
     recall = np.concatenate([part[1] for part in parts], axis=1)
-    figures = [
-        *(_mean(precision[rows, :, :, 0, -1]) for rows in (slice(None), slice(1), slice(5, 6))),
+    values = [
+        *(_mean(precision[ious, :, :, 0, -1]) for ious in (slice(None), slice(1), slice(5, 6))),
         *(_mean(precision[:, :, :, area, -1]) for area in (1, 2, 3)),
-        *(_mean(recall[:, :, 0, most]) for most in range(len(_MAX_DETECTIONS))),
+        *(_mean(recall[:, :, 0, limit]) for limit in range(len(_MAX_DETECTIONS))),
         *(_mean(recall[:, :, area, -1]) for area in (1, 2, 3)),
     ]
-    each = precision[:, :, :, 0, -1]
+    all_areas = precision[:, :, :, 0, -1]
     per_class = {
         label: {
-            "AP": float(each[:, :, k].mean()),
-            "AP50": float(each[0, :, k].mean()),
-            "AP75": float(each[5, :, k].mean()),
+            "AP": float(all_areas[:, :, k].mean()),
+            "AP50": float(all_areas[0, :, k].mean()),
+            "AP75": float(all_areas[5, :, k].mean()),
         }
         for k, label in enumerate(classes)
     }
-    return CocoEvaluation(dict(zip(COCO_FIGURES, figures, strict=True)), per_class)
+    return COCOResult(dict(zip(COCO_METRICS, values, strict=True)), per_class)
 
 
-def _without_difficult(truths: Table, detections: Table) -> tuple[Table, Table]:
-    """Leave out difficult truths, and the detections that overlap one of them most, by a half."""
-    hard = truths[:, FLAG] == DIFFICULT
-    if not hard.any():
-        return truths, detections
-    best, overlaps = best_overlaps(truths, detections)
-    return truths[~hard], detections[~(hard[best] & (overlaps >= _EXCUSED))]
+def _without_difficult(targets: Table, detections: Table) -> tuple[Table, Table]:
+    difficult = targets[:, FLAG] == DIFFICULT
+    if not difficult.any():
+        return targets, detections
+    best, ious = best_overlaps(targets, detections)
+    return targets[~difficult], detections[~(difficult[best] & (ious >= _DIFFICULT_IOU))]
 
 
-def _class_parts(classes: list[int], truths: Table, detections: Table) -> Iterator[list[int]]:
-    """Yield classes in parts whose boxes fit the memory; classes never meet in the evaluation."""
-    labels = np.concatenate([truths[:, LABEL], detections[:, LABEL]]).astype(np.int64)
+def _class_parts(classes: list[int], targets: Table, detections: Table) -> Iterator[list[int]]:
+    """Yield groups of classes whose boxes fit into memory; classes are evaluated independently."""
+    labels = np.concatenate([targets[:, LABEL], detections[:, LABEL]]).astype(np.int64)
     counts = np.bincount(labels, minlength=classes[-1] + 1)
     part: list[int] = []
     for label in classes:
@@ -118,24 +107,24 @@ def _class_parts(classes: list[int], truths: Table, detections: Table) -> Iterat
     yield part
 
 
-def _evaluated(
-    truths: Table, detections: Table, classes: list[int]
+def _precision_recall(
+    targets: Table, detections: Table, classes: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return precision (IoU, recall, class, area, detections) and recall (without that)."""
-    # imported here: it takes a second, and training starts without it
+    """Return precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit)."""
+    # imported here: the import takes a second that training does not need
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truths, detections = (rows[np.isin(rows[:, LABEL], classes)] for rows in (truths, detections))
-    images = np.unique(np.concatenate([truths[:, IMAGE], detections[:, IMAGE]])).astype(int)
-    head = {
+    targets, detections = (rows[np.isin(rows[:, LABEL], classes)] for rows in (targets, detections))
+    images = np.unique(np.concatenate([targets[:, IMAGE], detections[:, IMAGE]])).astype(int)
+    header = {
         "info": {},
         "images": [{"id": image + 1} for image in images.tolist()],
         "categories": [{"id": label, "name": str(label)} for label in classes],
     }
-    sizes = truths[:, AREA]  # COCO's own evaluation takes those of the outlines
-    ground_truth = COCO({**head, "annotations": _annotations(truths, sizes)})
-    found = COCO({**head, "annotations": _annotations(detections, np.zeros(len(detections)))})
-    evaluation = COCOeval_faster(ground_truth, found, iouType="bbox", print_function=_silent)
+    areas = targets[:, AREA]  # COCO uses the areas of the outlines
+    ground_truth = COCO({**header, "annotations": _annotations(targets, areas)})
+    results = COCO({**header, "annotations": _annotations(detections, np.zeros(len(detections)))})
+    evaluation = COCOeval_faster(ground_truth, results, iouType="bbox", print_function=_no_print)
     evaluation.params.catIds = classes
     evaluation.params.areaRng = [list(bounds) for bounds in _AREAS.values()]
     evaluation.params.areaRngLbl = list(_AREAS)
@@ -146,17 +135,17 @@ def _evaluated(
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    """Return the mean of what there is; COCO writes -1 where a class has no truth of a size."""
-    there = values[values > -1]
-    return float(there.mean()) if there.size else -1.0
+    """Return the mean without COCO's -1 of classes that have no target of a size."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0
 
 
-def _silent(*_: object) -> None:
-    """Print nothing."""
+def _no_print(*_: object) -> None:
+    pass
 
 
 def _annotations(rows: Table, areas: NDArray[np.float64]) -> list[dict[str, Any]]:
-    """Return COCO annotations; ids and images count from 1, since 0 means none to the matcher."""
+    """Return COCO annotations; ids and images start at 1, since 0 means unmatched in COCO."""
     sizes = rows[:, 6:8] - rows[:, 4:6]
     columns = zip(
         (rows[:, IMAGE].astype(np.int64) + 1).tolist(),
@@ -167,7 +156,7 @@ def _annotations(rows: Table, areas: NDArray[np.float64]) -> list[dict[str, Any]
         (rows[:, FLAG] == CROWD).astype(np.int64).tolist(),
         strict=True,
     )
-    # spelt out: half a million of them are half the time of everything here
+    # literal dictionaries for speed: half a million take half of the evaluation's time
     return [
         {
             "id": number,

@@ -1,4 +1,4 @@
-"""What detections are worth: average precision at two levels of the tree, and names."""
+"""Detection metrics: average precision at several levels of the tree, and label accuracy."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,270 +13,234 @@ from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.boxes import pairwise_iou
 from yolo_lightning.detections import Detections
 from yolo_lightning.evaluation.average_precision import (
-    COCO_FIGURES,
+    COCO_METRICS,
     PADDING,
-    VOC_FIGURES,
+    VOC_METRICS,
     BoxAveragePrecision,
 )
-from yolo_lightning.evaluation.error_analysis import collapse
-from yolo_lightning.evaluation.matching import no_boxes
+from yolo_lightning.evaluation.curves import MATCH_IOU
+from yolo_lightning.evaluation.error_analysis import collapse_to_level
+from yolo_lightning.evaluation.matching import empty_table
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.tree.wordtree import WordTree
 
-FOUND_SCORE, FOUND_IOU = 0.25, 0.5
+PREDICTION_SCORE_THRESHOLD = 0.25
+"""Default score threshold of prediction, at which objects count as detected."""
 MAX_LEVELS = 4
-"""Levels of a tree that average precision is computed at: each costs as much as the classes do."""
+"""Levels of the tree with an average precision; each costs as much as that of the classes."""
 _GROUPS = {
     "_boxed": "classes with boxes",
     "_unboxed": "classes without boxes",
     "_below_boxed": "  below a class with boxes",
-    "_never_boxed": "  not below one",
+    "_never_boxed": "  not below a class with boxes",
 }
 
 
 class NameAccuracy(Metric):
-    """Of the objects that were found at the level which boxes taught: how many got their name.
-
-    Args:
-        num_nodes: K, nodes of the WordTree.
-    """
+    """Among the objects detected under their coarse label: how many get the right fine label."""
 
     full_state_update = False
-    found: Tensor
-    right: Tensor
+    detected: Tensor
+    correct: Tensor
 
     def __init__(self, num_nodes: int) -> None:
         super().__init__()
-        self.add_state("found", torch.zeros(num_nodes), dist_reduce_fx="sum")
-        self.add_state("right", torch.zeros(num_nodes), dist_reduce_fx="sum")
+        self.add_state("detected", torch.zeros(num_nodes), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(num_nodes), dist_reduce_fx="sum")
 
     def update(
         self,
         coarse: Detections,
         fine: Detections,
-        coarse_of: Tensor,
-        truth_xyxy_orig_px: Tensor,
-        truth_labels: Tensor,
+        coarse_labels: Tensor,
+        targets_xyxy_orig_px: Tensor,
+        target_labels: Tensor,
     ) -> None:
-        """Add one image.
-
-        Args:
-            coarse: detections named by what boxes taught.
-            fine: detections named as specifically as asked.
-            coarse_of: int64 (K,), what boxes taught about each node.
-            truth_xyxy_orig_px: float (M, 4).
-            truth_labels: int64 (M,).
-        """
-        for box, label in zip(truth_xyxy_orig_px, truth_labels.tolist(), strict=True):
-            over = pairwise_iou(box[None], coarse.boxes_xyxy_orig_px)[0] >= FOUND_IOU
-            same = coarse.labels == coarse_of[label]
-            if not bool((over & same & (coarse.scores >= FOUND_SCORE)).any()):
+        """Add one image: detections, the coarse label of each node (K,), and targets (M,)."""
+        for box, label in zip(targets_xyxy_orig_px, target_labels.tolist(), strict=True):
+            overlaps = pairwise_iou(box[None], coarse.boxes_xyxy_orig_px)[0] >= MATCH_IOU
+            same = coarse.labels == coarse_labels[label]
+            if not bool((overlaps & same & (coarse.scores >= PREDICTION_SCORE_THRESHOLD)).any()):
                 continue
-            over = pairwise_iou(box[None], fine.boxes_xyxy_orig_px)[0] >= FOUND_IOU
-            named = (over & (coarse_of[fine.labels] == coarse_of[label])).nonzero().flatten()
-            self.found[label] += 1
-            # detections stand by descending score: the first one names the object
-            self.right[label] += float(len(named) > 0 and int(fine.labels[named[0]]) == label)
+            overlaps = pairwise_iou(box[None], fine.boxes_xyxy_orig_px)[0] >= MATCH_IOU
+            same = coarse_labels[fine.labels] == coarse_labels[label]
+            rows = (overlaps & same).nonzero().flatten()
+            self.detected[label] += 1
+            # detections are sorted by descending score: the first one labels the object
+            self.correct[label] += float(len(rows) > 0 and int(fine.labels[rows[0]]) == label)
 
     def compute(self) -> dict[int, tuple[int, int]]:
-        """Return ``{node: (objects found, of these named rightly)}``."""
-        nodes = self.found.nonzero().flatten().tolist()
-        return {node: (int(self.found[node]), int(self.right[node])) for node in nodes}
+        """Return ``{node: (objects detected, of these labelled correctly)}``."""
+        nodes = self.detected.nonzero().flatten().tolist()
+        return {node: (int(self.detected[node]), int(self.correct[node])) for node in nodes}
 
 
 class DetectionEvaluation(nn.Module):
-    """Figures over a set of images.
+    """Metrics of a detector over a set of images.
 
-    Where the images are labelled more finely than training boxes were (breeds, where boxes say
-    cat), the level that boxes taught is measured too.
-
-    Along a tree of several levels, what found objects are called is compared with what they are:
-    right, not specific enough, the wrong leaf of the right branch, or the wrong branch.
-
-    Args:
-        tree: the classes.
+    Where the targets have finer labels than the training boxes (breeds, where boxes are labelled
+    cat), the coarse level of the training boxes is evaluated too. In a tree with several levels,
+    the labels of detected objects are compared with their targets by `TreeAccuracy`.
 
     Attributes:
-        seen: bool (K,), the classes that count as had with boxes, instead of those that training
-            boxes were labelled with; see `seen.seen_nodes`.
-        figures: the newest means, see `compute`.
-        per_class: the newest figures by key: AP50, AP, AP75, VOC's two and, where there are two
-            levels, how many objects were found and how many of these got their name.
-        per_coarse_class: those of the level that boxes taught.
-        along_tree_figures: accuracy by depth and the kinds of mistakes, see `TreeAccuracy`.
-        levels: those of the tree that average precision is asked for at, from the top: number,
-            int64 (K,) what stands for each node there, int64 (L,) the classes; one that asks for
-            the same classes as the next one is left out, and no more than `MAX_LEVELS` are kept.
-        truths, detections: float64 (N, 8), all that `per_class` was computed from, as
-            `coco_evaluation` takes them: images are sample ids, boxes in px of the original
-            images. In distributed runs the first rank has those of all, the others have none.
+        seen_classes: bool (K,), replaces the classes of the training boxes in the metrics by group.
+        metrics, tree_metrics, per_class, per_coarse_class: of the last `compute`; by class key
+            AP50, AP, AP75, `VOC_METRICS`, and the objects `detected` and `correct`ly labelled.
+        levels: number, ancestor of each node (K,) and classes (L,) of levels with other classes
+            than the next level, from the top, at most `MAX_LEVELS`.
+        targets, detections: tables of the last `compute`, see `matching`; empty on ranks > 0.
     """
 
     def __init__(self, tree: WordTree) -> None:
         super().__init__()
         self.tree = tree
         self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
-        self.names, self.along_tree = NameAccuracy(len(tree)), TreeAccuracy(tree)
-        self.has_depth = tree.paths.shape[1] > 1
-        self.at_levels = nn.ModuleList(BoxAveragePrecision() for _ in range(MAX_LEVELS))
+        self.name_accuracy, self.tree_accuracy = NameAccuracy(len(tree)), TreeAccuracy(tree)
+        self.is_hierarchical = tree.paths.shape[1] > 1
+        self.by_level = nn.ModuleList(BoxAveragePrecision() for _ in range(MAX_LEVELS))
         self.levels: list[tuple[int, Tensor, Tensor]] = []
-        self.seen: Tensor | None = None
-        self.figures: dict[str, float] = {}
-        self.along_tree_figures: dict[str, float] = {}
+        self.seen_classes: Tensor | None = None
+        self.metrics: dict[str, float] = {}
+        self.tree_metrics: dict[str, float] = {}
         self.per_class: dict[str, dict[str, float]] = {}
         self.per_coarse_class: dict[str, dict[str, float]] = {}
-        self.truths, self.detections = no_boxes(), no_boxes()
-        self._counts: dict[str, int] = {}
+        self.targets, self.detections = empty_table(), empty_table()
+        self._group_sizes: dict[str, int] = {}
 
-    def begin(self, nodes: Tensor, boxed_ancestors: Tensor) -> None:
-        """Forget everything, and learn which classes are asked for.
+    def reset(self, nodes: Tensor, boxed_ancestors: Tensor) -> None:
+        """Reset all metrics and set the classes of the targets, int64 (L,).
 
-        Args:
-            nodes: int64 (L,), the classes that images are labelled with.
-            boxed_ancestors: int64 (K,), each node's deepest ancestor or self on the path to a
-                label that boxes carry; -1 where none is.
+        `boxed_ancestors`, int64 (K,), holds each node's deepest ancestor or self on the path to a
+        class of the training boxes, or -1.
         """
         for metric in self._metrics:
             metric.reset()
         self.nodes = nodes
-        self.levels = self._levels_of(nodes)
-        own = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
-        self.coarse_of = torch.where(boxed_ancestors >= 0, boxed_ancestors, own)
-        self.coarse_nodes = self.coarse_of[nodes].unique()
-        self.has_levels = not torch.equal(self.coarse_nodes, nodes.sort().values)
+        self.levels = self._distinct_levels(nodes)
+        itself = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
+        self.coarse_labels = torch.where(boxed_ancestors >= 0, boxed_ancestors, itself)
+        self.coarse_nodes = self.coarse_labels[nodes].unique()
+        self.has_coarse_level = not torch.equal(self.coarse_nodes, nodes.sort().values)
 
     @property
     def _metrics(self) -> list[Metric]:
-        levels = [metric for metric in self.at_levels if isinstance(metric, Metric)]
-        return [self.fine, self.coarse, self.names, self.along_tree, *levels]
+        levels = [metric for metric in self.by_level if isinstance(metric, Metric)]
+        return [self.fine, self.coarse, self.name_accuracy, self.tree_accuracy, *levels]
 
-    def _levels_of(self, nodes: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """Return the levels that ask for other classes than the next one; see `levels`."""
-        every = np.arange(len(self.tree))
-        found, below = [], nodes.sort().values
+    def _distinct_levels(self, nodes: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        all_nodes = np.arange(len(self.tree))
+        levels, next_classes = [], nodes.sort().values
         for level in range(self.tree.paths.shape[1] - 1, 0, -1):
-            stands_for = torch.from_numpy(collapse(self.tree, every, level)).to(nodes.device)
-            asked = stands_for[nodes].unique()
-            if not torch.equal(asked, below):
-                found.append((level, stands_for, asked))
-            below = asked
-        return found[::-1][:MAX_LEVELS]
+            collapsed = collapse_to_level(self.tree, all_nodes, level)
+            ancestors = torch.from_numpy(collapsed).to(nodes.device)
+            classes = ancestors[nodes].unique()
+            if not torch.equal(classes, next_classes):
+                levels.append((level, ancestors, classes))
+            next_classes = classes
+        return levels[::-1][:MAX_LEVELS]
 
     def update(
         self,
         batch: DetectionBatch,
-        truths_xyxy_orig_px: Sequence[Tensor],
+        targets_xyxy_orig_px: Sequence[Tensor],
         fine: Sequence[Detections],
         coarse: Sequence[Detections],
-        at_levels: Sequence[Sequence[Detections]] = (),
+        by_level: Sequence[Sequence[Detections]] = (),
     ) -> None:
-        """Add a batch.
+        """Add a batch; the sample id -1 is padding.
 
-        Args:
-            batch: the images; the sample id -1 is padding.
-            truths_xyxy_orig_px: float (M, 4) of each image, without the batch's padding.
-            fine: detections of each image, named by the nodes asked for.
-            coarse: detections named by what boxes taught, where there are two levels.
-            at_levels: detections named by the classes of each of `levels`.
+        Detections of each image are `fine` under the classes of the targets, `coarse` under coarse
+        labels (empty without a coarse level), and `by_level` under the classes of each of `levels`.
         """
-        targets = _targets(batch, truths_xyxy_orig_px)
-        self.fine.update([_told(found) for found in fine], targets)
-        for metric, (_, stands_for, _), named in zip(
-            self.at_levels, self.levels, at_levels, strict=False
+        targets = _to_targets(batch, targets_xyxy_orig_px)
+        self.fine.update([_to_preds(one) for one in fine], targets)
+        for metric, (_, ancestors, _), detections in zip(
+            self.by_level, self.levels, by_level, strict=False
         ):
-            above = [{**target, "labels": stands_for[target["labels"]]} for target in targets]
-            metric.update([_told(found) for found in named], above)  # type: ignore[operator]
+            collapsed = [{**target, "labels": ancestors[target["labels"]]} for target in targets]
+            metric.update([_to_preds(one) for one in detections], collapsed)  # type: ignore[operator]
         if not coarse:
             return
-        above = [{**target, "labels": self.coarse_of[target["labels"]]} for target in targets]
-        self.coarse.update([_told(found) for found in coarse], above)
-        for target, rough, found in zip(targets, coarse, fine, strict=True):
+        collapsed = [{**one, "labels": self.coarse_labels[one["labels"]]} for one in targets]
+        self.coarse.update([_to_preds(one) for one in coarse], collapsed)
+        for target, coarse_one, fine_one in zip(targets, coarse, fine, strict=True):
             if target["image_id"] != PADDING:
-                easy = ~target["difficult"]
-                boxes, labels = target["boxes"][easy], target["labels"][easy]
-                self.names.update(rough, found, self.coarse_of, boxes, labels)
+                counted = ~target["difficult"]
+                boxes, labels = target["boxes"][counted], target["labels"][counted]
+                self.name_accuracy.update(coarse_one, fine_one, self.coarse_labels, boxes, labels)
 
-    def update_tree(
+    def update_tree_accuracy(
         self,
         batch: DetectionBatch,
         k: int,
-        truth_xyxy_orig_px: Tensor,
-        named: Detections,
-        deepest: Tensor,
+        targets_xyxy_orig_px: Tensor,
+        predicted: Detections,
+        leaves: Tensor,
     ) -> None:
-        """Add what the objects of image k are called; those that no box lies on have no name.
+        """Add the detected objects of image k to the accuracy along the tree.
 
-        Args:
-            batch: holds the image.
-            k: its place.
-            truth_xyxy_orig_px: float (M, 4).
-            named: one label a box, as specific as the model is sure.
-            deepest: int64 (N,), the leaf at the end of each box's most probable path.
+        `predicted` has one label per box; `leaves`, int64 (N,), ends each box's most probable path.
         """
-        if int(batch.sample_ids[k]) < 0 or not len(named.labels):
+        if int(batch.sample_ids[k]) < 0 or not len(predicted.labels):
             return
         real = batch.labels[k] >= 0
-        easy = ~batch.difficult[k][real]
-        labels = batch.labels[k][real][easy]
-        over = pairwise_iou(truth_xyxy_orig_px[easy], named.boxes_xyxy_orig_px) >= FOUND_IOU
-        found = over.any(dim=1)
-        # boxes stand by descending score: the first one names the object
-        first = over.int().argmax(dim=1)[found]
-        self.along_tree.update(named.labels[first], deepest[first], labels[found])
+        counted = ~batch.difficult[k][real]
+        labels = batch.labels[k][real][counted]
+        iou = pairwise_iou(targets_xyxy_orig_px[counted], predicted.boxes_xyxy_orig_px)
+        overlaps = iou >= MATCH_IOU
+        detected = overlaps.any(dim=1)
+        # boxes are sorted by descending score: the first one labels the object
+        first = overlaps.int().argmax(dim=1)[detected]
+        self.tree_accuracy.update(predicted.labels[first], leaves[first], labels[detected])
 
     def compute(self, boxed: Tensor) -> dict[str, float]:
-        """Return the means, 0…1, and keep the figures of each class.
+        """Return the mean metrics, 0…1, and update `per_class`.
 
-        ``AP50``, ``AP``, the others of COCO's twelve numbers and VOC's two over all classes asked
-        for; ``_boxed`` and ``_unboxed`` over those that had boxes in training and those that had
-        not, of these ``_below_boxed`` over those with an ancestor that had, ``_never_boxed`` over
-        the others; ``_coarse`` at the level that boxes taught; ``_level1`` and so on at `levels`;
-        ``name_accuracy`` of the objects found at the level that boxes taught; ``depth1`` … and
-        the kinds of mistakes along a tree, shares of the objects found. Groups without a class are
-        left out, but for the first two.
-
-        Args:
-            boxed: bool (K,), the classes that training boxes were labelled with.
+        ``AP50``, ``AP``, the other COCO metrics and the two of VOC over all classes; with the
+        suffixes ``_boxed`` and ``_unboxed`` over the classes with and without training boxes, of
+        the latter ``_below_boxed`` over those with an ancestor with boxes and ``_never_boxed`` over
+        the others; ``_coarse`` and ``_level1`` … at those levels; ``name_accuracy``, see
+        `NameAccuracy`; ``depth1`` … and the kinds of `TreeAccuracy`. Groups without classes are
+        left out, except the first two. `boxed`, bool (K,), are the classes of the training boxes.
         """
         self.fine.compute()
-        named: dict[int, tuple[int, int]] = {}
+        name_counts: dict[int, tuple[int, int]] = {}
         fine, coarse = self.fine.per_class, {}
-        if self.has_levels:
+        if self.has_coarse_level:
             self.coarse.compute()
-            named, coarse = self.names.compute(), self.coarse.per_class
-        along = self.along_tree.compute() if self.has_depth else {}
-        self.along_tree_figures = along if any(along.values()) else {}  # nothing was found
-        self.truths, self.detections = self.fine.tables
-        at_levels = self._level_means()
+            name_counts, coarse = self.name_accuracy.compute(), self.coarse.per_class
+        tree_metrics = self.tree_accuracy.compute() if self.is_hierarchical else {}
+        self.tree_metrics = tree_metrics if any(tree_metrics.values()) else {}  # no detections
+        self.targets, self.detections = self.fine.tables
+        level_means = self._level_means()
         for metric in self._metrics:
             metric.reset()
         self.per_class = {self.tree.keys[node]: dict(row) for node, row in fine.items()}
         self.per_coarse_class = {self.tree.keys[node]: dict(row) for node, row in coarse.items()}
-        for node, (found, right) in named.items():
+        for node, (detected, correct) in name_counts.items():
             row = self.per_class.setdefault(self.tree.keys[node], {})
-            row["found"], row["named"] = found, right
-        figures = self._means(fine, boxed)
+            row["detected"], row["correct"] = detected, correct
+        metrics = self._group_means(fine, boxed)
         if coarse:
-            figures |= _means_of(list(coarse.values()), "_coarse")
-        if self.has_levels:
-            found, right = (sum(pair[k] for pair in named.values()) for k in (0, 1))
-            figures["name_accuracy"] = right / found if found else math.nan
-        # the means are there already; -1 stands where there is nothing to say
-        others = {k: v for k, v in self.fine.figures.items() if k not in figures and v >= 0}
-        self.figures = figures | at_levels | others | self.along_tree_figures
-        return self.figures
+            metrics |= _means(list(coarse.values()), "_coarse")
+        if self.has_coarse_level:
+            detected, correct = (sum(pair[k] for pair in name_counts.values()) for k in (0, 1))
+            metrics["name_accuracy"] = correct / detected if detected else math.nan
+        # without the means above, and without -1, which means undefined
+        others = {k: v for k, v in self.fine.results.items() if k not in metrics and v >= 0}
+        self.metrics = metrics | level_means | others | self.tree_metrics
+        return self.metrics
 
     def _level_means(self) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        for metric, (level, _, _) in zip(self.at_levels, self.levels, strict=False):
+        means: dict[str, float] = {}
+        for metric, (level, _, _) in zip(self.by_level, self.levels, strict=False):
             assert isinstance(metric, BoxAveragePrecision)
             metric.compute()
-            figures |= _means_of(list(metric.per_class.values()), f"_level{level}")
-        return figures
+            means |= _means(list(metric.per_class.values()), f"_level{level}")
+        return means
 
-    def _means(self, fine: dict[int, dict[str, float]], boxed: Tensor) -> dict[str, float]:
-        """Return AP50 and AP over all classes, and over those that had boxes and had none."""
-        seen = (boxed if self.seen is None else self.seen).cpu()
+    def _group_means(self, fine: dict[int, dict[str, float]], boxed: Tensor) -> dict[str, float]:
+        seen = (boxed if self.seen_classes is None else self.seen_classes).cpu()
         below = ~seen & (self.tree.deepest_ancestor_in(seen) >= 0)
         groups = {
             "": torch.ones_like(seen),
@@ -285,74 +249,77 @@ class DetectionEvaluation(nn.Module):
             "_below_boxed": below,
             "_never_boxed": ~seen & ~below,
         }
-        figures: dict[str, float] = {}
-        self._counts = {}
+        means: dict[str, float] = {}
+        self._group_sizes = {}
         for suffix, members in groups.items():
             rows = [row for node, row in fine.items() if members[node]]
             if rows or suffix in ("", "_boxed"):
-                self._counts[suffix] = len(rows)
-                figures |= _means_of(rows, suffix)
-        return figures
+                self._group_sizes[suffix] = len(rows)
+                means |= _means(rows, suffix)
+        return means
 
     def table(self) -> str:
-        """Return the figures of each class as text."""
+        """Return the metrics of each class, and the means, as text."""
         names = dict(zip(self.tree.keys, self.tree.names, strict=True))
         keys = [*self.per_class, *self.per_coarse_class]
         width = max([12, *(len(names[key]) for key in keys)]) + 2
-        head = f"{'class':<{width}}{'AP50':>8}{'AP':>8}"
-        lines = [head + (f"{'found':>8}{'named':>8}" if self.has_levels else "")]
+        header = f"{'class':<{width}}{'AP50':>8}{'AP':>8}"
+        lines = [header + (f"{'detected':>10}{'correct':>10}" if self.has_coarse_level else "")]
         for key, row in self.per_class.items():
             cells = [f"{row[m]:>8.3f}" if m in row else " " * 8 for m in ("AP50", "AP")]
-            cells += [f"{row[m]:>8.0f}" if m in row else "" for m in ("found", "named")]
+            cells += [f"{row[m]:>10.0f}" if m in row else "" for m in ("detected", "correct")]
             lines.append(f"{names[key]:<{width}}" + "".join(cells))
-        if self.has_levels:
-            lines.append("as boxes say:")
+        if self.has_coarse_level:
+            lines.append("at the level of the training boxes:")
         for key, row in self.per_coarse_class.items():
             lines.append(f"  {names[key]:<{width - 2}}{row['AP50']:>8.3f}{row['AP']:>8.3f}")
-        for suffix, called in _GROUPS.items() if self._counts.get("_unboxed") else ():
-            if self._counts.get(suffix):
-                said = _said({m: self.figures[m + suffix] for m in ("AP50", "AP")})
-                lines.append(f"{called} ({self._counts[suffix]}): {said}")
-        numbers = {k: v for k, v in self.fine.figures.items() if v >= 0}
-        lines.append(f"COCO's numbers: {_said(numbers, COCO_FIGURES)}")
-        lines.append(f"Pascal VOC's numbers: {_said(numbers, VOC_FIGURES)}")
-        if self.along_tree_figures:
-            shares = {k.replace("_", " "): v for k, v in self.along_tree_figures.items()}
-            lines.append(f"of the objects found: {_said(shares)}")
+        for suffix, title in _GROUPS.items() if self._group_sizes.get("_unboxed") else ():
+            if self._group_sizes.get(suffix):
+                values = _format({m: self.metrics[m + suffix] for m in ("AP50", "AP")})
+                lines.append(f"{title} ({self._group_sizes[suffix]}): {values}")
+        results = {k: v for k, v in self.fine.results.items() if v >= 0}
+        lines.append(f"COCO metrics: {_format(results, COCO_METRICS)}")
+        lines.append(f"Pascal VOC metrics: {_format(results, VOC_METRICS)}")
+        if self.tree_metrics:
+            shares = {k.replace("_", " "): v for k, v in self.tree_metrics.items()}
+            lines.append(f"of the detected objects: {_format(shares)}")
         return "\n".join(lines)
 
 
-def _means_of(rows: Sequence[dict[str, float]], suffix: str) -> dict[str, float]:
-    """Return AP50 and AP; of no rows NaN, so that whoever monitors them goes on."""
+def _means(rows: Sequence[dict[str, float]], suffix: str) -> dict[str, float]:
+    """Return AP50 and AP; NaN without rows, so that a callback can still monitor them."""
     return {
-        measure + suffix: sum(row[measure] for row in rows) / len(rows) if rows else math.nan
-        for measure in ("AP50", "AP")
+        metric + suffix: sum(row[metric] for row in rows) / len(rows) if rows else math.nan
+        for metric in ("AP50", "AP")
     }
 
 
-def _said(figures: Mapping[str, float], names: Sequence[str] | None = None) -> str:
-    """Return figures as text, where there are any."""
-    chosen = [f"{k} {v:.3f}" for k, v in figures.items() if names is None or k in names]
-    return ", ".join(chosen) or "nothing to measure"
+def _format(metrics: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+    values = [f"{k} {v:.3f}" for k, v in metrics.items() if names is None or k in names]
+    return ", ".join(values) or "none, no targets"
 
 
-def _told(found: Detections) -> dict[str, Tensor]:
-    """Return detections as `BoxAveragePrecision` takes them."""
-    return {"boxes": found.boxes_xyxy_orig_px, "labels": found.labels, "scores": found.scores}
+def _to_preds(detections: Detections) -> dict[str, Tensor]:
+    return {
+        "boxes": detections.boxes_xyxy_orig_px,
+        "labels": detections.labels,
+        "scores": detections.scores,
+    }
 
 
-def _targets(batch: DetectionBatch, truths_xyxy_orig_px: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Return the truths of a batch as `BoxAveragePrecision` takes them."""
-    images = enumerate(zip(batch.sample_ids.tolist(), truths_xyxy_orig_px, strict=True))
+def _to_targets(
+    batch: DetectionBatch, targets_xyxy_orig_px: Sequence[Tensor]
+) -> list[dict[str, Any]]:
+    images = enumerate(zip(batch.sample_ids.tolist(), targets_xyxy_orig_px, strict=True))
     return [
         {
-            "image_id": image,
+            "image_id": image_id,
             "boxes": boxes,
             "labels": batch.labels[k][real],
             "difficult": batch.difficult[k][real],
             "iscrowd": batch.crowd[k][real],
             "area": batch.areas_orig_px2[k][real],
         }
-        for k, (image, boxes) in images
+        for k, (image_id, boxes) in images
         for real in [batch.labels[k] >= 0]
     ]

@@ -1,4 +1,4 @@
-"""What detections get wrong: the confusion matrix, and the kinds of mistakes."""
+"""Error analysis of detections: the confusion matrix, and errors by kind as in TIDE."""
 
 from dataclasses import dataclass
 
@@ -6,171 +6,142 @@ import numpy as np
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.curves import (
-    FOUND_IOU,
+    MATCH_IOU,
     Rows,
-    groups,
-    match,
-    over_difficult,
-    overlaps,
+    group_rows,
+    match_detections,
+    overlaps_difficult,
+    pairwise_iou_and_ioa,
 )
 from yolo_lightning.evaluation.matching import BOX, FLAG, IMAGE, LABEL, SCORE, Table
 from yolo_lightning.tree.wordtree import WordTree
 
 Box = tuple[float, float, float, float]
 
-NEAR_IOU, SAME_IOU = 0.1, 0.95
-"""IoU below which nothing is near, and above which two boxes are one."""
+BACKGROUND_IOU, DUPLICATE_LABEL_IOU = 0.1, 0.95
+"""IoU below which a detection is on background, and above which two are labels of one box."""
 
-KINDS = ("wrong class", "badly placed", "duplicate", "background", "missed")
-_WRONG, _PLACED, _DUPLICATE, _BACKGROUND, _MISSED = range(len(KINDS))
+ERROR_KINDS = ("classification", "localization", "duplicate", "background", "missed")
+_CLASSIFICATION, _LOCALIZATION, _DUPLICATE, _BACKGROUND, _MISSED = range(len(ERROR_KINDS))
 
 
 @dataclass
 class Matches:
-    """The detections above a confidence, and the truths that they lie on.
+    """Detections at or above a confidence, matched to targets; without ignored ones."""
 
-    Attributes:
-        truths: (N, 8), those that count.
-        detections: (M, 8), those that count, one name a box.
-        hits: int64 (M,), the truth of its class that each finds, -1 for none.
-        lies_on: int64 (M,), the truth of another class, found by nothing else, that each lies on.
-    """
-
-    truths: Table
-    detections: Table
-    hits: Rows
-    lies_on: Rows
+    targets: Table  # (N, 8)
+    detections: Table  # (M, 8), one label per box
+    matched: Rows  # (M,), the target of its class that each is matched to, or -1
+    confused: Rows  # (M,), the target that it is matched to in the second step, or -1
 
 
-def matches_at(
-    truths: Table, detections: Table, tree: WordTree, confidence: float = 0.25
+def match_predictions(
+    targets: Table, detections: Table, tree: WordTree, confidence: float = 0.25
 ) -> Matches:
-    """Match what is told at a confidence: first to truths of its class, then to any that are left.
+    """Match detections to targets of their class first, then to the remaining targets.
 
-    First as for average precision, so that the matrix has on its diagonal what is found; what is
-    left of both is paired by falling IoU, whatever the class, at 0.5 and above.
-    Detections that overlap a difficult truth most, by a half, and those in a crowd do not count.
+    The first step is that of average precision, so that the diagonal of the confusion matrix counts
+    true positives. The second pairs what remains by descending IoU, 0.5 or more, whatever the
+    class. Detections that overlap a difficult target most, and those in a crowd, are ignored.
 
-    Args:
-        truths: (N, 8).
-        detections: (M, 8).
-        tree: the classes.
-        confidence: 0…1, the least score that counts.
-
-    Deviation: the usual tools pair by IoU alone; there a wrong name that fits its object a little
-    better makes the right one count as background.
+    Deviation: other tools match by IoU alone, where a wrong label with a slightly better box turns
+    the correct one into background.
     """
-    told = one_name_a_box(detections[detections[:, SCORE] >= confidence], tree)
-    hits, excused = match(truths, told)
-    for own, said in groups(truths[:, IMAGE], np.where(hits < 0, told[:, IMAGE], -1.0)):
-        excused[said] |= over_difficult(overlaps(told[said], truths[own])[0], truths[own, FLAG])
-    counts = truths[:, FLAG] == 0
-    place = np.append(np.cumsum(counts) - 1, -1)  # the last one is for no hit
-    easy, told, hits = truths[counts], told[~excused], place[hits[~excused]]
-    return Matches(easy, told, hits, _pairs(easy, told, hits))
+    predicted = one_label_per_box(detections[detections[:, SCORE] >= confidence], tree)
+    matched, ignored = match_detections(targets, predicted)
+    unmatched_images = np.where(matched < 0, predicted[:, IMAGE], -1.0)
+    for target_rows, rows in group_rows(targets[:, IMAGE], unmatched_images):
+        iou, _ = pairwise_iou_and_ioa(predicted[rows], targets[target_rows])
+        ignored[rows] |= overlaps_difficult(iou, targets[target_rows, FLAG])
+    counted = targets[:, FLAG] == 0
+    new_index = np.append(np.cumsum(counted) - 1, -1)  # the last one is for unmatched, -1
+    targets, predicted = targets[counted], predicted[~ignored]
+    matched = new_index[matched[~ignored]]
+    return Matches(targets, predicted, matched, _match_remaining(targets, predicted, matched))
 
 
-def _pairs(truths: Table, detections: Table, hits: Rows) -> Rows:
-    """Return the truth that each detection without a hit lies on, paired by falling IoU, or -1."""
-    lies_on = np.full_like(hits, -1)
-    lost = np.ones(len(truths), dtype=np.bool_)
-    lost[hits[hits >= 0]] = False
-    left = np.where(lost, truths[:, IMAGE], -1.0), np.where(hits < 0, detections[:, IMAGE], -2.0)
-    for own, said in groups(*left):
-        over, _ = overlaps(detections[said], truths[own])
-        while over.max() >= FOUND_IOU:
-            row, column = divmod(int(over.argmax()), over.shape[1])
-            lies_on[said[row]] = own[column]
-            over[row], over[:, column] = -1.0, -1.0
-    return lies_on
+def _match_remaining(targets: Table, detections: Table, matched: Rows) -> Rows:
+    confused = np.full_like(matched, -1)
+    is_free = np.ones(len(targets), dtype=np.bool_)
+    is_free[matched[matched >= 0]] = False
+    target_images = np.where(is_free, targets[:, IMAGE], -1.0)
+    detection_images = np.where(matched < 0, detections[:, IMAGE], -2.0)
+    for target_rows, rows in group_rows(target_images, detection_images):
+        iou, _ = pairwise_iou_and_ioa(detections[rows], targets[target_rows])
+        while iou.max() >= MATCH_IOU:
+            row, column = divmod(int(iou.argmax()), iou.shape[1])
+            confused[rows[row]] = target_rows[column]
+            iou[row], iou[:, column] = -1.0, -1.0
+    return confused
 
 
-def one_name_a_box(detections: Table, tree: WordTree) -> Table:
-    """Return the detections with one name a box.
+def one_label_per_box(detections: Table, tree: WordTree) -> Table:
+    """Return the detections with one label per box.
 
-    Evaluation asks about every class, so one box may stand there under several. Of boxes that
-    overlap by more than 0.95 the one with the highest score names the object; where a class below
-    it has at least half of its score, more likely than not given the other, that one does.
-
-    Args:
-        detections: (M, 8).
-        tree: the classes.
+    Evaluation scores every class, so a box may be detected under several labels. Among boxes with
+    an IoU above 0.95 the highest-scoring label is kept, or a descendant of it with at least half of
+    its score, that is a conditional probability of at least 0.5.
     """
-    above, kept = tree.paths.numpy(), []
+    paths, kept = tree.paths.numpy(), []
     keys = detections[:, IMAGE]
-    for _, rows in groups(np.unique(keys), keys):
+    for _, rows in group_rows(np.unique(keys), keys):
         rows = rows[np.argsort(-detections[rows, SCORE], kind="stable")]
-        over, _ = overlaps(detections[rows], detections[rows])
-        there = np.ones(len(rows), dtype=np.bool_)
+        iou, _ = pairwise_iou_and_ioa(detections[rows], detections[rows])
+        remaining = np.ones(len(rows), dtype=np.bool_)
         for first in range(len(rows)):
-            if not there[first]:
+            if not remaining[first]:
                 continue
-            same = rows[there & ((over[first] > SAME_IOU) | (np.arange(len(rows)) == first))]
-            there &= ~np.isin(rows, same)
-            kept.append(_named(detections, same, above))
+            is_same = (iou[first] > DUPLICATE_LABEL_IOU) | (np.arange(len(rows)) == first)
+            same_box = rows[remaining & is_same]
+            remaining &= ~np.isin(rows, same_box)
+            kept.append(_most_specific(detections, same_box, paths))
     return detections[np.array(kept, dtype=np.int64)]
 
 
-def _named(detections: Table, rows: Rows, above: Rows) -> int:
-    """Return which of the names of one box, by falling score, is told."""
+def _most_specific(detections: Table, rows: Rows, paths: Rows) -> int:
     labels, scores = detections[rows, LABEL].astype(np.int64), detections[rows, SCORE]
-    named = 0
-    for row in range(1, len(rows)):  # scores fall: what stands further down the tree comes later
-        below = labels[named] in above[labels[row], 1:]
-        if below and scores[row] >= 0.5 * scores[named]:
-            named = row
-    return int(rows[named])
+    best = 0
+    for row in range(1, len(rows)):  # scores descend, so descendants come after ancestors
+        is_descendant = labels[best] in paths[labels[row], 1:]
+        if is_descendant and scores[row] >= 0.5 * scores[best]:
+            best = row
+    return int(rows[best])
 
 
 @dataclass
-class Confusion:
-    """How often truths of a class are told as which.
+class ConfusionMatrix:
+    """How often each true class is predicted as each class."""
 
-    Attributes:
-        nodes: int64 (L,), the classes, those of one branch side by side.
-        counts: int64 (L + 1, L + 1), truths along the rows, predictions along the columns; the last
-            row holds predictions on nothing, the last column missed truths.
-    """
-
-    nodes: Rows
+    nodes: Rows  # (L,), the classes in depth-first order
+    # (L + 1, L + 1), true classes along the rows; last row background, last column missed
     counts: Rows
 
 
-def confusion(matches: Matches, tree: WordTree, level: int | None = None) -> Confusion:
-    """Return the confusion matrix over the classes that occur, and background.
-
-    Args:
-        matches: see `matches_at`.
-        tree: the classes.
-        level: of the tree, from 1 at the top, to which classes are collapsed; None for as they are.
+def confusion_matrix(matches: Matches, tree: WordTree, level: int | None = None) -> ConfusionMatrix:
+    """Return the confusion matrix over the classes that occur, collapsed to a level if given.
 
     Raises:
         InputError: the tree has no such level.
     """
-    labels = [table[:, LABEL].astype(np.int64) for table in (matches.truths, matches.detections)]
+    labels = [table[:, LABEL].astype(np.int64) for table in (matches.targets, matches.detections)]
     if level is not None:
-        labels = [collapse(tree, nodes, level) for nodes in labels]
-    truth, said = labels
-    nodes = np.array(in_order(tree, np.unique(np.concatenate(labels))), dtype=np.int64)
-    place = np.full(len(tree) + 1, len(nodes))  # the last one is background
-    place[nodes] = np.arange(len(nodes))
-    on = np.where(matches.hits >= 0, matches.hits, matches.lies_on)
-    lost = np.setdiff1d(np.arange(len(truth)), on)
-    # a prediction on nothing, -1, takes the last one: background
-    rows = np.concatenate([np.append(truth, len(tree))[on], truth[lost]])
-    columns = np.concatenate([said, np.full(len(lost), len(tree))])
+        labels = [collapse_to_level(tree, nodes, level) for nodes in labels]
+    true_labels, predicted_labels = labels
+    nodes = np.array(depth_first_order(tree, np.unique(np.concatenate(labels))), dtype=np.int64)
+    index = np.full(len(tree) + 1, len(nodes))  # the last one is background
+    index[nodes] = np.arange(len(nodes))
+    targets = np.where(matches.matched >= 0, matches.matched, matches.confused)
+    missed = np.setdiff1d(np.arange(len(true_labels)), targets)
+    # a detection without a target, -1, takes the last row, background
+    rows = np.concatenate([np.append(true_labels, len(tree))[targets], true_labels[missed]])
+    columns = np.concatenate([predicted_labels, np.full(len(missed), len(tree))])
     counts = np.zeros((len(nodes) + 1, len(nodes) + 1), dtype=np.int64)
-    np.add.at(counts, (place[rows], place[columns]), 1)
-    return Confusion(nodes, counts)
+    np.add.at(counts, (index[rows], index[columns]), 1)
+    return ConfusionMatrix(nodes, counts)
 
 
-def collapse(tree: WordTree, nodes: Rows, level: int) -> Rows:
-    """Return each node's ancestor at a level, or itself where it lies no deeper.
-
-    Args:
-        tree: the classes.
-        nodes: int64 (N,).
-        level: from 1, the top.
+def collapse_to_level(tree: WordTree, nodes: Rows, level: int) -> Rows:
+    """Return the ancestor of each node at a level, or the node itself if it is above that level.
 
     Raises:
         InputError: the tree has no such level.
@@ -182,86 +153,73 @@ def collapse(tree: WordTree, nodes: Rows, level: int) -> Rows:
 
 
 def check_level(tree: WordTree, level: int | None) -> None:
-    """Refuse a level that the tree does not have; None is fine.
-
-    Raises:
-        InputError: names those that it has.
-    """
+    """Raise `InputError` if the tree lacks a level, counted from 1 at the top; None is valid."""
     depth = tree.paths.shape[1]
     if level is not None and not 1 <= level <= depth:
-        raise InputError(f"report.level is {level}; allowed: 1 … {depth}, 1 at the tree's top")
+        raise InputError(f"report.level is {level}; allowed: 1 … {depth}, 1 at the top")
 
 
-def in_order(tree: WordTree, nodes: Rows) -> list[int]:
-    """Return nodes so that those of one branch stand together, parents first."""
+def depth_first_order(tree: WordTree, nodes: Rows) -> list[int]:
+    """Return nodes in depth-first order, parents first."""
     paths = tree.paths[nodes].tolist()
     return [path[-1] for path in sorted([k for k in path[::-1] if k >= 0] for path in paths)]
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """One thing that went wrong.
+class DetectionError:
+    """A false positive or a missed target; a record, not an exception."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        image: its number in the source.
-        box_xyxy_orig_px: what was predicted; None for a missed object.
-        label, score: of that, a tree node and 0…1.
-        truth_xyxy_orig_px: the object that it lies on or near, or that was missed; None where
-            nothing is as near as an IoU of 0.1.
-        truth_label: of that.
-        iou: of the two boxes; 0 where there is only one.
-    """
-
-    kind: str
-    image: int
+    kind: str  # one of ERROR_KINDS
+    image: int  # index in the source
+    # of the detection; None for a missed target
     box_xyxy_orig_px: Box | None
     label: int | None
     score: float | None
-    truth_xyxy_orig_px: Box | None
-    truth_label: int | None
-    iou: float
+    # of the missed target, or of the one that the detection overlaps by an IoU of 0.1 or more
+    target_xyxy_orig_px: Box | None
+    target_label: int | None
+    iou: float  # 0 without a detection or a target
 
 
-def mistakes(matches: Matches) -> dict[str, list[Mistake]]:
-    """Return every mistake by kind, the worst first: the surest, of the missed the largest.
+def find_errors(matches: Matches) -> dict[str, list[DetectionError]]:
+    """Return all errors by kind: false positives by descending score, missed targets by area.
 
-    A detection that is no hit is a `duplicate` or of the `wrong class` where it overlaps a truth by
-    a half or more (that which it overlaps most says which); `badly placed` where it overlaps one by
-    a tenth, of its class if there is any; else `background`. A truth is `missed` where nothing
-    finds it, lies on it under a wrong name, or is badly placed under its own.
+    An unmatched detection with an IoU of 0.5 or more with a target is a `duplicate` or an error of
+    `classification`, by the class of the target that it overlaps most; with an IoU of 0.1 or more,
+    with a target of its class if there is one, it is an error of `localization`; else it is
+    `background`. A target is `missed` if no detection is matched to it, overlaps it under another
+    label, or is badly localized under its label.
 
-    Args:
-        matches: see `matches_at`.
-
-    Source: the kinds are those of TIDE (Bolya and others, ECCV 2020). Deviation: what overlaps
-    only another class, and by less than a half, has a kind of its own there.
+    Source: TIDE (Bolya et al., ECCV 2020). Deviation: TIDE has a kind of its own for detections
+    that overlap only targets of other classes, by less than 0.5.
     """
-    truths, told = matches.truths, matches.detections
-    kinds, near, ious = _explained(matches)
-    wrong = np.flatnonzero(matches.hits < 0)
-    found: dict[str, list[Mistake]] = {kind: [] for kind in KINDS}
-    for row in wrong[np.argsort(-told[wrong, SCORE], kind="stable")].tolist():
-        on = truths[near[row]] if near[row] >= 0 else None
-        kind = KINDS[kinds[row]]
-        found[kind].append(_mistake(kind, told[row], on, float(ious[row])))
-    rows = wrong[near[wrong] >= 0]
-    named = truths[near[rows], LABEL] == told[rows, LABEL]
-    covered = near[rows[(kinds[rows] == _WRONG) | named]]
-    lost = np.setdiff1d(np.arange(len(truths)), np.concatenate([matches.hits, covered]))
-    areas = (truths[lost, 6:8] - truths[lost, 4:6]).prod(axis=1)
-    for row in lost[np.argsort(-areas, kind="stable")].tolist():
-        found[KINDS[_MISSED]].append(_mistake(KINDS[_MISSED], None, truths[row], 0.0))
-    return found
+    targets, predicted = matches.targets, matches.detections
+    kinds, nearest, ious = _unmatched_kinds(matches)
+    unmatched = np.flatnonzero(matches.matched < 0)
+    errors: dict[str, list[DetectionError]] = {kind: [] for kind in ERROR_KINDS}
+    for row in unmatched[np.argsort(-predicted[unmatched, SCORE], kind="stable")].tolist():
+        target = targets[nearest[row]] if nearest[row] >= 0 else None
+        kind = ERROR_KINDS[kinds[row]]
+        errors[kind].append(_error(kind, predicted[row], target, float(ious[row])))
+    rows = unmatched[nearest[unmatched] >= 0]
+    same_label = targets[nearest[rows], LABEL] == predicted[rows, LABEL]
+    covered = nearest[rows[(kinds[rows] == _CLASSIFICATION) | same_label]]
+    missed = np.setdiff1d(np.arange(len(targets)), np.concatenate([matches.matched, covered]))
+    areas = (targets[missed, 6:8] - targets[missed, 4:6]).prod(axis=1)
+    for row in missed[np.argsort(-areas, kind="stable")].tolist():
+        kind = ERROR_KINDS[_MISSED]
+        errors[kind].append(_error(kind, None, targets[row], 0.0))
+    return errors
 
 
-def _mistake(kind: str, said: Table | None, truth: Table | None, iou: float) -> Mistake:
-    either = said if said is not None else truth
-    assert either is not None, "a mistake is about a prediction or a truth"
-    box, on = (None if row is None else _box(row) for row in (said, truth))
-    label, its = (None if row is None else int(row[LABEL]) for row in (said, truth))
-    score = None if said is None else float(said[SCORE])
-    return Mistake(kind, int(either[IMAGE]), box, label, score, on, its, iou)
+def _error(kind: str, detection: Table | None, target: Table | None, iou: float) -> DetectionError:
+    present = detection if detection is not None else target
+    assert present is not None, "an error has a detection or a target"
+    box, target_box = (None if row is None else _box(row) for row in (detection, target))
+    label, target_label = (None if row is None else int(row[LABEL]) for row in (detection, target))
+    score = None if detection is None else float(detection[SCORE])
+    image = int(present[IMAGE])
+    return DetectionError(kind, image, box, label, score, target_box, target_label, iou)
 
 
 def _box(row: Table) -> Box:
@@ -269,23 +227,25 @@ def _box(row: Table) -> Box:
     return x1, y1, x2, y2
 
 
-def _explained(matches: Matches) -> tuple[Rows, Rows, Table]:
-    """Return kind, nearest truth or -1, and IoU with it, of every detection that is no hit."""
-    truths, told = matches.truths, matches.detections
-    kinds = np.full(len(told), _BACKGROUND)
-    near, ious = np.full(len(told), -1), np.zeros(len(told))
-    images = np.where(matches.hits < 0, told[:, IMAGE], -1.0)
-    for own, said in groups(truths[:, IMAGE], images):
-        over, _ = overlaps(told[said], truths[own])
-        same = told[said, None, LABEL] == truths[None, own, LABEL]
-        each = np.arange(len(said))
-        beside = np.where(same, over, -1.0)
-        on, by = over.argmax(axis=1), beside.argmax(axis=1)
-        lies, close = over[each, on] >= FOUND_IOU, beside[each, by] >= NEAR_IOU
-        chosen = np.where(~lies & close, by, on)
-        most = over[each, chosen]
-        lying = np.where(same[each, on], _DUPLICATE, _WRONG)
-        kinds[said] = np.where(lies, lying, np.where(most >= NEAR_IOU, _PLACED, _BACKGROUND))
-        near[said] = np.where(most >= NEAR_IOU, own[chosen], -1)
-        ious[said] = np.where(most >= NEAR_IOU, most, 0.0)
-    return kinds, near, ious
+def _unmatched_kinds(matches: Matches) -> tuple[Rows, Rows, Table]:
+    """Return kind, nearest target or -1, and IoU with it, of unmatched detections."""
+    targets, predicted = matches.targets, matches.detections
+    kinds = np.full(len(predicted), _BACKGROUND)
+    nearest, ious = np.full(len(predicted), -1), np.zeros(len(predicted))
+    images = np.where(matches.matched < 0, predicted[:, IMAGE], -1.0)
+    for target_rows, rows in group_rows(targets[:, IMAGE], images):
+        iou, _ = pairwise_iou_and_ioa(predicted[rows], targets[target_rows])
+        same_class = predicted[rows, None, LABEL] == targets[None, target_rows, LABEL]
+        each = np.arange(len(rows))
+        class_iou = np.where(same_class, iou, -1.0)
+        best, best_of_class = iou.argmax(axis=1), class_iou.argmax(axis=1)
+        overlaps = iou[each, best] >= MATCH_IOU
+        near_class = class_iou[each, best_of_class] >= BACKGROUND_IOU
+        chosen = np.where(~overlaps & near_class, best_of_class, best)
+        chosen_iou = iou[each, chosen]
+        near = chosen_iou >= BACKGROUND_IOU
+        overlap_kinds = np.where(same_class[each, best], _DUPLICATE, _CLASSIFICATION)
+        kinds[rows] = np.where(overlaps, overlap_kinds, np.where(near, _LOCALIZATION, _BACKGROUND))
+        nearest[rows] = np.where(near, target_rows[chosen], -1)
+        ious[rows] = np.where(near, chosen_iou, 0.0)
+    return kinds, nearest, ious

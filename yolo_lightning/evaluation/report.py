@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: figures as JSON and CSV, and pictures."""
+"""The report of a detector: metrics as JSON and CSV, plots, and images of the worst errors."""
 
 import json
 import math
@@ -13,103 +13,97 @@ import lightning
 import torch
 
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.evaluation.average_precision import COCO_FIGURES
-from yolo_lightning.evaluation.curves import CONFIDENCES, FOUND_IOU, Curves, curves
+from yolo_lightning.evaluation.average_precision import COCO_METRICS
+from yolo_lightning.evaluation.curves import CONFIDENCES, MATCH_IOU, Curves, compute_curves
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import (
-    Confusion,
+    ConfusionMatrix,
+    DetectionError,
     Matches,
-    Mistake,
-    confusion,
-    matches_at,
-    mistakes,
+    confusion_matrix,
+    find_errors,
+    match_predictions,
 )
 from yolo_lightning.evaluation.matching import Table
 from yolo_lightning.evaluation.plots import (
     ReadImage,
-    confidence,
-    confusion_matrix,
-    mistakes_grid,
-    precision_recall,
+    draw_error_grid,
+    plot_confidence,
+    plot_confusion_matrix,
+    plot_precision_recall,
 )
 from yolo_lightning.evaluation.tables import (
-    table_of_classes,
-    table_of_confusion,
-    table_of_mistakes,
-    titles,
+    class_table,
+    confusion_table,
+    error_table,
+    unique_names,
 )
 from yolo_lightning.images import Image
 from yolo_lightning.tree.wordtree import WordTree
 from yolo_lightning.version import __version__
 
-_AT_BEST = ("precision", "recall", "f1")
+_CURVE_METRICS = ("precision", "recall", "f1")
 
 
 @dataclass
 class ReportData:
-    """What a report is made of.
+    """The results that a report is made from; see `DetectionEvaluation`.
 
-    Attributes:
-        tree: the classes.
-        truths: (N, 8), see `mistakes`; image is the number in the source.
-        detections: (M, 8).
-        figures: the means, by name, 0…1.
-        per_class: figures of each class, by key.
-        per_coarse_class: figures at the level that boxes taught, by key; none where it is the same.
-        about: where the figures come from: checkpoint, recipe, image size, number of images.
+    `metadata` holds checkpoint, recipe, image size and number of images.
     """
 
     tree: WordTree
-    truths: Table
+    targets: Table
     detections: Table
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     per_class: Mapping[str, Mapping[str, float]]
     per_coarse_class: Mapping[str, Mapping[str, float]]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @classmethod
-    def of(cls, found: DetectionEvaluation, about: Mapping[str, Any]) -> "ReportData":
-        """Return what an evaluation has just found."""
-        tables = found.truths, found.detections
+    def from_evaluation(
+        cls, evaluation: DetectionEvaluation, metadata: Mapping[str, Any]
+    ) -> "ReportData":
+        """Return the results of the last `compute` of an evaluation."""
         return cls(
-            found.tree, *tables, found.figures, found.per_class, found.per_coarse_class, about
+            evaluation.tree,
+            evaluation.targets,
+            evaluation.detections,
+            evaluation.metrics,
+            evaluation.per_class,
+            evaluation.per_coarse_class,
+            metadata,
         )
 
 
-def images_read(batches: Sequence[int | float], data: Any, world_size: int, images: int) -> int:
-    """Return how many of a source's images an evaluation read; limits may leave some out.
-
-    Args:
-        batches: of each loader, on one rank.
-        data: the datamodule, whose batch sizes are those of all ranks together.
-        world_size: ranks.
-        images: of the source.
-    """
-    share = max(1, int(data.batch_sizes[0]) // world_size)
-    return min(images, int(sum(batches)) * share * world_size)
+def num_images_read(
+    batches: Sequence[int | float], data: Any, world_size: int, source_length: int
+) -> int:
+    """Return the number of images read in `batches` of each loader of a rank."""
+    local_batch_size = max(1, int(data.batch_sizes[0]) // world_size)
+    return min(source_length, int(sum(batches)) * local_batch_size * world_size)
 
 
 @dataclass
 class ReportOptions:
-    """How a report is made.
+    """Options of a report.
 
     Args:
-        folder: to write to, one that holds no files; null for a fresh one in the folder of the
-            checkpoint's run.
+        folder: to write to, new or empty; null for a new one in the run folder of the checkpoint.
         level: of the tree, 1 at the top, that the confusion matrix is collapsed to; null for the
-            classes as they are.
-        confidence: the least score that counts in the confusion matrix and as a mistake, 0…1.
-        seen: the classes that count as seen with boxes: a file that names one a line, or
-            imagenet_det_44; null for those that training had boxes of.
+            classes themselves.
+        confidence: minimum score for the confusion matrix and the error analysis, 0…1.
+        seen_classes: the classes that count as trained with boxes: a file with one class per line,
+            or imagenet_det_44; null for the classes of the training boxes.
 
     Raises:
-        InputError: a value out of range, or a folder that holds files.
+        InputError: a value out of range, or a folder that is not empty.
     """
 
     folder: str | None = None
     level: int | None = None
     confidence: float = 0.25
-    seen: str | None = None
+    seen_classes: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.confidence <= 1:
@@ -118,17 +112,14 @@ class ReportOptions:
             return
         folder = Path(self.folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"report.folder {self.folder!r} is not empty; name a new one")
+            raise InputError(f"report.folder {self.folder!r} is not empty; use a new folder")
 
 
-def check_options(args: Sequence[str]) -> None:
-    """Refuse options of a report on a command line that do not exist, or not for its command.
-
-    Args:
-        args: the command line, subcommand first.
+def check_report_options(args: Sequence[str]) -> None:
+    """Check the report options of a command line, subcommand first.
 
     Raises:
-        InputError: names what is allowed.
+        InputError: an unknown option, or a command without a report.
     """
     allowed = [field.name for field in fields(ReportOptions)]
     for arg in args[1:]:
@@ -142,60 +133,54 @@ def check_options(args: Sequence[str]) -> None:
 
 def write_report(
     folder: Path,
-    found: ReportData,
-    read: ReadImage,
-    name: Callable[[int], str] = str,
+    data: ReportData,
+    read_image: ReadImage,
+    image_name: Callable[[int], str] = str,
     options: ReportOptions | None = None,
 ) -> list[str]:
-    """Write the files of a report and return what there is to say about it, a line each.
+    """Write the files of a report and return a summary, as lines.
 
-    ``per_class.csv``, ``confusion.csv``, ``mistakes.csv``, ``precision_recall.png``,
-    ``confidence.png``, ``confusion.png``, ``mistakes.jpg``, and last ``figures.json``. Pictures of
-    nothing are left out, and said so.
-
-    Args:
-        folder: made where it is not there; files of a report in it are replaced.
-        found: what the evaluation says.
-        read: gives the images, see `ReadImage`; it may raise `UnreadableSample`.
-        name: what an image is called, by its number.
-        options: the defaults where None; `folder` and `seen` are not looked at.
+    ``per_class.csv``, ``confusion.csv``, ``errors.csv``, ``precision_recall.png``,
+    ``confidence.png``, ``confusion.png``, ``errors.jpg``, and last ``metrics.json``. Plots without
+    data or without matplotlib are skipped, which the summary mentions. `image_name` returns the
+    file of an image by its index; `read_image` may raise `UnreadableSample`.
 
     Raises:
         InputError: the tree has no such level, or the folder cannot be written.
     """
     options = options or ReportOptions()
-    names = titles(found.tree)
-    over = curves(found.truths, found.detections)
-    matches = matches_at(found.truths, found.detections, found.tree, options.confidence)
-    matrix = confusion(matches, found.tree, options.level)
-    wrong = mistakes(matches)
+    names = unique_names(data.tree)
+    curves = compute_curves(data.targets, data.detections)
+    matches = match_predictions(data.targets, data.detections, data.tree, options.confidence)
+    matrix = confusion_matrix(matches, data.tree, options.level)
+    errors = find_errors(matches)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = _class_rows(found, over)
-        _write_text(folder / "per_class.csv", table_of_classes(rows))
-        _write_text(folder / "confusion.csv", table_of_confusion(matrix, names))
-        _write_text(folder / "mistakes.csv", table_of_mistakes(wrong, names, name))
-        said = _pictures(folder, over, matrix, names, options)
-        if any(wrong.values()):
-            least = options.confidence
-            _write(folder / "mistakes.jpg", mistakes_grid(wrong, names, read, least))
-        plain = _plain(found, rows, over, matches, wrong, options)
-        text = json.dumps(_without_nan(plain), indent=2, ensure_ascii=False, allow_nan=False)
-        _write_text(folder / "figures.json", text + "\n")
+        rows = _class_rows(data, curves)
+        _write_text(folder / "per_class.csv", class_table(rows))
+        _write_text(folder / "confusion.csv", confusion_table(matrix, names))
+        _write_text(folder / "errors.csv", error_table(errors, names, image_name))
+        skipped = _write_plots(folder, curves, matrix, names, options)
+        if any(errors.values()):
+            grid = draw_error_grid(errors, names, read_image, options.confidence)
+            _write(folder / "errors.jpg", grid)
+        values = _to_plain(data, rows, curves, matches, errors, options)
+        text = json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
+        _write_text(folder / "metrics.json", text + "\n")
     except OSError as error:
         raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
-    return [*_summary(over, wrong, options.confidence), *said]
+    return [*_summary(curves, errors, options.confidence), *skipped]
 
 
 class ImageSource(Protocol):
-    """What images are read from, by their numbers."""
+    """A source of images by index."""
 
     def read(self, index: int) -> Any:
         """Return a sample with `image`, uint8 RGB (H, W, 3), and `size_hw_orig`, px."""
 
 
 def image_reader(source: ImageSource) -> ReadImage:
-    """Return what reads the images of a source for the pictures of a report."""
+    """Return a function that reads the images of a source for `write_report`."""
 
     def read(index: int) -> tuple[Image, tuple[float, float]]:
         sample = source.read(index)
@@ -205,70 +190,73 @@ def image_reader(source: ImageSource) -> ReadImage:
     return read
 
 
-def _class_rows(found: ReportData, over: Curves) -> dict[str, dict[str, Any]]:
-    """Return the figures of each class by key; those at the best confidence come last."""
-    keys = [found.tree.keys[node] for node in over.nodes.tolist()]
+def _class_rows(data: ReportData, curves: Curves) -> dict[str, dict[str, Any]]:
+    keys = [data.tree.keys[node] for node in curves.nodes.tolist()]
     rows: dict[str, dict[str, Any]] = {}
-    called = dict(zip(found.tree.keys, found.tree.names, strict=True))
-    for key in dict.fromkeys([*keys, *found.per_class]):
-        rows[key] = {"name": called[key], "objects": 0, **found.per_class.get(key, {})}
+    names = dict(zip(data.tree.keys, data.tree.names, strict=True))
+    for key in dict.fromkeys([*keys, *data.per_class]):
+        rows[key] = {"name": names[key], "objects": 0, **data.per_class.get(key, {})}
     for k, key in enumerate(keys):
-        rows[key]["objects"] = int(over.objects[k])
-        if over.best is not None:
-            for measure in _AT_BEST:
-                rows[key][measure] = float(getattr(over, measure)[k, over.best])
+        rows[key]["objects"] = int(curves.num_targets[k])
+        if curves.best_index is not None:
+            for metric in _CURVE_METRICS:
+                rows[key][metric] = float(getattr(curves, metric)[k, curves.best_index])
     return rows
 
 
-def _pictures(
-    folder: Path, over: Curves, matrix: Confusion, names: Mapping[int, str], options: ReportOptions
+def _write_plots(
+    folder: Path,
+    curves: Curves,
+    matrix: ConfusionMatrix,
+    names: Mapping[int, str],
+    options: ReportOptions,
 ) -> list[str]:
-    """Draw what there is to draw, and say what was left out and why."""
-    wanted: dict[str, Callable[[], bytes]] = {}
-    if len(over.nodes):
-        wanted["precision_recall.png"] = lambda: precision_recall(over, names)
-        wanted["confidence.png"] = lambda: confidence(over, names)
+    """Write the plots that have data; return messages about skipped ones."""
+    plots: dict[str, Callable[[], bytes]] = {}
+    if len(curves.nodes):
+        plots["precision_recall.png"] = lambda: plot_precision_recall(curves, names)
+        plots["confidence.png"] = lambda: plot_confidence(curves, names)
     if len(matrix.nodes):
         level = f", level {options.level} of the tree" if options.level else ""
-        title = f"Confusion at confidence {options.confidence:g}{level}, % of each row"
-        wanted["confusion.png"] = lambda: confusion_matrix(matrix, names, title)
-    said = [] if len(over.nodes) else ["no objects to find: no curves"]
+        title = f"Confusion matrix at confidence {options.confidence:g}{level}, % of each row"
+        plots["confusion.png"] = lambda: plot_confusion_matrix(matrix, names, title)
+    messages = [] if len(curves.nodes) else ["no targets: no curves"]
     try:
-        for file, draw in wanted.items():
-            _write(folder / file, draw())
+        for file, plot in plots.items():
+            _write(folder / file, plot())
     except InputError as error:  # no matplotlib
-        said.append(f"left out {', '.join(wanted)}: {error}")
-    return said
+        messages.append(f"skipped {', '.join(plots)}: {error}")
+    return messages
 
 
-def _plain(
-    found: ReportData,
+def _to_plain(
+    data: ReportData,
     rows: Mapping[str, Mapping[str, Any]],
-    over: Curves,
+    curves: Curves,
     matches: Matches,
-    wrong: Mapping[str, Sequence[Mistake]],
+    errors: Mapping[str, Sequence[DetectionError]],
     options: ReportOptions,
 ) -> dict[str, Any]:
-    """Return everything that `figures.json` holds."""
-    called = dict(zip(found.tree.keys, found.tree.names, strict=True))
-    coarse = {key: {"name": called[key], **row} for key, row in found.per_coarse_class.items()}
+    """Return the content of `metrics.json`."""
+    names = dict(zip(data.tree.keys, data.tree.names, strict=True))
+    coarse = {key: {"name": names[key], **row} for key, row in data.per_coarse_class.items()}
     return {
-        **found.about,
-        "objects": len(matches.truths),
+        **data.metadata,
+        "objects": len(matches.targets),
         "versions": {
             "yolo-lightning": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "lightning": lightning.__version__,
         },
-        "figures": dict.fromkeys(COCO_FIGURES) | dict(found.figures),
-        "best_f1": _best(over),
-        "mistakes": {
+        "metrics": dict.fromkeys(COCO_METRICS) | dict(data.metrics),
+        "best_f1": _best_f1(curves),
+        "errors": {
             "confidence": options.confidence,
-            "iou": FOUND_IOU,
+            "iou": MATCH_IOU,
             "detections": len(matches.detections),
-            "hits": int((matches.hits >= 0).sum()),
-            **{kind.replace(" ", "_"): len(each) for kind, each in wrong.items()},
+            "true_positives": int((matches.matched >= 0).sum()),
+            **{kind: len(group) for kind, group in errors.items()},
         },
         "confusion": {"confidence": options.confidence, "level": options.level},
         "per_class": rows,
@@ -276,30 +264,30 @@ def _plain(
     }
 
 
-def _best(over: Curves) -> dict[str, float] | None:
-    """Return the confidence with the highest mean F1, and the means there."""
-    if over.best is None:
+def _best_f1(curves: Curves) -> dict[str, float] | None:
+    if curves.best_index is None:
         return None
-    means = {m: float(_mean(getattr(over, m)[:, over.best])) for m in _AT_BEST}
-    return {"confidence": round(float(CONFIDENCES[over.best]), 3), **means}
+    means = {m: float(_mean(getattr(curves, m)[:, curves.best_index])) for m in _CURVE_METRICS}
+    return {"confidence": round(float(CONFIDENCES[curves.best_index]), 3), **means}
 
 
 def _mean(values: Table) -> float:
-    """Return the mean of what there is."""
-    there = values[values == values]
-    return float(there.mean()) if there.size else math.nan
+    defined = values[values == values]
+    return float(defined.mean()) if defined.size else math.nan
 
 
-def _summary(over: Curves, wrong: Mapping[str, Sequence[Mistake]], least: float) -> list[str]:
-    counts = ", ".join(f"{kind} {len(each)}" for kind, each in wrong.items())
-    lines = [f"mistakes at confidence {least:g}: {counts}"]
-    if best := _best(over):
+def _summary(
+    curves: Curves, errors: Mapping[str, Sequence[DetectionError]], confidence: float
+) -> list[str]:
+    counts = ", ".join(f"{kind} {len(group)}" for kind, group in errors.items())
+    lines = [f"errors at confidence {confidence:g}: {counts}"]
+    if best := _best_f1(curves):
         lines.insert(0, f"best mean F1 {best['f1']:.3f} at confidence {best['confidence']:g}")
     return lines
 
 
 def _without_nan(value: Any) -> Any:
-    """Return plain values with None where a number is not one: JSON knows no NaN."""
+    """Return plain values with None instead of NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -314,7 +302,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file that is whole whenever it is there."""
+    """Write a file atomically."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""How far down a tree predictions are right, and in which way they are wrong."""
+"""Accuracy along the tree: by depth, and by kind of error."""
 
 import torch
 from torch import Tensor
@@ -10,71 +10,66 @@ KINDS = ("right", "not_specific_enough", "wrong_leaf", "wrong_branch")
 
 
 class TreeAccuracy(Metric):
-    """Accuracy by depth, and mistakes told apart.
+    """Accuracy by depth, and predictions by kind.
 
-    A prediction is `right` where it is the label or lies below it; `not_specific_enough` where it
-    is an ancestor of the label; `wrong_leaf` where it lies below the label's parent, beside the
-    label; `wrong_branch` elsewhere.
-
-    Args:
-        tree: the classes.
+    A prediction is `right` if it is the label or below it; `not_specific_enough` if it is an
+    ancestor of the label; `wrong_leaf` if it is elsewhere below the label's parent; `wrong_branch`
+    otherwise.
     """
 
     full_state_update = False
-    kinds: Tensor
-    right_at: Tensor
-    seen_at: Tensor
+    kind_counts: Tensor
+    correct: Tensor
+    total: Tensor
 
     def __init__(self, tree: WordTree) -> None:
         super().__init__()
         self.tree = tree
         levels = tree.paths.shape[1]
-        self.add_state("kinds", torch.zeros(len(KINDS)), dist_reduce_fx="sum")
-        self.add_state("right_at", torch.zeros(levels), dist_reduce_fx="sum")
-        self.add_state("seen_at", torch.zeros(levels), dist_reduce_fx="sum")
+        self.add_state("kind_counts", torch.zeros(len(KINDS)), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(levels), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(levels), dist_reduce_fx="sum")
 
-    def update(self, named: Tensor, deepest: Tensor, labels: Tensor) -> None:
-        """Add images.
+    def update(self, predicted: Tensor, leaves: Tensor, labels: Tensor) -> None:
+        """Add images, int64 (B,) each; the label -1 is padding.
 
-        Args:
-            named: int64 (B,), the node that each is named by, as specific as the model is sure.
-            deepest: int64 (B,), the leaf at the end of the most probable path.
-            labels: int64 (B,), tree nodes; -1 for padding, which counts for nothing.
+        `leaves` are at the end of the most probable path, and determine the accuracy by depth.
         """
         real = labels >= 0
         paths = self.tree.paths.to(labels.device)
-        named, deepest, labels = named[real], deepest[real], labels[real]
+        predicted, leaves, labels = predicted[real], leaves[real], labels[real]
         parents = self.tree.parents.to(labels.device)[labels]
-        path = paths[named]
-        below_label = (path == labels[:, None]).any(dim=1)
-        above_label = (paths[labels] == named[:, None]).any(dim=1) & ~below_label
-        beside = ((path == parents[:, None]) & (parents >= 0)[:, None]).any(dim=1)
-        beside |= (parents < 0) & (self.tree.parents.to(labels.device)[named] < 0)
-        kind = torch.where(beside, 2, 3)
-        kind = torch.where(above_label, 1, torch.where(below_label, 0, kind))
-        self.kinds += torch.bincount(kind, minlength=len(KINDS))
-        truth, guess = _from_the_top(paths[labels]), _from_the_top(paths[deepest])
-        self.seen_at += (truth >= 0).sum(dim=0)
-        self.right_at += ((truth >= 0) & (truth == guess)).sum(dim=0)
+        path = paths[predicted]
+        at_or_below = (path == labels[:, None]).any(dim=1)
+        above = (paths[labels] == predicted[:, None]).any(dim=1) & ~at_or_below
+        below_parent = ((path == parents[:, None]) & (parents >= 0)[:, None]).any(dim=1)
+        below_parent |= (parents < 0) & (self.tree.parents.to(labels.device)[predicted] < 0)
+        kind = torch.where(below_parent, 2, 3)
+        kind = torch.where(above, 1, torch.where(at_or_below, 0, kind))
+        self.kind_counts += torch.bincount(kind, minlength=len(KINDS))
+        true_path, predicted_path = _from_root(paths[labels]), _from_root(paths[leaves])
+        self.total += (true_path >= 0).sum(dim=0)
+        self.correct += ((true_path >= 0) & (true_path == predicted_path)).sum(dim=0)
 
     def compute(self) -> dict[str, float]:
         """Return shares, 0…1: ``depth1`` (the top), ``depth2`` …, and the four kinds."""
-        figures = {
-            f"depth{level}": right / seen
-            for level, (right, seen) in enumerate(
-                zip(self.right_at.tolist(), self.seen_at.tolist(), strict=True), start=1
+        by_depth = {
+            f"depth{level}": correct / total
+            for level, (correct, total) in enumerate(
+                zip(self.correct.tolist(), self.total.tolist(), strict=True), start=1
             )
-            if seen
+            if total
         }
-        total = max(1.0, float(self.kinds.sum()))
-        return figures | {
-            name: count / total for name, count in zip(KINDS, self.kinds.tolist(), strict=True)
+        count = max(1.0, float(self.kind_counts.sum()))
+        return by_depth | {
+            kind: value / count
+            for kind, value in zip(KINDS, self.kind_counts.tolist(), strict=True)
         }
 
 
-def _from_the_top(paths: Tensor) -> Tensor:
-    """Return paths (B, D) that begin with a node as paths that begin at the top, -1 behind."""
+def _from_root(paths: Tensor) -> Tensor:
+    """Reverse paths (B, D) from node to root, padded with -1 at the end."""
     lengths = (paths >= 0).sum(dim=1, keepdim=True)
-    place = torch.arange(paths.shape[1], device=paths.device)[None]
-    turned = paths.gather(1, (lengths - 1 - place).clamp(min=0))
-    return torch.where(place < lengths, turned, -1)
+    position = torch.arange(paths.shape[1], device=paths.device)[None]
+    reversed_paths = paths.gather(1, (lengths - 1 - position).clamp(min=0))
+    return torch.where(position < lengths, reversed_paths, -1)

@@ -1,1 +1,1 @@
-"""What the loss computes for one image, as numbers, text and a picture."""
+"""Explanation of the loss of one image, as data, text and a figure."""

@@ -1,4 +1,4 @@
-"""What the loss sees in one image: which box answers for what, and what each part costs."""
+"""Explanation of the loss of one image: responsible boxes, targets, and terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from yolo_lightning.losses import (
     Assignment,
     BoxSelection,
     LossSettings,
-    assign,
+    assign_objects,
     loss_coord,
     loss_obj,
     select_boxes,
@@ -24,171 +24,102 @@ from yolo_lightning.models.head import HeadOutput, decode_boxes
 from yolo_lightning.tree.wordtree import WordTree
 
 TERMS = ("loss_coord", "loss_obj", "loss_noobj", "loss_class", "loss_anchor_prior")
-CANDIDATES, UNEXPECTED = 5, 3
-UNEXPECTED_OBJECTNESS = 0.3
-"""Boxes without an object that are surer than this are told about: mistakes, or missing truths."""
+MAX_CANDIDATES, MAX_FALSE_POSITIVES = 5, 3
+FALSE_POSITIVE_OBJECTNESS = 0.3
+"""Objectness above which a box without an object is listed: an error, or a missing label."""
 
 Corners = tuple[float, float, float, float]
+"""x1, y1, x2, y2, 0…1 of the network input."""
 
 
 @dataclass(frozen=True)
-class Box:
-    """One of the network's boxes.
+class PredictedBox:
+    """One box of the network."""
 
-    Attributes:
-        anchor, row, column: its place, from 0.
-        xyxy_norm: corners as decoded, 0…1 of the network input; may reach beyond.
-        objectness: 0…1.
-    """
-
-    anchor: int
+    anchor: int  # from 0, as row and column
     row: int
     column: int
-    xyxy_norm: Corners
-    objectness: float
+    xyxy_norm: Corners  # not clipped
+    objectness: float  # 0…1
 
 
 @dataclass(frozen=True)
-class Step:
-    """A node of the path from the top of the tree to a label.
-
-    Attributes:
-        name: of the node.
-        given_parent: P(node | parent).
-        absolute: P(node), the product down to here.
-        rival: the most probable of its siblings and their P(node | parent); None where that is the
-            node itself.
-    """
+class PathNode:
+    """A node on the path from the top of the tree to a label."""
 
     name: str
-    given_parent: float
-    absolute: float
-    rival: tuple[str, float] | None
+    conditional_prob: float  # P(node | parent)
+    prob: float  # P(node), the product of the conditional probabilities down to this node
+    best_sibling: tuple[str, float] | None  # name and P(sibling | parent) of a more probable one
 
 
 @dataclass(frozen=True)
-class ExplainedObject:
-    """An object with a box.
-
-    Attributes:
-        name: of its label.
-        truth_xyxy_norm: corners, 0…1 of the network input.
-        box: the one that is responsible.
-        shape_ious: IoU of the truth with each anchor, centres aligned; the largest decides
-            which anchor is responsible.
-        iou: of the box with the truth.
-        target: what its objectness learns.
-        path: from the top of the tree to the label.
-        terms: what it costs, its share of the image's terms; empty where `taken_by` is not None.
-        taken_by: place in the list of the later object that has the same box, and it alone counts.
-    """
+class ObjectExplanation:
+    """The loss of one object with a box."""
 
     name: str
-    truth_xyxy_norm: Corners
-    box: Box
-    shape_ious: tuple[float, ...]
-    iou: float
-    target: float
-    path: tuple[Step, ...]
-    terms: Mapping[str, float]
-    taken_by: int | None
+    target_xyxy_norm: Corners
+    box: PredictedBox  # the responsible one
+    shape_ious: tuple[float, ...]  # of target and anchors, both centred; the largest is responsible
+    iou: float  # of box and target
+    objectness_target: float
+    path: tuple[PathNode, ...]
+    terms: Mapping[str, float]  # its part of the terms of the image; empty if overridden
+    overridden_by: int | None  # index of a later object with the same box, which alone counts
 
 
 @dataclass(frozen=True)
-class Unexpected:
-    """A box that is sure of an object where none is labelled.
+class FalsePositive:
+    """A box with a high objectness and no object."""
 
-    Attributes:
-        box: the box.
-        iou: with the nearest truth; where it is small, a truth may be missing.
-        cost: its share of loss_noobj.
-    """
-
-    box: Box
-    iou: float
-    cost: float
+    box: PredictedBox
+    iou: float  # with the nearest target; if it is small, a label may be missing
+    loss: float  # its part of loss_noobj
 
 
 @dataclass(frozen=True)
-class BoxesExplained:
-    """What an image with boxes costs.
-
-    Attributes:
-        grid_hw: Gh, Gw.
-        anchors_wh_norm: widths and heights, relative to the network input.
-        objects: in the order of the annotation.
-        terms: of the image, as `yolo9000_loss` returns them.
-        counted: boxes that pay no-object loss.
-        spared: boxes that answer for nothing, yet overlap a truth enough to pay nothing.
-        unexpected: the surest of those that pay.
-    """
+class BoxLossExplanation:
+    """The loss of an image with boxes; `terms` as in `yolo9000_loss`."""
 
     grid_hw: tuple[int, int]
     anchors_wh_norm: tuple[tuple[float, float], ...]
-    objects: tuple[ExplainedObject, ...]
+    objects: tuple[ObjectExplanation, ...]
     terms: Mapping[str, float]
-    counted: int
-    spared: int
-    unexpected: tuple[Unexpected, ...]
+    num_negatives: int  # boxes with a no-object loss
+    num_ignored: int  # boxes without an object, with too high an IoU for a no-object loss
+    false_positives: tuple[FalsePositive, ...]  # the negatives with the highest objectness
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A box that an image's label could train.
+    """A box that may be selected for an image label."""
 
-    Attributes:
-        box: the box.
-        prob_node: P(the node that the rule looks at), 1 where it looks at none.
-        prob_label: P(the image's label).
-        score: what the rule ranks by.
-    """
-
-    box: Box
-    prob_node: float
-    prob_label: float
-    score: float
+    box: PredictedBox
+    prob_node: float  # P(node that the rule uses), 1 if it uses none
+    prob_label: float  # P(image label)
+    score: float  # by which the rule ranks
 
 
 @dataclass(frozen=True)
-class LabelExplained:
-    """What an image with a label costs.
-
-    Attributes:
-        grid_hw, anchors_wh_norm: see `BoxesExplained`.
-        name: of the label.
-        rule: how the box was chosen.
-        node: name of the node that the rule looked at; None where there is none.
-        any_sure: whether a box is sure enough for the rule `largest`.
-        candidates: the chosen box, then the next best of those that could be chosen.
-        others: what the other rules would choose.
-        target: what the chosen box's objectness learns: at least 0.3, or None for nothing.
-        path: from the top of the tree to the label, at the chosen box.
-        terms: of the image, as `yolo9000_loss` returns them.
-        counted: boxes that pay no-object loss.
-    """
+class LabelLossExplanation:
+    """The loss of an image with an image label; `terms` as in `yolo9000_loss`."""
 
     grid_hw: tuple[int, int]
     anchors_wh_norm: tuple[tuple[float, float], ...]
     name: str
     rule: BoxSelection
-    node: str | None
-    any_sure: bool
-    candidates: tuple[Candidate, ...]
-    others: Mapping[BoxSelection, Box]
-    target: float | None
-    path: tuple[Step, ...]
+    node: str | None  # name of the node that the rule uses
+    any_above_min: bool  # whether any objectness is high enough for the rule `largest`
+    candidates: tuple[Candidate, ...]  # the selected box, then the next best
+    other_rules: Mapping[BoxSelection, PredictedBox]  # the boxes that they would select
+    objectness_target: float | None  # lower bound for the selected box; None without such a loss
+    path: tuple[PathNode, ...]  # at the selected box
     terms: Mapping[str, float]
-    counted: int
+    num_negatives: int  # boxes with a no-object loss
 
 
-class _Boxes:
-    """All boxes of one image, decoded.
-
-    Attributes:
-        xyxy_norm: float (A, G, 4).
-        objectness: float (A, G).
-        anchors_wh_norm: float (A, 2).
-    """
+class _DecodedBoxes:
+    """All boxes of one image: `xyxy_norm` (A, G, 4), `objectness` (A, G)."""
 
     def __init__(self, output: HeadOutput, anchors_wh_cell: Tensor) -> None:
         logits = output.box_logits.float()
@@ -199,10 +130,10 @@ class _Boxes:
         grid_wh = anchors_wh_cell.new_tensor([self.grid_hw[1], self.grid_hw[0]])
         self.anchors_wh_norm = anchors_wh_cell / grid_wh
 
-    def at(self, anchor: int, cell: int) -> Box:
+    def box(self, anchor: int, cell: int) -> PredictedBox:
         row, column = divmod(cell, self.grid_hw[1])
         objectness = float(self.objectness[anchor, cell])
-        return Box(anchor, row, column, _corners(self.xyxy_norm[anchor, cell]), objectness)
+        return PredictedBox(anchor, row, column, _corners(self.xyxy_norm[anchor, cell]), objectness)
 
     def anchors(self) -> tuple[tuple[float, float], ...]:
         return tuple((float(w), float(h)) for w, h in self.anchors_wh_norm)
@@ -213,23 +144,17 @@ def _corners(xyxy: Tensor) -> Corners:
     return x1, y1, x2, y2
 
 
-def path_of(logits: Tensor, label: int, tree: WordTree) -> tuple[Step, ...]:
-    """Return the path to a label with its probabilities, from the top.
-
-    Args:
-        logits: float (K,), class logits of one box.
-        label: the node.
-        tree: the classes.
-    """
-    conditional, absolute = tree.log_softmax(logits[None])[0], tree.log_probs(logits[None])[0]
-    steps = []
+def path_to(logits: Tensor, label: int, tree: WordTree) -> tuple[PathNode, ...]:
+    """Return the path from the top of the tree to a label, given class logits (K,) of a box."""
+    conditional, log_probs = tree.log_softmax(logits[None])[0], tree.log_probs(logits[None])[0]
+    path = []
     for node in reversed([n for n in tree.paths[label].tolist() if n >= 0]):
         siblings = (tree.groups == tree.groups[node]).nonzero().flatten()
         best = int(siblings[conditional[siblings].argmax()])
-        rival = None if best == node else (tree.names[best], float(conditional[best].exp()))
-        shares = float(conditional[node].exp()), float(absolute[node].exp())
-        steps.append(Step(tree.names[node], *shares, rival))
-    return tuple(steps)
+        best_sibling = None if best == node else (tree.names[best], float(conditional[best].exp()))
+        probs = float(conditional[node].exp()), float(log_probs[node].exp())
+        path.append(PathNode(tree.names[node], *probs, best_sibling))
+    return tuple(path)
 
 
 @torch.no_grad()
@@ -239,107 +164,101 @@ def explain_boxes(
     anchors_wh_cell: Tensor,
     tree: WordTree,
     settings: LossSettings,
-) -> BoxesExplained:
-    """Return what the loss sees in an image with boxes.
-
-    Args:
-        output: what the network says about the image.
-        batch: that image alone.
-        anchors_wh_cell: float (A, 2), cells.
-        tree: the classes.
-        settings: scales and rules.
-    """
-    boxes = _Boxes(output, anchors_wh_cell)
-    nowhere = torch.full((len(tree),), -1)
-    terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, nowhere, settings)
-    claims = _claims(batch, anchors_wh_cell, boxes.grid_hw)
-    places = [(int(claim.anchor), int(claim.cell)) for claim in claims]
-    winner = {place: k for k, place in enumerate(places)}  # the last has it
-    free = torch.ones_like(boxes.objectness, dtype=torch.bool)
-    for place in places:
-        free[place] = False
-    truths = cxcywh_to_xyxy(batch.boxes_cxcywh_norm[0, batch.labels[0] >= 0])
-    # (A, G); the zero stands in where an image has no objects
-    overlap = pairwise_iou(boxes.xyxy_norm, torch.cat([truths, truths.new_zeros(1, 4)])).amax(dim=2)
-    near = overlap > settings.ignore_iou
-    return BoxesExplained(
+) -> BoxLossExplanation:
+    """Explain the loss of a batch of one image with boxes; anchors are float (A, 2), in cells."""
+    boxes = _DecodedBoxes(output, anchors_wh_cell)
+    no_ancestors = torch.full((len(tree),), -1)
+    terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, no_ancestors, settings)
+    assignments = _assign_each(batch, anchors_wh_cell, boxes.grid_hw)
+    keys = [(int(one.anchor), int(one.cell)) for one in assignments]
+    last_object = {key: k for k, key in enumerate(keys)}  # of equals, the last one counts
+    without_object = torch.ones_like(boxes.objectness, dtype=torch.bool)
+    for key in keys:
+        without_object[key] = False
+    targets = cxcywh_to_xyxy(batch.boxes_cxcywh_norm[0, batch.labels[0] >= 0])
+    # (A, G); a zero box allows images without objects
+    iou = pairwise_iou(boxes.xyxy_norm, torch.cat([targets, targets.new_zeros(1, 4)])).amax(dim=2)
+    near = iou > settings.ignore_iou
+    return BoxLossExplanation(
         boxes.grid_hw,
         boxes.anchors(),
         tuple(
             _explain_object(
-                output, claim, boxes, anchors_wh_cell, tree, settings,
-                None if winner[place] == k else winner[place],
+                output, assignment, boxes, anchors_wh_cell, tree, settings,
+                None if last_object[key] == k else last_object[key],
             )
-            for k, (claim, place) in enumerate(zip(claims, places, strict=True))
+            for k, (assignment, key) in enumerate(zip(assignments, keys, strict=True))
         ),
         {name: float(value) for name, value in terms.items()},
-        int((free & ~near).sum()),
-        int((free & near).sum()),
-        _unexpected(boxes, free & ~near, overlap, settings.noobj_scale),
+        int((without_object & ~near).sum()),
+        int((without_object & near).sum()),
+        _false_positives(boxes, without_object & ~near, iou, settings.noobj_scale),
     )  # fmt: skip
 
 
-def _claims(
+def _assign_each(
     batch: DetectionBatch, anchors_wh_cell: Tensor, grid_hw: tuple[int, int]
 ) -> list[Assignment]:
-    """Return the assignment of each object as if it were alone."""
-    slots = (batch.labels[0] >= 0).nonzero().flatten().tolist()
+    """Return the assignment of each object without the other objects."""
+    indices = (batch.labels[0] >= 0).nonzero().flatten().tolist()
     boxes, labels = batch.boxes_cxcywh_norm, batch.labels
     return [
-        assign(boxes[:, k : k + 1], labels[:, k : k + 1], anchors_wh_cell, grid_hw) for k in slots
+        assign_objects(boxes[:, k : k + 1], labels[:, k : k + 1], anchors_wh_cell, grid_hw)
+        for k in indices
     ]
 
 
 def _explain_object(
     output: HeadOutput,
-    claim: Assignment,
-    boxes: _Boxes,
+    assignment: Assignment,
+    boxes: _DecodedBoxes,
     anchors_wh_cell: Tensor,
     tree: WordTree,
     settings: LossSettings,
-    taken_by: int | None,
-) -> ExplainedObject:
-    """Return one object, `claim` being its assignment alone."""
-    box_logits, label = output.box_logits.float(), int(claim.labels)
-    truth = cxcywh_to_xyxy(claim.boxes_cxcywh_norm)
-    iou = pairwise_iou(boxes.xyxy_norm[claim.anchor, claim.cell], truth)[0]  # (1,)
-    target = iou if settings.rescore else torch.ones_like(iou)
-    logits = output.class_logits.at(claim.image, claim.anchor, claim.cell).float()
-    coord = loss_coord(box_logits, claim, anchors_wh_cell)
-    obj = loss_obj(box_logits[:, :, 4], claim, target)
-    kind = tree.path_loss(logits, claim.labels).sum()
+    overridden_by: int | None,
+) -> ObjectExplanation:
+    box_logits, label = output.box_logits.float(), int(assignment.labels)
+    target = cxcywh_to_xyxy(assignment.boxes_cxcywh_norm)
+    iou = pairwise_iou(boxes.xyxy_norm[assignment.anchor, assignment.cell], target)[0]  # (1,)
+    objectness_target = iou if settings.rescore else torch.ones_like(iou)
+    logits = output.class_logits.gather_boxes(
+        assignment.image, assignment.anchor, assignment.cell
+    ).float()
+    coord = loss_coord(box_logits, assignment, anchors_wh_cell)
+    obj = loss_obj(box_logits[:, :, 4], assignment, objectness_target)
+    class_loss = tree.path_loss(logits, assignment.labels).sum()
     terms = {
         "loss_coord": settings.coord_scale * float(coord),
         "loss_obj": settings.obj_scale * float(obj),
-        "loss_class": settings.class_scale * float(kind),
+        "loss_class": settings.class_scale * float(class_loss),
     }
-    shape_ious = shape_iou(claim.boxes_cxcywh_norm[:, 2:], boxes.anchors_wh_norm)[0]
-    return ExplainedObject(
+    shape_ious = shape_iou(assignment.boxes_cxcywh_norm[:, 2:], boxes.anchors_wh_norm)[0]
+    return ObjectExplanation(
         tree.names[label],
-        _corners(truth[0]),
-        boxes.at(int(claim.anchor), int(claim.cell)),
+        _corners(target[0]),
+        boxes.box(int(assignment.anchor), int(assignment.cell)),
         tuple(shape_ious.tolist()),
         float(iou),
-        float(target),
-        path_of(logits[0], label, tree),
-        terms if taken_by is None else {},
-        taken_by,
+        float(objectness_target),
+        path_to(logits[0], label, tree),
+        terms if overridden_by is None else {},
+        overridden_by,
     )
 
 
-def _unexpected(
-    boxes: _Boxes, paying: Tensor, overlap: Tensor, scale: float
-) -> tuple[Unexpected, ...]:
-    sureness = boxes.objectness * paying
-    values, places = sureness.flatten().topk(min(UNEXPECTED, sureness.numel()))
+def _false_positives(
+    boxes: _DecodedBoxes, is_negative: Tensor, iou: Tensor, scale: float
+) -> tuple[FalsePositive, ...]:
+    objectness = boxes.objectness * is_negative
+    values, indices = objectness.flatten().topk(min(MAX_FALSE_POSITIVES, objectness.numel()))
     found = [
-        (value, divmod(place, sureness.shape[1]))
-        for value, place in zip(values.tolist(), places.tolist(), strict=True)
-        if value > UNEXPECTED_OBJECTNESS
+        (value, divmod(index, objectness.shape[1]))
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        if value > FALSE_POSITIVE_OBJECTNESS
     ]
     return tuple(
-        Unexpected(boxes.at(*place), float(overlap[place]), scale * 0.5 * value**2)
-        for value, place in found
+        FalsePositive(boxes.box(*key), float(iou[key]), scale * 0.5 * value**2)
+        for value, key in found
     )
 
 
@@ -351,80 +270,76 @@ def explain_label(
     tree: WordTree,
     boxed_ancestors: Tensor,
     settings: LossSettings,
-) -> LabelExplained:
-    """Return what the loss sees in an image with one label; see `yolo9000_loss`.
+) -> LabelLossExplanation:
+    """Explain the loss of a batch of one image with an image label; see `yolo9000_loss`.
 
-    Args:
-        output: what the network says about the image.
-        batch: that image alone.
-        anchors_wh_cell: float (A, 2), cells.
-        tree: the classes.
-        boxed_ancestors: int64 (K,), each node's deepest ancestor or self that boxes taught, or -1.
-        settings: scales and rules.
+    `boxed_ancestors`, int64 (K,), holds each node's deepest ancestor or self on the path to a class
+    with boxes, or -1.
     """
-    boxes, label = _Boxes(output, anchors_wh_cell), int(batch.labels)
+    boxes, label = _DecodedBoxes(output, anchors_wh_cell), int(batch.labels)
     rule = settings.box_selection
     terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
-    chosen: dict[BoxSelection, tuple[int, int]] = {}
+    selected: dict[BoxSelection, tuple[int, int]] = {}
     for name in get_args(BoxSelection):
         anchor, cell = select_boxes(
             output, batch.labels, anchors_wh_cell, tree, boxed_ancestors, name
         )
-        chosen[name] = int(anchor), int(cell)
+        selected[name] = int(anchor), int(cell)
     node = {"boxed_ancestor": int(boxed_ancestors[label]), "label": label}.get(rule, -1)
-    logits = _logits(output, torch.tensor([chosen[rule]]))[0]
-    return LabelExplained(
+    logits = _class_logits(output, torch.tensor([selected[rule]]))[0]
+    return LabelLossExplanation(
         boxes.grid_hw,
         boxes.anchors(),
         tree.names[label],
         rule,
         tree.names[node] if node >= 0 else None,
         bool((boxes.objectness > LARGEST_MIN_OBJECTNESS).any()),
-        _candidates(output, boxes, tree, (label, node), rule, chosen[rule]),
-        {name: boxes.at(*place) for name, place in chosen.items() if name != rule},
+        _candidates(output, boxes, tree, label, node, rule, selected[rule]),
+        {name: boxes.box(*key) for name, key in selected.items() if name != rule},
         0.3 if settings.objectness_rule == "paper" else None,
-        path_of(logits, label, tree),
+        path_to(logits, label, tree),
         {name: float(value) for name, value in terms.items()},
         boxes.objectness.numel() - 1,
     )
 
 
-def _logits(output: HeadOutput, places: Tensor) -> Tensor:
-    """Return class logits (M, K) of one image's boxes: anchor and cell, int64 (M, 2)."""
-    image = torch.zeros_like(places[:, 0])
-    return output.class_logits.at(image, places[:, 0], places[:, 1]).float()
+def _class_logits(output: HeadOutput, keys: Tensor) -> Tensor:
+    """Return class logits (M, K) of boxes of one image, given anchor and cell, int64 (M, 2)."""
+    image = torch.zeros_like(keys[:, 0])
+    return output.class_logits.gather_boxes(image, keys[:, 0], keys[:, 1]).float()
 
 
 def _candidates(
     output: HeadOutput,
-    boxes: _Boxes,
+    boxes: _DecodedBoxes,
     tree: WordTree,
-    label_node: tuple[int, int],
+    label: int,
+    node: int,
     rule: BoxSelection,
-    chosen: tuple[int, int],
+    selected: tuple[int, int],
 ) -> tuple[Candidate, ...]:
-    """Return the chosen box and the next best, with what the rule ranks by."""
-    objectness, (label, node) = boxes.objectness, label_node
-    places = torch.ones_like(objectness).nonzero()  # (A * G, 2)
-    log_probs = tree.log_probs(_logits(output, places))  # (A * G, K)
+    """Return the selected box and the next best by the score of the rule."""
+    objectness = boxes.objectness
+    keys = torch.ones_like(objectness).nonzero()  # (A * G, 2)
+    log_probs = tree.log_probs(_class_logits(output, keys))  # (A * G, K)
     prob_label = log_probs[:, label].view_as(objectness).exp()
-    log_node = log_probs[:, node].view_as(objectness) if node >= 0 else 0 * objectness
+    log_prob_node = log_probs[:, node].view_as(objectness) if node >= 0 else 0 * objectness
     if rule == "largest":
         size = boxes.xyxy_norm[..., 2:] - boxes.xyxy_norm[..., :2]
-        sure = objectness > LARGEST_MIN_OBJECTNESS
-        area = size.prod(dim=-1).clamp(max=1) * sure
-        score = (area if bool(sure.any()) else objectness).log()
+        is_allowed = objectness > LARGEST_MIN_OBJECTNESS
+        area = size.prod(dim=-1).clamp(max=1) * is_allowed
+        log_score = (area if bool(is_allowed.any()) else objectness).log()
     else:
-        score = objectness.log() + log_node
-    order = score.flatten().argsort(descending=True)
-    ranked = places[order[score.flatten()[order].isfinite()]].tolist()
-    best = [chosen, *((anchor, cell) for anchor, cell in ranked if (anchor, cell) != chosen)]
+        log_score = objectness.log() + log_prob_node
+    order = log_score.flatten().argsort(descending=True)
+    ranked = keys[order[log_score.flatten()[order].isfinite()]].tolist()
+    best = [selected, *((anchor, cell) for anchor, cell in ranked if (anchor, cell) != selected)]
     return tuple(
         Candidate(
-            boxes.at(*place),
-            float(log_node[place].exp()),
-            float(prob_label[place]),
-            float(score[place].exp()),
+            boxes.box(*key),
+            float(log_prob_node[key].exp()),
+            float(prob_label[key]),
+            float(log_score[key].exp()),
         )
-        for place in best[:CANDIDATES]
+        for key in best[:MAX_CANDIDATES]
     )

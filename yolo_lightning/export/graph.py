@@ -1,4 +1,4 @@
-"""The detector as one graph, from pixels to boxes, scores and nodes, and the files it goes into."""
+"""The detector as one graph, from pixels to boxes, scores and nodes, and its export to files."""
 
 import copy
 import json
@@ -27,22 +27,17 @@ INPUTS = ("images", "sizes_hw_orig")
 OUTPUTS = ("boxes_xyxy_orig_px", "scores", "nodes")
 
 METADATA_FILE = "metadata.json"
-"""What a `.pt2` file calls its metadata, among its extra files."""
+"""Name of the metadata among the extra files of a `.pt2` file."""
 
 SCORE_THRESHOLD = "score_threshold"
-"""What both kinds of files call the threshold: ONNX's an initializer, torch's a buffer."""
+"""Name of the score threshold: an initializer in ONNX files, a buffer in `.pt2` files."""
 
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """What is settled when a graph is made.
+    """Constants of an exported graph.
 
-    Attributes:
-        resize: how images are fitted into the network input.
-        score_threshold: 0…1, of objectness x P(node).
-        tree_threshold: 0…1, of P(node), down to which the tree is descended.
-        iou_threshold: 0…1, of non-maximum suppression.
-        top: rows given for each image, 1 or more.
+    `tree_threshold` is the minimum P(node) of a label, `top` the number of output rows per image.
     """
 
     resize: Resize = "letterbox"
@@ -53,15 +48,10 @@ class GraphSettings:
 
 
 class TreeDescent(nn.Module):
-    """`WordTree.most_specific` in as many steps as the tree has levels, whatever the logits say.
-
-    Args:
-        tree: the classes.
-        threshold: 0…1, of P(node); the top level is always entered.
-    """
+    """`WordTree.most_specific_nodes` with a fixed number of steps, one per level of the tree."""
 
     members: Tensor
-    group_below: Tensor
+    child_group: Tensor
 
     def __init__(self, tree: WordTree, threshold: float) -> None:
         super().__init__()
@@ -69,96 +59,82 @@ class TreeDescent(nn.Module):
         self.log_threshold = math.log(threshold) if threshold > 0 else -math.inf
         sizes = torch.bincount(tree.groups).tolist()
         groups = list(tree.groups.argsort(stable=True).split(sizes))
-        group_below = torch.full((len(tree) + 1,), -1)
-        group_below[tree.parents] = tree.groups  # index -1: the top's
-        self.top = int(group_below[-1])
-        # (groups, largest size): the nodes of each, -1 as padding
+        child_group = torch.full((len(tree) + 1,), -1)
+        child_group[tree.parents] = tree.groups  # index -1: the top level
+        self.top_group = int(child_group[-1])
+        # (G, largest size): the nodes of each group, -1 as padding
         self.register_buffer("members", nn.utils.rnn.pad_sequence(groups, True, -1))
-        self.register_buffer("group_below", group_below)
+        self.register_buffer("child_group", child_group)
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return nodes, int64 (M,), and their absolute probabilities, float (M,).
-
-        Args:
-            logits: float (M, K).
-        """
-        total = logits.new_zeros(logits.shape[0])
-        node = torch.full_like(total, -1, dtype=torch.int64)
-        group = torch.full_like(node, self.top)
+        """Return nodes, int64 (M,), and their probabilities, float (M,), of logits (M, K)."""
+        log_prob = logits.new_zeros(logits.shape[0])
+        node = torch.full_like(log_prob, -1, dtype=torch.int64)
+        group = torch.full_like(node, self.top_group)
         active = torch.ones_like(node, dtype=torch.bool)
         for level in range(self.levels):
             siblings = self.members[group]
-            picked = logits.gather(1, siblings.clamp(min=0)).masked_fill(siblings < 0, -torch.inf)
-            best, place = picked.log_softmax(dim=1).max(dim=1)
-            child = siblings.gather(1, place[:, None]).squeeze(1)
-            below = total + best
+            values = logits.gather(1, siblings.clamp(min=0)).masked_fill(siblings < 0, -torch.inf)
+            best, column = values.log_softmax(dim=1).max(dim=1)
+            child = siblings.gather(1, column[:, None]).squeeze(1)
+            child_log_prob = log_prob + best
             if level:
-                active = active & (below >= self.log_threshold)
-            node, total = torch.where(active, child, node), torch.where(active, below, total)
-            group = self.group_below[child]
+                active = active & (child_log_prob >= self.log_threshold)
+            node = torch.where(active, child, node)
+            log_prob = torch.where(active, child_log_prob, log_prob)
+            group = self.child_group[child]
             active = active & (group >= 0)
             group = group.clamp(min=0)
-        return node, total.exp()
+        return node, log_prob.exp()
 
 
-@torch.library.custom_op("yolo_lightning::suppressed", mutates_args=())
-def suppressed(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
-    """Return the rows kept by non-maximum suppression, int64 (B, top), -1 as padding.
+@torch.library.custom_op("yolo_lightning::nms_rows", mutates_args=())
+def nms_rows(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
+    """Return the rows that non-maximum suppression keeps, int64 (B, top), -1 as padding.
 
-    One operator, which `write_onnx` turns into ONNX's own.
-
-    Args:
-        boxes_xyxy: float (B, N, 4), any one unit.
-        scores: float (B, N); rows of 0 take no part.
-        iou_threshold: 0…1; a box goes where a kept one of higher score overlaps it by more.
-        top: rows given for each image, by descending score; equal scores by ascending row.
+    Rows are sorted by descending score, equal scores by ascending row. Boxes (B, N, 4) with a score
+    (B, N) of 0 are ignored. A custom operator: `write_onnx` translates it to NonMaxSuppression.
     """
     rows = torch.full((scores.shape[0], top), -1, device=scores.device)
     for k, (boxes, score) in enumerate(zip(boxes_xyxy, scores, strict=True)):
-        asked = (score > 0).nonzero().flatten()
-        kept = batched_nms(boxes[asked], score[asked], torch.zeros_like(asked), iou_threshold)
-        rows[k, : len(kept)] = asked[kept][:top]
+        index = (score > 0).nonzero().flatten()
+        kept = batched_nms(boxes[index], score[index], torch.zeros_like(index), iou_threshold)
+        rows[k, : len(kept)] = index[kept][:top]
     return rows
 
 
-@suppressed.register_fake
+@nms_rows.register_fake
 def _(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
     return scores.new_empty((scores.shape[0], top), dtype=torch.int64)
 
 
-def suppressed_in_turn(
-    boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int
-) -> Tensor:
-    """Return what `suppressed` does by torch's own operators, one box an image at each step.
+def nms_rows_in_torch(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
+    """Implement `nms_rows` with operators of torch; each step keeps one box per image.
 
-    A file that holds these needs nothing but torch to be loaded.
+    Files with these operators can be loaded without this package.
     """
 
-    def unsettled(step: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
+    def condition(step: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
         return (step < top) & (scores > 0).any()
 
-    def settle(step: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        best = scores.argmax(dim=1, keepdim=True)  # (B, 1), of equal ones the first
-        now = torch.arange(top, device=rows.device) == step
-        rows = torch.where(now & (scores.gather(1, best) > 0), best, rows)
+    def keep_best(step: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        best = scores.argmax(dim=1, keepdim=True)  # (B, 1), the first of equal scores
+        is_current = torch.arange(top, device=rows.device) == step
+        rows = torch.where(is_current & (scores.gather(1, best) > 0), best, rows)
         box = boxes_xyxy.gather(1, best[:, :, None].expand(-1, -1, 4))
-        gone = pairwise_iou(box, boxes_xyxy).squeeze(1) > iou_threshold
-        return step + 1, scores.masked_fill(gone.scatter(1, best, True), 0.0), rows
+        suppressed = pairwise_iou(box, boxes_xyxy).squeeze(1) > iou_threshold
+        return step + 1, scores.masked_fill(suppressed.scatter(1, best, True), 0.0), rows
 
     rows = torch.full((scores.shape[0], top), -1, device=scores.device)
     start = torch.zeros((), dtype=torch.int64, device=scores.device)
-    settled: Tensor = while_loop(unsettled, settle, (start, scores, rows))[2]
-    return settled
+    kept: Tensor = while_loop(condition, keep_best, (start, scores, rows))[2]
+    return kept
 
 
 class DetectorGraph(nn.Module):
-    """What `DetectorModule.describe` does, with outputs of fixed shapes.
+    """`DetectorModule.detect_most_specific` with outputs of fixed shapes.
 
-    Args:
-        network: gives boxes, objectness and class logits; a copy of it is kept.
-        tree: the classes.
-        settings: thresholds, and how images are fitted.
-        suppress: `suppressed` or `suppressed_in_turn`.
+    The network is copied; `nms` is `nms_rows` or `nms_rows_in_torch`.
     """
 
     score_threshold: Tensor
@@ -168,32 +144,31 @@ class DetectorGraph(nn.Module):
         network: YOLOv2,
         tree: WordTree,
         settings: GraphSettings,
-        suppress: Callable[[Tensor, Tensor, float, int], Tensor],
+        nms: Callable[[Tensor, Tensor, float, int], Tensor],
     ) -> None:
         super().__init__()
-        self.network, self.settings, self.suppress = _traceable(network), settings, suppress
+        self.network, self.settings, self.nms = _traceable(network), settings, nms
         self.descent = TreeDescent(tree, settings.tree_threshold)
-        # a buffer, not a number: it keeps its name in the files, where it can be lowered
-        # a float of its own, one step up: equal constants of a graph become one, and the check of
-        # an export changes this one alone
+        # a buffer keeps its name in the files, where `compare` changes its value; ONNX export
+        # merges equal constants, so the value must be unique: the next larger float
         threshold = torch.tensor(float(settings.score_threshold))
-        own = torch.nextafter(threshold, torch.tensor(torch.inf))
-        self.register_buffer(SCORE_THRESHOLD, own)
+        unique = torch.nextafter(threshold, torch.tensor(torch.inf))
+        self.register_buffer(SCORE_THRESHOLD, unique)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, sizes_hw_orig: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best boxes of each image, by descending score.
 
         Args:
-            images: uint8 (B, 3, H, W), RGB, fitted; H and W multiples of the stride.
-            sizes_hw_orig: int64 (B, 2), px of the original images; H and W where boxes are asked
-                for in px of the network input.
+            images: uint8 (B, 3, H, W), RGB, resized; H and W multiples of the stride.
+            sizes_hw_orig: int64 (B, 2), px of the original images; H and W for boxes in px of the
+                network input.
 
         Returns:
             boxes_xyxy_orig_px, float (B, top, 4); scores, float (B, top), objectness x P(node);
-            nodes, int64 (B, top). Rows that no box fills are 0, 0, and -1.
+            nodes, int64 (B, top). Padding is 0, 0, and -1.
         """
-        # said so, every later shape is a plain multiple of the cells'
+        # makes all later symbolic shapes multiples of the number of cells
         stride = self.network.stride
         height, width = (side // stride * stride for side in images.shape[2:])
         images = images.narrow(2, 0, height).narrow(3, 0, width)
@@ -203,38 +178,38 @@ class DetectorGraph(nn.Module):
         boxes = boxes.flatten(3).transpose(2, 3).flatten(1, 2)  # (B, A * G, 4)
         if self.settings.resize == "letterbox":
             boxes = unletterbox_each(boxes, sizes_hw_orig, height, width)
-        limits = sizes_hw_orig.flip(1).repeat(1, 2)[:, None].float()  # width, height, both again
+        limits = sizes_hw_orig.flip(1).repeat(1, 2)[:, None].float()  # (B, 1, 4): w, h, w, h
         boxes = torch.minimum((cxcywh_to_xyxy(boxes) * limits).clamp(min=0), limits)
-        nodes, scores = self._named(objectness, output.class_logits)
-        rows = self.suppress(boxes, scores, self.settings.iou_threshold, self.settings.top)
-        found, at = rows >= 0, rows.clamp(min=0)
-        chosen = boxes.gather(1, at[:, :, None].expand(-1, -1, 4))
+        nodes, scores = self._label_boxes(objectness, output.class_logits)
+        rows = self.nms(boxes, scores, self.settings.iou_threshold, self.settings.top)
+        is_box, index = rows >= 0, rows.clamp(min=0)
+        kept_boxes = boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
         return (
-            torch.where(found[:, :, None], chosen, 0.0),
-            torch.where(found, scores.gather(1, at), 0.0),
-            torch.where(found, nodes.gather(1, at), -1),
+            torch.where(is_box[:, :, None], kept_boxes, 0.0),
+            torch.where(is_box, scores.gather(1, index), 0.0),
+            torch.where(is_box, nodes.gather(1, index), -1),
         )
 
-    def _named(self, objectness: Tensor, classes: SparseClassLogits) -> tuple[Tensor, Tensor]:
-        """Return nodes and scores (B, A * G) of objectness (B, A, G); 0 up to the threshold.
+    def _label_boxes(self, objectness: Tensor, classes: SparseClassLogits) -> tuple[Tensor, Tensor]:
+        """Return nodes and scores (B, A * G) of objectness (B, A, G); 0 below the threshold.
 
-        Class logits are computed for boxes whose objectness, which bounds the score, passes it.
+        Class logits are computed only for boxes whose objectness exceeds the threshold.
         """
         batch, anchors, cells = objectness.shape
         features = classes.features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * G, C)
         flat = objectness.transpose(0, 1).flatten()  # (A * B * G,), anchor by anchor
-        places, logits = [], []
+        indices, logits = [], []
         for anchor, (weight, bias) in enumerate(zip(classes.weight, classes.bias, strict=True)):
-            sure = objectness[:, anchor].flatten() > self.score_threshold
-            cell = sure.nonzero().flatten()
+            is_candidate = objectness[:, anchor].flatten() > self.score_threshold
+            cell = is_candidate.nonzero().flatten()
             logits.append(F.linear(features.index_select(0, cell), weight, bias))
-            places.append(cell + anchor * batch * cells)
-        place = torch.cat(places)
-        found, probs = self.descent(torch.cat(logits))
-        score = flat.index_select(0, place) * probs
+            indices.append(cell + anchor * batch * cells)
+        index = torch.cat(indices)
+        node, prob = self.descent(torch.cat(logits))
+        score = flat.index_select(0, index) * prob
         score = torch.where(score > self.score_threshold, score, 0.0)
-        nodes = torch.zeros_like(flat, dtype=torch.int64).scatter(0, place, found)
-        scores = torch.zeros_like(flat).scatter(0, place, score)
+        nodes = torch.zeros_like(flat, dtype=torch.int64).scatter(0, index, node)
+        scores = torch.zeros_like(flat).scatter(0, index, score)
         shape = (anchors, batch, cells)
         return (
             nodes.reshape(shape).transpose(0, 1).flatten(1),
@@ -245,20 +220,13 @@ class DetectorGraph(nn.Module):
 def unletterbox_each(
     boxes_cxcywh_norm: Tensor, sizes_hw_orig: Tensor, height: int, width: int
 ) -> Tensor:
-    """Return what `boxes.unletterbox` does for one size, for a size an image.
-
-    Args:
-        boxes_cxcywh_norm: float (B, N, 4), 0…1 of the network input.
-        sizes_hw_orig: int64 (B, 2), px.
-        height: of the network input, px.
-        width: of the network input, px.
-    """
+    """Apply `boxes.unletterbox` to boxes (B, N, 4) of images of different sizes (B, 2)."""
     old_height, old_width = sizes_hw_orig.unbind(1)
-    wide = width * old_height < height * old_width  # the width is what fills the input
+    fills_width = width * old_height < height * old_width
     fitting = (old_height * width // old_width).clamp(min=1)
-    new_height = torch.where(wide, fitting, torch.full_like(old_height, height))
+    new_height = torch.where(fills_width, fitting, torch.full_like(old_height, height))
     fitting = (old_width * height // old_height).clamp(min=1)
-    new_width = torch.where(wide, torch.full_like(old_width, width), fitting)
+    new_width = torch.where(fills_width, torch.full_like(old_width, width), fitting)
     left, top = (width - new_width) // 2, (height - new_height) // 2
     margins = torch.stack([left / width, top / height], dim=1)
     scale = torch.stack([width / new_width, height / new_height], dim=1).repeat(1, 2)
@@ -267,7 +235,7 @@ def unletterbox_each(
 
 
 class _DarknetReorg(nn.Module):
-    """`Reorg` of the kind `darknet`, in steps that hold for every size at once."""
+    """`Reorg` of the kind `darknet`, with operations that support dynamic sizes."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -284,7 +252,7 @@ class _DarknetReorg(nn.Module):
 
 
 def _traceable(network: YOLOv2) -> YOLOv2:
-    """Return a copy that can be traced without settling on the size of the traced image."""
+    """Return a copy that can be traced with dynamic image sizes."""
     traceable = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for number, layer in enumerate(traceable.body.layers):
         if isinstance(layer, Reorg) and layer.kind == "darknet":
@@ -293,8 +261,8 @@ def _traceable(network: YOLOv2) -> YOLOv2:
     return traceable
 
 
-def traced(graph: DetectorGraph) -> ExportedProgram:
-    """Return the graph as torch.export sees it: any batch, any size from two cells a side."""
+def trace(graph: DetectorGraph) -> ExportedProgram:
+    """Trace the graph for any batch size and image sizes of at least two cells per side."""
     stride = graph.network.stride
     batch, rows, columns = Dim("batch", min=1), Dim("rows", min=2), Dim("columns", min=2)
     example = torch.zeros(2, 3, 2 * stride, 3 * stride, dtype=torch.uint8)
@@ -309,23 +277,15 @@ def traced(graph: DetectorGraph) -> ExportedProgram:
     )
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else []:
-            node.meta.pop("stack_trace", None)  # names files of this machine
+            node.meta.pop("stack_trace", None)  # contains paths of this machine
     return program
 
 
 def write_torch(
     network: YOLOv2, tree: WordTree, settings: GraphSettings, path: Path, metadata: dict[str, Any]
 ) -> None:
-    """Write the graph for `torch.export.load`, which needs nothing of this package.
-
-    Args:
-        network: gives boxes, objectness and class logits.
-        tree: the classes.
-        settings: thresholds, and how images are fitted.
-        path: of the file.
-        metadata: plain values, kept as JSON in `METADATA_FILE` among the extra files.
-    """
-    program = traced(DetectorGraph(network, tree, settings, suppressed_in_turn))
+    """Write a file for `torch.export.load`, with the metadata as JSON in `METADATA_FILE`."""
+    program = trace(DetectorGraph(network, tree, settings, nms_rows_in_torch))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
@@ -334,19 +294,11 @@ def write_torch(
 def write_onnx(
     network: YOLOv2, tree: WordTree, settings: GraphSettings, path: Path, metadata: dict[str, Any]
 ) -> None:
-    """Write the graph as ONNX: a single file, suppression by its own `NonMaxSuppression`.
-
-    Args:
-        network: gives boxes, objectness and class logits.
-        tree: the classes.
-        settings: thresholds, and how images are fitted.
-        path: of the file.
-        metadata: plain values, each kept as JSON under its key.
-    """
+    """Write a single ONNX file, with each value of the metadata as JSON."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    program = traced(DetectorGraph(network, tree, settings, suppressed))
-    # it tells that torchvision is missing, which nothing here uses
+    program = trace(DetectorGraph(network, tree, settings, nms_rows))
+    # hide a warning that torchvision is missing; it is not used
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -360,31 +312,31 @@ def write_onnx(
                 "images": {0: "batch", 2: "height", 3: "width"},
                 "sizes_hw_orig": {0: "batch"},
             },
-            custom_translation_table={torch.ops.yolo_lightning.suppressed.default: _onnx_nms},
+            custom_translation_table={torch.ops.yolo_lightning.nms_rows.default: _onnx_nms},
         )
     assert exported is not None
-    ClearMetadataAndDocStringPass()(exported.model)  # it names files of this machine
+    ClearMetadataAndDocStringPass()(exported.model)  # contains paths of this machine
     for key, value in metadata.items():
         exported.model.metadata_props[key] = json.dumps(value)
     exported.save(path, external_data=False)
 
 
 def _onnx_nms(boxes: Any, scores: Any, iou_threshold: float, top: int) -> Any:
-    """Return `suppressed` in ONNX; corners may come in any order of the axes."""
+    """Translate `nms_rows` to ONNX; the order of the axes of the corners does not matter."""
     from onnxscript import opset18 as op
 
-    def whole(*values: int) -> Any:
+    def integers(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
     picked = op.NonMaxSuppression(
         boxes,
-        op.Unsqueeze(scores, whole(1)),
-        whole(top),
+        op.Unsqueeze(scores, integers(1)),
+        integers(top),
         op.Constant(value_floats=[iou_threshold]),
         op.Constant(value_floats=[0.0]),
     )  # (n, 3): image, class, row
-    places = op.Gather(picked, whole(0, 2), axis=1)
-    # the operator promises no order, and there may be fewer rows than are to be given
-    kept = op.ScatterND(op.Mul(scores, 0.0), places, op.GatherND(scores, places))
-    values, rows = op.TopK(op.Pad(kept, whole(0, 0, 0, top)), whole(top), axis=1)
-    return op.Where(op.Greater(values, 0.0), rows, whole(-1))
+    positions = op.Gather(picked, integers(0, 2), axis=1)
+    # the operator does not sort its output, and may return fewer than `top` rows
+    kept = op.ScatterND(op.Mul(scores, 0.0), positions, op.GatherND(scores, positions))
+    values, rows = op.TopK(op.Pad(kept, integers(0, 0, 0, top)), integers(top), axis=1)
+    return op.Where(op.Greater(values, 0.0), rows, integers(-1))

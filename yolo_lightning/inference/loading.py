@@ -1,8 +1,9 @@
-"""From a checkpoint to the module that it holds."""
+"""Loading a module from a checkpoint for inference."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.classifier import ClassifierModule
@@ -12,42 +13,44 @@ from yolo_lightning.errors import InputError
 Module = DetectorModule | ClassifierModule
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Module:
-    """Return the module of a checkpoint, trained or imported, ready to predict.
+def load(
+    path: str | Path, device: str | torch.device = "cpu", backbone: nn.Module | None = None
+) -> Module:
+    """Load a trained or imported module from a checkpoint, in evaluation mode.
 
     Args:
-        path: of the checkpoint.
-        device: where its weights go.
+        path: the checkpoint.
+        device: where to put the weights.
+        backbone: required if the checkpoint's backbone is a custom module: one of the same class
+            and options. A class that a checkpoint names is never imported.
 
     Raises:
-        InputError: no such file, a damaged one, not a checkpoint of this program and version, or
-            no such device.
+        InputError: the file does not exist, is damaged or is not a checkpoint of this version, or
+            the device does not exist.
     """
     checkpoint = read_checkpoint(path)
-    kinds: dict[str, type[DetectorModule] | type[ClassifierModule]]
-    kinds = {"DetectorModule": DetectorModule, "ClassifierModule": ClassifierModule}
-    kind = kinds.get(str(checkpoint.get("module")))
-    if kind is None:
-        holds = str(checkpoint.get("module"))[:60]
-        raise InputError(f"{path}: holds a {holds}; allowed: {', '.join(kinds)}")
+    if backbone is not None:
+        checkpoint["hyper_parameters"]["backbone"] = backbone
+    module_classes: dict[str, type[DetectorModule] | type[ClassifierModule]]
+    module_classes = {"DetectorModule": DetectorModule, "ClassifierModule": ClassifierModule}
+    name = str(checkpoint.get("module"))
+    module_class = module_classes.get(name)
+    if module_class is None:
+        raise InputError(f"{path}: holds a {name[:60]}; allowed: {', '.join(module_classes)}")
     try:
-        # as large as what the file holds: `read_checkpoint` has compared the two
-        module = kind(**checkpoint["hyper_parameters"])
+        # needs no more memory than the file: `read_checkpoint` has compared the two
+        module = module_class(**checkpoint["hyper_parameters"])
         module.load_state_dict(checkpoint["state_dict"])
     except InputError as error:
         raise InputError(f"{path}: {str(error)[:500]}") from None
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
         raise InputError(f"{path}: not a checkpoint of this version ({reason})") from None
-    return ready(module, device)
+    return prepare_for_inference(module, device)
 
 
-def ready(module: Module, device: str | torch.device) -> Module:
-    """Return a module in evaluation mode, on a device.
-
-    Raises:
-        InputError: no such device.
-    """
+def prepare_for_inference(module: Module, device: str | torch.device) -> Module:
+    """Set evaluation mode and move the module to a device, which must exist."""
     try:
         return module.eval().to(device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""Where `detect` gets its images from: files, folders, globs, lists, video, cameras, streams."""
+"""Image and video sources for `detect`: files, folders, globs, lists, cameras and streams."""
 
 import glob
 import queue
@@ -22,119 +22,102 @@ from yolo_lightning.inference.video import (
 )
 
 T = TypeVar("T")
+Kind = Literal["image", "video", "live"]
 
-_DONE = object()
+_END = object()
 
 
 @dataclass(frozen=True)
-class Place:
-    """Something that frames come from.
+class FrameSource:
+    """An image file, a video file, a camera or a stream."""
 
-    Attributes:
-        where: path, address, or number of a camera.
-        shown: the same without a password, for files and messages.
-        name: what written files are called: a relative path without its ending, no two the same.
-        kind: `live` for cameras and addresses, whose frames cannot wait for each other.
-    """
-
-    where: str
-    shown: str
-    name: str
-    kind: Literal["image", "video", "live"]
+    location: str  # path, URL, or camera number
+    display_name: str  # location without a password
+    output_name: str  # unique relative path without a suffix, for output files
+    kind: Kind  # live: a camera or URL, whose frames are processed one at a time
 
 
 @dataclass
 class Frame:
-    """One image, on its way to the network and back.
+    """One image or one frame of a video."""
 
-    Attributes:
-        place: where it is from.
-        image: uint8 (H, W, 3), RGB, as it was taken; smaller where nobody is to see it.
-        fitted: uint8 (h, w, 3), the network input.
-        size_hw_orig: height and width of the file's own image, px.
-        number: of a video's frame, from 0 on.
-        time_s: of a video's frame.
-        frames_per_second: of the video.
-    """
-
-    place: Place
-    image: Image
-    fitted: Image
-    size_hw_orig: tuple[int, int]
-    number: int = 0
-    time_s: float = 0.0
+    source: FrameSource
+    image: Image  # may be smaller than the original if it will not be drawn on
+    network_input: Image
+    size_hw_orig: tuple[int, int]  # px
+    index: int = 0  # position in the video
+    time_s: float = 0.0  # timestamp in the video
     frames_per_second: float = 0.0
 
 
-def places_in(sources: Sequence[str]) -> list[Place]:
-    """Return what the sources name: images and videos, each once, those in folders at any depth.
+def find_sources(locations: Sequence[str]) -> list[FrameSource]:
+    """Find the images and videos of paths, globs, lists (.txt), URLs and camera numbers.
 
-    Args:
-        sources: paths, globs, text files with a path a line, addresses, numbers of cameras.
+    Folders are searched recursively; duplicates are removed.
 
     Raises:
-        InputError: nothing of that name, of that kind, or in that folder.
+        InputError: a location does not exist, has an unsupported type, or holds no images.
     """
-    found: list[tuple[str, Path, Literal["image", "video", "live"]]] = []
-    for source in sources:
-        path = Path(source).expanduser()
+    found: list[tuple[str, Path, Kind]] = []
+    for location in locations:
+        path = Path(location).expanduser()
         if path.is_dir():
-            found += [(str(file), file.relative_to(path), kind_of(file)) for file in _below(path)]
+            found += [
+                (str(file), file.relative_to(path), media_kind(file)) for file in _media_files(path)
+            ]
         elif path.is_file() and path.suffix.lower() == ".txt":
-            found += [(str(file), Path(file.name), kind_of(file)) for file in _listed(path)]
+            found += [(str(file), Path(file.name), media_kind(file)) for file in _read_list(path)]
         elif path.is_file():
-            found.append((str(path), Path(path.name), kind_of(path)))
-        elif is_stream(source):
-            found.append((source, Path("stream"), "live"))
-        elif is_camera(source):
-            found.append((source, Path(f"camera{source}"), "live"))
+            found.append((str(path), Path(path.name), media_kind(path)))
+        elif is_stream(location):
+            found.append((location, Path("stream"), "live"))
+        elif is_camera(location):
+            found.append((location, Path(f"camera{location}"), "live"))
         else:
             files = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
-            chosen = [file for file in files if is_image(file) or is_video(file)]
-            if not chosen:
-                raise InputError(f"{source!r}: no such file or folder (here: {Path.cwd()})")
-            found += [(str(file), Path(file.name), kind_of(file)) for file in chosen]
-    return _named_apart(found)
+            files = [file for file in files if is_image(file) or is_video(file)]
+            if not files:
+                raise InputError(
+                    f"{location!r}: no such file or folder (working folder: {Path.cwd()})"
+                )
+            found += [(str(file), Path(file.name), media_kind(file)) for file in files]
+    return _unique_sources(found)
 
 
-def kind_of(file: Path) -> Literal["image", "video"]:
-    """Tell images from videos by their endings.
-
-    Raises:
-        InputError: neither.
-    """
+def media_kind(file: Path) -> Literal["image", "video"]:
+    """Return whether a file is an image or a video, by its suffix; else raise `InputError`."""
     if is_image(file):
         return "image"
     if is_video(file):
         return "video"
     raise InputError(
-        f"{str(file)!r}: neither an image nor a video that can be read by its ending; a list of "
-        f"paths ends in .txt, videos in {' '.join(VIDEO_SUFFIXES)}"
+        f"{str(file)!r}: neither an image nor a video with a supported suffix; allowed: image "
+        f"files, videos ({' '.join(VIDEO_SUFFIXES)}), and lists of paths (.txt)"
     )
 
 
-def _below(folder: Path) -> list[Path]:
-    found = sorted(
+def _media_files(folder: Path) -> list[Path]:
+    files = sorted(
         file
         for file in folder.rglob("*")
-        if (is_image(file) or is_video(file)) and not file.is_dir() and not _written_here(file)
+        if (is_image(file) or is_video(file)) and not file.is_dir() and not _is_detect_output(file)
     )
-    if not found:
+    if not files:
         raise InputError(f"{str(folder)!r}: holds no images and no videos")
-    return found
+    return files
 
 
-def _written_here(file: Path) -> bool:
-    """Tell what an earlier call has written by the folder that it chose."""
-    whole = file.resolve().parts
+def _is_detect_output(file: Path) -> bool:
+    """Return whether a file is in a default output folder of an earlier `detect`."""
+    parts = file.resolve().parts
     return any(
         first == "outputs" and second.startswith("detect-")
-        for first, second in zip(whole, whole[1:], strict=False)
+        for first, second in zip(parts, parts[1:], strict=False)
     )
 
 
-def _listed(file: Path) -> list[Path]:
-    """Return the paths of a list; relative ones are looked up here, then beside the list."""
+def _read_list(file: Path) -> list[Path]:
+    """Read a list of paths, relative to the working folder or else to the folder of the list."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -145,94 +128,83 @@ def _listed(file: Path) -> list[Path]:
     return [path if path.exists() else file.parent / path for path in paths]
 
 
-def _named_apart(
-    found: list[tuple[str, Path, Literal["image", "video", "live"]]],
-) -> list[Place]:
-    """Give every place a name of its own; what is named twice is read once."""
-    places: dict[str, Place] = {}
-    taken: set[str] = set()
-    for where, relative, kind in found:
-        same = where if kind == "live" else str(Path(where).resolve())
-        if same in places:
+def _unique_sources(found: list[tuple[str, Path, Kind]]) -> list[FrameSource]:
+    """Remove duplicates and give each source a unique output name."""
+    sources: dict[str, FrameSource] = {}
+    used_names: set[str] = set()
+    for location, relative, kind in found:
+        resolved = location if kind == "live" else str(Path(location).resolve())
+        if resolved in sources:
             continue
         stem = str(relative.with_suffix("")) if kind != "live" else str(relative)
         name, number = stem, 2
-        while name in taken:
+        while name in used_names:
             name, number = f"{stem}-{number}", number + 1
-        taken.add(name)
-        places[same] = Place(where, without_password(where), name, kind)
-    return list(places.values())
+        used_names.add(name)
+        sources[resolved] = FrameSource(location, without_password(location), name, kind)
+    return list(sources.values())
 
 
 @dataclass
 class FrameReader:
-    """Reads frames, and remembers what could not be read.
+    """Read frames and collect errors of unreadable sources."""
 
-    Attributes:
-        size_hw: of the network input, px.
-        resize: how images are fitted into it.
-        start_s, duration_s: of videos; all of them where None.
-        whole_images: whether images are to be drawn on.
-        failures: a sentence for each place that could not be read, or not to its end.
-        seconds: spent reading and fitting.
-        expected: frames of all places; None where a length is not known (yet).
-    """
-
-    size_hw: tuple[int, int]
+    size_hw: tuple[int, int]  # of the network input, px
     resize: Resize
-    start_s: float
-    duration_s: float | None
-    whole_images: bool
-    failures: list[str]
-    seconds: float = 0.0
-    expected: int | None = None
+    start_s: float  # to skip at the start of videos
+    duration_s: float | None  # to read from videos; None reads to the end
+    full_resolution: bool  # whether `Frame.image` must have the original size
+    errors: list[str]  # one message per source that could not be read completely
+    reading_s: float = 0.0  # time spent reading and resizing
+    frame_count: int | None = None  # total number of frames, if known
 
-    def frames(self, places: Sequence[Place]) -> Iterator[Frame]:
-        """Yield the frames of all places, one place after the other."""
-        if all(place.kind == "image" for place in places):
-            self.expected = len(places)
-        self._alone = len(places) == 1
-        for place in places:
-            reading = self._image(place) if place.kind == "image" else self._video(place)
+    def frames(self, sources: Sequence[FrameSource]) -> Iterator[Frame]:
+        """Yield the frames of all sources, one source after the other."""
+        if all(source.kind == "image" for source in sources):
+            self.frame_count = len(sources)
+        self._single_source = len(sources) == 1
+        for source in sources:
+            is_image_file = source.kind == "image"
+            frames = self._read_image(source) if is_image_file else self._read_video(source)
             while True:
                 started = time.perf_counter()
                 try:
-                    frame = next(reading, None)
+                    frame = next(frames, None)
                 except (UnreadableSample, BrokenVideo, InputError) as error:
-                    self.failures.append(str(error))  # names the place, without its password
+                    self.errors.append(str(error))  # contains the source, without its password
                     break
-                self.seconds += time.perf_counter() - started
+                self.reading_s += time.perf_counter() - started
                 if frame is None:
                     break
                 yield frame
 
-    def _image(self, place: Place) -> Iterator[Frame]:
-        path = Path(place.where)
+    def _read_image(self, source: FrameSource) -> Iterator[Frame]:
+        path = Path(source.location)
         image, size_hw_orig = read_image(path, max(self.size_hw))
-        fitted, *_ = fit(image, self.size_hw, self.resize, size_hw_orig)
-        if self.whole_images and image.shape[:2] != size_hw_orig:  # decoded smaller, to be fitted
+        network_input, *_ = fit(image, self.size_hw, self.resize, size_hw_orig)
+        if self.full_resolution and image.shape[:2] != size_hw_orig:  # was decoded at reduced size
             image, _ = read_image(path)
-        yield Frame(place, image, fitted, size_hw_orig)
+        yield Frame(source, image, network_input, size_hw_orig)
 
-    def _video(self, place: Place) -> Iterator[Frame]:
-        with VideoReader(place.where, self.start_s, self.duration_s) as video:
+    def _read_video(self, source: FrameSource) -> Iterator[Frame]:
+        with VideoReader(source.location, self.start_s, self.duration_s) as video:
             rate = float(video.frames_per_second)
-            if self._alone:
-                self.expected = video.frame_count
-            # what is live goes on while the network works: it looks at the newest frame
-            live = place.kind == "live" and video.frame_count is None
-            for number, (image, time_s) in enumerate(newest(video) if live else video):
-                fitted, *_ = fit(image, self.size_hw, self.resize)
+            if self._single_source:
+                self.frame_count = video.frame_count
+            # a live source continues while the network is busy: process its most recent frame
+            live = source.kind == "live" and video.frame_count is None
+            for index, (image, time_s) in enumerate(drop_stale(video) if live else video):
+                network_input, *_ = fit(image, self.size_hw, self.resize)
                 size_hw = (image.shape[0], image.shape[1])
-                yield Frame(place, image, fitted, size_hw, number, time_s, rate)
+                yield Frame(source, image, network_input, size_hw, index, time_s, rate)
 
 
-def in_batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
-    """Yield frames in batches; live ones alone, since they cannot wait."""
+def batched(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
+    """Yield batches of frames; a frame of a live source completes its batch at once."""
     batch: list[Frame] = []
     for frame in frames:
         batch.append(frame)
-        if len(batch) == size or frame.place.kind == "live":
+        if len(batch) == size or frame.source.kind == "live":
             yield batch
             batch = []
     if batch:
@@ -240,19 +212,14 @@ def in_batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yield items that a thread reads in advance.
-
-    Args:
-        items: where from.
-        depth: how many wait at most.
-    """
-    waiting: queue.Queue[Any] = queue.Queue(depth)
+    """Yield items that a background thread reads in advance, at most `depth` of them."""
+    buffer: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(item: object) -> None:
         while not stopped.is_set():
             try:
-                waiting.put(item, timeout=0.1)
+                buffer.put(item, timeout=0.1)
             except queue.Full:
                 continue
             return
@@ -263,14 +230,14 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
                 put(item)
                 if stopped.is_set():
                     return
-            put(_DONE)
+            put(_END)
         except BaseException as error:
             put(error)
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
-        while (item := waiting.get()) is not _DONE:
+        while (item := buffer.get()) is not _END:
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -279,33 +246,33 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
         thread.join(timeout=10)
 
 
-def newest(items: Iterable[T]) -> Iterator[T]:
-    """Yield the newest of the items that a thread reads, leaving out those that came too early."""
-    came = threading.Condition()
+def drop_stale(items: Iterable[T]) -> Iterator[T]:
+    """Yield the most recent item; drop items that arrive while the consumer is busy."""
+    changed = threading.Condition()
     slot: list[T] = []
     state: dict[str, Any] = {"ended": False, "stopped": False, "error": None}
 
     def read() -> None:
         try:
             for item in items:
-                with came:
+                with changed:
                     slot[:] = [item]
-                    came.notify()
+                    changed.notify()
                     if state["stopped"]:
                         return
         except BaseException as error:
             state["error"] = error
         finally:
-            with came:
+            with changed:
                 state["ended"] = True
-                came.notify()
+                changed.notify()
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
         while True:
-            with came:
-                came.wait_for(lambda: slot or state["ended"])
+            with changed:
+                changed.wait_for(lambda: slot or state["ended"])
                 if not slot:
                     break
                 item = slot.pop()
@@ -318,22 +285,17 @@ def newest(items: Iterable[T]) -> Iterator[T]:
 
 
 class BackgroundWriter(Generic[T]):
-    """Hands items to a function in a thread, in their order; few wait at a time.
-
-    Args:
-        function: called with each item.
-        depth: how many wait at most.
-    """
+    """Call a function with each item in a background thread; `depth` limits the queue."""
 
     def __init__(self, function: Callable[[T], None], depth: int) -> None:
-        self._waiting: queue.Queue[Any] = queue.Queue(depth)
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._function = function
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _work(self) -> None:
-        while (item := self._waiting.get()) is not _DONE:
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not _END:
             if self._error is None:
                 try:
                     self._function(item)
@@ -341,14 +303,14 @@ class BackgroundWriter(Generic[T]):
                     self._error = error
 
     def put(self, item: T) -> None:
-        """Wait for a place, and raise what the function raised."""
-        self._waiting.put(item)
+        """Queue an item, wait while the queue is full, and re-raise errors of the function."""
+        self._queue.put(item)
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Wait for the rest, and raise what the function raised."""
-        self._waiting.put(_DONE)
+        """Wait for all queued items and re-raise errors of the function."""
+        self._queue.put(_END)
         self._thread.join()
         if self._error is not None:
             raise self._error

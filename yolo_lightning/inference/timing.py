@@ -1,4 +1,4 @@
-"""How fast a detector is: medians of timed runs, their parts, operations, and on what machine."""
+"""Speed of a detector: latency percentiles, time per stage, operation counts, device names."""
 
 import platform
 import time
@@ -15,85 +15,66 @@ from torch.utils.flop_counter import FlopCounterMode
 from yolo_lightning.checkpoints.pretrained import last_conv
 from yolo_lightning.detections import Detections
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.head import HeadOutput, candidates
+from yolo_lightning.models.head import HeadOutput, select_candidates
 from yolo_lightning.models.layers import check_sizes
 from yolo_lightning.models.networks import YOLOv2
 
-SCORE_THRESHOLD = 0.25
-"""The least score of what is described while the time is taken: what `detect` shows."""
-
-WARM_UP = 3
-"""Runs before those that count: memory is allocated, kernels are chosen."""
+SCORE_THRESHOLD = 0.25  # the default of `detect`
+WARM_UP = 3  # runs before the timed ones, for memory allocation and kernel selection
 
 
 class Detector(Protocol):
-    """What is timed; `DetectorModule` is one."""
+    """Interface of the timed module; `DetectorModule` implements it."""
 
     network: YOLOv2
 
-    def describe(
+    def detect_most_specific(
         self, images: Tensor, sizes_hw_orig: Tensor, score_threshold: float = ...
     ) -> list[Detections]:
-        """Return what is in a batch of images."""
+        """Detect objects in a batch of images."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long batches of one size take, from uint8 images on the device to detections.
+    """Latency percentiles of a batch, from uint8 images on the device to detections."""
 
-    Attributes:
-        images: in a batch.
-        median_ms, low_ms, high_ms: of a batch: the median, and what 10 % and 90 % of the runs
-            stayed below.
-        network, decode, suppression: shares of the time, 0…1, which add up to one.
-    """
-
-    images: int
+    batch_size: int
     median_ms: float
-    low_ms: float
-    high_ms: float
-    network: float
-    decode: float
-    suppression: float
+    p10_ms: float
+    p90_ms: float
+    network_share: float  # of the time, 0…1; the three shares add up to one
+    decode_share: float
+    suppression_share: float
 
     @property
     def images_per_second(self) -> float:
-        """Images that a second has time for."""
-        return 1000 * self.images / self.median_ms
+        """Return the throughput at the median latency."""
+        return 1000 * self.batch_size / self.median_ms
 
     @classmethod
-    def of(cls, images: int, runs: Sequence[tuple[float, float, float]]) -> "Timing":
-        """Return what the runs amount to.
-
-        Args:
-            images: in a batch.
-            runs: of each the seconds in all, in the network, and in decoding.
-        """
+    def from_runs(cls, batch_size: int, runs: Sequence[tuple[float, float, float]]) -> "Timing":
+        """Summarise runs, each given in seconds as (total, network, decoding)."""
         total, network, decode = np.array(runs).T
-        low, median, high = np.percentile(1000 * total, [10, 50, 90]).tolist()
+        p10, median, p90 = np.percentile(1000 * total, [10, 50, 90]).tolist()
         rest = (total - network - decode).clip(min=0)
         parts = np.median([network, decode, rest], axis=1)
-        return cls(images, median, low, high, *(parts / parts.sum()).tolist())
+        return cls(batch_size, median, p10, p90, *(parts / parts.sum()).tolist())
 
 
-class Clock:
-    """Tells seconds once the device has done all that it was given.
-
-    Args:
-        device: GPUs work beside the program, and are waited for.
-    """
+class SynchronizedClock:
+    """Clock that waits for the work of a GPU before it returns the time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def __call__(self) -> float:
-        """Return seconds since an arbitrary moment."""
+        """Synchronize and return `time.perf_counter`, seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
-def measure(
+def measure_latency(
     detector: Detector,
     images: Tensor,
     sizes_hw_orig: Tensor,
@@ -101,59 +82,50 @@ def measure(
     runs: int,
     dtype: torch.dtype = torch.float32,
 ) -> Timing:
-    """Time batches that are drawn from these images in turn; some runs more come first, uncounted.
+    """Time batches, drawn in turn from the images, after `WARM_UP` runs that are not counted.
 
-    A run is a batch's whole way: to floats, through the network, decoded, suppressed. A GPU is
-    waited for after the network too, which tells the parts apart. Decoding is timed once more
-    after each run, and the rest of the run counts as suppression; naming boxes along the tree
-    belongs to it.
+    A GPU is also synchronized after the network, to separate the stages. Decoding is timed again
+    after each run; the rest, including the class prediction along the tree, counts as suppression.
 
     Args:
         detector: in evaluation mode.
         images: uint8 (N, 3, H, W), on the detector's device.
-        sizes_hw_orig: int64 (N, 2), px of the original images.
-        batch_size: images in a batch.
-        runs: that count.
-        dtype: of the network's arithmetic, by autocast unless float32.
+        sizes_hw_orig: int64 (N, 2), px.
+        batch_size: images per batch.
+        runs: number of timed runs.
+        dtype: of the network, with autocast unless float32.
     """
-    clock = Clock(images.device)
+    clock = SynchronizedClock(images.device)
     after_network: list[float] = []
     outputs: list[HeadOutput] = []
 
-    def note(_module: nn.Module, _images: object, output: HeadOutput) -> None:
+    def record(_module: nn.Module, _images: object, output: HeadOutput) -> None:
         after_network[:], outputs[:] = [clock()], [output]
 
-    found = []
-    handle = detector.network.register_forward_hook(note)
-    half = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
+    seconds = []
+    handle = detector.network.register_forward_hook(record)
+    autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
     try:
-        with torch.inference_mode(), half:
+        with torch.inference_mode(), autocast:
             for run in range(WARM_UP + runs):
                 rows = (run * batch_size + torch.arange(batch_size)) % len(images)
                 batch, sizes = images[rows.to(images.device)], sizes_hw_orig[rows]
                 start = clock()
-                detector.describe(batch, sizes, SCORE_THRESHOLD)
+                detector.detect_most_specific(batch, sizes, SCORE_THRESHOLD)
                 total = clock() - start
                 start_decode = clock()
-                candidates(outputs[0], detector.network.anchors_wh_cell, SCORE_THRESHOLD)
-                found.append((total, after_network[0] - start, clock() - start_decode))
+                select_candidates(outputs[0], detector.network.anchors_wh_cell, SCORE_THRESHOLD)
+                seconds.append((total, after_network[0] - start, clock() - start_decode))
     finally:
         handle.remove()
-    return Timing.of(batch_size, found[WARM_UP:])
+    return Timing.from_runs(batch_size, seconds[WARM_UP:])
 
 
-def operations(network: YOLOv2, image_size: int) -> float:
-    """Return billions of operations for one image, multiplications and additions one each.
+def billion_operations(network: YOLOv2, image_size: int) -> float:
+    """Count the operations for one image; a multiplication and an addition count as two.
 
-    Counted with the class scores of every box, as other programs compute them; here they are
-    computed for the boxes above the threshold alone. Builds the network's shapes, not its values.
-
-    Args:
-        network: any YOLOv2.
-        image_size: side of the network input, px.
-
-    Raises:
-        InputError: layers that do not fit together at this size.
+    Includes the class scores of all boxes, as other programs compute them; this network computes
+    them only for boxes above the threshold. Runs on the meta device, without memory for weights.
     """
     layers, nodes = network.body.layers, network.class_weight.shape[1]
     check_sizes(layers, (image_size, image_size))
@@ -165,12 +137,8 @@ def operations(network: YOLOv2, image_size: int) -> float:
     return float(counter.get_total_flops()) / 1e9
 
 
-def usable_device(name: str | None) -> torch.device:
-    """Return the device of that name; without one a GPU where there is one, else the CPU.
-
-    Raises:
-        InputError: a kind whose work cannot be waited for here.
-    """
+def select_device(name: str | None) -> torch.device:
+    """Return the named CPU or CUDA device; None selects a GPU if available."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -183,24 +151,24 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the processor or the graphics card calls itself."""
+    """Return the model name of the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def precision_name(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the arithmetic of the network in words."""
+    """Return a description of the network's precision."""
     name = str(dtype).removeprefix("torch.")
     if dtype != torch.float32:
-        return f"{name} by autocast"
-    fast = device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    return f"{name}, convolutions in TF32 where the GPU has it" if fast else name
+        return f"{name} with autocast"
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return f"{name}, convolutions in TF32 if supported" if tf32 else name
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether there was too little memory; CPUs have no class of errors for it."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means too little memory; CPUs have no error class for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

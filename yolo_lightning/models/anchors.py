@@ -1,4 +1,4 @@
-"""Anchors from the shapes of boxes: dimension clusters, and how well anchors match boxes."""
+"""Anchors: dimension clusters, and the average IoU of anchors and boxes."""
 
 from typing import Any, Literal, get_args
 
@@ -10,114 +10,90 @@ from yolo_lightning.errors import InputError
 Distance = Literal["iou", "squared_error"]
 
 CELL_PX = 32
-"""Darknet-19's stride; other backbones have others."""
+"""Stride of Darknet-19."""
 MAX_CLUSTERS = 15
 _CHUNK, _SAMPLE, _REFINED = 2**14, 20_000, 2
 _MAX_PASSES, _PATIENCE, _MIN_GAIN = 300, 5, 1e-5
 
 
 def average_iou(boxes_wh: NDArray[Any], anchors_wh: NDArray[Any]) -> float:
-    """Return the mean over boxes of the IoU with the closest anchor, 0…1, centres coinciding.
-
-    Args:
-        boxes_wh: float (N, 2), widths and heights.
-        anchors_wh: float (A, 2), in the same unit.
+    """Return the mean IoU of boxes (N, 2) and their closest anchors (A, 2) at the same centre.
 
     Raises:
         InputError: no boxes, no anchors, or sizes that are not positive.
 
     Source: YOLO9000, section 2, "Dimension Clusters", table 1.
     """
-    boxes, anchors = _checked(boxes_wh, "boxes"), _checked(anchors_wh, "anchors")
+    boxes, anchors = _check_sizes(boxes_wh, "boxes"), _check_sizes(anchors_wh, "anchors")
     return 1 - _mean(_nearest(boxes, anchors, "iou")[0])
 
 
-def cluster(
+def cluster_anchors(
     boxes_wh: NDArray[Any],
     num: int,
     restarts: int = 10,
     seed: int = 0,
     distance: Distance = "iou",
 ) -> NDArray[np.float64]:
-    """Return anchors found by k-means on widths and heights.
+    """Return anchors, float64 (num, 2) by ascending area, found by k-means on boxes (N, 2).
 
-    The result depends on the seed, not on the order of the boxes. Many boxes are clustered by a
-    sample of them first; the best of these clusterings are then refined on all. A mean need not be
-    the shape with the best IoU, so the best state on the way is returned rather than the last.
-
-    Args:
-        boxes_wh: float (N, 2), any one unit; squared errors depend on its scale, IoU does not.
-        num: how many anchors.
-        restarts: how many starts to choose from.
-        seed: of starts and sample, 0 or more.
-        distance: ``iou`` is 1 - IoU of the shapes, ``squared_error`` the usual k-means.
-
-    Returns:
-        float64 (num, 2), by ascending area, in the unit of the boxes.
+    The result depends on the seed, not on the order of the boxes. With many boxes, a sample is
+    clustered first, and the best results are refined on all boxes. The mean of a cluster need not
+    have the best IoU, so the best iteration is returned instead of the last one. The distance
+    ``iou`` is 1 - IoU of the shapes, ``squared_error`` is standard k-means.
 
     Raises:
         InputError: fewer distinct boxes than anchors, sizes that are not positive, or an option
             out of range.
 
     Source: YOLO9000, section 2, "Dimension Clusters".
-    Paper is silent: starts, restarts and empty clusters. Starts are drawn as in k-means++, an
-        empty cluster begins anew at the worst matched box.
+    Paper is silent: initialisation, restarts and empty clusters. Initialisation is k-means++; an
+        empty cluster is moved to the box with the largest distance.
     """
-    boxes = _checked(boxes_wh, "boxes")
-    for name, value, least in (("num", num, 1), ("restarts", restarts, 1), ("seed", seed, 0)):
-        if value < least:
-            raise InputError(f"{name} is {value}; allowed: {least} or more")
+    boxes = _check_sizes(boxes_wh, "boxes")
+    for name, value, minimum in (("num", num, 1), ("restarts", restarts, 1), ("seed", seed, 0)):
+        if value < minimum:
+            raise InputError(f"{name} is {value}; allowed: {minimum} or more")
     if distance not in get_args(Distance):
         raise InputError(f"distance is {distance!r}; allowed: {', '.join(get_args(Distance))}")
     boxes = boxes[np.lexsort(boxes.T)]
-    if (found := _distinct(boxes)) < num:
-        raise InputError(f"{num} anchors need as many distinct boxes; found: {found}")
+    if (distinct := _count_distinct(boxes)) < num:
+        raise InputError(f"{num} anchors require {num} distinct boxes; found: {distinct}")
     generator = np.random.default_rng(seed)
-    many = len(boxes) > _SAMPLE
-    sample = boxes[generator.choice(len(boxes), _SAMPLE, replace=False)] if many else boxes
-    starts = [_start(sample, num, distance, generator) for _ in range(restarts)]
-    tried = sorted((_refined(sample, start, distance) for start in starts), key=lambda t: t[0])
-    if many:
-        tried = [_refined(boxes, anchors, distance) for _, anchors in tried[:_REFINED]]
-    return _by_area(min(tried, key=lambda t: t[0])[1])
+    use_sample = len(boxes) > _SAMPLE
+    sample = boxes[generator.choice(len(boxes), _SAMPLE, replace=False)] if use_sample else boxes
+    initial = [_initialise(sample, num, distance, generator) for _ in range(restarts)]
+    results = sorted((_k_means(sample, start, distance) for start in initial), key=lambda t: t[0])
+    if use_sample:
+        results = [_k_means(boxes, anchors, distance) for _, anchors in results[:_REFINED]]
+    return _sort_by_area(min(results, key=lambda t: t[0])[1])
 
 
-def elbow(
-    boxes_wh: NDArray[Any], most: int = MAX_CLUSTERS, restarts: int = 10, seed: int = 0
+def cluster_for_each_count(
+    boxes_wh: NDArray[Any], max_count: int = MAX_CLUSTERS, restarts: int = 10, seed: int = 0
 ) -> list[NDArray[np.float64]]:
-    """Return IoU clusters for 1, 2, … `most` anchors, as many as there are distinct boxes.
+    """Return IoU clusters for each number of anchors: float64 (k, 2) at index k - 1.
 
-    The average IoU never falls from one number to the next: where clustering ends lower, the
-    anchors before are taken, and the worst matched box as one more.
-
-    Args:
-        boxes_wh: float (N, 2).
-        most: the largest number of anchors.
-        restarts: of each clustering.
-        seed: of each clustering.
-
-    Returns:
-        float64 (k, 2) at index k - 1.
+    The number of distinct boxes limits the number of anchors. The average IoU never decreases: if
+    clustering finds nothing better, the previous anchors and the worst matched box are used.
 
     Raises:
-        InputError: whatever `cluster` refuses.
+        InputError: see `cluster_anchors`.
     """
-    boxes = _checked(boxes_wh, "boxes")
+    boxes = _check_sizes(boxes_wh, "boxes")
     boxes = boxes[np.lexsort(boxes.T)]
     curve: list[NDArray[np.float64]] = []
-    for num in range(1, min(most, _distinct(boxes)) + 1):
-        anchors = cluster(boxes, num, restarts, seed)
+    for num in range(1, min(max_count, _count_distinct(boxes)) + 1):
+        anchors = cluster_anchors(boxes, num, restarts, seed)
         if curve and average_iou(boxes, anchors) < average_iou(boxes, curve[-1]):
             cost, _ = _nearest(boxes, curve[-1], "iou")
-            anchors = _by_area(np.vstack([curve[-1], boxes[cost.argmax()]]))
+            anchors = _sort_by_area(np.vstack([curve[-1], boxes[cost.argmax()]]))
         curve.append(anchors)
     return curve
 
 
-def hand_picked() -> NDArray[np.float64]:
-    """Return the nine anchor boxes of Faster R-CNN, float64 (9, 2), px.
-
-    They are made for images whose shorter side is 600 px: see `shorter_side_wh`.
+def faster_rcnn_anchors() -> NDArray[np.float64]:
+    """Return the anchors of Faster R-CNN, float64 (9, 2), px, for a shorter image side of 600 px.
 
     Source: Faster R-CNN, section 3.3: areas of 128², 256², 512² px, aspect ratios 1:2, 1:1, 2:1.
     """
@@ -126,33 +102,33 @@ def hand_picked() -> NDArray[np.float64]:
     return np.array(sizes)
 
 
-def letterboxed_wh(
+def scale_to_letterbox(
     boxes_wh_px: NDArray[Any], images_wh_px: NDArray[Any], image_size: int
 ) -> NDArray[np.float64]:
-    """Scale boxes (N, 2) as their images (N, 2) are, so that the longer side fits the input, px."""
+    """Scale boxes (N, 2) with their images (N, 2) to a longer side of image_size px."""
     longer = images_wh_px.max(axis=1, keepdims=True)
     return np.asarray(boxes_wh_px * (image_size / longer.astype(np.float64)))
 
 
-def shorter_side_wh(
+def scale_to_shorter_side(
     boxes_wh_px: NDArray[Any], images_wh_px: NDArray[Any], length: int = 600
 ) -> NDArray[np.float64]:
-    """Scale boxes (N, 2) as their images (N, 2) are, to a shorter side of this length, px."""
+    """Scale boxes (N, 2) with their images (N, 2) to a shorter side of `length` px."""
     shorter = images_wh_px.min(axis=1, keepdims=True)
     return np.asarray(boxes_wh_px * (length / shorter.astype(np.float64)))
 
 
 def as_yaml_values(anchors_wh: NDArray[Any]) -> list[list[float]]:
-    """Return anchors (A, 2) as plain numbers with four significant digits."""
+    """Return anchors (A, 2) as lists of numbers with four significant digits."""
     return [[float(f"{value:.4g}") for value in anchor] for anchor in anchors_wh.tolist()]
 
 
-def _checked(sizes_wh: NDArray[Any], what: str) -> NDArray[np.float32]:
+def _check_sizes(sizes_wh: NDArray[Any], name: str) -> NDArray[np.float32]:
     sizes = np.asarray(sizes_wh, dtype=np.float32)
     if sizes.ndim != 2 or sizes.shape[1] != 2 or not len(sizes):
-        raise InputError(f"{what} have shape {sizes.shape}; allowed: (N, 2), at least one")
+        raise InputError(f"{name} have shape {sizes.shape}; allowed: (N, 2), at least one")
     if not bool((np.isfinite(sizes) & (sizes > 0)).all()):
-        raise InputError(f"{what}: a width or height is not above 0")
+        raise InputError(f"{name}: a width or height is not positive")
     return sizes
 
 
@@ -160,18 +136,18 @@ def _mean(cost: NDArray[np.float32]) -> float:
     return float(cost.mean(dtype=np.float64))
 
 
-def _distinct(sorted_wh: NDArray[np.float32]) -> int:
+def _count_distinct(sorted_wh: NDArray[np.float32]) -> int:
     return 1 + int((np.diff(sorted_wh, axis=0) != 0).any(axis=1).sum())
 
 
-def _by_area(anchors_wh: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sort_by_area(anchors_wh: NDArray[np.float64]) -> NDArray[np.float64]:
     return anchors_wh[np.lexsort((anchors_wh[:, 0], anchors_wh.prod(axis=1)))]
 
 
 def _distances(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[np.float32], distance: Distance
 ) -> NDArray[np.float32]:
-    """Return (A, N), box sizes along the rows: short rows would cost numpy ten times as much."""
+    """Return distances (A, N); numpy is ten times faster with long rows than with (N, A)."""
     w, h = np.ascontiguousarray(boxes_wh.T)
     anchor_w, anchor_h = anchors_wh.T[:, :, None]
     if distance == "squared_error":
@@ -183,7 +159,7 @@ def _distances(
 def _nearest(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[Any], distance: Distance
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the distance (N,) of each box to its nearest anchor, and which one that is."""
+    """Return the distance (N,) of each box to its nearest anchor, and the anchor's index (N,)."""
     anchors = anchors_wh.astype(np.float32)
     cost = np.empty(len(boxes_wh), dtype=np.float32)
     index = np.empty(len(boxes_wh), dtype=np.int64)
@@ -195,24 +171,24 @@ def _nearest(
     return cost, index
 
 
-def _start(
+def _initialise(
     boxes_wh: NDArray[np.float32], num: int, distance: Distance, generator: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Draw boxes one by one, each with a probability in proportion to its distance so far."""
+    """Draw boxes with probabilities in proportion to their distances from the boxes drawn."""
     rows = [int(generator.integers(len(boxes_wh)))]
     cost = np.full(len(boxes_wh), np.inf)
     while len(rows) < num:
         cost = np.minimum(cost, _nearest(boxes_wh, boxes_wh[rows[-1:]], distance)[0])
-        reach = cost.cumsum()
-        drawn = np.searchsorted(reach, generator.random() * reach[-1], side="right")
+        cumulative = cost.cumsum()
+        drawn = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
         rows.append(min(int(drawn), len(boxes_wh) - 1))
     return boxes_wh[rows].astype(np.float64)
 
 
-def _filled(
+def _fill_empty_clusters(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[np.float64], distance: Distance
 ) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.int64]]:
-    """Return anchors none of which is without boxes, and what `_nearest` says of them."""
+    """Move anchors without boxes to the worst matched box; return anchors, distances, indices."""
     while True:
         cost, index = _nearest(boxes_wh, anchors_wh, distance)
         empty = np.flatnonzero(np.bincount(index, minlength=len(anchors_wh)) == 0)
@@ -222,13 +198,13 @@ def _filled(
         anchors_wh[empty[0]] = boxes_wh[cost.argmax()]
 
 
-def _refined(
+def _k_means(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[np.float64], distance: Distance
 ) -> tuple[float, NDArray[np.float64]]:
-    """Return the lowest mean distance that k-means meets from here, and its anchors."""
+    """Run k-means; return the lowest mean distance of all iterations and its anchors."""
     lowest, best, stale = np.inf, anchors_wh, 0
     for _ in range(_MAX_PASSES):
-        anchors_wh, cost, index = _filled(boxes_wh, anchors_wh, distance)
+        anchors_wh, cost, index = _fill_empty_clusters(boxes_wh, anchors_wh, distance)
         mean = _mean(cost)
         stale = 0 if mean < lowest * (1 - _MIN_GAIN) else stale + 1
         if mean < lowest:

@@ -1,10 +1,22 @@
-"""Backbones, a readable list of layers each, and the classifier on top of one."""
+"""Backbones as lists of layers, and the layers of a detector."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.models.layers import Conv, Layer, Pool, Reorg, ReorgKind, Route, from_plain
+from yolo_lightning.models.layers import (
+    Conv,
+    CustomBackbone,
+    Layer,
+    Pool,
+    Reorg,
+    ReorgKind,
+    Route,
+    layers_from_rows,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DARKNET19: tuple[Layer, ...] = (
     Conv(32), Pool(),
@@ -34,10 +46,10 @@ TINY_YOLOV2_VOC: tuple[Layer, ...] = (
     Conv(512), Pool(2, 1),
     Conv(1024), Conv(1024),
 )  # fmt: skip
-"""The released Tiny YOLOv2 for VOC up to its last convolution; takes no further head."""
+"""The released Tiny YOLOv2 for VOC up to its last convolution; used without a head."""
 
 TINY_YOLOV2: tuple[Layer, ...] = (*TINY_YOLOV2_VOC[:-1], Conv(512))
-"""The released Tiny YOLOv2 for COCO up to its last convolution; takes no further head."""
+"""The released Tiny YOLOv2 for COCO up to its last convolution; used without a head."""
 
 SMALL: tuple[Layer, ...] = (
     Conv(16), Pool(),
@@ -46,7 +58,8 @@ SMALL: tuple[Layer, ...] = (
     Conv(128), Pool(),
     Conv(256), Conv(128, 1), Conv(256),
 )  # fmt: skip
-"""Our own, for CPUs and small images: Darknet-19's pattern with one level less, stride 16."""
+"""For CPUs and small images: the pattern of Darknet-19 with one level less; stride 16. Not from
+the paper."""
 
 BACKBONES: dict[str, tuple[Layer, ...]] = {
     "darknet19": DARKNET19,
@@ -57,20 +70,54 @@ BACKBONES: dict[str, tuple[Layer, ...]] = {
 }
 
 
-def backbone_layers(backbone: str | Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
-    """Return the layers of a backbone: a name, or rows such as ``["conv", 32, 3]``.
+def backbone_layers(backbone: "str | Sequence[Sequence[Any]] | nn.Module") -> tuple[Layer, ...]:
+    """Return the layers of a name, of rows such as ``["conv", 32, 3]``, or of a module.
 
     Raises:
-        InputError: an unknown name, or rows that are no layers.
+        InputError: an unknown name, invalid rows, a module without `out_channels` and `stride`, or
+            a class path.
     """
-    if not isinstance(backbone, str):
-        return from_plain(backbone)
-    if backbone not in BACKBONES:
-        hint = (
-            nearest(backbone, BACKBONES) or f"allowed: {', '.join(BACKBONES)}, or a list of layers"
+    if isinstance(backbone, Mapping):
+        path = str(backbone.get("class_path"))[:100]
+        raise InputError(
+            f"model.backbone names the class {path}; only fit, validate and test import a class, "
+            "and only if the recipe names it. In Python, pass the module: "
+            f"load(path, backbone={path.rpartition('.')[2]}(...))"
         )
-        raise InputError(f"model.backbone is {backbone!r}; {hint}")
-    return BACKBONES[backbone]
+    if isinstance(backbone, str):
+        if backbone not in BACKBONES:
+            names = f"{', '.join(BACKBONES)}, a list of layers, or a module"
+            hint = nearest(backbone, BACKBONES) or f"allowed: {names}"
+            raise InputError(f"model.backbone is {backbone!r}; {hint}")
+        return BACKBONES[backbone]
+    if isinstance(backbone, Sequence):
+        return layers_from_rows(backbone)
+    module_class = type(backbone)
+    out_channels, stride = (getattr(backbone, name, 0) for name in ("out_channels", "stride"))
+    for name, value in (("out_channels", out_channels), ("stride", stride)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"model.backbone: {module_class.__qualname__}.{name} is {value}; allowed: 1 or more"
+            )
+    return (CustomBackbone(_class_path(backbone), out_channels, stride, backbone),)
+
+
+def checkpoint_layers(backbone: Any, out_channels: int = 1) -> tuple[Layer, ...]:
+    """Return the layers of a backbone as saved in a checkpoint, without importing a class."""
+    if isinstance(backbone, Mapping):
+        return (CustomBackbone(str(backbone["class_path"]), out_channels, stride=1),)
+    return backbone_layers(backbone)
+
+
+def plain_backbone(backbone: "str | list[list[Any]] | nn.Module") -> Any:
+    """Return a backbone as plain values for a checkpoint; a module becomes its class path."""
+    if isinstance(backbone, str | Sequence):
+        return backbone
+    return {"class_path": _class_path(backbone)}
+
+
+def _class_path(module: "nn.Module") -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def detector_layers(
@@ -79,22 +126,16 @@ def detector_layers(
     passthrough_channels: int | None = 64,
     reorg: ReorgKind = "space_to_depth",
 ) -> tuple[Layer, ...]:
-    """Return the layers from the image to the features that the last 1x1 convolution reads.
+    """Return the layers from the image to the input of the last 1x1 convolution.
 
-    Args:
-        backbone: the backbone's layers.
-        head_channels: channels of the head's three 3x3 convolutions; 0 for no head at all, as in
-            the released YOLO9000 and in Tiny YOLOv2.
-        passthrough_channels: of the reducing 1x1 convolution before the features of the backbone's
-            last finer level are folded in; None folds them in whole, 0 leaves them out.
-        reorg: how they are folded, see `Reorg`.
+    For head_channels, passthrough_channels and reorg, see `DetectorModule`.
 
     Raises:
-        InputError: a passthrough without a head, or from a backbone without a finer level.
+        InputError: a passthrough without a head, or from a backbone without finer features.
 
     Source: YOLO9000, section 2, "Fine-Grained Features", and section 3, "Training for detection".
-    The paper folds 512 channels in whole (3,072 after joining); the released configuration
-    reduces them to 64 first.
+    The paper does not reduce the 512 channels (3,072 after concatenation); the released
+    configuration reduces them to 64. The released YOLO9000 and Tiny YOLOv2 have no head.
     """
     if not head_channels:
         if passthrough_channels != 0:
@@ -108,12 +149,13 @@ def detector_layers(
         pools = [k for k, layer in enumerate(backbone) if layer == Pool()]
         if not pools:
             raise InputError(
-                "model.backbone has no pool of stride 2: nothing finer to pass through"
+                f"model.passthrough_channels is {passthrough_channels}; allowed for a backbone "
+                "that is a module or has no pooling of stride 2: 0"
             )
-        deep = len(layers) - 1
+        coarse = len(layers) - 1
         layers.append(Route((pools[-1] - 1 - len(layers),)))
         if passthrough_channels is not None:
             layers.append(Conv(passthrough_channels, 1))
         layers.append(Reorg(2, reorg))
-        layers.append(Route((-1, deep - len(layers))))
+        layers.append(Route((-1, coarse - len(layers))))
     return (*layers, Conv(head_channels))

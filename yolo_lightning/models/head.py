@@ -1,4 +1,7 @@
-"""The detection head: dense boxes and objectness, class logits on demand, and decoding."""
+"""The detection head: dense boxes and objectness, class logits on demand, and decoding.
+
+Shapes: box_logits (B, A, 5, Gh, Gw) are x, y, w, h, objectness; anchors_wh_cell (A, 2).
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,75 +12,66 @@ from torch import Tensor
 
 
 class ClassLogits(Protocol):
-    """Class logits for the boxes that someone asks about."""
+    """Class logits that are gathered for some boxes or some nodes."""
 
-    def at(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
-        """Return logits (M, K) of chosen boxes; int64 (M,) each, cells numbered row by row."""
+    def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
+        """Return logits (M, K) of M boxes, given by int64 (M,) indices; cells are row-major."""
 
-    def of_nodes(self, nodes: Tensor) -> Tensor:
-        """Return logits (B, A, Gh * Gw, R) of each image's own nodes (B, R) in every box."""
+    def gather_nodes(self, nodes: Tensor) -> Tensor:
+        """Return logits (B, A, Gh * Gw, R) of R nodes per image, int64 (B, R), in all boxes."""
 
 
 @dataclass
 class SparseClassLogits:
-    """Class logits computed from features where they are read.
+    """Class logits that are computed from the features for the requested boxes only.
 
-    With 9,418 nodes the dense last convolution is a third of all arithmetic and nearly all
-    memory, yet the loss reads a handful of cells. The numbers are those of the dense form.
-
-    Attributes:
-        features: float (B, C, Gh, Gw), input of the head's last 1x1 convolution.
-        weight: float (A, K, C).
-        bias: float (A, K).
+    With 9,418 nodes, the dense last convolution takes a third of all arithmetic and nearly all
+    memory, but the loss reads only a few cells. The values equal those of the dense form.
     """
 
-    features: Tensor
-    weight: Tensor
-    bias: Tensor
+    features: Tensor  # (B, C, Gh, Gw), input of the last 1x1 convolution
+    weight: Tensor  # (A, K, C)
+    bias: Tensor  # (A, K)
 
-    def at(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
-        """Return logits (M, K); every class weight stays in the graph, also where M is 0."""
+    def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
+        """Return logits (M, K); all class weights stay in the autograd graph, even if M is 0."""
         rows = self.features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * Gh * Gw, C)
-        cells = self.features.shape[2] * self.features.shape[3]
+        num_cells = self.features.shape[2] * self.features.shape[3]
         order = anchor.argsort(stable=True)
-        chosen = rows.index_select(0, (image * cells + cell)[order])
+        selected = rows.index_select(0, (image * num_cells + cell)[order])
         counts = torch.bincount(anchor, minlength=len(self.weight)).tolist()
         logits = torch.cat(
             [
-                F.linear(part, weight, bias)
-                for part, weight, bias in zip(
-                    chosen.split(counts), self.weight, self.bias, strict=True
+                F.linear(features, weight, bias)
+                for features, weight, bias in zip(
+                    selected.split(counts), self.weight, self.bias, strict=True
                 )
             ]
         )
         return logits.index_select(0, order.argsort())
 
-    def of_nodes(self, nodes: Tensor) -> Tensor:
-        """Return logits (B, A, Gh * Gw, R) from the rows of these nodes alone."""
+    def gather_nodes(self, nodes: Tensor) -> Tensor:
+        """Return logits (B, A, Gh * Gw, R), computed from the weight rows of these nodes only."""
         features = self.features.flatten(2)  # (B, C, G)
         logits = []
-        for feature, wanted in zip(features, nodes.clamp(min=0), strict=True):
-            weight = self.weight.index_select(1, wanted)  # (A, R, C)
-            bias = self.bias.index_select(1, wanted)
-            logits.append((weight @ feature + bias[:, :, None]).transpose(1, 2))
+        for image_features, image_nodes in zip(features, nodes.clamp(min=0), strict=True):
+            weight = self.weight.index_select(1, image_nodes)  # (A, R, C)
+            bias = self.bias.index_select(1, image_nodes)
+            logits.append((weight @ image_features + bias[:, :, None]).transpose(1, 2))
         return torch.stack(logits)
 
 
 @dataclass
 class DenseClassLogits:
-    """Class logits that exist already, as a dense head gives them.
+    """Class logits that a dense head has already computed."""
 
-    Attributes:
-        logits: float (B, A, K, Gh, Gw).
-    """
+    logits: Tensor  # (B, A, K, Gh, Gw)
 
-    logits: Tensor
-
-    def at(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
+    def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K)."""
         return self.logits.flatten(3)[image, anchor, :, cell]
 
-    def of_nodes(self, nodes: Tensor) -> Tensor:
+    def gather_nodes(self, nodes: Tensor) -> Tensor:
         """Return logits (B, A, Gh * Gw, R)."""
         flat = self.logits.flatten(3).transpose(2, 3)  # (B, A, G, K)
         index = nodes.clamp(min=0)[:, None, None, :].expand(*flat.shape[:3], -1)
@@ -86,12 +80,7 @@ class DenseClassLogits:
 
 @dataclass
 class HeadOutput:
-    """What the network says about a batch.
-
-    Attributes:
-        box_logits: float (B, A, 5, Gh, Gw): x, y, w, h, objectness before any activation.
-        class_logits: class logits on demand.
-    """
+    """Output of the network: box logits before any activation, and class logits on demand."""
 
     box_logits: Tensor
     class_logits: ClassLogits
@@ -105,10 +94,6 @@ class HeadOutput:
 
 def decode_boxes(box_logits: Tensor, anchors_wh_cell: Tensor) -> Tensor:
     """Return boxes_cxcywh_norm (B, A, 4, Gh, Gw) in 0…1 of the network input.
-
-    Args:
-        box_logits: float (B, A, 5, Gh, Gw).
-        anchors_wh_cell: float (A, 2), cells.
 
     Source: YOLO9000, section 2, "Direct location prediction".
     """
@@ -129,37 +114,30 @@ def decode_boxes(box_logits: Tensor, anchors_wh_cell: Tensor) -> Tensor:
 
 @dataclass
 class Candidates:
-    """Boxes of one image whose objectness passes a threshold.
+    """Boxes of one image whose objectness exceeds a threshold."""
 
-    Attributes:
-        boxes_cxcywh_norm: float (M, 4), 0…1 of the network input.
-        objectness: float (M,), probabilities.
-        logits: float (M, K), class logits.
-    """
-
-    boxes_cxcywh_norm: Tensor
-    objectness: Tensor
-    logits: Tensor
+    boxes_cxcywh_norm: Tensor  # (M, 4)
+    objectness: Tensor  # (M,), probabilities
+    logits: Tensor  # (M, K)
 
 
-def candidates(
+def select_candidates(
     output: HeadOutput, anchors_wh_cell: Tensor, objectness_threshold: float
 ) -> list[Candidates]:
-    """Return each image's boxes above the threshold; class logits are computed for these alone.
+    """Return each image's boxes above the threshold, with class logits for these boxes only.
 
-    Args:
-        output: what the network says about B images.
-        anchors_wh_cell: float (A, 2), cells.
-        objectness_threshold: 0…1; also a bound on objectness x P(class), so nothing is lost that
-            a score threshold of the same value would keep.
+    Objectness is an upper bound of objectness x P(class), so a score threshold of the same value
+    loses no detection.
     """
     box_logits = output.box_logits.float()
     objectness = box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
     boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3)  # (B, A, 4, G)
     image, anchor, cell = (objectness > objectness_threshold).nonzero(as_tuple=True)
-    chosen = boxes[image, anchor, :, cell]
-    scores = objectness[image, anchor, cell]
-    logits = output.class_logits.at(image, anchor, cell).float()
+    fields = (
+        boxes[image, anchor, :, cell],
+        objectness[image, anchor, cell],
+        output.class_logits.gather_boxes(image, anchor, cell).float(),
+    )
     counts = torch.bincount(image, minlength=len(box_logits)).tolist()
-    parts = zip(chosen.split(counts), scores.split(counts), logits.split(counts), strict=True)
-    return [Candidates(*part) for part in parts]
+    per_image = zip(*(field.split(counts) for field in fields), strict=True)
+    return [Candidates(*values) for values in per_image]

@@ -1,10 +1,13 @@
-"""Networks as lists of layers: kinds of layers, their sizes, and their plain form."""
+"""Networks as lists of layers: layer types, their output sizes, and conversion to plain values."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from yolo_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Activation = Literal["leaky", "linear", "relu", "logistic", "tanh", "elu"]
 ReorgKind = Literal["darknet", "space_to_depth"]
@@ -12,15 +15,10 @@ ReorgKind = Literal["darknet", "space_to_depth"]
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution.
+    """A convolution with a square kernel.
 
-    Attributes:
-        filters: output channels.
-        size: of the square kernel, px.
-        stride: px.
-        padding: px of zeros on each side; None for half of the kernel, which keeps the size.
-        batch_norm: whether batch norm follows; else the convolution has a bias.
-        activation: ``leaky`` has slope 0.1.
+    padding is px of zeros on each side; None for half of the kernel, which keeps the size. Without
+    batch norm, the convolution has a bias. The slope of `leaky` is 0.1.
     """
 
     filters: int
@@ -33,11 +31,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Pool:
-    """Largest value of a window; windows reach over the right and lower edges, as in Darknet.
-
-    Attributes:
-        size, stride: of the window, px.
-    """
+    """Max pooling; windows may extend beyond the right and lower edges, as in Darknet."""
 
     size: int = 2
     stride: int = 2
@@ -45,12 +39,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Reorg:
-    """Fold blocks of cells into channels.
+    """Fold blocks of stride x stride cells into channels.
 
-    Attributes:
-        stride: side of a block.
-        kind: `space_to_depth` stacks neighbours, as the paper says; `darknet` rereads the map
-            as one of fewer channels and more cells first, as the original program does.
+    `space_to_depth` stacks neighbouring cells, as the paper says; `darknet` first reinterprets the
+    map as one with fewer channels and more cells, as the original program does.
     """
 
     stride: int = 2
@@ -59,38 +51,52 @@ class Reorg:
 
 @dataclass(frozen=True)
 class Route:
-    """Outputs of earlier layers, joined along the channels.
-
-    Attributes:
-        layers: their numbers from 0, or negative ones counted back from this layer.
-    """
+    """Concatenated outputs of earlier layers; negative indices are relative to this layer."""
 
     layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Zeros in training, with this probability."""
+    """Set values to zero with this probability during training."""
 
     probability: float = 0.5
 
 
-Layer = Conv | Pool | Reorg | Route | Dropout
+@dataclass(frozen=True)
+class CustomBackbone:
+    """A module as the first layer of a network, in place of a backbone of the layers above.
 
-_KINDS: dict[str, Callable[..., Layer]] = {
+    It maps (B, 3, H, W) to (B, out_channels, H / stride, W / stride). `class_path` is the import
+    path of its class; `module` is None if a checkpoint describes it.
+    """
+
+    class_path: str
+    out_channels: int
+    stride: int
+    module: "nn.Module | None" = None
+
+
+Layer = Conv | Pool | Reorg | Route | Dropout | CustomBackbone
+
+_TYPES: dict[str, Callable[..., Layer]] = {
     "conv": Conv,
     "pool": Pool,
     "reorg": Reorg,
     "route": Route,
     "dropout": Dropout,
 }
-_NAMES: dict[Any, str] = {kind: name for name, kind in _KINDS.items()}
+_NAMES: dict[Any, str] = {layer_type: name for name, layer_type in _TYPES.items()}
+_NAMES[CustomBackbone] = "module"  # not in _TYPES: rows cannot name classes
 
 
-def to_plain(layers: Iterable[Layer]) -> list[list[Any]]:
-    """Return layers as a checkpoint or a recipe holds them, such as ``["conv", 32, 3]``."""
-    rows = []
+def layers_to_rows(layers: Iterable[Layer]) -> list[list[Any]]:
+    """Convert layers to plain values for checkpoints and recipes, such as ``["conv", 32, 3]``."""
+    rows: list[list[Any]] = []
     for layer in layers:
+        if isinstance(layer, CustomBackbone):
+            rows.append([_NAMES[CustomBackbone], layer.class_path])
+            continue
         values, defaults = list(astuple(layer)), [field.default for field in fields(layer)]
         while values and values[-1] == defaults[len(values) - 1]:
             values.pop()
@@ -100,123 +106,123 @@ def to_plain(layers: Iterable[Layer]) -> list[list[Any]]:
     return rows
 
 
-def from_plain(rows: Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
-    """Return the layers that plain values describe.
+def layers_from_rows(rows: Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
+    """Convert plain values to layers.
 
     Raises:
-        InputError: an unknown kind or values that do not fit it; names the row.
+        InputError: an unknown layer type or values that do not match it; names the row.
     """
     layers: list[Layer] = []
     for number, row in enumerate(rows):
-        kind = _KINDS.get(row[0]) if row and isinstance(row[0], str) else None
-        if kind is None:
-            raise InputError(f"layer {number} is {list(row)}; allowed kinds: {', '.join(_KINDS)}")
+        layer_type = _TYPES.get(row[0]) if row and isinstance(row[0], str) else None
+        if layer_type is None:
+            raise InputError(f"layer {number} is {list(row)}; allowed types: {', '.join(_TYPES)}")
         try:
             values = [tuple(v) if isinstance(v, list) else v for v in row[1:]]
-            if kind is Route and not isinstance(row[-1], list | tuple):
+            if layer_type is Route and not isinstance(row[-1], list | tuple):
                 values = [tuple(values)]  # [route, -1, -4] means [route, [-1, -4]]
-            layer = kind(*values)
+            layer = layer_type(*values)
         except TypeError as error:
             raise InputError(f"layer {number} is {list(row)}: {error}") from None
         layers.append(layer)
     if not layers:
-        raise InputError("a list of no layers; expected rows such as [conv, 32, 3]")
+        raise InputError("the list of layers is empty; expected rows such as [conv, 32, 3]")
     return tuple(layers)
 
 
 @dataclass(frozen=True)
-class Extent:
-    """What a layer gives: channels, and px of the network input per cell."""
+class LayerOutput:
+    """Output channels of a layer, and px of network input per output cell."""
 
     channels: int
     stride: int
 
 
-def extents(layers: Sequence[Layer], in_channels: int = 3) -> list[Extent]:
-    """Return each layer's channels and stride; builds nothing.
+def layer_outputs(layers: Sequence[Layer], in_channels: int = 3) -> list[LayerOutput]:
+    """Return each layer's output channels and stride, without building modules.
 
     Raises:
-        InputError: a value that no layer can have, or a route to layers that do not exist or do
-            not fit together; names the layer.
+        InputError: an invalid value, or a route to layers that do not exist or do not match;
+            names the layer.
     """
-    found: list[Extent] = []
+    outputs: list[LayerOutput] = []
     for number, layer in enumerate(layers):
-        before = found[-1] if found else Extent(in_channels, 1)
-        _check(number, layer, before, found)
+        previous = outputs[-1] if outputs else LayerOutput(in_channels, 1)
+        _check_layer(number, layer, previous, outputs)
         match layer:
             case Conv():
-                found.append(Extent(layer.filters, before.stride * layer.stride))
+                outputs.append(LayerOutput(layer.filters, previous.stride * layer.stride))
             case Pool():
-                found.append(Extent(before.channels, before.stride * layer.stride))
+                outputs.append(LayerOutput(previous.channels, previous.stride * layer.stride))
             case Reorg():
-                channels = before.channels * layer.stride**2
-                found.append(Extent(channels, before.stride * layer.stride))
+                channels = previous.channels * layer.stride**2
+                outputs.append(LayerOutput(channels, previous.stride * layer.stride))
             case Route():
-                sources = [found[k] for k in sources_of(number, layer)]
-                found.append(Extent(sum(s.channels for s in sources), sources[0].stride))
+                sources = [outputs[k] for k in route_sources(number, layer)]
+                outputs.append(LayerOutput(sum(s.channels for s in sources), sources[0].stride))
             case Dropout():
-                found.append(before)
-    return found
+                outputs.append(previous)
+            case CustomBackbone():
+                outputs.append(LayerOutput(layer.out_channels, layer.stride))
+    return outputs
 
 
-def _at_least(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _is_int(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _check(number: int, layer: Layer, before: Extent, found: Sequence[Extent]) -> None:
-    """Refuse values that no layer can have."""
+def _check_layer(
+    number: int, layer: Layer, previous: LayerOutput, outputs: Sequence[LayerOutput]
+) -> None:
+    """Raise InputError if a value of the layer is invalid."""
 
-    def refuse(what: str) -> None:
-        raise InputError(f"layer {number} ({_NAMES[type(layer)]}): {what}")
+    def fail(message: str) -> None:
+        raise InputError(f"layer {number} ({_NAMES[type(layer)]}): {message}")
 
     if isinstance(layer, Conv | Pool | Reorg):
         for name in ("filters", "size", "stride"):
             value = getattr(layer, name, 1)
-            if not _at_least(value, 1):
-                refuse(f"{name} is {value}; allowed: 1 or more")
+            if not _is_int(value, 1):
+                fail(f"{name} is {value}; allowed: 1 or more")
     match layer:
         case Conv():
-            if layer.padding is not None and not _at_least(layer.padding, 0):
-                refuse(f"padding is {layer.padding}; allowed: 0 or more")
+            if layer.padding is not None and not _is_int(layer.padding, 0):
+                fail(f"padding is {layer.padding}; allowed: 0 or more")
             if layer.batch_norm not in (True, False):
-                refuse(f"batch_norm is {layer.batch_norm!r}; allowed: true, false")
+                fail(f"batch_norm is {layer.batch_norm!r}; allowed: true, false")
             if layer.activation not in get_args(Activation):
                 allowed = ", ".join(get_args(Activation))
-                refuse(f"activation is {layer.activation!r}; allowed: {allowed}")
+                fail(f"activation is {layer.activation!r}; allowed: {allowed}")
         case Reorg():
             if layer.kind not in get_args(ReorgKind):
-                refuse(f"kind is {layer.kind!r}; allowed: {', '.join(get_args(ReorgKind))}")
-            if layer.kind == "darknet" and before.channels % layer.stride**2:
-                refuse(
-                    f"{before.channels} channels; allowed: multiples of {layer.stride**2}, "
-                    "the square of its stride"
+                fail(f"kind is {layer.kind!r}; allowed: {', '.join(get_args(ReorgKind))}")
+            if layer.kind == "darknet" and previous.channels % layer.stride**2:
+                fail(
+                    f"{previous.channels} input channels; allowed: multiples of "
+                    f"{layer.stride**2}, the square of its stride"
                 )
         case Route():
             if not layer.layers or not all(isinstance(k, int) for k in layer.layers):
-                refuse(f"names {layer.layers}; expected numbers of layers")
-            for named, source in zip(layer.layers, sources_of(number, layer), strict=True):
+                fail(f"layers is {layer.layers}; expected layer indices")
+            for index, source in zip(layer.layers, route_sources(number, layer), strict=True):
                 if not 0 <= source < number:
-                    refuse(f"names layer {named}; allowed: 0 … {number - 1}, or {-number} … -1")
-            strides = {found[k].stride for k in sources_of(number, layer)}
+                    fail(f"index {index}; allowed: 0 … {number - 1}, or {-number} … -1")
+            strides = {outputs[k].stride for k in route_sources(number, layer)}
             if len(strides) > 1:
-                refuse(f"joins layers of different strides, {sorted(strides)} px")
+                fail(f"concatenates layers of different strides, {sorted(strides)} px")
         case Dropout():
             if not (isinstance(layer.probability, int | float) and 0 <= layer.probability < 1):
-                refuse(f"probability is {layer.probability}; allowed: 0 … below 1")
+                fail(f"probability is {layer.probability}; allowed: at least 0 and less than 1")
         case _:
             pass
 
 
 def check_sizes(layers: Sequence[Layer], size_hw: tuple[int, int]) -> None:
-    """Refuse layers whose maps do not fit together at a size of the network input; builds nothing.
-
-    Args:
-        layers: that `extents` accepts.
-        size_hw: of the network input, px.
+    """Check that the feature maps match at a network input of size_hw px.
 
     Raises:
-        InputError: a map of no cells, a reorg that cuts one, a route over different ones; names
-            the layer.
+        InputError: an empty feature map, one that a reorg cannot divide, a route over different
+            sizes, or a custom backbone; names the layer.
     """
     sizes: list[tuple[int, int]] = []
     for number, layer in enumerate(layers):
@@ -231,20 +237,24 @@ def check_sizes(layers: Sequence[Layer], size_hw: tuple[int, int]) -> None:
                 sizes.append((-(-height // layer.stride), -(-width // layer.stride)))
             case Reorg():
                 if height % layer.stride or width % layer.stride:
-                    raise InputError(f"{where}cuts a map of {width} x {height} cells")
+                    raise InputError(
+                        f"{where}cannot divide {width} x {height} cells by {layer.stride}"
+                    )
                 sizes.append((height // layer.stride, width // layer.stride))
             case Route():
-                found = {sizes[k] for k in sources_of(number, layer)}
-                if len(found) > 1:
-                    maps = " and ".join(f"{w} x {h}" for h, w in sorted(found))
-                    raise InputError(f"{where}joins maps of {maps} cells")
-                sizes.append(found.pop())
+                source_sizes = {sizes[k] for k in route_sources(number, layer)}
+                if len(source_sizes) > 1:
+                    maps = " and ".join(f"{w} x {h}" for h, w in sorted(source_sizes))
+                    raise InputError(f"{where}cannot concatenate {maps} cells")
+                sizes.append(source_sizes.pop())
             case Dropout():
                 sizes.append((height, width))
+            case CustomBackbone():
+                raise InputError(f"{where}the layers of {layer.class_path} are unknown")
         if min(sizes[-1]) < 1:
-            raise InputError(f"{where}leaves no cells of {width} x {height}")
+            raise InputError(f"{where}no cells remain of {width} x {height}")
 
 
-def sources_of(number: int, route: Route) -> list[int]:
-    """Return the layers that a route joins, counted from 0."""
+def route_sources(number: int, route: Route) -> list[int]:
+    """Return the indices, from 0, of the layers that route `number` concatenates."""
     return [source if source >= 0 else number + source for source in route.layers]

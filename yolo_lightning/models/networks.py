@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from yolo_lightning.models.head import HeadOutput, SparseClassLogits
 from yolo_lightning.models.layers import (
     Conv,
+    CustomBackbone,
     Dropout,
     Layer,
     Pool,
     Reorg,
     Route,
-    extents,
-    sources_of,
+    layer_outputs,
+    route_sources,
 )
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -67,7 +68,7 @@ class _MaxPool(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C, H / stride, W / stride), rounded up."""
-        if self.size == self.stride == 2:  # the usual case needs no margin of its own
+        if self.size == self.stride == 2:  # the usual case needs no explicit padding
             return F.max_pool2d(features, 2, ceil_mode=True)
         before = (self.size - 1) // 2
         after = self.size - 1 - before
@@ -75,7 +76,7 @@ class _MaxPool(nn.Module):
         return F.max_pool2d(padded, self.size, self.stride)
 
 
-class _Fold(nn.Module):
+class _ReorgModule(nn.Module):
     def __init__(self, layer: Reorg) -> None:
         super().__init__()
         self.stride, self.kind = layer.stride, layer.kind
@@ -86,99 +87,99 @@ class _Fold(nn.Module):
         batch, channels, height, width = features.shape
         if self.kind == "space_to_depth":
             return space_to_depth(features, s)
-        reread = features.reshape(batch, channels // s**2, height * s, width * s)
-        return space_to_depth(reread, s).reshape(batch, channels * s**2, height // s, width // s)
+        reinterpreted = features.reshape(batch, channels // s**2, height * s, width * s)
+        folded = space_to_depth(reinterpreted, s)
+        return folded.reshape(batch, channels * s**2, height // s, width // s)
 
 
 def space_to_depth(features: Tensor, stride: int) -> Tensor:
-    """Return (B, C * stride², H / stride, W / stride); a block's places vary before channels do."""
+    """Return (B, C * stride², H / stride, W / stride); channels vary fastest within a block."""
     blocks = features.unflatten(3, (-1, stride)).unflatten(2, (-1, stride))  # (B, C, H, s, W, s)
     folded: Tensor = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
     return folded
 
 
 class LayerStack(nn.ModuleList):
-    """The network that a list of layers describes; module k is layer k.
+    """The network that a list of layers describes; module k implements layer k.
 
-    Args:
-        layers: from the image on.
-
-    Attributes:
-        layers: as given.
-        out_channels: channels of the last layer.
-        stride: network input px per cell of the last layer.
+    `out_channels` and `stride` (network input px per cell) are those of the last layer.
 
     Raises:
-        InputError: layers that do not fit together; names the layer.
+        InputError: layers that do not match; names the layer.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layers = tuple(layers)
-        found = extents(layers)
+        outputs = layer_outputs(layers)
         channels = 3
-        for layer, extent in zip(layers, found, strict=True):
-            self.append(_module_of(layer, channels))
-            channels = extent.channels
-        self.out_channels, self.stride = found[-1].channels, found[-1].stride
-        self._sources = {
-            number: sources_of(number, layer)
+        for layer, output in zip(layers, outputs, strict=True):
+            self.append(_build_module(layer, channels))
+            channels = output.channels
+        self.out_channels, self.stride = outputs[-1].channels, outputs[-1].stride
+        self._route_sources = {
+            number: route_sources(number, layer)
             for number, layer in enumerate(layers)
             if isinstance(layer, Route)
         }
-        self._routed = {source for sources in self._sources.values() for source in sources}
+        self._sources = {source for sources in self._route_sources.values() for source in sources}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the last features (B, C, Gh, Gw).
-
-        Args:
-            images: float (B, 3, H, W), RGB in 0…1.
-        """
-        kept: dict[int, Tensor] = {}
+        """Return the last features (B, C, Gh, Gw) of RGB images (B, 3, H, W) in 0…1."""
+        saved: dict[int, Tensor] = {}
         features = images
         for number, module in enumerate(self):
-            if number in self._sources:
-                sources = [kept[k] for k in self._sources[number]]
+            if number in self._route_sources:
+                sources = [saved[k] for k in self._route_sources[number]]
                 features = torch.cat(sources, dim=1) if len(sources) > 1 else sources[0]
             else:
                 features = module(features)
-            if number in self._routed:
-                kept[number] = features
+            if number in self._sources:
+                saved[number] = features
         return features
 
 
-def _module_of(layer: Layer, channels: int) -> nn.Module:
+def _build_module(layer: Layer, in_channels: int) -> nn.Module:
     match layer:
         case Conv():
-            return ConvBlock(channels, layer)
+            return ConvBlock(in_channels, layer)
         case Pool():
             return _MaxPool(layer)
         case Reorg():
-            return _Fold(layer)
+            return _ReorgModule(layer)
         case Dropout():
             return nn.Dropout(layer.probability)
         case Route():
             return nn.Identity()
+        case CustomBackbone():
+            assert layer.module is not None
+            return layer.module
 
 
 def init_weights(module: nn.Module) -> None:
-    """Draw convolution kernels as He et al. do, for leaky ReLU of slope 0.1.
+    """Initialise convolutions as He et al. do, for leaky ReLU of slope 0.1.
 
-    Paper is silent: the original program draws uniformly with the same variance.
+    A custom backbone keeps the values that it was built with.
+
+    Paper is silent: the original program uses a uniform distribution of the same variance.
     """
+    custom = {
+        part
+        for stack in module.modules()
+        if isinstance(stack, LayerStack)
+        for layer in stack.layers
+        if isinstance(layer, CustomBackbone) and layer.module is not None
+        for part in layer.module.modules()
+    }
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
+        if isinstance(part, nn.Conv2d) and part not in custom:
             nn.init.kaiming_normal_(part.weight, a=0.1, nonlinearity="leaky_relu")
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 
 
 class Classifier(nn.Module):
-    """A backbone, a 1x1 convolution to the classes, and the mean over all cells.
-
-    Args:
-        layers: the backbone's.
-        num_nodes: K, nodes of the WordTree.
+    """A backbone, a 1x1 convolution to the K nodes, and the mean over all cells.
 
     Source: YOLO9000, section 3, "Darknet-19".
     """
@@ -190,25 +191,15 @@ class Classifier(nn.Module):
         init_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return class logits (B, K).
-
-        Args:
-            images: float (B, 3, H, W), RGB in 0…1; any size of at least one cell.
-        """
-        # the mean and the linear convolution change places: a cell's worth of arithmetic
+        """Return class logits (B, K) of RGB images (B, 3, H, W) in 0…1, of at least one cell."""
+        # the mean and the linear convolution commute: the convolution then runs on a single cell
         features = self.body(images).mean(dim=(2, 3))
         weight = self.class_conv.weight.flatten(1)
         return F.linear(features, weight, self.class_conv.bias)
 
 
 class YOLOv2(nn.Module):
-    """The detector: layers, and a last 1x1 convolution whose class rows are computed on demand.
-
-    Args:
-        layers: from the image to the last features, see `detector_layers`.
-        num_nodes: K, nodes of the WordTree.
-        anchors_wh_cell: (A, 2), widths and heights in grid cells.
-    """
+    """The detector: `detector_layers` and a last 1x1 convolution with sparse class logits."""
 
     anchors_wh_cell: Tensor
 
@@ -225,11 +216,11 @@ class YOLOv2(nn.Module):
         self.register_buffer("anchors_wh_cell", anchors_wh_cell.float())
 
     def forward(self, images: Tensor) -> HeadOutput:
-        """Return boxes and objectness for every cell, and classes on demand.
+        """Return box logits and class logits of RGB images (B, 3, H, W) in 0…1.
 
-        Args:
-            images: float (B, 3, H, W), RGB in 0…1; H and W multiples of the stride.
+        H and W are multiples of the stride.
         """
         features = self.body(images)
-        boxes = self.box_conv(features).unflatten(1, (-1, 5))
-        return HeadOutput(boxes, SparseClassLogits(features, self.class_weight, self.class_bias))
+        box_logits = self.box_conv(features).unflatten(1, (-1, 5))
+        class_logits = SparseClassLogits(features, self.class_weight, self.class_bias)
+        return HeadOutput(box_logits, class_logits)

@@ -1,6 +1,6 @@
-"""What MLflow executes to load a model: encoded images in, a table of what they show out.
+"""The code of a saved MLflow model: from a table of encoded images to a table of predictions.
 
-Not to be imported: `mlflow_model.save_model` names this file as a model's code.
+Do not import this module: `mlflow_model.save_model` saves it as model code.
 """
 
 import tempfile
@@ -25,14 +25,14 @@ from yolo_lightning.serving.mlflow_model import CHECKPOINT, COLUMNS, IMAGE
 
 
 class ServedModel(PythonModel):
-    """A checkpoint that answers as `load` and, of a classifier, `yolo-lightning classify` do."""
+    """A detector that predicts as `load` does, or a classifier as `yolo-lightning classify`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the checkpoint, verified; it goes to a GPU where there is one."""
+        """Load and verify the checkpoint, on a GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module = load(context.artifacts[CHECKPOINT], device)
         self.iou_threshold = getattr(self.module, "iou_threshold", None)
-        self.turn = threading.Lock()  # servers ask from several threads
+        self.lock = threading.Lock()  # servers call from several threads
 
     def predict(
         self,
@@ -40,72 +40,72 @@ class ServedModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Return a row for each object, best first, or for each of a classifier's names.
+        """Return a row for each object, highest score first, or for each of the top classes.
 
         Args:
             context: not used.
-            model_input: column `image`, bytes of an image file a row.
-            params: of a detector `score_threshold`, `tree_threshold`, `iou_threshold`, 0…1; of a
-                classifier `top`, 1 or more.
+            model_input: column `image`, the bytes of an image file per row.
+            params: for a detector `score_threshold`, `tree_threshold`, `iou_threshold`, 0 to 1; for
+                a classifier `top`, 1 or more.
 
         Returns:
-            `COLUMNS`; `image` counts the input's rows from 0, `path` has the names from the tree's
-            top down, corners are px of the original image.
+            `COLUMNS`: `image` is the input row, `path` has the class names from the root down.
 
         Raises:
-            MlflowException: a parameter out of range, or an image that cannot be read; names it.
+            MlflowException: a parameter is out of range, or an image cannot be read.
         """
-        given = _checked(params or {})
-        with self.turn, tempfile.TemporaryDirectory() as place:
-            file = Path(place) / "image"
+        params = _check_params(params or {})
+        with self.lock, tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "image"
             if isinstance(self.module, DetectorModule):
-                self.module.iou_threshold = given.pop("iou_threshold", self.iou_threshold)
+                self.module.iou_threshold = params.pop("iou_threshold", self.iou_threshold)
             rows = [
                 row
                 for number, data in enumerate(model_input[IMAGE])
-                for row in self._rows(number, data, file, given)
+                for row in self._rows(number, data, file, params)
             ]
         columns = COLUMNS[type(self.module).__name__]
-        table = pd.DataFrame(rows, columns=list(columns))  # without rows, of no types
+        table = pd.DataFrame(rows, columns=list(columns))  # has no dtypes if it is empty
         types = {k: v.to_pandas() for k, v in columns.items() if isinstance(v, DataType)}
         return table.astype(types)
 
     def _rows(
-        self, number: int, data: Any, file: Path, given: dict[str, Any]
+        self, number: int, data: Any, file: Path, params: dict[str, Any]
     ) -> list[dict[str, Any]]:
         try:
             if not isinstance(data, bytes | bytearray):
                 raise InputError(f"{type(data).__name__}; expected the bytes of an image file")
-            file.write_bytes(data)  # both ways of decoding begin with a file
-            return [{IMAGE: number, **row} for row in self._found(file, given)]
+            file.write_bytes(data)  # both decoders read a file
+            return [{IMAGE: number, **row} for row in self._predict_file(file, params)]
         except (UnreadableSample, InputError) as error:
             reason = str(error).removeprefix(f"{file}: ")
             raise MlflowException.invalid_parameter_value(
                 f"row {number}, counted from 0: {reason}"
             ) from None
 
-    def _found(self, file: Path, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _predict_file(self, file: Path, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
         module = self.module
         if isinstance(module, DetectorModule):
-            for one in module(file, **given):
-                corners = dict(zip(("x1", "y1", "x2", "y2"), one.box_xyxy_orig_px, strict=True))
-                yield {**self._named(one.node, one.score), **corners}
+            for detection in module(file, **params):
+                box = detection.box_xyxy_orig_px
+                corners = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
+                yield {**self._class_columns(detection.node, detection.score), **corners}
             return
         size = module.hparams["image_size"]
         size_hw = (size, size) if isinstance(size, int) else (size[0], size[1])
-        found = classify(module, read_image(file), size_hw, "letterbox", given.get("top", 5))
-        for row in found["classes"]:
-            yield self._named(module.tree.keys.index(row["key"]), row["probability"])
+        result = classify(module, read_image(file), size_hw, "letterbox", params.get("top", 5))
+        for row in result["classes"]:
+            yield self._class_columns(module.tree.keys.index(row["key"]), row["probability"])
 
-    def _named(self, node: int, score: float) -> dict[str, Any]:
+    def _class_columns(self, node: int, score: float) -> dict[str, Any]:
         tree = self.module.tree
         path = [tree.names[k] for k in tree.paths[node].tolist() if k >= 0]
-        named = {"name": tree.names[node], "key": tree.keys[node], "node": node}
-        return {**named, "score": score, "path": path[::-1]}
+        names = {"name": tree.names[node], "key": tree.keys[node], "node": node}
+        return {**names, "score": score, "path": path[::-1]}
 
 
-def _checked(params: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters of one's own, in their ranges."""
+def _check_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the parameters, after checking their ranges."""
     for name, value in params.items():
         if name == "top" and value < 1:
             raise MlflowException.invalid_parameter_value(f"top is {value}; allowed: 1 or more")

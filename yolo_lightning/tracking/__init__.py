@@ -1,6 +1,6 @@
-"""Experiment tracking in MLflow.
+"""Experiment tracking with MLflow.
 
-`RunLogger` is imported on first use: reading a journal needs neither Lightning nor MLflow.
+`RunLogger` is imported on first access: reading a journal needs neither Lightning nor MLflow.
 """
 
 from typing import TYPE_CHECKING, Any

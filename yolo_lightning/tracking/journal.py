@@ -1,4 +1,4 @@
-"""What a run is told, written down on this machine before anything else happens to it."""
+"""The journal of a run: everything that is logged, on the local disk, before it is uploaded."""
 
 import contextlib
 import json
@@ -10,18 +10,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-FOLDER = "mlflow"
-"""Of a journal, in its run's folder."""
+JOURNAL_FOLDER = "mlflow"
+"""Name of the journal's folder in the run folder."""
 
 RUN_ID_FILE = "mlflow_run_id"
-"""In the run's folder: the MLflow run that holds it."""
+"""Name of the file in the run folder that contains the MLflow run id."""
 
 UNREADABLE = "unreadable"
-"""What a line is called that says nothing."""
+"""Operation name of a line that cannot be parsed."""
 
-_LINES, _PENDING, _SHIPPED, _TOKEN = "journal.jsonl", "files", "shipped.json", "token"
+_JOURNAL_FILE, _UPLOADS_FILE, _TOKEN_FILE = "journal.jsonl", "uploaded.json", "token"
+_PENDING_FOLDER = "files"
 _FIELDS: dict[str, dict[str, type]] = {
-    "open": {"store": str, "experiment": str, "name": str, "wanted": list, "joins": bool},
+    "open": {
+        "store": str, "experiment": str, "name": str, "run_ids": list, "existing_run_only": bool,
+    },
     "metrics": {"t": int, "step": int, "values": dict},
     "params": {"values": dict},
     "tags": {"values": dict},
@@ -29,71 +32,70 @@ _FIELDS: dict[str, dict[str, type]] = {
     "status": {"t": int, "status": str},
     "inputs": {"datasets": list},
     "file": {"file": str, "folder": str},
-    "picture": {"t": int, "file": str, "key": str, "step": int},
+    "image": {"t": int, "file": str, "key": str, "step": int},
     "model": {"file": str, "name": str, "step": int},
     "remove": {"path": str},
-}
-_INTEGERS = 2**63
+}  # fmt: skip
+_INT64_LIMIT = 2**63
 
 
 class Journal:
-    """An append-only file of JSON lines, and the files that wait to be shipped with them.
+    """An append-only file of JSON lines, and the files that are pending upload.
 
-    A line is on the disk, or in a file system's cache that outlives this process, when `append`
-    returns. Where the disk is full, lines stay in memory, in their order, until it takes them; they
-    are read, and so shipped, from there as well. Several processes may append.
-
-    Args:
-        folder: of the journal; made where it does not exist.
+    When `append` returns, the line is on the disk, or in a file system cache that survives this
+    process. If the disk is full, lines are buffered in memory, in order, until they can be
+    written; they are read, and so uploaded, from the buffer as well. Several processes may append.
 
     Attributes:
-        token: what this run is called before a store has named it, the same in every process.
-        problem: why the disk did not take the newest line; empty where it did.
+        token: identifies this run before a store has created it; the same in every process.
+        write_error: why the newest line could not be written; empty if it was.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.problem = ""
-        self._waiting = b""
+        self.write_error = ""
+        self._buffer = b""
         self._lock = threading.RLock()
         self.token = uuid.uuid4().hex
-        with self._noting_problems():
+        with self._store_write_error():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.token = self._kept_token()
+            self.token = self._load_token()
 
     @contextlib.contextmanager
-    def _noting_problems(self) -> Iterator[None]:
+    def _store_write_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self.problem = f"{self.folder}: {error.strerror or error}"
+            self.write_error = f"{self.folder}: {error.strerror or error}"
 
-    def _kept_token(self) -> str:
-        file = self.folder / _TOKEN
-        with contextlib.suppress(FileExistsError), file.open("x", encoding="utf-8") as fresh:
-            fresh.write(self.token)
-        if not file.read_text(encoding="utf-8").strip():  # from a full disk, or a crash
+    def _load_token(self) -> str:
+        file = self.folder / _TOKEN_FILE
+        with contextlib.suppress(FileExistsError), file.open("x", encoding="utf-8") as new:
+            new.write(self.token)
+        if not file.read_text(encoding="utf-8").strip():  # after a full disk or a crash
             file.write_text(self.token, encoding="utf-8")
         return file.read_text(encoding="utf-8").strip()
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Write an entry down; never raises, see `problem`."""
+        """Append an entry. Never raises; see `write_error`."""
         text = json.dumps(entry, ensure_ascii=False, default=str)
         with self._lock:
-            self._waiting += text.encode(errors="replace") + b"\n"
-            self.problem = ""
-            with self._noting_problems():
-                self._write_waiting()
+            self._buffer += text.encode(errors="replace") + b"\n"
+            self.write_error = ""
+            with self._store_write_error():
+                self._flush()
 
-    def _write_waiting(self) -> None:
-        """Write whole lines or nothing: what a full disk took of one is taken back."""
+    def _flush(self) -> None:
+        """Write the buffer as whole lines; truncate the file again if only a part fits."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / _LINES, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(
+            self.folder / _JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644
+        )
         try:
             before = os.fstat(descriptor).st_size
-            # a crash of the machine may have cut the last line off: it must not take this one along
-            broken = before and os.pread(descriptor, 1, before - 1) != b"\n"
-            lines = b"\n" * bool(broken) + self._waiting
+            # a machine crash may have cut the last line; end it, so that this line stays readable
+            incomplete = before and os.pread(descriptor, 1, before - 1) != b"\n"
+            lines = b"\n" * bool(incomplete) + self._buffer
             written = os.write(descriptor, lines)
             if written < len(lines):
                 if os.fstat(descriptor).st_size == before + written:
@@ -101,185 +103,171 @@ class Journal:
                 raise OSError(None, "no space for a whole line")
         finally:
             os.close(descriptor)
-        self._waiting = b""
+        self._buffer = b""
 
     def sync(self) -> None:
-        """Have the disk hold what has been written, beyond a loss of power."""
-        with contextlib.suppress(OSError), (self.folder / _LINES).open("rb") as lines:
+        """Flush written lines to the disk, so that they survive a loss of power."""
+        with contextlib.suppress(OSError), (self.folder / _JOURNAL_FILE).open("rb") as lines:
             os.fsync(lines.fileno())
 
     def entries(self, offset: int = 0, *ops: str) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield entries from an offset on, each with the offset of the next one.
+        """Yield entries from a byte offset on, each with the offset of the next one.
 
         Args:
-            offset: to begin at.
-            ops: the kinds wanted, all where none is named: then a line that makes no sense, as a
-                crash of the machine leaves one, is an entry `UNREADABLE` with its ``line``.
+            offset: where to start.
+            ops: operations to yield; default: all, and `UNREADABLE` with its ``line`` for a line
+                that cannot be parsed, for example after a machine crash.
         """
-        wanted = tuple(f'{{"op": "{op}"'.encode() for op in ops)
+        prefixes = tuple(f'{{"op": "{op}"'.encode() for op in ops)
         for line, end in self._lines(offset):
-            if not line.strip() or (wanted and not line.startswith(wanted)):
+            if not line.strip() or (prefixes and not line.startswith(prefixes)):
                 continue
-            entry = _entry(line)
+            entry = _parse(line)
             if entry is not None:
                 yield entry, end
-            elif not wanted:
+            elif not prefixes:
                 yield {"op": UNREADABLE, "line": line.decode(errors="replace").strip()}, end
 
     def _lines(self, offset: int) -> Iterator[tuple[bytes, int]]:
         with self._lock:
-            waiting, size = self._waiting, self._size()
+            buffer, size = self._buffer, self._file_size()
         if offset < size:
-            with (self.folder / _LINES).open("rb") as lines:
+            with (self.folder / _JOURNAL_FILE).open("rb") as lines:
                 lines.seek(offset)
-                # what has no end yet is another process's, which is writing it
+                # a line without an end is still being written by another process
                 while offset < size and (line := lines.readline()).endswith(b"\n"):
                     offset += len(line)
                     yield line, offset
-        start = size
-        for line in waiting.splitlines(keepends=True):
-            start += len(line)
-            if start > offset:
-                yield line, start
+        end = size
+        for line in buffer.splitlines(keepends=True):
+            end += len(line)
+            if end > offset:
+                yield line, end
 
-    def _size(self) -> int:
+    def _file_size(self) -> int:
         try:
-            return (self.folder / _LINES).stat().st_size
+            return (self.folder / _JOURNAL_FILE).stat().st_size
         except OSError:
             return 0
 
     @property
     def end(self) -> int:
-        """Offset behind the newest entry."""
+        """Byte offset after the newest entry."""
         with self._lock:
-            return self._size() + len(self._waiting)
+            return self._file_size() + len(self._buffer)
 
-    # --- how far it is shipped
+    # --- upload progress
 
     @property
-    def shipped(self) -> dict[str, dict[str, Any]]:
-        """What `note_shipped` was told last of each store."""
+    def uploads(self) -> dict[str, dict[str, Any]]:
+        """The last upload to each store, as `record_upload` wrote it."""
         with contextlib.suppress(OSError, ValueError):
-            held = json.loads((self.folder / _SHIPPED).read_text(encoding="utf-8"))
-            if isinstance(held, dict):
+            uploads = json.loads((self.folder / _UPLOADS_FILE).read_text(encoding="utf-8"))
+            if isinstance(uploads, dict):
                 return {
-                    store: note
-                    for store, note in held.items()
-                    if isinstance(note, dict) and {"run_id", "offset"} <= note.keys()
+                    store: upload
+                    for store, upload in uploads.items()
+                    if isinstance(upload, dict) and {"run_id", "offset"} <= upload.keys()
                 }
         return {}
 
-    def note_shipped(self, store: str, run_id: str, offset: int, **more: Any) -> None:
-        """Note how far a run of a store holds this journal; replaced whole, never half written.
-
-        Only what the disk holds is counted: another process would not find the rest here.
+    def record_upload(self, store: str, run_id: str, offset: int, **extra: Any) -> None:
+        """Record up to which offset this journal is uploaded to a store, atomically.
 
         Args:
-            store: without a password.
-            run_id: of the store.
-            offset: behind the last entry that it holds.
-            more: to remember with it.
-
-        Raises:
-            OSError: the disk does not take it.
+            store: its address, without a password.
+            run_id: MLflow run in this store.
+            offset: after the last entry that was uploaded.
+            extra: more values to record.
         """
         self.sync()
-        noted = self.shipped | {
-            store: {"run_id": run_id, "offset": min(offset, self._size()), **more}
-        }
-        fresh = self.folder / f"{_SHIPPED}.part"
-        fresh.write_text(json.dumps(noted), encoding="utf-8")
-        fresh.replace(self.folder / _SHIPPED)
+        # not more than what is on the disk: another process cannot read the buffer
+        upload = {"run_id": run_id, "offset": min(offset, self._file_size()), **extra}
+        temporary = self.folder / f"{_UPLOADS_FILE}.part"
+        temporary.write_text(json.dumps(self.uploads | {store: upload}), encoding="utf-8")
+        temporary.replace(self.folder / _UPLOADS_FILE)
 
-    # --- files on their way
+    # --- files pending upload
 
-    def pending(self, name: str) -> Path:
-        """Return where a file or folder waits."""
-        return self.folder / _PENDING / name
+    def pending_path(self, name: str) -> Path:
+        """Return the path of a pending file or folder."""
+        return self.folder / _PENDING_FOLDER / name
 
-    def keep(self, source: Path, name: str, link: bool = False) -> None:
-        """Keep what a file holds now until it is shipped; one of the same name is replaced.
+    def add_file(self, source: Path, name: str, link: bool = False) -> None:
+        """Copy a file into the journal until it is uploaded; replaces a file of the same name.
 
-        Args:
-            source: the file.
-            name: of the copy, with folders.
-            link: take a hard link where the file system allows one, for large files that are
-                replaced as a whole and never written into.
+        `link` creates a hard link if the file system supports it, for large files that are always
+        replaced and never modified in place.
 
         Raises:
-            OSError: neither linked nor copied.
+            OSError: the file can neither be linked nor copied.
         """
-        target = self.pending(name)
+        target = self.pending_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(target.name + ".part")
-        fresh.unlink(missing_ok=True)
+        temporary = target.with_name(target.name + ".part")
+        temporary.unlink(missing_ok=True)
         try:
-            if not (link and _linked(source, fresh)):
-                shutil.copyfile(source, fresh)
+            if not (link and _try_link(source, temporary)):
+                shutil.copyfile(source, temporary)
             with self._lock:
-                fresh.replace(target)
+                temporary.replace(target)
         except OSError:
             with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             raise
 
-    def release(self, name: str, as_shipped: os.stat_result | None = None) -> None:
-        """Remove what waits no more.
-
-        Args:
-            name: of the copy.
-            as_shipped: of the file that was shipped: a newer one in its place stays.
-        """
-        path = self.pending(name)
-        gone = path.with_name(path.name + ".gone")
+    def remove_file(self, name: str, uploaded: os.stat_result | None = None) -> None:
+        """Remove a pending file or folder, unless it is newer than the `uploaded` status."""
+        path = self.pending_path(name)
+        removed = path.with_name(path.name + ".gone")
         with contextlib.suppress(OSError):
             with self._lock:
-                now = path.stat()
-                same = as_shipped is None or (now.st_ino, now.st_mtime_ns) == (
-                    as_shipped.st_ino, as_shipped.st_mtime_ns,
+                current = path.stat()
+                unchanged = uploaded is None or (current.st_ino, current.st_mtime_ns) == (
+                    uploaded.st_ino, uploaded.st_mtime_ns,
                 )  # fmt: skip
-                if not same:
+                if not unchanged:
                     return
-                path.replace(gone)
-            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+                path.replace(removed)
+            shutil.rmtree(removed) if removed.is_dir() else removed.unlink()
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """Return what a line says, None where that makes no sense."""
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the entry of a line, None if it is invalid."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and _sound(entry) else None
+    return entry if isinstance(entry, dict) and _is_valid(entry) else None
 
 
-def _sound(entry: dict[str, Any]) -> bool:
+def _is_valid(entry: dict[str, Any]) -> bool:
     op = entry.get("op")
     fields = _FIELDS.get(op) if isinstance(op, str) else None
     if fields is None:
         return False
-    for name, kind in fields.items():
+    for name, type_ in fields.items():
         value = entry.get(name)
-        if not isinstance(value, kind):
+        if not isinstance(value, type_):
             return False
-        if isinstance(value, int) and not -_INTEGERS <= value < _INTEGERS:
+        if isinstance(value, int) and not -_INT64_LIMIT <= value < _INT64_LIMIT:
             return False
     if op == "metrics":
         numbers = entry["values"].values()
         return entry["t"] >= 0 and all(
-            isinstance(x, float) or (isinstance(x, int) and abs(x) < _INTEGERS) for x in numbers
+            isinstance(x, float) or (isinstance(x, int) and abs(x) < _INT64_LIMIT) for x in numbers
         )
     if op in ("params", "tags"):
         return all(isinstance(text, str) for text in entry["values"].values())
-    return all(_within(entry[name]) for name in ("file", "path") if name in fields)
+    return all(_is_relative(entry[name]) for name in ("file", "path") if name in fields)
 
 
-def _within(name: str) -> bool:
+def _is_relative(name: str) -> bool:
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def _linked(source: Path, target: Path) -> bool:
+def _try_link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
     except OSError:
@@ -287,6 +275,7 @@ def _linked(source: Path, target: Path) -> bool:
     return True
 
 
-def journals_under(folder: Path) -> list[Path]:
-    """Return the folders of the journals in a folder and below, oldest name first."""
-    return sorted(file.parent for file in folder.rglob(_LINES) if file.parent.name == FOLDER)
+def find_journals(folder: Path) -> list[Path]:
+    """Return the journal folders in a folder and its subfolders, sorted by path."""
+    files = folder.rglob(_JOURNAL_FILE)
+    return sorted(file.parent for file in files if file.parent.name == JOURNAL_FOLDER)

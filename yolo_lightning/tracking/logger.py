@@ -1,4 +1,4 @@
-"""Experiment tracking: one training is one MLflow run, and nothing of it is lost."""
+"""`RunLogger`: one MLflow run per training, without lost or duplicate points."""
 
 import math
 import os
@@ -22,24 +22,38 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.journal import FOLDER, Journal
-from yolo_lightning.tracking.names import EXPERIMENT, KEY, PARAM, RUN, TAG, Names, clean, flattened
-from yolo_lightning.tracking.shipper import Shipper
-from yolo_lightning.tracking.shipping import ShippingThread
-from yolo_lightning.tracking.store import LazyClient, absolute, public, without_password
+from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal
+from yolo_lightning.tracking.names import (
+    MAX_EXPERIMENT_NAME_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_PARAM_LENGTH,
+    MAX_RUN_NAME_LENGTH,
+    MAX_TAG_LENGTH,
+    KeyMap,
+    flatten_params,
+    sanitize_text,
+)
+from yolo_lightning.tracking.store import (
+    LazyClient,
+    absolute_uri,
+    strip_credentials,
+    strip_passwords,
+)
 from yolo_lightning.tracking.system_metrics import SystemMetrics
+from yolo_lightning.tracking.upload_thread import UploadThread
+from yolo_lightning.tracking.uploader import Uploader
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 
 _CHANGED = "changed."
-_LENGTHS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
-"""Parameters that only say how long the same training goes on."""
+_DURATION_PARAMS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
+"""Parameters that only set how long a training lasts."""
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
-_HURRIED_S = 12.0
-"""How long a training that was told to stop waits for the store."""
+_INTERRUPTED_TIMEOUT_S = 12.0
+"""How long an interrupted training waits for the store."""
 
 _ENVIRONMENT = {
-    # the journal waits, so a request need not: MLflow's own would hold on for minutes
+    # the journal retries, so a request need not: MLflow's defaults would block for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -47,33 +61,32 @@ _ENVIRONMENT = {
 
 
 class RunLogger(MLFlowLogger):
-    """Lightning's MLflow logger with a journal between the training and the store.
+    """Lightning's `MLFlowLogger` with a journal on the local disk between training and store.
 
-    What is logged is on this machine's disk when a method returns; a thread brings it into the
-    store. A store that fails, hangs, or refuses costs the training nothing and the run nothing:
-    what it did not take follows when it answers, when training is resumed, or by `yolo-lightning
-    mlflow sync`. Rank 0 alone logs.
+    A logging method returns as soon as the data is on the local disk; a thread uploads it to the
+    store. If the store fails, hangs or rejects data, training goes on, and the rest is uploaded
+    when the store is available again, when training is resumed, or by `yolo-lightning mlflow sync`.
+    Only rank 0 logs.
 
     Args:
-        experiment_name: under which runs are listed together.
-        tracking_uri: the environment's ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` in
-            the working folder.
-        run_name: of the run; the command line suggests the names of its last two folders.
-        run_id: the run to go on with; else the environment's ``MLFLOW_RUN_ID``, the one that the
-            run's folder names, the one that the checkpoint names, or a new one.
+        experiment_name: MLflow experiment of the run.
+        tracking_uri: of the store; default: the environment variable ``MLFLOW_TRACKING_URI``, else
+            ``sqlite:///mlflow.db`` in the working folder.
+        run_name: default: the last two parts of the run folder's path.
+        run_id: run to continue. Default: the environment variable ``MLFLOW_RUN_ID``, else the run
+            named by the run folder, else the run named by the checkpoint, else a new run.
         tags: of the run.
-        parent: of a sweep: the run of that name holds this one as its child, and is opened where
-            there is none.
-        log_checkpoints: keep the checkpoints that `ModelCheckpoint` keeps in the run too.
-        system_metrics: log the use of processors, memory, disk, network and GPUs.
-        folder: of the run, where the journal lies; the command line gives its own.
+        parent: name of the parent run of a sweep; created if it does not exist.
+        log_checkpoints: upload the checkpoints that `ModelCheckpoint` keeps.
+        system_metrics: log the use of CPUs, memory, disk, network and GPUs.
+        folder: run folder, which contains the journal; set by the command line.
 
     Raises:
-        InputError: an experiment's name that MLflow does not take.
+        InputError: MLflow does not accept the experiment name.
 
-    Deviation from Lightning's: nothing asks the store while training waits. So `run_id` is None
-    until it has answered, `version` is a name of the run that holds from the beginning, and the
-    default store is a database, since MLflow 3.17 refuses folders.
+    Deviation from Lightning's logger: training never waits for the store. So `run_id` is None until
+    the run exists in the store, `version` is an id that is known from the start, and the default
+    store is a database, because MLflow 3.17 does not accept folders.
     """
 
     def __init__(
@@ -88,196 +101,197 @@ class RunLogger(MLFlowLogger):
         system_metrics: bool = True,
         folder: str | None = None,
     ) -> None:
-        super(MLFlowLogger, self).__init__()  # its own asks the store at once
+        super(MLFlowLogger, self).__init__()  # MLFlowLogger's own would connect to the store
         prepare_environment()
-        if not 0 < len(experiment_name) <= EXPERIMENT:
-            held = f"{len(experiment_name):,} characters"
-            raise InputError(f"experiment_name has {held}; allowed: 1 to {EXPERIMENT}")
+        if not 0 < len(experiment_name) <= MAX_EXPERIMENT_NAME_LENGTH:
+            raise InputError(
+                f"experiment_name has {len(experiment_name):,} characters; "
+                f"allowed: 1 to {MAX_EXPERIMENT_NAME_LENGTH}"
+            )
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
-        self.store, uri = public(uri), absolute(uri)
+        self.store, uri = strip_credentials(uri), absolute_uri(uri)
         self._tracking_uri, self._experiment_name, self._run_name = uri, experiment_name, run_name
         self.tags, self._parent, self._prefix = tags, parent, ""
-        self._log_checkpoints, self._wants_system = log_checkpoints, system_metrics
-        self._wanted = [run_id, os.environ.get("MLFLOW_RUN_ID")]
-        self._held: str | None = None
-        self._joins, self._running, self._ending = False, False, ""
-        self._at: int | None = None
-        self._differs = False
-        self._there: set[tuple[str, str]] | None = None
+        self._log_checkpoints, self._log_system_metrics = log_checkpoints, system_metrics
+        self._requested_run_ids = [run_id, os.environ.get("MLFLOW_RUN_ID")]
+        self._checkpoint_run_id: str | None = None
+        self._running, self._final_status = False, ""
+        self._evaluated_step: int | None = None
+        self._evaluated_points: set[tuple[str, str]] | None = None
+        self._params_changed = False
         self._folder = Path(folder) if folder else None
         self._journal: Journal | None = None
-        self._shipper: Shipper | None = None
-        self._thread: ShippingThread | None = None
-        self._system: SystemMetrics | None = None
+        self._uploader: Uploader | None = None
+        self._thread: UploadThread | None = None
+        self._system_metrics: SystemMetrics | None = None
         self._client = LazyClient(self._tracking_uri)
-        self._names = Names()
+        self._keys = KeyMap()
         self._warned: set[str] = set()
         self._params: dict[str, str] = {}
-        self._kept: dict[str, dict[str, int]] = {}
-        self._last: dict[str, tuple[int, float]] = {}
-        self._ahead: set[tuple[str, int]] = set()
-        self._samples = 0
+        self._checkpoints: dict[str, dict[str, int]] = {}
+        self._last_points: dict[str, tuple[int, float]] = {}
+        self._replayed_points: set[tuple[str, int]] = set()
+        self._system_step = 0
 
-    # --- where the run is
+    # --- the run and its journal
 
-    def place(
-        self, folder: Path, name: str, held: str | None = None, joins_at: int | None = None
+    def configure_run(
+        self,
+        folder: Path,
+        name: str,
+        checkpoint_run_id: str | None = None,
+        evaluated_step: int | None = None,
     ) -> None:
-        """Say where the run lies, before anything is logged.
+        """Set the run's folder and name, before anything is logged.
 
         Args:
-            folder: of the run.
-            name: of the run, unless the recipe gives one.
-            held: the MLflow run that the checkpoint names.
-            joins_at: only add to a run, as measuring a checkpoint of that step does: none is
-                opened, its status stays, and points belong to that step.
+            folder: run folder, unless the recipe sets one.
+            name: run name, unless the recipe sets one.
+            checkpoint_run_id: MLflow run named by the checkpoint.
+            evaluated_step: step of a checkpoint that is only evaluated. Its metrics are added to
+                the existing run at this step; no run is created, and the status is not changed.
         """
         self._folder = self._folder or folder
         self._run_name = self._run_name or name
-        self._held, self._joins, self._at = held, joins_at is not None, joins_at
+        self._checkpoint_run_id, self._evaluated_step = checkpoint_run_id, evaluated_step
+
+    @property
+    def _evaluates(self) -> bool:
+        return self._evaluated_step is not None
 
     @property
     def journal(self) -> Journal:
-        """The journal; opened on first use."""
+        """The journal; opened on first access, which also starts the upload thread."""
         journal = self._open_journal()
         if self._thread is None:
-            self._shipper = Shipper(journal, self._tracking_uri, self._joins)
-            self._thread = ShippingThread(self._shipper)
+            self._uploader = Uploader(journal, self._tracking_uri, self._evaluates)
+            self._thread = UploadThread(self._uploader)
         return journal
 
     def _open_journal(self) -> Journal:
         if self._journal is None:
             name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{uuid.uuid4().hex[:6]}"
             folder = self._folder or Path("outputs") / "tracked" / name
-            self._journal = Journal(folder / FOLDER)
-            self._recall(self._journal)
-            if not (self._joins and self._journal.end):
-                self._open(self._journal)
+            self._journal = Journal(folder / JOURNAL_FOLDER)
+            self._restore_state(self._journal)
+            if not (self._evaluates and self._journal.end):
+                self._append_open_entry(self._journal)
         return self._journal
 
-    def _open(self, journal: Journal) -> None:
-        fresh = not journal.end
+    def _append_open_entry(self, journal: Journal) -> None:
+        is_new = not journal.end
         journal.append(
             {
-                "op": "open", "t": _now(), "store": without_password(self._tracking_uri),
-                "experiment": clean(self._experiment_name),
-                "name": clean(self._run_name or "run")[:RUN],
-                "wanted": self._wanted, "held": self._held,
-                "parent": self._parent, "joins": self._joins,
+                "op": "open", "t": _now_ms(), "store": strip_passwords(self._tracking_uri),
+                "experiment": sanitize_text(self._experiment_name),
+                "name": sanitize_text(self._run_name or "run")[:MAX_RUN_NAME_LENGTH],
+                "run_ids": self._requested_run_ids, "checkpoint_run_id": self._checkpoint_run_id,
+                "parent": self._parent, "existing_run_only": self._evaluates,
             }
         )  # fmt: skip
         if self.tags:
             self.set_tags(self.tags)
-        if not self._joins:
-            self._say_running()
-            if fresh:  # else `begin` knows how many measurements there are already
-                self._measure()
+        if not self._evaluates:
+            self._set_running()
+            if is_new:  # else `start_training` first reads the number of earlier samples
+                self._start_system_metrics()
 
-    def _say_running(self) -> None:
-        self._append({"op": "status", "t": _now(), "status": "RUNNING"})
-        self._running, self._ending = True, ""
+    def _set_running(self) -> None:
+        self._append({"op": "status", "t": _now_ms(), "status": "RUNNING"})
+        self._running, self._final_status = True, ""
 
-    def _measure(self) -> None:
-        if self._wants_system and self._system is None:
-            self._system = SystemMetrics(self._record_system)
+    def _start_system_metrics(self) -> None:
+        if self._log_system_metrics and self._system_metrics is None:
+            self._system_metrics = SystemMetrics(self._record_system)
 
-    def _recall(self, journal: Journal) -> None:
-        """Read what earlier processes of this run logged once and for all."""
-        kinds = ("params", "tags", "name", "file", "remove")
-        for entry, _ in journal.entries(0, *kinds):
+    def _restore_state(self, journal: Journal) -> None:
+        """Read what earlier processes of this run logged, except metrics."""
+        for entry, _ in journal.entries(0, "params", "tags", "name", "file", "remove"):
             if entry["op"] == "params":
                 self._params |= entry["values"]
             elif entry["op"] == "tags":
-                self._params |= _changed(entry["values"])
+                self._params |= _changed_params(entry["values"])
             elif entry["op"] == "name":
-                self._names.recall(entry["name"], entry["key"])
+                self._keys.add(entry["name"], entry["key"])
             elif entry["op"] == "remove":
-                for kept in self._kept.values():
-                    kept.pop(Path(entry["path"]).name, None)
-            elif "of" in entry:
-                kept = self._kept.setdefault(str(entry["of"]), {})
-                kept[Path(entry["file"]).name] = int(entry.get("at") or 0)
+                for checkpoints in self._checkpoints.values():
+                    checkpoints.pop(Path(entry["path"]).name, None)
+            elif "callback" in entry:
+                checkpoints = self._checkpoints.setdefault(str(entry["callback"]), {})
+                checkpoints[Path(entry["file"]).name] = int(entry.get("mtime_ns") or 0)
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, None while the store has not named it."""
-        if self._shipper is not None and self._shipper.run_id:
-            return self._shipper.run_id
+        """The MLflow run id; None until the run exists in the store."""
+        if self._uploader is not None and self._uploader.run_id:
+            return self._uploader.run_id
         if self._journal is None:
             return None
-        noted = self._journal.shipped.get(without_password(self._tracking_uri), {})
-        return noted.get("run_id")
+        upload = self._journal.uploads.get(strip_passwords(self._tracking_uri), {})
+        return upload.get("run_id")
 
     @property
     def name(self) -> str:
-        """The experiment's name."""
+        """The experiment name."""
         return self._experiment_name
 
     @property
     def version(self) -> str:
-        """A name of this run that holds before the store knows of it."""
+        """An id of this run that is known before the run exists in the store."""
         return f"run-{self.journal.token[:8]}" if getattr(rank_zero_only, "rank", 0) == 0 else "run"
 
     @property
     @rank_zero_experiment
     def experiment(self) -> MlflowClient:
-        """A client of the store, for what this logger has no method for; on rank 0 alone.
-
-        Its calls wait for the store and raise where it fails; see `run_id`.
-        """
+        """An MLflow client, on rank 0; its calls wait for the store and raise if it fails."""
         return cast(MlflowClient, self._client)
 
-    # --- what is logged
+    # --- logging
 
     @rank_zero_only
-    def begin(self, step: int = 0, repeats: bool = True) -> None:
-        """Say from which step on training runs.
+    def start_training(self, step: int = 0, replay: bool = True) -> None:
+        """Set the step at which training starts or resumes.
 
-        Args:
-            step: the steps trained so far.
-            repeats: training comes back to steps that an earlier process did in the same way, as
-                after a kill: what that one logged of them is not logged again. Else, as from an
-                older checkpoint or with other parameters, both stand in the run.
+        With `replay`, training repeats steps that a killed process has already logged: their points
+        are not logged again. Otherwise, or with other parameters, the run gets both.
         """
         self._open_journal()
         if not self._running:
-            self._say_running()
-        self._ahead = set()
-        for entry, _ in self.journal.entries(0, "metrics", "picture"):
+            self._set_running()
+        self._replayed_points = set()
+        for entry, _ in self.journal.entries(0, "metrics", "image"):
             if entry.get("system"):
-                self._samples = entry["step"] + 1
-            elif entry["step"] >= step - 1 and not entry.get("again"):
-                keys = entry.get("values") or [f"pictures/{entry['key']}"]
-                self._ahead |= {(key, entry["step"]) for key in keys}
-        last = max((at for _, at in self._ahead), default=0)
-        if not (repeats and not self._differs):
-            self._ahead = set()
+                self._system_step = entry["step"] + 1
+            elif entry["step"] >= step - 1 and not entry.get("evaluation"):
+                keys = entry.get("values") or [_image_key(entry["key"])]
+                self._replayed_points |= {(key, entry["step"]) for key in keys}
+        last = max((logged for _, logged in self._replayed_points), default=0)
+        if not replay or self._params_changed:
+            self._replayed_points = set()
             if last >= step:
                 self._warn(
-                    f"steps {step} to {last} are trained again, otherwise than before: the run "
-                    "holds the points of both, the later ones by their times"
+                    f"steps {step} to {last} are trained again with a different result: the run "
+                    "keeps the points of both, the later ones have later timestamps"
                 )
-        self._measure()
+        self._start_system_metrics()
 
     def _record_system(self, values: Mapping[str, float]) -> None:
-        entry = {"op": "metrics", "t": _now(), "step": self._samples, "values": dict(values)}
+        entry = {"op": "metrics", "t": _now_ms(), "step": self._system_step, "values": dict(values)}
         self._append(entry | {"system": True})
-        self._samples += 1
+        self._system_step += 1
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log points; the same one twice, as Lightning logs the epoch, is one."""
-        step = int(step or 0) if self._at is None else self._at
+        """Log metrics; identical points, which Lightning logs at epoch ends, are logged once."""
+        step = int(step or 0) if self._evaluated_step is None else self._evaluated_step
         values: dict[str, float] = {}
         for name, value in metrics.items():
-            number = _number(value)
+            number = _to_float(value)
             if number is None:
-                self._warn(f"metric {name} is no number, and is left out", f"{value!r}"[:100])
+                self._warn(f"metric {name} is not a number and is ignored", f"{value!r}"[:100])
                 continue
-            key, again = self._named(name), self._last.get(name)
-            if (key, step) in self._ahead or again is not None and _same(again, (step, number)):
-                continue
-            if self._joins and (name == "epoch" or (key, repr(number)) in self._points_there()):
+            key = self._key(name)
+            if self._is_logged(name, key, step, number):
                 continue
             if not math.isfinite(number):
                 shown = "NaN" if math.isnan(number) else f"{'-' if number < 0 else '+'}1.8e308"
@@ -286,235 +300,245 @@ class RunLogger(MLFlowLogger):
                     f"{number} at step {step}",
                     f"MLflow shows {shown}",
                 )
-            self._last[name] = (step, number)
+            self._last_points[name] = (step, number)
             values[key] = number
         if values:
-            entry: dict[str, Any] = {"op": "metrics", "t": _now(), "step": step, "values": values}
-            self._append(entry | ({"again": True} if self._joins else {}))
+            entry: dict[str, Any] = {
+                "op": "metrics", "t": _now_ms(), "step": step, "values": values
+            }  # fmt: skip
+            self._append(entry | ({"evaluation": True} if self._evaluates else {}))
 
-    def _points_there(self) -> set[tuple[str, str]]:
-        """Return what the run holds of the step that figures join."""
-        if self._there is None:
-            self._there = {
-                (key, repr(float(value)))  # NaN is equal to itself that way
+    def _is_logged(self, name: str, key: str, step: int, number: float) -> bool:
+        if (key, step) in self._replayed_points:
+            return True
+        last = self._last_points.get(name)
+        if last is not None and _is_same_point(last, (step, number)):
+            return True
+        return self._evaluates and (
+            name == "epoch" or (key, repr(number)) in self._points_of_evaluated_step()
+        )
+
+    def _points_of_evaluated_step(self) -> set[tuple[str, str]]:
+        if self._evaluated_points is None:
+            self._evaluated_points = {
+                (key, repr(float(value)))  # as text, NaN equals NaN
                 for entry, _ in self.journal.entries(0, "metrics")
-                if entry["step"] == self._at and not entry.get("system")
+                if entry["step"] == self._evaluated_step and not entry.get("system")
                 for key, value in entry["values"].items()
             }
-        return self._there
+        return self._evaluated_points
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Log parameters once; one that differs later, as a resumed run's may, becomes a tag."""
-        named = flattened(params if isinstance(params, Mapping) else vars(params))
+        """Log parameters once; a value that changes on resume becomes a tag ``changed.NAME``."""
         flat = {
-            self._named(name): self._cut(without_password(value), PARAM, name)
-            for name, value in named.items()
+            self._key(name): self._truncate(strip_passwords(value), MAX_PARAM_LENGTH, name)
+            for name, value in flatten_params(
+                params if isinstance(params, Mapping) else vars(params)
+            ).items()
         }
-        fresh = {key: value for key, value in flat.items() if key not in self._params}
+        new = {key: value for key, value in flat.items() if key not in self._params}
         changed = {
             key: value for key, value in flat.items() if self._params.get(key, value) != value
         }
-        if fresh:
-            self._append({"op": "params", "t": _now(), "values": fresh})
+        if new:
+            self._append({"op": "params", "t": _now_ms(), "values": new})
         if changed:
             self.set_tags({f"{_CHANGED}{key}": value for key, value in changed.items()})
-        self._differs |= bool(changed.keys() - _LENGTHS)
+        self._params_changed |= bool(changed.keys() - _DURATION_PARAMS)
         self._params |= flat
 
     @rank_zero_only
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run; a later value replaces an earlier one."""
-        values = {self._named(str(k)): self._cut(str(v), TAG, str(k)) for k, v in tags.items()}
-        self._append({"op": "tags", "t": _now(), "values": values})
+        values = {
+            self._key(str(name)): self._truncate(str(value), MAX_TAG_LENGTH, str(name))
+            for name, value in tags.items()
+        }
+        self._append({"op": "tags", "t": _now_ms(), "values": values})
 
     @rank_zero_only
-    def log_datasets(self, datasets: list[dict[str, Any]]) -> None:
-        """Log datasets as inputs of the run: ``use`` and MLflow's own ``dataset`` fields each."""
-        self._append({"op": "inputs", "t": _now(), "datasets": datasets})
+    def log_inputs(self, datasets: list[dict[str, Any]]) -> None:
+        """Log datasets: ``use``, the context, and ``dataset``, the fields of MLflow's entity."""
+        self._append({"op": "inputs", "t": _now_ms(), "datasets": datasets})
 
     @rank_zero_only
-    def log_file(self, path: str | Path, folder: str) -> None:
-        """Log a file as it is now; a later one of the same name replaces it."""
+    def log_artifact(self, path: str | Path, folder: str) -> None:
+        """Log the current content of a file; a later file of the same name replaces it."""
         self._log_file(Path(path), folder, {})
 
     @rank_zero_only
-    def log_folder(self, path: str | Path, folder: str) -> None:
-        """Log all files in a folder and below."""
+    def log_artifacts(self, path: str | Path, folder: str) -> None:
+        """Log all files in a folder and its subfolders."""
         if not Path(path).is_dir():
-            self._warn(f"{path} is not kept for MLflow: no such folder")
+            self._warn(f"{path} cannot be logged to MLflow: no such folder")
         for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
-            within = file.parent.relative_to(path).as_posix()
-            self._log_file(file, folder if within == "." else f"{folder}/{within}", {})
+            subfolder = file.parent.relative_to(path).as_posix()
+            self._log_file(file, folder if subfolder == "." else f"{folder}/{subfolder}", {})
 
-    def _log_file(self, path: Path, folder: str, more: dict[str, Any]) -> None:
+    def _log_file(self, path: Path, folder: str, extra: dict[str, Any]) -> None:
         name = f"{folder}/{path.name}"
-        replaced = self.journal.pending(name).exists()
+        replaced = self.journal.pending_path(name).exists()
         try:
-            self.journal.keep(path, name, link="of" in more)
+            self.journal.add_file(path, name, link="callback" in extra)
         except OSError as error:
-            self._warn(f"{path} is not kept for MLflow: {error.strerror or error}")
+            self._warn(f"{path} cannot be logged to MLflow: {error.strerror or error}")
             return
-        entry = {"op": "file", "t": _now(), "file": name, "folder": folder, "replaced": replaced}
+        entry = {"op": "file", "t": _now_ms(), "file": name, "folder": folder, "replaced": replaced}
         run_folder = self.journal.folder.parent.absolute()
         if path.absolute().is_relative_to(run_folder):
             entry["source"] = str(path.absolute().relative_to(run_folder))
-        self._append(entry | more)
+        self._append(entry | extra)
 
     @rank_zero_only
-    def log_picture(self, name: str, image: NDArray[np.uint8], step: int) -> None:
-        """Log a picture of a series, which the run's page shows over its steps.
-
-        Args:
-            name: of the series.
-            image: uint8 (H, W, 3), RGB.
-            step: of the training.
-        """
+    def log_image(self, name: str, image: NDArray[np.uint8], step: int) -> None:
+        """Log an image, uint8 (H, W, 3), RGB; MLflow shows the images of a name over steps."""
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", name)
-        if (f"pictures/{key}", step) in self._ahead:
+        if (_image_key(key), step) in self._replayed_points:
             return
-        file = f"pictures/{zlib.crc32(key.encode()):08x}-{step}.png"
-        path = self.journal.pending(file)
+        file = f"images/{zlib.crc32(key.encode()):08x}-{step}.png"
+        path = self.journal.pending_path(file)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
         except OSError as error:
-            self._warn(f"picture {name} is not kept for MLflow: {error.strerror or error}")
+            self._warn(f"image {name} cannot be logged to MLflow: {error.strerror or error}")
             return
-        self._append({"op": "picture", "t": _now(), "file": file, "key": key, "step": step})
+        self._append({"op": "image", "t": _now_ms(), "file": file, "key": key, "step": step})
 
     @rank_zero_only
     def log_model(
         self, folder: str | Path, name: str, step: int, registered_name: str | None = None
     ) -> None:
-        """Log an MLflow model, a folder that `mlflow_model.save_model` made; it is taken away."""
+        """Log an MLflow model that `mlflow_model.save_model` wrote; its folder is moved away."""
         file = f"models/{name}-{step}"
-        path = self.journal.pending(file)
+        path = self.journal.pending_path(file)
         try:
             shutil.rmtree(path, ignore_errors=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(folder, path)
         except OSError as error:
-            self._warn(f"model {folder} is not kept for MLflow: {error.strerror or error}")
+            self._warn(f"model {folder} cannot be logged to MLflow: {error.strerror or error}")
             return
-        entry = {"op": "model", "t": _now(), "file": file, "name": name, "step": step}
+        entry = {"op": "model", "t": _now_ms(), "file": file, "name": name, "step": step}
         self._append(entry | {"registered": registered_name})
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Let the run hold the checkpoints that the callback keeps, and no superseded one."""
+        """Log the checkpoints that the callback keeps, and remove the others from the run."""
         if not self._log_checkpoints:
             return
         self._open_journal()
-        of = str(checkpoint_callback.state_key)
-        kept = self._kept.setdefault(of, {})
+        callback = str(checkpoint_callback.state_key)
+        logged = self._checkpoints.setdefault(callback, {})
         paths = {*checkpoint_callback.best_k_models, checkpoint_callback.best_model_path}
-        there = {Path(path).name: Path(path) for path in paths if path and Path(path).is_file()}
-        for name in kept.keys() - there.keys():
-            del kept[name]
-            self._append({"op": "remove", "t": _now(), "path": f"checkpoints/{name}"})
-            self.journal.release(f"checkpoints/{name}")  # a long outage would fill the disk
-        for name, path in there.items():
-            at = path.stat().st_mtime_ns
-            if kept.get(name) != at:
-                kept[name] = at
-                self._log_file(path, "checkpoints", {"of": of, "at": at})
+        current = {Path(path).name: Path(path) for path in paths if path and Path(path).is_file()}
+        for name in logged.keys() - current.keys():
+            del logged[name]
+            self._append({"op": "remove", "t": _now_ms(), "path": f"checkpoints/{name}"})
+            # at once: during a long outage, pending checkpoints would fill the disk
+            self.journal.remove_file(f"checkpoints/{name}")
+        for name, path in current.items():
+            mtime_ns = path.stat().st_mtime_ns
+            if logged.get(name) != mtime_ns:
+                logged[name] = mtime_ns
+                self._log_file(path, "checkpoints", {"callback": callback, "mtime_ns": mtime_ns})
 
     # --- the end
 
     @rank_zero_only
-    def ends_as(self, status: str) -> None:
-        """Say how the training ends, where Lightning only knows that it fails.
+    def set_final_status(self, status: str) -> None:
+        """Set the status that `finalize` writes: ``KILLED``, or ``RUNNING`` if requeued.
 
-        Args:
-            status: ``KILLED``, or ``RUNNING`` where it goes on in another process.
+        If it is empty, `finalize` writes Lightning's status.
         """
-        self._ending = status
+        self._final_status = status
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Write the status, and wait for the store as long as it takes what is left."""
-        if self._journal is None or self._joins:
-            return  # who measures has more to log, and closes
+        """Write the final status and wait for the upload while the store accepts data."""
+        if self._journal is None or self._evaluates:
+            return  # an evaluation logs more after this, and calls `close`
         if self._running:
             self._running = False
-            said = self._ending or _STATUS.get(status, "FAILED")
-            if self._system is not None:
-                self._system.stop()
-                self._system = None
-            self._append({"op": "status", "t": _now(), "status": said})
-        self.close(_HURRIED_S if self._ending else None)
+            final = self._final_status or _STATUS.get(status, "FAILED")
+            if self._system_metrics is not None:
+                self._system_metrics.stop()
+                self._system_metrics = None
+            self._append({"op": "status", "t": _now_ms(), "status": final})
+        self.close(_INTERRUPTED_TIMEOUT_S if self._final_status else None)
 
     @rank_zero_only
-    def close(self, patience_s: float | None = None) -> None:
-        """Ship what is left; say what stays behind where the store does not take it.
-
-        Args:
-            patience_s: wait no longer than that for a store that takes entries.
-        """
+    def close(self, timeout_s: float | None = None) -> None:
+        """Upload the rest, for at most `timeout_s`; warn if the upload is not complete."""
         if self._thread is None or self._journal is None:
             return
-        if not self._thread.finish(patience_s):
+        if not self._thread.finish(timeout_s):
             folder = self._journal.folder.parent
             self._warn(
-                f"not all of this run is in MLflow at {self.store}; the rest is in "
-                f"{self._journal.folder}: yolo-lightning mlflow sync {folder}"
+                f"upload to MLflow at {self.store} is not complete; the rest is in "
+                f"{self._journal.folder}. Upload it with: yolo-lightning mlflow sync {folder}"
             )
-        self._thread = self._shipper = None
+        self._thread = self._uploader = None
 
-    # --- names and values
+    # --- helpers
 
     def _append(self, entry: dict[str, Any]) -> None:
         journal = self.journal
         journal.append(entry)
-        if journal.problem:
-            self._warn(f"MLflow's journal: {journal.problem}; its lines wait in memory")
+        if journal.write_error:
+            self._warn(f"MLflow journal: {journal.write_error}; lines are buffered in memory")
 
     def _warn(self, message: str, *details: str) -> None:
-        """Say something once, whatever its details."""
+        """Warn once for each message, whatever its details."""
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(f"{message} ({'; '.join(details)})" if details else message)
 
-    def _named(self, name: str) -> str:
-        """Return a name that MLflow takes, remembered by the journal where it is another one."""
+    def _key(self, name: str) -> str:
+        """Return a key that MLflow accepts; the journal records it if it differs from the name."""
         self._open_journal()
-        key = self._names.key(name)
+        key = self._keys.key(name)
         if key != name and f"name {name}" not in self._warned:
             self._warned.add(f"name {name}")
             self._warn(
-                f"MLflow does not take the name {name[:KEY]!r} beside others: it is {key!r} there"
+                f"MLflow does not accept the name {name[:MAX_KEY_LENGTH]!r}; logged as {key!r}"
             )
             self._append({"op": "name", "name": name, "key": key})
         return key
 
-    def _cut(self, text: str, longest: int, name: str) -> str:
-        text = clean(text)
-        if len(text) <= longest:
+    def _truncate(self, text: str, max_length: int, name: str) -> str:
+        text = sanitize_text(text)
+        if len(text) <= max_length:
             return text
         self._warn(
-            f"{name} is cut off for MLflow", f"{len(text):,} characters, it takes {longest:,}"
+            f"{name} is truncated for MLflow",
+            f"{len(text):,} characters; allowed: up to {max_length:,}",
         )
-        return text[: longest - 1] + "…"
+        return text[: max_length - 1] + "…"
 
 
 def prepare_environment() -> None:
-    """Have MLflow's requests give up soon, unless the environment says otherwise."""
+    """Set short timeouts for MLflow's requests, unless the environment sets them."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def run_loggers(trainer: pl.Trainer) -> list[RunLogger]:
-    """Return the loggers of a trainer that keep a journal."""
+    """Return the `RunLogger` instances of a trainer."""
     return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
 
 
-def _changed(tags: Mapping[str, str]) -> dict[str, str]:
+def _image_key(key: str) -> str:
+    return f"images/{key}"
+
+
+def _changed_params(tags: Mapping[str, str]) -> dict[str, str]:
     return {k.removeprefix(_CHANGED): v for k, v in tags.items() if k.startswith(_CHANGED)}
 
 
-def _number(value: Any) -> float | None:
-    """Return a metric's value, None where it is no number."""
+def _to_float(value: Any) -> float | None:
+    """Return a metric's value, None if it is not a number."""
     if isinstance(value, str):
         return None
     try:
@@ -523,10 +547,10 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _same(one: tuple[int, float], other: tuple[int, float]) -> bool:
-    equal = one[1] == other[1] or (math.isnan(one[1]) and math.isnan(other[1]))
-    return one[0] == other[0] and equal
+def _is_same_point(first: tuple[int, float], second: tuple[int, float]) -> bool:
+    equal = first[1] == second[1] or (math.isnan(first[1]) and math.isnan(second[1]))
+    return first[0] == second[0] and equal
 
 
-def _now() -> int:
+def _now_ms() -> int:
     return int(time.time() * 1000)

@@ -1,4 +1,4 @@
-"""Names and values as MLflow takes them."""
+"""Conversion of names and values to what MLflow accepts."""
 
 import posixpath
 import re
@@ -6,74 +6,73 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-KEY, PARAM, TAG, EXPERIMENT, RUN = 250, 6000, 8000, 500, 250
-"""MLflow's limits, in characters."""
+# MLflow's limits, in characters
+MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 250, 6000, 8000
+MAX_EXPERIMENT_NAME_LENGTH, MAX_RUN_NAME_LENGTH = 500, 250
 
 
-class Names:
-    """Gives each name one that MLflow takes, the same one each time, and no two names the same."""
+class KeyMap:
+    """Maps names to keys that MLflow accepts: always the same key, and no key for two names."""
 
     def __init__(self) -> None:
         self._keys: dict[str, str] = {}
-        self._owners: dict[str, str] = {}
+        self._names: dict[str, str] = {}
 
     def key(self, name: str) -> str:
-        """Return the name to use."""
+        """Return the key of a name."""
         if name not in self._keys:
-            key = allowed(name)
-            if self._owners.get(key, name) != name:
-                key = _numbered(key, name)
-            self.recall(name, key)
+            key = valid_key(name)
+            if self._names.get(key, name) != name:
+                key = _with_checksum(key, name)
+            self.add(name, key)
         return self._keys[name]
 
-    def recall(self, name: str, key: str) -> None:
-        """Go on with a name that was given before."""
+    def add(self, name: str, key: str) -> None:
+        """Add a pair that an earlier process has used."""
         self._keys[name] = key
-        self._owners[key] = name
+        self._names[key] = name
 
 
-def allowed(name: str) -> str:
-    """Return a name with what MLflow takes: letters, digits and ``_-. :/``, as a relative path."""
+def valid_key(name: str) -> str:
+    """Replace what MLflow rejects: keys are relative paths of letters, digits and ``_-. :/``."""
     parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
     key = posixpath.join(*(part if part.strip(".") else "_" for part in parts))
     key = f"_{key}" if key.startswith("..") else key
-    return _numbered(key, name) if len(key) > KEY else key
+    return _with_checksum(key, name) if len(key) > MAX_KEY_LENGTH else key
 
 
-def _numbered(key: str, name: str) -> str:
-    return f"{key[: KEY - 9]}-{zlib.crc32(name.encode(errors='replace')):08x}"
+def _with_checksum(key: str, name: str) -> str:
+    return f"{key[: MAX_KEY_LENGTH - 9]}-{zlib.crc32(name.encode(errors='replace')):08x}"
 
 
-def clean(text: str) -> str:
-    """Return a text that every database stores."""
+def sanitize_text(text: str) -> str:
+    """Replace characters that some databases cannot store: lone surrogates and NUL."""
     return text.encode(errors="replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested values under dotted names, without the ``init_args`` between them.
+def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Flatten nested values to dotted names, without ``init_args``.
 
-    Lists of components go by the names of their classes, other lists are one value.
-
-    Args:
-        values: of a recipe.
-        prefix: of the names.
+    Components in a list are named by their classes; other lists are one value.
     """
     flat: dict[str, str] = {}
     for name, value in values.items():
         key = prefix if name == "init_args" else f"{prefix}{name}."
-        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
-            value = _by_class(value)
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = _by_class_name(value)
         if isinstance(value, Mapping) and value:
-            flat |= flattened(value, key)
+            flat |= flatten_params(value, key)
         else:
             flat[f"{prefix}{name}"] = str(value)
     return flat
 
 
-def _by_class(components: list[Any]) -> dict[str, Any]:
+def _by_class_name(components: list[Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
-    for number, one in enumerate(components):
-        path = one.get("class_path", str(number)) if isinstance(one, dict) else str(number)
+    for number, component in enumerate(components):
+        path = str(number)
+        if isinstance(component, dict):
+            path = component.get("class_path", path)
         name = path.rpartition(".")[2]
-        named[name if name not in named else f"{name}-{number}"] = one
+        named[name if name not in named else f"{name}-{number}"] = component
     return named

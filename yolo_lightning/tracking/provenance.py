@@ -1,4 +1,4 @@
-"""What a training ran from, and on: source code, versions, devices."""
+"""Provenance of a run: git commit, package versions, device name."""
 
 import os
 import platform
@@ -12,22 +12,22 @@ import torch
 from yolo_lightning.version import __version__
 
 _PACKAGES = ("torch", "lightning", "mlflow", "albumentations", "opencv-python-headless", "numpy")
-_GIT_S = 10
+_GIT_TIMEOUT_S = 10
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package, Python, and what figures depend on."""
-    found = {"yolo_lightning": __version__, "python": platform.python_version()}
+    """Return the versions of this package, Python and the main dependencies."""
+    result = {"yolo_lightning": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            result[name] = "unknown"
+    return result
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a device is called: a GPU's name, or the processor's."""
+    """Return the name of a GPU, or of the CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.machine()
@@ -40,22 +40,20 @@ def device_name(device: torch.device) -> str:
 
 
 def git_state(folder: Path) -> dict[str, str]:
-    """Return the commit of a folder's repository and whether files differ from it.
-
-    Returns:
-        ``git.commit`` and ``git.dirty``, ``true`` or ``false``; empty where there is no repository.
-    """
+    """Return ``git.commit`` and ``git.dirty`` (``true``, ``false``); empty without a repository."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return {}
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"git.commit": commit, "git.dirty": str(bool(changed)).lower()}
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
     command: list[Any] = ["git", "-C", folder, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""MLflow stores by their addresses, told without passwords; locks for who writes into them."""
+"""Addresses and clients of MLflow tracking stores, and the lock of a journal."""
 
 import contextlib
 import fcntl
@@ -14,96 +14,87 @@ from mlflow.tracking import MlflowClient
 
 SQLITE = "sqlite:///"
 
-_SHOWN = 300
+_MAX_MESSAGE_LENGTH = 300
 _creating = threading.Lock()
 
 
 class StoreUnavailable(Exception):
-    """The store does not take entries now; the message says why."""
+    """The store cannot accept entries now; the message gives the reason."""
 
 
-def absolute(store: str) -> str:
-    """Return a store's address that holds whatever the working folder is.
-
-    MLflow keeps one engine an address.
-    """
-    if not store.startswith(SQLITE):
-        return store
-    return SQLITE + str(Path(store.removeprefix(SQLITE)).absolute())
+def absolute_uri(uri: str) -> str:
+    """Return a store's address, with an absolute path if it is a SQLite file."""
+    if not uri.startswith(SQLITE):
+        return uri
+    # MLflow caches one database engine per address
+    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute())
 
 
 @contextlib.contextmanager
-def creation_lock(store: str) -> Iterator[None]:
-    """Let one thread of one process create and migrate a SQLite store.
-
-    A process's lock, which forked workers do not hold.
-    """
-    if not store.startswith(SQLITE):
+def creation_lock(uri: str) -> Iterator[None]:
+    """Allow one thread of one process at a time to create and migrate a SQLite store."""
+    if not uri.startswith(SQLITE):
         yield
         return
-    database = Path(store.removeprefix(SQLITE))
+    database = Path(uri.removeprefix(SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
     with _creating, open(f"{database}.lock", "w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # of the process: forked workers do not inherit it
         yield
 
 
-def client_of(store: str) -> MlflowClient:
-    """Return a client of a store, which is created where it is a SQLite file.
-
-    Raises:
-        Exception: whatever MLflow says of the store.
-    """
-    if "://" in store and not store.startswith(("http", "databricks")):
-        # MLflow would try for minutes, aloud, and keep other stores waiting; who ships tries again
+def create_client(uri: str) -> MlflowClient:
+    """Return a client of a store; a SQLite file is created if it does not exist."""
+    if "://" in uri and not uri.startswith(("http", "databricks")):
+        # MLflow would retry for minutes, log each attempt, and block other stores; we retry later
         db_utils.MAX_RETRY_COUNT = 2
         logging.getLogger(db_utils.__name__).setLevel(logging.CRITICAL)
-    with creation_lock(store):
-        return MlflowClient(store)
+    with creation_lock(uri):
+        return MlflowClient(uri)
 
 
 class LazyClient:
-    """A client of a store that is made when something is first asked of it.
+    """A client that connects to the store on the first attribute access.
 
-    Lightning looks at the clients of all loggers, on all ranks, before training begins.
+    Lightning accesses `experiment` of all loggers, on all ranks, before training starts.
     """
 
-    def __init__(self, store: str) -> None:
-        self._store = store
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
         self._client: MlflowClient | None = None
 
     def __getattr__(self, name: str) -> Any:
         if self._client is None:
-            self._client = client_of(self._store)
+            self._client = create_client(self._uri)
         return getattr(self._client, name)
 
 
 class JournalLock:
-    """Keeps other processes, and other threads of this one, from shipping the same journal.
+    """Prevents two processes, or two threads of this one, from uploading the same journal.
 
-    A process's lock, which forked workers do not inherit.
+    The lock belongs to the process, so forked workers do not inherit it.
     """
 
-    _here: ClassVar[set[Path]] = set()
+    _locked_folders: ClassVar[set[Path]] = set()
     _guard = threading.Lock()
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
         self._file: Any = None
-        self._taken = False
+        self._acquired = False
 
-    def take(self) -> None:
-        """Take it, once.
+    def acquire(self) -> None:
+        """Acquire the lock; do nothing if this object already holds it.
 
         Raises:
-            StoreUnavailable: another one has it.
+            StoreUnavailable: another process or thread holds it.
         """
         with self._guard:
-            if self._taken:
+            if self._acquired:
                 return
-            busy = StoreUnavailable("another process is shipping this journal")
-            if self._folder in self._here:  # opening the file would end that one's lock
+            busy = StoreUnavailable("another process is uploading this journal")
+            if self._folder in self._locked_folders:  # opening the file would end that lock
                 raise busy
             with contextlib.suppress(OSError):  # a full disk, or a file system without locks
                 self._file = (self._folder / "lock").open("w")
@@ -112,48 +103,48 @@ class JournalLock:
                 except (BlockingIOError, PermissionError):
                     self._file.close()
                     raise busy from None
-            self._here.add(self._folder)
-            self._taken = True
+            self._locked_folders.add(self._folder)
+            self._acquired = True
 
-    def leave(self) -> None:
-        """Let others have it."""
+    def release(self) -> None:
+        """Release the lock if this object holds it."""
         with self._guard:
-            if not self._taken:
+            if not self._acquired:
                 return
             if self._file is not None:
                 self._file.close()
-            self._here.discard(self._folder)
-            self._taken, self._file = False, None
+            self._locked_folders.discard(self._folder)
+            self._acquired, self._file = False, None
 
 
-def public(text: str) -> str:
-    """Return a text without the users, passwords and secrets in its addresses."""
+def strip_credentials(text: str) -> str:
+    """Remove users, passwords and secrets from the addresses in a text."""
     text = re.sub(r"://[^/\s]*@", "://", text)
-    # a slash in a password; not a port, and the path behind it
+    # a password may contain a slash; do not match a port and the path after it
     text = re.sub(r"://[^/\s:@]+:(?!\d+(?:[/\s]|$))\S*@", "://", text)
-    return _without_secrets(text)
+    return _mask_query_secrets(text)
 
 
-def without_password(store: str) -> str:
-    """Return a store's address as it may be written down: its user stays."""
-    store = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1@", store)
-    store = re.sub(r"(://[^:/@\s]+):(?!\d+(?:[/\s]|$))\S*@", r"\1@", store)
-    return _without_secrets(store)
+def strip_passwords(text: str) -> str:
+    """Remove passwords and secrets from the addresses in a text, but keep the users."""
+    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1@", text)
+    text = re.sub(r"(://[^:/@\s]+):(?!\d+(?:[/\s]|$))\S*@", r"\1@", text)
+    return _mask_query_secrets(text)
 
 
-def _without_secrets(text: str) -> str:
+def _mask_query_secrets(text: str) -> str:
     return re.sub(r"(?i)([?&](?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***", text)
 
 
-def short(error: object) -> str:
-    """Return what went wrong on one line, of a bearable length and without passwords."""
+def short_message(error: object) -> str:
+    """Return an error message on one line, without credentials, cut to 300 characters."""
     text = " ".join(str(getattr(error, "message", error)).split())
-    text = public(text or type(error).__name__)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"
+    text = strip_credentials(text or type(error).__name__)
+    return text if len(text) <= _MAX_MESSAGE_LENGTH else text[:_MAX_MESSAGE_LENGTH] + " …"
 
 
-def masked(uri: str) -> str:
-    """Return an address without its user, its password, and secrets among its parameters."""
+def mask_credentials(uri: str) -> str:
+    """Replace the user, the password and secret parameters of an address by ``***``."""
     return re.sub(
         r"(?i)((?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***",
         re.sub(r"//.*@", "//***@", uri),

@@ -1,4 +1,4 @@
-"""How hard the machine works while it trains."""
+"""System metrics: use of CPUs, memory, disk, network and GPUs during training."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -14,24 +14,21 @@ PREFIX = "system/"
 
 
 class SystemMetrics:
-    """Measures processors, memory, disk, network and GPUs by MLflow's own monitors.
+    """Measures CPUs, memory, disk, network and GPUs with MLflow's monitors, in a thread.
 
-    MLflow's thread around them loses what the store does not take; this one hands it over.
-
-    Args:
-        record: takes the figures, named as MLflow's pages know them, ``system/…``.
-        every_s: seconds between two measurements.
+    MLflow's own thread for these monitors loses samples that the store rejects. `record` is called
+    with each sample; names start with ``system/``, as MLflow's pages expect.
     """
 
     def __init__(
-        self, record: Callable[[Mapping[str, float]], None], every_s: float = 10.0
+        self, record: Callable[[Mapping[str, float]], None], interval_s: float = 10.0
     ) -> None:
-        self._record, self._every_s = record, every_s
+        self._record, self._interval_s = record, interval_s
         self._monitors: list[Any] = []
-        for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        for monitor_class in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
             try:
-                self._monitors.append(kind())
-            except Exception:  # no NVIDIA GPU, no library that reads it, or a hidden /proc
+                self._monitors.append(monitor_class())
+            except Exception:  # no NVIDIA GPU, no library to read it, or no /proc
                 continue
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system-metrics", daemon=True)
@@ -39,37 +36,37 @@ class SystemMetrics:
 
     def _run(self) -> None:
         while True:
-            self._measure(_begin)
-            ending = self._stop.wait(self._every_s)
-            figures = self._measure(_end)
-            if figures:
-                self._record({PREFIX + name: value for name, value in figures.items()})
-            if ending:
+            self._for_each_monitor(_start_sample)
+            stopped = self._stop.wait(self._interval_s)
+            metrics = self._for_each_monitor(_finish_sample)
+            if metrics:
+                self._record({PREFIX + name: value for name, value in metrics.items()})
+            if stopped:
                 return
 
-    def _measure(self, step: Callable[[Any], Mapping[str, float]]) -> dict[str, float]:
-        """Take a step with each monitor; one that fails is left out from then on."""
-        figures: dict[str, float] = {}
+    def _for_each_monitor(self, function: Callable[[Any], Mapping[str, float]]) -> dict[str, float]:
+        """Merge the results of a function over all monitors; remove a monitor that fails."""
+        metrics: dict[str, float] = {}
         for monitor in list(self._monitors):
             try:
-                figures |= step(monitor)
+                metrics |= function(monitor)
             except Exception as error:
                 self._monitors.remove(monitor)
-                rank_zero_warn(f"{type(monitor).__name__} does not measure any more: {error}")
-        return figures
+                rank_zero_warn(f"{type(monitor).__name__} failed and is disabled: {error}")
+        return metrics
 
     def stop(self) -> None:
-        """Measure a last time and end."""
+        """Record a last sample and stop the thread."""
         self._stop.set()
         self._thread.join(5)
 
 
-def _begin(monitor: Any) -> Mapping[str, float]:
+def _start_sample(monitor: Any) -> Mapping[str, float]:
     monitor.clear_metrics()
     monitor.collect_metrics()
     return {}
 
 
-def _end(monitor: Any) -> Mapping[str, float]:
-    figures: Mapping[str, float] = monitor.aggregate_metrics()
-    return figures
+def _finish_sample(monitor: Any) -> Mapping[str, float]:
+    metrics: Mapping[str, float] = monitor.aggregate_metrics()
+    return metrics

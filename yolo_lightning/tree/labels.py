@@ -1,4 +1,4 @@
-"""From a dataset's names to WordNet's synsets: found, listed where ambiguous, never guessed."""
+"""Resolve class names of datasets to WordNet synsets; ambiguous names are errors."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -13,8 +13,8 @@ MAX_SENSES = 8
 
 
 @cache
-def reviewed() -> dict[str, dict[str, str]]:
-    """Return wnids by table (``coco``, ``voc``, ``ilsvrc_det``) and name, checked by eye."""
+def load_reviewed_labels() -> dict[str, dict[str, str]]:
+    """Return wnids by table (``coco``, ``voc``, ``ilsvrc_det``) and name, manually reviewed."""
     tables: dict[str, dict[str, str]] = {}
     for line in _TABLE.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -23,92 +23,89 @@ def reviewed() -> dict[str, dict[str, str]]:
     return tables
 
 
-def table_of(names: Iterable[str]) -> str | None:
-    """Return the reviewed table whose dataset has these names: all of its classes, and no other.
+def find_table(names: Iterable[str]) -> str | None:
+    """Return the reviewed table whose classes are exactly these names, or None.
 
-    A few names of a dataset prove nothing: a folder `mouse` beside a folder `cat` may hold animals.
+    Some of a table's names are not enough: a folder `mouse` next to a folder `cat` may contain
+    animals.
     """
-    found = set(names)
-    for table, meanings in reviewed().items():
-        if found <= set(meanings) and {meanings[n] for n in found} == set(meanings.values()):
+    dataset_names = set(names)
+    for table, meanings in load_reviewed_labels().items():
+        wnids = {meanings.get(name) for name in dataset_names}
+        if wnids == set(meanings.values()):
             return table
     return None
 
 
-def resolve(
+def resolve_labels(
     names: Iterable[str],
     meanings: Mapping[str, str] | None = None,
     table: str | None = None,
     where: Callable[[str], str] = str,
-    own: Iterable[str] = (),
+    custom: Iterable[str] = (),
 ) -> dict[str, str]:
-    """Return the wnid of each name.
+    """Return the wnid of each name of a dataset.
 
-    A name's meaning is the one that `meanings` gives, else the one of the reviewed table, else the
-    wnid that it is, else the only synset of that word.
-
-    Args:
-        names: of one dataset.
-        meanings: wnids, unambiguous words, or keys of one's own, by name.
-        table: of the reviewed ones; the one whose classes these are where None.
-        where: says of a name in which file, and line, it stands.
-        own: classes of one's own, which a name that is unknown may be meant to be.
+    The first of these that exists is used: the entry in `meanings` (a wnid or unambiguous word),
+    the entry in the reviewed table (by default the one with exactly these names), the name itself
+    if it is a wnid, the only synset of that word. `where` returns the location of a name and
+    `custom` are names of custom classes, both for error messages.
 
     Raises:
-        InputError: all names that are unknown or mean several things, with what they may mean.
+        InputError: lists all unknown and ambiguous names, with their possible meanings.
     """
-    wanted = sorted(set(names))
-    given = dict(meanings or {})
-    known = reviewed()
-    if table is not None and table not in known:
-        raise InputError(f"table {table!r}; allowed: {', '.join(known)}")
-    chosen = known.get(table or table_of(wanted) or "", {})
-    found: dict[str, str] = {}
-    trouble: list[str] = []
-    for name in wanted:
-        if name in given:
-            found[name] = _meant(given[name], name, where(name), trouble, own)
-        elif name in chosen:
-            found[name] = chosen[name]
-        else:
-            found[name] = _meant(name, name, where(name), trouble, own)
-    if trouble:
-        raise InputError("\n  ".join(trouble))
-    return found
+    sorted_names = sorted(set(names))
+    tables = load_reviewed_labels()
+    if table is not None and table not in tables:
+        raise InputError(f"table {table!r}; allowed: {', '.join(tables)}")
+    reviewed = tables.get(table or find_table(sorted_names) or "", {})
+    wnids: dict[str, str] = {}
+    errors: list[str] = []
+    for name in sorted_names:
+        if name in reviewed and name not in (meanings or {}):
+            wnids[name] = reviewed[name]
+            continue
+        word = (meanings or {}).get(name, name)
+        try:
+            wnids[name] = _resolve_word(word, name, where(name), custom)
+        except InputError as error:
+            errors.append(str(error))
+    if errors:
+        raise InputError("\n  ".join(errors))
+    return wnids
 
 
-def _meant(word: str, name: str, where: str, trouble: list[str], own: Iterable[str]) -> str:
-    """Return the wnid that a word means; says in `trouble` why there is none."""
+def _resolve_word(word: str, name: str, where: str, custom: Iterable[str]) -> str:
     table = wordnet()
-    place = f"{where}: " if where != name else ""
+    label = f"{where}: {name!r}" if where != name else repr(name)
     if is_wnid(word):
         if word not in table:
-            trouble.append(f"{place}{name!r}: {word} is no noun of WordNet 3.0")
+            raise InputError(f"{label}: {word} is not a noun of WordNet 3.0")
         return word
     senses = table.senses(word)
     if len(senses) == 1:
         return senses[0]
     if senses:
-        listed = "\n    ".join(table.describe(wnid) for wnid in senses[:MAX_SENSES])
+        lines = "\n    ".join(table.describe(wnid) for wnid in senses[:MAX_SENSES])
         more = f"\n    … and {len(senses) - MAX_SENSES} more" if len(senses) > MAX_SENSES else ""
-        trouble.append(
-            f"{place}{name!r} means several things; say which one in the mapping{_hint(name)}:"
-            f"\n    {listed}{more}"
+        raise InputError(
+            f"{label} is ambiguous; add one of its meanings to the mapping"
+            f"{_reviewed_meanings(name)}:\n    {lines}{more}"
         )
-    else:
-        hint = nearest(word.replace("_", " ").lower(), [o.lower() for o in own])
-        hint = f"{hint} (of your own classes)" if hint else table.nearest(word)
-        said = f"{place}{name!r} is no noun of WordNet 3.0{_hint(name)}"
-        trouble.append(
-            f"{said}; {hint or 'say what it means in a mapping, or where it hangs in a hierarchy'}"
-        )
-    return ""
+    hint = nearest(word.replace("_", " ").lower(), [key.lower() for key in custom])
+    hint = f"{hint} (custom class)" if hint else table.nearest(word)
+    raise InputError(
+        f"{label} is not a noun of WordNet 3.0{_reviewed_meanings(name)}; "
+        f"{hint or 'add its meaning to a mapping, or its parent to a hierarchy'}"
+    )
 
 
-def _hint(name: str) -> str:
-    """Return what reviewed tables mean by a name."""
-    said = [
-        f"{table} {meanings[name]}" for table, meanings in reviewed().items() if name in meanings
+def _reviewed_meanings(name: str) -> str:
+    """Return the meanings of a name in the reviewed tables, for error messages."""
+    meanings = [
+        f"{table} {wnids[name]}" for table, wnids in load_reviewed_labels().items() if name in wnids
     ]
-    first = said[0].split()[0] if said else ""
-    return f" (of the reviewed tables: {', '.join(said)}; --table {first} takes it)" if said else ""
+    if not meanings:
+        return ""
+    table = meanings[0].split()[0]
+    return f" (in the reviewed tables: {', '.join(meanings)}; --table {table} uses it)"

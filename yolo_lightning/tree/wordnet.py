@@ -1,6 +1,6 @@
-"""The nouns of WordNet 3.0: lemmas, hypernyms, short glosses. Read on first use, from one file.
+"""The nouns of WordNet 3.0: lemmas, hypernyms, short glosses; read from one file on first use.
 
-Made by ``python -m yolo_lightning.tree.wordnet DATA.NOUN INDEX.NOUN``; see `main`.
+``python -m yolo_lightning.tree.wordnet DATA.NOUN INDEX.NOUN`` creates the file, see `main`.
 """
 
 import lzma
@@ -13,10 +13,10 @@ from pathlib import Path
 from yolo_lightning.errors import InputError, nearest
 
 TABLE = Path(__file__).parent / "data/wordnet_nouns.xz"
-"""Four columns, a NUL byte between them, a synset a line."""
+"""Four columns separated by NUL bytes, with one line per synset."""
 
 LICENCE = TABLE.with_name("wordnet_licence.txt")
-"""That WordNet, and with it the table, comes under."""
+"""Licence of WordNet and of the table."""
 
 GLOSS_LENGTH = 60
 
@@ -24,13 +24,7 @@ _WNID = re.compile(r"n\d{8}")
 
 
 class WordNet:
-    """Noun synsets, keyed by wnid: ``n`` and the eight digits of the synset's offset.
-
-    Args:
-        columns: offsets, hypernyms, lemmas and glosses, a line a synset.
-
-    Attributes:
-        wnids: all of them, ascending.
+    """Noun synsets by wnid: ``n`` and the eight digits of the synset's offset.
 
     Source: WordNet 3.0, © 2006 Princeton University; see `LICENCE`.
     """
@@ -51,25 +45,25 @@ class WordNet:
         return len(self.wnids)
 
     def hypernyms(self, wnid: str) -> list[str]:
-        """Return the synsets directly above, those of which this is an instance included."""
+        """Return the direct hypernyms, including those that this synset is an instance of."""
         line = self._hypernym_lines[self._row[wnid]]
         return [f"n{offset}" for offset in line.split()]
 
     def lemmas(self, wnid: str) -> list[str]:
-        """Return the words for a synset, the usual one first, with blanks between their parts."""
+        """Return the words of a synset, the most usual first."""
         line = self._lemma_lines[self._row[wnid]]
         return [entry.partition("\t")[0] for entry in line.split(";")]
 
     def name(self, wnid: str) -> str:
-        """Return the usual word for a synset."""
+        """Return the most usual word of a synset."""
         return self.lemmas(wnid)[0]
 
     def gloss(self, wnid: str) -> str:
-        """Return the beginning of a synset's definition."""
+        """Return the beginning of a synset's gloss."""
         return self._gloss_lines[self._row[wnid]]
 
     def senses(self, lemma: str) -> list[str]:
-        """Return the synsets that a word means, the most frequent first; case does not matter."""
+        """Return the synsets of a word, the most frequent first; case is ignored."""
         if not self._by_lemma:
             for row, line in enumerate(self._lemma_lines):
                 for entry in line.split(";"):
@@ -80,7 +74,7 @@ class WordNet:
         return [wnid for _, wnid in sorted(self._by_lemma.get(_key(lemma), []))]
 
     def nearest(self, lemma: str) -> str:
-        """Return a hint at words that are spelt like this one, empty where there are none."""
+        """Return a hint with words of similar spelling; empty if there are none."""
         self.senses(lemma)
         start = _key(lemma)[:2]
         return nearest(_key(lemma), (word for word in self._by_lemma if word.startswith(start)))
@@ -95,17 +89,17 @@ def _key(word: str) -> str:
 
 
 def is_wnid(text: str) -> bool:
-    """Tell whether a text looks like a noun's wnid."""
+    """Return whether a text has the format of a noun's wnid."""
     return _WNID.fullmatch(text) is not None
 
 
 @cache
 def wordnet() -> WordNet:
-    """Return the table, read once."""
+    """Return WordNet; it is read once."""
     return WordNet(lzma.decompress(TABLE.read_bytes()).decode("utf-8").split("\0"))
 
 
-def _synset(line: str, senses: dict[tuple[str, str], int]) -> tuple[str, str, str, str]:
+def _parse_synset(line: str, senses: dict[tuple[str, str], int]) -> tuple[str, str, str, str]:
     """Return the columns of a line of ``data.noun``."""
     fields, _, gloss = line.partition(" | ")
     parts = fields.split()
@@ -117,33 +111,30 @@ def _synset(line: str, senses: dict[tuple[str, str], int]) -> tuple[str, str, st
     for word in words:
         sense = senses.get((word.lower(), offset), 1)
         entries.append(word.replace("_", " ") + (f"\t{sense}" if sense > 1 else ""))
-    return offset, " ".join(above), ";".join(entries), _shortened(gloss.strip())
+    return offset, " ".join(above), ";".join(entries), _shorten(gloss.strip())
 
 
-def _shortened(gloss: str) -> str:
-    """Return a definition without its examples, cut between two words."""
+def _shorten(gloss: str) -> str:
+    """Remove examples from a gloss and shorten it at a word boundary."""
     text = gloss.split('; "')[0]
     if len(text) <= GLOSS_LENGTH:
         return text
     return text[: GLOSS_LENGTH - 1].rsplit(" ", 1)[0].rstrip(",;:(") + "…"
 
 
-def _senses(lines: Iterable[str]) -> dict[tuple[str, str], int]:
-    """Return each (word, offset)'s sense number from ``index.noun``."""
-    found: dict[tuple[str, str], int] = {}
+def _sense_numbers(lines: Iterable[str]) -> dict[tuple[str, str], int]:
+    """Return the sense number of each (word, offset) from ``index.noun``."""
+    numbers: dict[tuple[str, str], int] = {}
     for line in lines:
         if not line.startswith(" "):
             parts = line.split()
             offsets = parts[6 + int(parts[3]) :]
-            found |= {(parts[0], offset): k for k, offset in enumerate(offsets, start=1)}
-    return found
+            numbers |= {(parts[0], offset): k for k, offset in enumerate(offsets, start=1)}
+    return numbers
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write table and licence from WordNet's files; Debian's package ``wordnet-base`` has them.
-
-    Args:
-        argv: paths of ``data.noun`` and ``index.noun``, whose head is the licence.
+    """Write table and licence from ``data.noun`` and ``index.noun``, e.g. of ``wordnet-base``.
 
     Raises:
         InputError: not two files.
@@ -151,8 +142,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or not all(Path(path).is_file() for path in argv):
         raise InputError("expected the paths of data.noun and index.noun")
     data, index = (Path(path).read_text(encoding="utf-8").splitlines() for path in argv)
-    senses = _senses(index)
-    rows = [_synset(line, senses) for line in data if not line.startswith(" ")]
+    senses = _sense_numbers(index)
+    rows = [_parse_synset(line, senses) for line in data if not line.startswith(" ")]
     columns = ["\n".join(column) for column in zip(*rows, strict=True)]
     head = [re.sub(r"^\s*\d+ ?", "", line).rstrip() for line in data if line.startswith(" ")]
     packed = lzma.compress("\0".join(columns).encode(), preset=9 | lzma.PRESET_EXTREME)

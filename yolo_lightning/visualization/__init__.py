@@ -1,1 +1,1 @@
-"""Figures and drawing."""
+"""Matplotlib figures and drawing."""

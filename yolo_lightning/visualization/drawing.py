@@ -1,4 +1,4 @@
-"""Pictures of detections."""
+"""Drawing of boxes and captions into images, with OpenCV."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ from yolo_lightning.images import Image
 Colour = tuple[int, int, int]
 
 _FONT, _FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.42
-_LEGIBLE_SIDE = 500
-"""Px of the shorter side from which on lines and letters grow along with the image."""
+_REFERENCE_SIDE = 500
+"""Shorter side of an image, px, above which lines and text are scaled with the image."""
 
 _COLOURS: tuple[Colour, ...] = (
     (255, 140, 0), (64, 160, 255), (120, 200, 80), (220, 90, 160), (250, 210, 60), (150, 110, 230),
@@ -32,57 +32,49 @@ def draw_boxes(
     colours: Sequence[Colour],
     scale: int = 1,
 ) -> Image:
-    """Return an enlarged copy with boxes and captions.
+    """Return a copy of an image, enlarged by `scale`, with boxes and captions.
 
     Args:
         image: uint8 (H, W, 3), RGB.
         boxes_xyxy_px: float (N, 4), px of `image`.
-        captions: a text a box.
-        colours: RGB, one a box.
-        scale: whole factor of enlargement.
+        captions: one per box.
+        colours: RGB, one per box.
+        scale: integer.
     """
     size = (image.shape[1] * scale, image.shape[0] * scale)
     canvas = np.array(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
-    factor = _factor(canvas)
-    line = round(2 * factor)
+    line_scale = _line_scale(canvas)
+    thickness = round(2 * line_scale)
     corners = np.round(boxes_xyxy_px * scale).astype(int)
     for (x1, y1, x2, y2), colour in zip(corners.tolist(), colours, strict=True):
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, line, cv2.LINE_AA)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thickness, cv2.LINE_AA)
     for (x1, y1, _, _), caption, colour in zip(corners.tolist(), captions, colours, strict=True):
-        width, height = _extent(caption, factor)
+        width, height = _text_size(caption, line_scale)
         left = max(0, min(x1, size[0] - width))
-        _write(canvas, caption, (left, max(0, y1 - height)), colour, factor)
+        _draw_caption(canvas, caption, (left, max(0, y1 - height)), colour, line_scale)
     return canvas
 
 
-def annotated(image: Image, found: Sequence[Detection]) -> Image:
-    """Return a copy of an image with what was found in it, names and scores.
-
-    Args:
-        image: uint8 (H, W, 3), RGB.
-        found: in px of `image`; a class has one colour in all images.
-    """
-    boxes = np.array([one.box_xyxy_orig_px for one in found], np.float32).reshape(-1, 4)
-    captions = [f"{one.name} {one.score:.2f}" for one in found]
-    return draw_boxes(image, boxes, captions, [_COLOURS[one.node % len(_COLOURS)] for one in found])
+def draw_detections(image: Image, detections: Sequence[Detection]) -> Image:
+    """Return a copy of an image with detections; a class has the same colour in all images."""
+    boxes = np.array([one.box_xyxy_orig_px for one in detections], np.float32).reshape(-1, 4)
+    captions = [f"{one.name} {one.score:.2f}" for one in detections]
+    colours = [_COLOURS[one.node % len(_COLOURS)] for one in detections]
+    return draw_boxes(image, boxes, captions, colours)
 
 
-def stamp(image: Image, text: str) -> None:
-    """Write a text into an image's left upper corner."""
-    _write(image, text, (0, 0), (255, 255, 255), _factor(image))
+def draw_text(image: Image, text: str) -> None:
+    """Draw text into the upper left corner of an image, in place."""
+    _draw_caption(image, text, (0, 0), (255, 255, 255), _line_scale(image))
 
 
-def batch_picture(
-    batch: DetectionBatch | ClassificationBatch, names: Sequence[str], most: int | None = None
+def draw_batch(
+    batch: DetectionBatch | ClassificationBatch,
+    names: Sequence[str],
+    max_images: int | None = None,
 ) -> Image:
-    """Return the images of a batch, with their boxes and labels.
-
-    Args:
-        batch: uint8 images.
-        names: of the tree's nodes.
-        most: images to draw, from the first on; all where None.
-    """
-    images = batch.images[:most].permute(0, 2, 3, 1).numpy()
+    """Return the (first) images of a batch as a grid, with boxes and names of labels."""
+    images = batch.images[:max_images].permute(0, 2, 3, 1).numpy()
     scale = max(1, 224 // images.shape[1])
     drawn = []
     for k, image in enumerate(images):
@@ -92,39 +84,37 @@ def batch_picture(
             corners = cxcywh_to_xyxy(batch.boxes_cxcywh_norm[k][real]) * images.shape[1]
             boxes, labels = corners.numpy(), batch.labels[k][real].tolist()
         colours = [_COLOURS[label % len(_COLOURS)] for label in labels]
-        shown = draw_boxes(image, boxes, [names[label] for label in labels], colours, scale)
+        canvas = draw_boxes(image, boxes, [names[label] for label in labels], colours, scale)
         if isinstance(batch, ClassificationBatch):
-            _write(shown, names[int(batch.labels[k])], (2, 2), (255, 255, 255))
-        drawn.append(shown)
-    return grid(drawn, min(6, len(drawn)))
+            _draw_caption(canvas, names[int(batch.labels[k])], (2, 2), (255, 255, 255))
+        drawn.append(canvas)
+    return make_grid(drawn, min(6, len(drawn)))
 
 
-def _factor(image: Image) -> float:
-    """Return how much larger than usual lines and letters have to be to be seen."""
-    return max(1.0, float(min(image.shape[:2])) / _LEGIBLE_SIDE)
+def _line_scale(image: Image) -> float:
+    return max(1.0, float(min(image.shape[:2])) / _REFERENCE_SIDE)
 
 
-def _extent(text: str, factor: float) -> tuple[int, int]:
-    """Return width and height of a text on its ground, px."""
-    (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE * factor, round(factor))
-    return width + round(4 * factor), height + round(5 * factor)
+def _text_size(text: str, scale: float) -> tuple[int, int]:
+    """Return width and height of a caption with its background, px."""
+    (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE * scale, round(scale))
+    return width + round(4 * scale), height + round(5 * scale)
 
 
-def _write(
-    canvas: Image, text: str, place: tuple[int, int], colour: Colour, factor: float = 1.0
+def _draw_caption(
+    canvas: Image, text: str, left_top: tuple[int, int], colour: Colour, scale: float = 1.0
 ) -> None:
-    """Write a text on a ground of its own, its left upper corner at `place`."""
-    width, height = _extent(text, factor)
-    left, top = place
+    width, height = _text_size(text, scale)
+    left, top = left_top
     cv2.rectangle(canvas, (left, top), (left + width, top + height), colour, -1)
-    ink = (255, 255, 255) if sum(colour) < 380 else (0, 0, 0)
-    start = (left + round(2 * factor), top + height - round(4 * factor))
-    thickness = round(factor)
-    cv2.putText(canvas, text, start, _FONT, _FONT_SCALE * factor, ink, thickness, cv2.LINE_AA)
+    text_colour = (255, 255, 255) if sum(colour) < 380 else (0, 0, 0)
+    start = (left + round(2 * scale), top + height - round(4 * scale))
+    font_scale = _FONT_SCALE * scale
+    cv2.putText(canvas, text, start, _FONT, font_scale, text_colour, round(scale), cv2.LINE_AA)
 
 
-def grid(images: Sequence[Image], columns: int, legend: str = "") -> Image:
-    """Return images of one size side by side, with a line of text above."""
+def make_grid(images: Sequence[Image], columns: int, legend: str = "") -> Image:
+    """Return images of equal size as a grid, with a line of text above."""
     height, width = images[0].shape[:2]
     gap = 6
     rows = -(-len(images) // columns)
@@ -140,12 +130,12 @@ def grid(images: Sequence[Image], columns: int, legend: str = "") -> Image:
     return canvas
 
 
-def save(path: Path, image: Image) -> None:
-    """Write a picture; the ending chooses the format.
+def save_image(path: Path, image: Image) -> None:
+    """Write an image file; the extension selects the format.
 
     Raises:
         InputError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
-        raise InputError(f"{path}: the picture cannot be written")
+        raise InputError(f"{path}: the image cannot be written")

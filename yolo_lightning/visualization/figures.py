@@ -1,9 +1,9 @@
-"""Diagrams as PNG files, drawn with matplotlib, which is installed by the extra `plots`."""
+"""Matplotlib figures of anchors and datasets (matplotlib comes with the extra `plots`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,150 +16,110 @@ if TYPE_CHECKING:
 
 COLOURS = ("#1f77d0", "#f08c00", "#2a9d3a", "#c2337e", "#7a5cc9", "#8c6d4f", "#16a0a8", "#9a9a9a")
 TEXT, LINE = "#404040", "#d8d8d8"
-_PANELS_WIDE, _DPI = 3, 150
+_MAX_PANEL_COLUMNS, _DPI = 3, 150
 _MAX_BARS, _FEW_BARS = 30, 5
 
 
 @dataclass
 class ElbowCurve:
-    """How well more and more anchors match the boxes of one dataset.
+    """Average IoU of the boxes of one dataset with their closest anchors, 0…1."""
 
-    Attributes:
-        average_ious: of 1, 2, … anchors, 0…1.
-        hand_picked: average IoU of the nine hand-picked anchors, 0…1.
-    """
-
-    average_ious: Sequence[float]
-    hand_picked: float
+    average_ious: Sequence[float]  # with 1, 2, … clustered anchors
+    hand_picked: float  # with the nine hand-picked anchors
 
 
 @dataclass
-class AnchorsPicture:
-    """What a picture of anchors shows.
+class AnchorPlot:
+    """Data of a plot of anchors."""
 
-    Attributes:
-        anchors_wh_px: widths and heights in the network input, by ascending area.
-        image_size: side of the network input, px.
-        cell_px: side of a grid cell, px.
-    """
-
-    anchors_wh_px: Sequence[Sequence[float]]
-    image_size: int
+    anchors_wh_px: Sequence[Sequence[float]]  # by ascending area
+    image_size: int  # side of the network input, px
     cell_px: int
 
 
-def save_elbow(curves: Mapping[str, ElbowCurve], chosen: int, path: Path) -> None:
-    """Draw average IoU against the number of anchors, a curve for each dataset.
+def save_elbow_plot(curves: Mapping[str, ElbowCurve], num_anchors: int, path: Path) -> None:
+    """Plot average IoU against the number of anchors, one curve per dataset, as PNG.
 
-    Args:
-        curves: by the name of the dataset.
-        chosen: number of anchors to mark.
-        path: of the PNG file; its folder is made.
-
-    Raises:
-        InputError: no matplotlib, or a place that cannot be written.
+    `num_anchors` is highlighted.
 
     Source: YOLO9000, figure 2, left.
     """
-    figure = _figure(7.2, 4.6)
+    figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
     for edge in ("top", "right"):
         axes.spines[edge].set_visible(False)
     axes.tick_params(colors=TEXT)
-    most = max(len(curve.average_ious) for curve in curves.values())
-    axes.axvline(chosen, color=LINE, linewidth=8, alpha=0.6, zorder=0)
+    max_anchors = max(len(curve.average_ious) for curve in curves.values())
+    axes.axvline(num_anchors, color=LINE, linewidth=8, alpha=0.6, zorder=0)
     for number, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         percent = [100 * value for value in curve.average_ious]
         label = name
-        if chosen <= len(percent):
-            label += f": {percent[chosen - 1]:.1f} % with {chosen}"
+        if num_anchors <= len(percent):
+            label += f": {percent[num_anchors - 1]:.1f} % with {num_anchors}"
         axes.plot(range(1, len(percent) + 1), percent, "o-", color=colour, ms=4, label=label)
         axes.plot(9, 100 * curve.hand_picked, "D", color=colour, mfc="white", ms=7, zorder=3)
     axes.plot([], [], "D", color=TEXT, mfc="white", ms=7, label="9 hand-picked anchors")
-    axes.set_xticks(range(1, max(most, 9) + 1))
+    axes.set_xticks(range(1, max(max_anchors, 9) + 1))
     axes.set_xlabel("anchors")
     axes.set_ylabel("average IoU with the closest anchor, %")
     axes.grid(color=LINE, linewidth=0.6)
     axes.legend(loc="lower right", frameon=True, facecolor="white", edgecolor="none")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def save_anchors(pictures: Mapping[str, AnchorsPicture], path: Path) -> None:
-    """Draw anchors as centred boxes in the network input, a square for each dataset.
-
-    Args:
-        pictures: by the name of the dataset.
-        path: of the PNG file; its folder is made.
-
-    Raises:
-        InputError: no matplotlib, or a place that cannot be written.
+def save_anchor_plot(plots: Mapping[str, AnchorPlot], path: Path) -> None:
+    """Plot anchors as centred boxes in the network input, one panel per dataset, as PNG.
 
     Source: YOLO9000, figure 2, right.
     """
-    columns = min(_PANELS_WIDE, len(pictures))
-    rows = -(-len(pictures) // columns)
-    figure = _figure(5.8 * columns, 5.0 * rows)
+    columns = min(_MAX_PANEL_COLUMNS, len(plots))
+    rows = -(-len(plots) // columns)
+    figure = new_figure(5.8 * columns, 5.0 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(pictures) :]:
+    for axes in grid[len(plots) :]:
         axes.set_axis_off()
-    for axes, (name, picture) in zip(grid, pictures.items(), strict=False):
-        _draw_anchors(axes, name, picture)
-    _save(figure, path)
+    for axes, (name, plot) in zip(grid, plots.items(), strict=False):
+        _draw_anchors(axes, name, plot)
+    save_figure(figure, path)
 
 
 @dataclass
-class LabelsPicture:
-    """What a picture of a dataset's labels shows.
+class LabelPlot:
+    """Data of a plot of a dataset's labels."""
 
-    Attributes:
-        classes: objects, or images, by name.
-        boxes_wh_norm: float (M, 2), relative to their images; none for images with labels alone.
-        centres_norm: float (M, 2), 0…1.
-        objects_per_image: int (N,).
-        sizes_wh_px: int (N, 2), of the images.
-    """
-
-    classes: Mapping[str, int]
-    boxes_wh_norm: NDArray[Any]
-    centres_norm: NDArray[Any]
-    objects_per_image: NDArray[Any]
-    sizes_wh_px: NDArray[Any]
+    classes: Mapping[str, int]  # objects, or images, by name
+    boxes_wh_norm: NDArray[Any]  # (M, 2), 0…1 of their images; empty for image labels
+    centres_norm: NDArray[Any]  # (M, 2)
+    objects_per_image: NDArray[Any]  # (N,)
+    sizes_wh_px: NDArray[Any]  # (N, 2), of the images
 
 
-def save_labels(picture: LabelsPicture, path: Path) -> None:
-    """Draw how often classes are, and how large, where and how many their boxes.
-
-    Args:
-        picture: what to draw.
-        path: of the PNG file; its folder is made.
-
-    Raises:
-        InputError: no matplotlib, or a place that cannot be written.
-    """
-    has_boxes = len(picture.boxes_wh_norm) > 0
-    figure = _figure(12.0 if has_boxes else 8.0, 6.4 if has_boxes else 3.2)
+def save_label_plot(labels: LabelPlot, path: Path) -> None:
+    """Plot class frequencies, image sizes, and the sizes, centres and counts of boxes, as PNG."""
+    has_boxes = len(labels.boxes_wh_norm) > 0
+    figure = new_figure(12.0 if has_boxes else 8.0, 6.4 if has_boxes else 3.2)
     panels = figure.subplots(2, 3).ravel() if has_boxes else figure.subplots(1, 2).ravel()
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=TEXT, labelsize=8)
-    _draw_classes(panels[0], picture.classes)
-    _scatter(panels[1], picture.sizes_wh_px, "image sizes, px", "width", "height")
+    _draw_classes(panels[0], labels.classes)
+    _scatter(panels[1], labels.sizes_wh_px, "image sizes, px", "width", "height")
     if has_boxes:
-        _density(panels[2], picture.centres_norm, "centres of boxes")
+        _density(panels[2], labels.centres_norm, "centres of boxes")
         panels[2].invert_yaxis()
-        _density(panels[3], picture.boxes_wh_norm, "box sizes, relative to the image")
+        _density(panels[3], labels.boxes_wh_norm, "box sizes, relative to the image")
         panels[3].set_xlabel("width", fontsize=8, color=TEXT)
         panels[3].set_ylabel("height", fontsize=8, color=TEXT)
-        aspect = np.log2(picture.boxes_wh_norm[:, 0] / picture.boxes_wh_norm[:, 1].clip(1e-6))
+        aspect = np.log2(labels.boxes_wh_norm[:, 0] / labels.boxes_wh_norm[:, 1].clip(1e-6))
         panels[4].hist(aspect.clip(-3, 3), bins=40, color=COLOURS[0])
         panels[4].set_xticks(range(-3, 4), ["1:8", "1:4", "1:2", "1:1", "2:1", "4:1", "8:1"])
         panels[4].set_title("aspect of boxes, width to height", fontsize=10, color=TEXT)
-        counts = np.bincount(picture.objects_per_image)
+        counts = np.bincount(labels.objects_per_image)
         panels[5].bar(range(len(counts)), counts, color=COLOURS[0])
         panels[5].xaxis.get_major_locator().set_params(integer=True)
         panels[5].set_title("objects in an image", fontsize=10, color=TEXT)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_classes(axes: "Axes", classes: Mapping[str, int]) -> None:
@@ -191,24 +151,24 @@ def _density(axes: "Axes", values_norm: NDArray[Any], title: str) -> None:
     axes.set_title(title, fontsize=10, color=TEXT)
 
 
-def _draw_anchors(axes: "Axes", name: str, picture: AnchorsPicture) -> None:
+def _draw_anchors(axes: "Axes", name: str, plot: AnchorPlot) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    side, cell, count = picture.image_size, picture.cell_px, len(picture.anchors_wh_px)
+    side, cell, count = plot.image_size, plot.cell_px, len(plot.anchors_wh_px)
     for line in range(cell, side, cell):
         axes.axvline(line, color=LINE, linewidth=0.5, zorder=0)
         axes.axhline(line, color=LINE, linewidth=0.5, zorder=0)
     step, width = min(0.07, 0.95 / count), 2.4 if count <= 9 else 1.3
     axes.text(1.05, 1, "w x h, px", color=TEXT, transform=axes.transAxes, va="top")
-    for number in reversed(range(count)):  # the largest first, so that the smaller lie above
-        w, h = picture.anchors_wh_px[number]
+    for number in reversed(range(count)):  # the largest first, so that smaller ones stay visible
+        w, h = plot.anchors_wh_px[number]
         colour = colormaps["viridis"](0.8 * (1 - number / max(1, count - 1)))
         corner = ((side - w) / 2, (side - h) / 2)
         axes.add_patch(Rectangle(corner, w, h, fill=False, edgecolor=colour, linewidth=width))
-        place: dict[str, Any] = {"transform": axes.transAxes, "va": "top"}
+        style: dict[str, Any] = {"transform": axes.transAxes, "va": "top"}
         height = 1 - step * (number + 1)
-        axes.text(1.05, height, f"{w:.0f} x {h:.0f}", color=colour, weight="bold", **place)
+        axes.text(1.05, height, f"{w:.0f} x {h:.0f}", color=colour, weight="bold", **style)
     ticks = range(0, side + 1, cell * max(1, side // cell // 6))
     axes.set(xlim=(0, side), ylim=(side, 0), aspect="equal", xticks=ticks, yticks=ticks)
     axes.tick_params(colors=TEXT)
@@ -216,18 +176,29 @@ def _draw_anchors(axes: "Axes", name: str, picture: AnchorsPicture) -> None:
     axes.set_xlabel(f"{side} px network input, cells of {cell} px")
 
 
-def _figure(width_inch: float, height_inch: float) -> "Figure":
-    """Return an empty figure."""
-    try:  # not pyplot: it looks for a screen, and keeps every figure
+def new_figure(
+    width_inch: float, height_inch: float, layout: Literal["constrained"] | None = "constrained"
+) -> "Figure":
+    """Return an empty figure without pyplot, which needs a display and keeps every figure.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("pictures need matplotlib: pip install 'yolo-lightning[plots]'") from None
-    return Figure(figsize=(width_inch, height_inch), dpi=_DPI, layout="constrained")
+        raise InputError("plots need matplotlib: pip install 'yolo-lightning[plots]'") from None
+    return Figure(figsize=(width_inch, height_inch), dpi=_DPI, layout=layout, facecolor="white")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path, file_format: str | None = "png") -> None:
+    """Write a figure and create its folder; without a format, the extension selects it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        figure.savefig(path, format=file_format)
     except OSError as error:
         raise InputError(f"{str(path)!r}: {error.strerror or error}") from None

@@ -1,1 +1,1 @@
-"""The tools beside `fit`, `validate` and `test`; one file each."""
+"""All commands except `fit`, `validate` and `test`."""

@@ -1,4 +1,4 @@
-"""`yolo-lightning anchors`: anchors from the boxes of a dataset, and how well they match."""
+"""`yolo-lightning anchors`: cluster the boxes of a dataset into anchors."""
 
 import argparse
 import os
@@ -18,17 +18,17 @@ from yolo_lightning.models.anchors import (
     MAX_CLUSTERS,
     as_yaml_values,
     average_iou,
-    cluster,
-    elbow,
-    hand_picked,
-    letterboxed_wh,
-    shorter_side_wh,
+    cluster_anchors,
+    cluster_for_each_count,
+    faster_rcnn_anchors,
+    scale_to_letterbox,
+    scale_to_shorter_side,
 )
 from yolo_lightning.visualization.figures import (
-    AnchorsPicture,
+    AnchorPlot,
     ElbowCurve,
-    save_anchors,
-    save_elbow,
+    save_anchor_plot,
+    save_elbow_plot,
 )
 
 KEYS = ("model", "init_args", "anchors_wh_cell")
@@ -42,101 +42,87 @@ PAPER = {
 
 
 @dataclass
-class Shapes:
-    """Widths and heights of the boxes of a dataset, and of the grid that they are learnt on.
+class BoxShapes:
+    """Widths and heights of the boxes of a dataset, and the grid of the network."""
 
-    Attributes:
-        boxes_wh_px: float (N, 2), px of the network input, letterboxed.
-        boxes_wh_600: float (N, 2), px of images whose shorter side is 600 px.
-        image_size: side of the network input, px.
-        cell_px: side of a grid cell, px.
-        anchors_wh_cell: float (A, 2), the anchors that a recipe has so far.
-    """
-
-    boxes_wh_px: NDArray[np.float64]
-    boxes_wh_600: NDArray[np.float64]
-    image_size: int
+    boxes_wh_px: NDArray[np.float64]  # (N, 2), px of the network input
+    boxes_wh_600: NDArray[np.float64]  # (N, 2), px of images whose shorter side is 600 px
+    image_size: int  # side of the network input, px
     cell_px: int = CELL_PX
-    anchors_wh_cell: NDArray[np.float64] | None = None
+    anchors_wh_cell: NDArray[np.float64] | None = None  # (A, 2), those of the recipe
 
 
-def shapes_of(place: str, image_size: int | None = None, overrides: Sequence[str] = ()) -> Shapes:
+def load_box_shapes(
+    source: str, image_size: int | None = None, overrides: Sequence[str] = ()
+) -> BoxShapes:
     """Return the shapes of the training boxes of a recipe or a dataset.
 
-    Args:
-        place: a recipe, or a dataset's folder or file.
-        image_size: side of the network input, px; by default the recipe's, 416 for a dataset.
-        overrides: options of the recipe, such as ``--data.detection.root``.
+    The default image size is that of the recipe, or 416 px.
 
     Raises:
-        InputError: nothing there, no boxes, or an option of a recipe beside a dataset.
+        InputError: `source` is missing, has no boxes, or is a dataset with options of a recipe.
     """
     size, cell_px, anchors, stretched = 416, CELL_PX, None, False
-    if is_recipe(place):
+    if is_recipe(source):
         from yolo_lightning.cli.data import DataCLI
 
-        run = DataCLI([place, *overrides])
-        data = run.datamodule
+        cli = DataCLI([source, *overrides])
+        data = cli.datamodule
         if data.detection is None:
-            raise InputError(f"{place}: names no data.detection, so it has no boxes")
-        source, size, stretched = data.detection, data.image_size, data.resize == "stretch"
-        source.bind(data.tree)
-        cell_px, anchors = _grid_of(run.recipe.model.init_args)
+            raise InputError(f"{source}: has no data.detection, so it has no boxes")
+        dataset, size, stretched = data.detection, data.image_size, data.resize == "stretch"
+        dataset.bind(data.tree)
+        cell_px, anchors = _grid(cli.recipe.model.init_args)
     else:
         if overrides:
-            raise InputError(f"{overrides[0]}: {place!r} is no recipe and has no such option")
+            raise InputError(f"{overrides[0]}: {source!r} is no recipe, so it has no such option")
         from yolo_lightning.datamodules.autodetect import detection_source
 
-        source = detection_source(place)
-        source.open()
-    boxes, images = source.shapes_wh_px()
+        dataset = detection_source(source)
+        dataset.load_index()
+    boxes, images = dataset.shapes_wh_px()
     if not len(boxes):
-        raise InputError(f"{place}: has no boxes")
+        raise InputError(f"{source}: has no boxes")
     size = image_size or size
-    fitted = boxes / images * size if stretched else letterboxed_wh(boxes, images, size)
-    return Shapes(fitted, shorter_side_wh(boxes, images), size, cell_px, anchors)
+    fitted = boxes / images * size if stretched else scale_to_letterbox(boxes, images, size)
+    return BoxShapes(fitted, scale_to_shorter_side(boxes, images), size, cell_px, anchors)
 
 
-def _grid_of(model: Any) -> tuple[int, NDArray[np.float64] | None]:
-    """Return the backbone's px per cell, and the anchors that a model's options name."""
+def _grid(model: Any) -> tuple[int, NDArray[np.float64] | None]:
+    """Return px per cell of the backbone, and the anchors in the options of a model."""
     from yolo_lightning.models.backbones import backbone_layers
-    from yolo_lightning.models.layers import extents
+    from yolo_lightning.models.layers import layer_outputs
 
     backbone, values = model.get("backbone"), model.get("anchors_wh_cell")
-    stride = extents(backbone_layers(backbone))[-1].stride if backbone else CELL_PX
+    stride = layer_outputs(backbone_layers(backbone))[-1].stride if backbone else CELL_PX
     return stride, np.array(values, dtype=np.float64) if values else None
 
 
-def is_recipe(place: str) -> bool:
-    """Return whether something is a recipe: YAML with a class path under `data`.
+def is_recipe(source: str) -> bool:
+    """Return whether a path is a recipe: YAML with a class path under `data`.
 
     Raises:
-        InputError: nothing there, or a file with the ending of YAML that is none.
+        InputError: the path does not exist, or is an invalid YAML file.
     """
-    path = Path(place).expanduser()
+    path = Path(source).expanduser()
     if not path.exists():
-        raise InputError(f"{place!r}: no such recipe or dataset (working folder: {Path.cwd()})")
+        raise InputError(f"{source!r}: no such recipe or dataset (working folder: {Path.cwd()})")
     if path.suffix not in (".yaml", ".yml") or path.is_dir():
         return False
-    return _member(_document(_text(path), path), ("data", "class_path")) is not None
+    return _find_node(_parse_yaml(_read_text(path), path), ("data", "class_path")) is not None
 
 
-def rows_of(
-    shapes: Shapes, curve: Sequence[NDArray[np.float64]], num: int, restarts: int, seed: int
+def average_iou_rows(
+    shapes: BoxShapes, curve: Sequence[NDArray[np.float64]], num: int, restarts: int, seed: int
 ) -> dict[str, float]:
-    """Return average IoUs in percent by what gave the anchors, those of the paper first.
+    """Return average IoUs in percent by kind and number of anchors.
 
-    Args:
-        shapes: of the boxes.
-        curve: IoU clusters for 1, 2, … anchors.
-        num: how many anchors were asked for.
-        restarts: of the clustering by squared error.
-        seed: of the clustering by squared error.
+    `curve` are IoU clusters for 1, 2, … anchors; restarts and seed are for squared error.
     """
     boxes = shapes.boxes_wh_px
-    rows = {"hand-picked anchors, 9": 100 * average_iou(shapes.boxes_wh_600, hand_picked())}
+    rows = {"hand-picked anchors, 9": 100 * average_iou(shapes.boxes_wh_600, faster_rcnn_anchors())}
     if len(curve) >= 5:
-        squared = cluster(boxes, 5, restarts, seed, "squared_error")
+        squared = cluster_anchors(boxes, 5, restarts, seed, "squared_error")
         rows["sum-squared clusters, 5"] = 100 * average_iou(boxes, squared)
     for k in (5, 9, num):
         if k <= len(curve):
@@ -145,7 +131,7 @@ def rows_of(
 
 
 def table(rows: Mapping[str, float]) -> str:
-    """Return average IoUs as text, with the paper's beside them where it has any."""
+    """Return average IoUs as text, next to those of the paper."""
     lines = [
         f"{'average IoU with the closest anchor, %':<40}{'here':>6}{'VOC 2007 in the paper':>24}"
     ]
@@ -157,99 +143,99 @@ def table(rows: Mapping[str, float]) -> str:
 
 
 def write_anchors(path: Path, values: Sequence[Sequence[float]]) -> None:
-    """Replace the anchors in a recipe; every byte around them stays.
-
-    Args:
-        path: of the recipe.
-        values: width and height of each anchor, grid cells.
+    """Replace the anchors, in grid cells, in a recipe, without any other change to the file.
 
     Raises:
-        InputError: no anchors there, or not as a plain list; the file stays as it is.
+        InputError: the recipe has no anchors, or not as a plain list; the file is unchanged.
     """
-    path = path.resolve()  # a link stays one
-    text = _text(path)
-    start, end = _place_of_anchors(text, path)
+    path = path.resolve()  # keeps a symbolic link
+    text = _read_text(path)
+    start, end = _anchors_span(text, path)
     pairs = [f"[{', '.join(map(repr, pair))}]" for pair in values]
-    fresh = f"[{', '.join(pairs)}]"
-    if text[start] == "-":  # a list of lines stays one
+    new_text = f"[{', '.join(pairs)}]"
+    if text[start] == "-":  # a block sequence remains one
         column = start - text.rfind("\n", 0, start) - 1
         line_break = "\r\n" if "\r\n" in text else "\n"
-        fresh = (line_break + " " * column).join(f"- {pair}" for pair in pairs)
-    written = path.with_name(path.name + ".fresh")
+        new_text = (line_break + " " * column).join(f"- {pair}" for pair in pairs)
+    temporary = path.with_name(path.name + ".part")
     try:
-        written.write_bytes((text[:start] + fresh + text[end:]).encode())
-        shutil.copymode(path, written)
-        os.replace(written, path)
+        temporary.write_bytes((text[:start] + new_text + text[end:]).encode())
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _place_of_anchors(text: str, path: Path) -> tuple[int, int]:
-    """Return where the list of anchors begins and ends, in characters."""
-    where = f"{path}: {'.'.join(KEYS)}"
-    node = _member(_document(text, path), KEYS)
+def _anchors_span(text: str, path: Path) -> tuple[int, int]:
+    """Return start and end of the list of anchors, in characters."""
+    location = f"{path}: {'.'.join(KEYS)}"
+    node = _find_node(_parse_yaml(text, path), KEYS)
     if node is None:
-        raise InputError(f"{where}: no such key to write to; paste the line where it belongs")
+        raise InputError(f"{location}: no such key to write to; add the printed line by hand")
     start, end = node.start_mark.index, _end(node)
     if not isinstance(node, yaml.SequenceNode):
-        raise InputError(f"{where} is {text[start:end]!r}; --write replaces a list of [w, h] only")
-    if set(text[start:end]) & set("#&*!$"):  # an alias leads to the text of its anchor
         raise InputError(
-            f"{where} holds more than numbers (a comment, an anchor or a reference), which --write "
-            "would lose; paste the line by hand"
+            f"{location} is {text[start:end]!r}; --write replaces a list of [w, h] only"
+        )
+    if set(text[start:end]) & set("#&*!$"):  # an alias has the position of its YAML anchor
+        raise InputError(
+            f"{location} contains more than numbers (a comment, a YAML anchor or a reference), "
+            "which --write would lose; replace the line by hand"
         )
     return start, end
 
 
 def _end(node: yaml.Node) -> int:
-    """Return where a node's text ends: a block's own mark lies behind the comments after it."""
+    """Return the end of a node's text; the mark of a block sequence is after later comments."""
     if isinstance(node, yaml.SequenceNode) and not node.flow_style and node.value:
         return _end(node.value[-1])
     return int(node.end_mark.index)
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()  # read_text would change line ends
+        return path.read_bytes().decode()  # read_text would change line endings
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
-def _document(text: str, path: Path) -> yaml.Node | None:
+def _parse_yaml(text: str, path: Path) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
 
 
-def _member(node: yaml.Node | None, keys: Sequence[str]) -> yaml.Node | None:
-    """Return what lies under these keys, None where one is missing."""
+def _find_node(node: yaml.Node | None, keys: Sequence[str]) -> yaml.Node | None:
+    """Return the node at a path of keys, or None."""
     for key in keys:
         pairs: list[Any] = node.value if isinstance(node, yaml.MappingNode) else []
         node = {name.value: value for name, value in pairs if isinstance(name.value, str)}.get(key)
     return node
 
 
-def short_names(places: Sequence[str]) -> list[str]:
-    """Return the last two parts of each path, or the whole paths where those are not unique."""
-    names = ["/".join(Path(place).parts[-2:]) for place in places]
-    return names if len(set(names)) == len(places) else list(places)
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the last two parts of each path, or whole paths if those are not unique."""
+    names = ["/".join(Path(path).parts[-2:]) for path in paths]
+    return names if len(set(names)) == len(paths) else list(paths)
 
 
-def examine(
-    place: str, options: argparse.Namespace, overrides: Sequence[str]
-) -> tuple[Shapes, list[NDArray[np.float64]]]:
-    """Cluster the boxes of one place and print what came out; return also the elbow's clusters."""
-    shapes = shapes_of(place, options.image_size, overrides)
+def cluster_boxes(
+    source: str, options: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[BoxShapes, list[NDArray[np.float64]]]:
+    """Cluster the boxes of one source and print average IoUs; return shapes and clusters."""
+    shapes = load_box_shapes(source, options.image_size, overrides)
     boxes = shapes.boxes_wh_px
     grid = f"network input of {shapes.image_size} px, cells of {shapes.cell_px} px"
-    print(f"{place}: {len(boxes)} boxes, {grid}", flush=True)
-    curve = elbow(boxes, max(options.num, MAX_CLUSTERS), options.restarts, options.seed)
+    print(f"{source}: {len(boxes)} boxes, {grid}", flush=True)
+    curve = cluster_for_each_count(
+        boxes, max(options.num, MAX_CLUSTERS), options.restarts, options.seed
+    )
     if options.num > len(curve):
         raise InputError(
-            f"{place}: --num is {options.num}; allowed: 1 … {len(curve)}, its distinct boxes"
+            f"{source}: --num is {options.num}; allowed: 1 … {len(curve)}, its distinct boxes"
         )
-    rows = rows_of(shapes, curve, options.num, options.restarts, options.seed)
+    rows = average_iou_rows(shapes, curve, options.num, options.restarts, options.seed)
     if (present := shapes.anchors_wh_cell) is not None:
         rows[f"in the recipe, {len(present)}"] = 100 * average_iou(boxes, present * shapes.cell_px)
     print(table(rows), flush=True)
@@ -257,56 +243,60 @@ def examine(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print rows and anchors of every place, write them where asked to, and draw both pictures."""
+    """Print average IoUs and anchors of every source, and write anchors and plots."""
     options, overrides = _parse(argv)
-    recipe = Path(options.places[0]).expanduser()
-    if options.write:  # refuse before the work
-        if len(options.places) > 1 or not is_recipe(options.places[0]):
-            given = ", ".join(options.places)
-            raise InputError(f"--write fills in one recipe; given: {given}")
-        _place_of_anchors(_text(recipe), recipe)
-    curves, pictures = {}, {}
-    for place, name in zip(options.places, short_names(options.places), strict=True):
-        shapes, curve = examine(place, options, overrides)
+    recipe = Path(options.sources[0]).expanduser()
+    if options.write:  # check first
+        if len(options.sources) > 1 or not is_recipe(options.sources[0]):
+            sources = ", ".join(options.sources)
+            raise InputError(f"--write needs one recipe; given: {sources}")
+        _anchors_span(_read_text(recipe), recipe)
+    curves, plots = {}, {}
+    for source, name in zip(options.sources, short_names(options.sources), strict=True):
+        shapes, curve = cluster_boxes(source, options, overrides)
         anchors = curve[options.num - 1]
         values = as_yaml_values(anchors / shapes.cell_px)
         print(f"\nanchors_wh_cell: {values}\n")
-        ious = [average_iou(shapes.boxes_wh_px, some) for some in curve]
-        curves[name] = ElbowCurve(ious, average_iou(shapes.boxes_wh_600, hand_picked()))
-        pictures[name] = AnchorsPicture(anchors.tolist(), shapes.image_size, shapes.cell_px)
+        ious = [average_iou(shapes.boxes_wh_px, clusters) for clusters in curve]
+        curves[name] = ElbowCurve(ious, average_iou(shapes.boxes_wh_600, faster_rcnn_anchors()))
+        plots[name] = AnchorPlot(anchors.tolist(), shapes.image_size, shapes.cell_px)
     if options.write:
         write_anchors(recipe, values)
         print(f"written into {recipe}")
     elbow_png, anchors_png = options.output / "elbow.png", options.output / "anchors.png"
-    save_elbow(curves, options.num, elbow_png)
-    save_anchors(pictures, anchors_png)
-    print(f"pictures: {elbow_png}, {anchors_png}")
+    save_elbow_plot(curves, options.num, elbow_png)
+    save_anchor_plot(plots, anchors_png)
+    print(f"plots: {elbow_png}, {anchors_png}")
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options, checked, and those that are the recipe's."""
+    """Return the options, validated, and the options of the recipe."""
     parser = argparse.ArgumentParser(
         prog="yolo-lightning anchors",
-        description="Cluster the shapes of training boxes into anchors.",
-        epilog="Any other option goes to the recipe, such as --data.detection.root PATH.",
+        description="Cluster the widths and heights of training boxes into anchors.",
+        epilog="Other options override values of the recipe, such as --data.detection.root PATH.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "places", nargs="+", metavar="RECIPE", help="a recipe, or a dataset's folder or file"
+        "sources", nargs="+", metavar="RECIPE", help="a recipe, or the folder or file of a dataset"
     )
-    parser.add_argument("--num", type=int, default=5, help="how many anchors (5)")
-    parser.add_argument("--restarts", type=int, default=10, help="starts to choose from (10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the starts (0)")
+    parser.add_argument("--num", type=int, default=5, help="number of anchors (5)")
     parser.add_argument(
-        "--image-size", type=int, metavar="PX", help="network input (the recipe's, else 416)"
+        "--restarts", type=int, default=10, help="runs of k-means, of which the best is used (10)"
     )
-    parser.add_argument("--output", default="outputs/anchors", type=Path, help="folder of pictures")
-    parser.add_argument("--write", action="store_true", help="put the anchors into the recipe")
+    parser.add_argument("--seed", type=int, default=0, help="of k-means (0)")
+    parser.add_argument(
+        "--image-size", type=int, metavar="PX", help="network input (that of the recipe, or 416)"
+    )
+    parser.add_argument(
+        "--output", default="outputs/anchors", type=Path, help="folder for the plots"
+    )
+    parser.add_argument("--write", action="store_true", help="write the anchors to the recipe")
     options, overrides = parser.parse_known_args(list(argv))
-    options.places = list(dict.fromkeys(options.places))
-    for name, least in (("num", 1), ("restarts", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise InputError(f"--{name} is {getattr(options, name)}; allowed: {least} or more")
+    options.sources = list(dict.fromkeys(options.sources))
+    for name, minimum in (("num", 1), ("restarts", 1), ("seed", 0)):
+        if getattr(options, name) < minimum:
+            raise InputError(f"--{name} is {getattr(options, name)}; allowed: {minimum} or more")
     size = options.image_size
     if size is not None and (size < 1 or size % CELL_PX):
         raise InputError(f"--image-size is {size}; allowed: positive multiples of {CELL_PX}")

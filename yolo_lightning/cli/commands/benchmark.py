@@ -1,4 +1,4 @@
-"""`yolo-lightning benchmark`: how fast data is read, beside the bare loop that it cannot beat."""
+"""`yolo-lightning benchmark`: measure data loading against a plain loop as the upper bound."""
 
 import argparse
 import statistics
@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import torch
 
-from yolo_lightning.datamodules.annotated import AnnotatedImages
+from yolo_lightning.batches import DetectionSample
 from yolo_lightning.datamodules.autodetect import detection_source
 from yolo_lightning.datamodules.batching import JointDataset
+from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.sampler import JointOrder
-from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.datamodules.transforms import DetectionAugmentation
 from yolo_lightning.datamodules.yolo_txt import YOLOText
 from yolo_lightning.errors import InputError
@@ -27,14 +27,7 @@ _BATCH, _ROUNDS = 16, 7
 
 
 def resized_copy(source: AnnotatedImages, folder: Path, width: int, height: int) -> YOLOText:
-    """Write a source's images at one size, with their boxes, as YOLO text.
-
-    Args:
-        source: bound.
-        folder: that they go to.
-        width: of every image, px.
-        height: of every image, px.
-    """
+    """Save a bound source as a YOLO text dataset with all images at one size, px."""
     (folder / "images").mkdir()
     (folder / "labels").mkdir()
     for index in range(len(source)):
@@ -50,15 +43,11 @@ def resized_copy(source: AnnotatedImages, folder: Path, width: int, height: int)
     return YOLOText(str(folder), names=["object"])
 
 
-def rates(source: AnnotatedImages, image_size: int) -> dict[str, float]:
-    """Return images a second of one core: decoded, by a bare loop, and as training reads them.
+def images_per_second(source: AnnotatedImages, image_size: int) -> dict[str, float]:
+    """Measure decoding alone, a plain loop, and the dataset of training, on one core.
 
-    The bare loop decodes with OpenCV and augments, and knows its files and boxes already. The three
-    take turns, and the median round counts.
-
-    Args:
-        source: bound.
-        image_size: side of the network input, px.
+    The plain loop decodes with OpenCV and augments; its files and boxes are already in memory. The
+    three alternate, and the median round is returned. The source must be bound to a tree.
     """
     torch.set_num_threads(1)
     augment = DetectionAugmentation()
@@ -72,27 +61,32 @@ def rates(source: AnnotatedImages, image_size: int) -> dict[str, float]:
         for index in order.plan(step).indices:
             read_image(paths[index])
 
-    def bare(step: int) -> None:
+    def plain_loop(step: int) -> None:
         for index in order.plan(step).indices:
             image = cv2.imdecode(np.fromfile(paths[index], np.uint8), cv2.IMREAD_COLOR_RGB)
-            known = samples[index]
+            annotation = samples[index]
             sample = DetectionSample(
-                np.asarray(image, np.uint8), known.boxes_xyxy_px, known.labels, known.difficult
+                np.asarray(image, np.uint8),
+                annotation.boxes_xyxy_px,
+                annotation.labels,
+                annotation.difficult,
             )
             augment(sample, image_size, step)
 
-    def ours(step: int) -> None:
+    def dataset_read(step: int) -> None:
         _ = dataset[order.plan(step)]
 
-    ways: dict[str, Callable[[int], None]] = {"decode": decode, "bare loop": bare, "ours": ours}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(_ROUNDS):
-        for name, way in ways.items():
+    readers: dict[str, Callable[[int], None]] = {
+        "decode": decode, "plain loop": plain_loop, "dataset": dataset_read,
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for k in range(_ROUNDS):
+        for name, read in readers.items():
             started = time.perf_counter()
-            for step in range(turn * batches, (turn + 1) * batches):
-                way(step)
+            for step in range(k * batches, (k + 1) * batches):
+                read(step)
             seconds[name].append(time.perf_counter() - started)
-    return {name: batches * _BATCH / statistics.median(found) for name, found in seconds.items()}
+    return {name: batches * _BATCH / statistics.median(times) for name, times in seconds.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,32 +94,35 @@ def _parser() -> argparse.ArgumentParser:
         prog="yolo-lightning benchmark",
         description="Measure how fast one core decodes and augments a dataset with boxes.",
     )
-    parser.add_argument("dataset", help="images with boxes, in a usual layout")
-    parser.add_argument("--image-size", type=int, default=416, help="px, a multiple of 32 (416)")
-    parser.add_argument("--resized", metavar="WxH", help="first bring all images to this size, px")
+    parser.add_argument("dataset", help="images with boxes, in a supported layout")
+    parser.add_argument(
+        "--image-size", type=int, default=416, help="px, a multiple of 32 (default: 416)"
+    )
+    parser.add_argument("--resized", metavar="WxH", help="resize all images first, px")
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print images a second.
+    """Print images per second.
 
     Raises:
-        InputError: no dataset, or sizes that cannot be.
+        InputError: no dataset was recognized, or an invalid size.
     """
     options = _parser().parse_args(list(argv))
     if options.image_size < 32 or options.image_size % 32:
         raise InputError(f"--image-size is {options.image_size}; allowed: multiples of 32")
     source = detection_source(options.dataset)
-    source.bind(WordTree.flat(sorted(source.name_counts()) or ["nothing"]))
+    source.bind(WordTree.from_names(sorted(source.name_counts()) or ["nothing"]))
     with tempfile.TemporaryDirectory() as scratch:
         if options.resized:
             width, _, height = options.resized.partition("x")
             if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-                raise InputError(f"--resized {options.resized!r}; expected such as 640x480")
+                raise InputError(f"--resized {options.resized!r}; expected a size such as 640x480")
             source = resized_copy(source, Path(scratch), int(width), int(height))
-            source.bind(WordTree.flat(["object"]))
-        found = rates(source, options.image_size)
-    print(f"{len(source)} images to {options.image_size} px, images a second of one core")
-    for name, rate in found.items():
+            source.bind(WordTree.from_names(["object"]))
+        rates = images_per_second(source, options.image_size)
+    print(f"{len(source)} images to {options.image_size} px, images per second on one core")
+    for name, rate in rates.items():
         print(f"  {name:<12}{rate:>8.0f}")
-    print(f"  ours takes {found['bare loop'] / found['ours']:.2f} times as long as the bare loop")
+    ratio = rates["plain loop"] / rates["dataset"]
+    print(f"  the dataset takes {ratio:.2f} times as long as the plain loop")

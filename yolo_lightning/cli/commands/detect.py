@@ -1,28 +1,27 @@
-"""`yolo-lightning detect`: find objects in images, video, and streams."""
+"""`yolo-lightning detect`: detect objects in images, videos and streams."""
 
 import argparse
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from yolo_lightning.cli.commands.darknet_options import add_options
+from yolo_lightning.cli.commands.darknet import add_darknet_options
 from yolo_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from yolo_lightning.detections import Detection
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.inference.sources import Frame, FrameReader
-    from yolo_lightning.inference.writers import Output
+    from yolo_lightning.inference.writers import ResultWriter
 
-READ_AHEAD, WRITE_BEHIND = 3, 3
-_RECENT, _BAR = 30, 30
-STOPPED = 130
-"""Exit code where somebody ended it before its end, as shells have it."""
+PREFETCH_BATCHES, QUEUED_WRITES = 3, 3
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
+_RATE_WINDOW, _BAR_WIDTH = 30, 30
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,54 +29,69 @@ def _parser() -> argparse.ArgumentParser:
         prog="yolo-lightning detect",
         usage="yolo-lightning detect CHECKPOINT SOURCE… [options]\n"
         "       yolo-lightning detect --cfg F --weights F --data F SOURCE… [options]",
-        description="Find objects in images, video, and streams.",
+        description="Detect objects in images, videos and streams.",
     )
     parser.add_argument(
-        "places",
+        "inputs",
         nargs="+",
         metavar="CHECKPOINT SOURCE",
-        help="a detector; images, videos, folders, globs, lists of paths (.txt), the number of a "
-        "camera, addresses of streams",
+        help="a detector checkpoint; images, videos, folders, globs, lists of paths (.txt), camera "
+        "numbers, stream URLs",
     )
     add = parser.add_argument
-    add("--output", metavar="FOLDER", help="an empty or new folder; a fresh one under outputs/")
-    add("--score-threshold", type=float, default=0.25, help="0…1, of objectness x P(class); 0.25")
-    add("--iou-threshold", type=float, help="0…1, of suppression; the model's own, 0.45")
+    add("--output", metavar="FOLDER", help="empty or new folder (default: a new one in outputs/)")
+    add(
+        "--score-threshold",
+        type=float,
+        default=0.25,
+        help="minimum score, objectness x P(class), 0…1 (default: 0.25)",
+    )
+    add(
+        "--iou-threshold",
+        type=float,
+        help="of non-maximum suppression, 0…1 (default: the model's own, usually 0.45)",
+    )
     add(
         "--tree-threshold",
         type=float,
         default=0.5,
-        help="0…1, least P(class) of a name; 0.5",
+        help="minimum P(class) to report a more specific class, 0…1 (default: 0.5)",
     )
-    add("--image-size", type=int, metavar="PX", help="a multiple of 32; the model's own")
+    add("--image-size", type=int, metavar="PX", help="a multiple of 32 (default: the model's own)")
     add(
         "--resize",
         choices=("letterbox", "stretch"),
-        help="whole on grey, or each side by itself; as the model was trained",
+        help="keep the aspect ratio with grey borders, or not (default: as in training)",
     )
     add(
         "--classes",
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="only these, each with all that lies below it; after the sources",
+        help="report only these classes and their descendants; place it after the sources",
     )
-    add("--start", type=float, metavar="S", help="of videos: seconds to skip")
-    add("--duration", type=float, metavar="S", help="of videos: seconds to do")
-    add("--batch-size", type=int, default=8, help="images at a time; 8; live sources: 1")
-    add("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one")
+    add("--start", type=float, metavar="S", help="seconds to skip at the start of videos")
+    add("--duration", type=float, metavar="S", help="seconds of video to process")
+    add("--batch-size", type=int, default=8, help="images per batch (default: 8; live sources: 1)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if available)")
     add("--half", action="store_true", help="float16 on GPUs, bfloat16 on CPUs")
     add(
         "--format",
         nargs="+",
         action="extend",
         choices=("coco", "yolo", "csv"),
-        help="detections.json, a text an image, detections.csv; coco; after the sources",
+        help="detections.json, one text file per image, detections.csv (default: coco); place it "
+        "after the sources",
     )
     add("--no-pictures", action="store_true", help="write no annotated images and videos")
-    add("--video-format", choices=("webm", "mp4"), default="webm", help="VP9 or H.264; webm")
-    add("--no-fps-overlay", action="store_true", help="do not write frames a second on videos")
-    add_options(parser.add_argument_group("straight from Darknet's files"), required=False)
+    add(
+        "--video-format",
+        choices=("webm", "mp4"),
+        default="webm",
+        help="VP9 or H.264 (default: webm)",
+    )
+    add("--no-fps-overlay", action="store_true", help="do not draw the frame rate on videos")
+    add_darknet_options(parser.add_argument_group("Darknet files instead of a checkpoint"), False)
     return parser
 
 
@@ -94,33 +108,33 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--duration is {options.duration}; allowed: more than 0 seconds")
 
 
-def _sources(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """Return the checkpoint, if one is meant, and the sources."""
+def _split_inputs(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """Return the checkpoint, None with Darknet files, and the sources."""
     from_darknet = options.cfg or options.layout or options.weights
     if from_darknet and not options.weights:
         raise InputError("--cfg and --layout need --weights FILE")
     if from_darknet:
-        return None, list(options.places)
-    if len(options.places) < 2:
+        return None, list(options.inputs)
+    if len(options.inputs) < 2:
         raise InputError("name a checkpoint, then images, videos, folders, a camera or a stream")
-    return options.places[0], options.places[1:]
+    return options.inputs[0], options.inputs[1:]
 
 
-def _model(options: argparse.Namespace, checkpoint: str | None) -> "DetectorModule":
-    """Return the detector, on its device, with the options that change how it predicts."""
+def _load_detector(options: argparse.Namespace, checkpoint: str | None) -> "DetectorModule":
+    """Load the detector on its device and apply the options that change its predictions."""
     import torch
 
     from yolo_lightning.detector import DetectorModule
-    from yolo_lightning.inference.loading import load, ready
+    from yolo_lightning.inference.loading import load, prepare_for_inference
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if checkpoint is not None:
         module, name = load(checkpoint, device), checkpoint
     else:
-        from yolo_lightning.export.darknet import module_of
+        from yolo_lightning.export.darknet import import_from_options
 
-        imported = module_of(options)
-        module, name = ready(imported.module, device), options.weights
+        imported = import_from_options(options)
+        module, name = prepare_for_inference(imported.module, device), options.weights
         for note in imported.notes:
             print(note)
     if not isinstance(module, DetectorModule):
@@ -132,12 +146,8 @@ def _model(options: argparse.Namespace, checkpoint: str | None) -> "DetectorModu
     return module
 
 
-def named_folder(output: str) -> Path:
-    """Return a folder that somebody named to write to.
-
-    Raises:
-        InputError: it holds files, or is a file.
-    """
+def check_output_folder(output: str) -> Path:
+    """Return the folder of ``--output``, which must be empty or not exist yet."""
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {output!r} is a file; expected a folder")
@@ -147,35 +157,28 @@ def named_folder(output: str) -> Path:
 
 
 @dataclass
-class Done:
-    """A batch on its way from the network to the files."""
+class DetectedBatch:
+    """A batch of frames and their detections, to be written."""
 
     frames: list["Frame"]
-    found: list[list["Detection"]]
+    detections: list[list["Detection"]]
     frames_per_second: float
 
 
 @dataclass
 class RunStats:
-    """What was done, and how long each stage took.
-
-    Attributes:
-        frames, detections: how many.
-        stopped: whether somebody ended it.
-        network_s, writing_s: seconds that each stage worked; reading is told by `FrameReader`.
-        started: when.
-    """
+    """Counts and time per stage; `FrameReader.reading_s` is the time of reading."""
 
     frames: int = 0
     detections: int = 0
     network_s: float = 0.0
     writing_s: float = 0.0
-    stopped: bool = False
+    interrupted: bool = False
     started: float = field(default_factory=time.perf_counter)
-    _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_WINDOW))
 
-    def count(self, frames: int, detections: int) -> float:
-        """Add a batch; return frames per second over the last ones."""
+    def add_batch(self, frames: int, detections: int) -> float:
+        """Count a batch; return the frames per second of the recent batches."""
         self.frames, self.detections = self.frames + frames, self.detections + detections
         now = time.perf_counter()
         since, before = self._recent[0] if self._recent else (self.started, 0)
@@ -183,167 +186,162 @@ class RunStats:
         return (self.frames - before) / max(now - since, 1e-9)
 
     def summary(self, reading_s: float) -> str:
-        """Return how many, how fast, and the average of each stage."""
+        """Return counts, speed, and the mean time of each stage."""
         seconds, count = time.perf_counter() - self.started, max(1, self.frames)
-        stages = (
-            ("reading", reading_s), ("network", self.network_s), ("writing", self.writing_s),
-        )  # fmt: skip
-        each = ", ".join(f"{name} {1000 * value / count:.1f}" for name, value in stages)
+        stages = {"reading": reading_s, "network": self.network_s, "writing": self.writing_s}
+        times = ", ".join(f"{name} {1000 * value / count:.1f}" for name, value in stages.items())
         return (
             f"{self.frames} images, {self.detections} detections in {seconds:.1f} s: "
-            f"{self.frames / seconds:.1f} a second\n"
-            f"milliseconds an image, the stages beside each other: {each}"
+            f"{self.frames / seconds:.1f} images/s\n"
+            f"milliseconds per image, stages run in parallel: {times}"
         )
 
 
-def _finder(module: "DetectorModule", options: argparse.Namespace) -> Any:
-    """Return a function from a batch of frames to what is in each of them."""
+Predictor = Callable[[list["Frame"]], list[list["Detection"]]]
+
+
+def _make_predictor(module: "DetectorModule", options: argparse.Namespace) -> Predictor:
+    """Return a function from a batch of frames to the detections of each frame."""
     import numpy as np
     import torch
 
     nodes = None
     if options.classes:
-        nodes = torch.tensor([module.tree.node(name, "--classes") for name in options.classes])
+        nodes = torch.tensor([module.tree.find_node(name, "--classes") for name in options.classes])
     device = module.device
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
 
     @torch.inference_mode()
-    def find(frames: "list[Frame]") -> "list[list[Detection]]":
-        images = torch.from_numpy(np.stack([frame.fitted for frame in frames]))
+    def predict(frames: "list[Frame]") -> "list[list[Detection]]":
+        images = torch.from_numpy(np.stack([frame.network_input for frame in frames]))
         sizes = torch.tensor([frame.size_hw_orig for frame in frames])
         with torch.autocast(device.type, half, enabled=options.half):
-            found = module.describe(
+            results = module.detect_most_specific(
                 images.permute(0, 3, 1, 2).to(device),
                 sizes,
                 options.score_threshold,
                 options.tree_threshold,
             )
         if nodes is not None:
-            found = [one.below(nodes, module.tree) for one in found]
-        return [one.told(module.tree) for one in found]
+            results = [detections.select_subtree(nodes, module.tree) for detections in results]
+        return [detections.to_list(module.tree) for detections in results]
 
-    return find
+    return predict
 
 
-def _outputs(folder: Path, module: "DetectorModule", options: argparse.Namespace) -> "list[Output]":
-    from yolo_lightning.inference.writers import FORMATS, Pictures
+def _make_writers(
+    folder: Path, module: "DetectorModule", options: argparse.Namespace
+) -> "list[ResultWriter]":
+    from yolo_lightning.inference.writers import FORMATS, AnnotatedMediaWriter
 
-    outputs: list[Output] = []
+    writers: list[ResultWriter] = []
     for name in dict.fromkeys(options.format):
-        outputs.append(FORMATS[name](folder, module.tree))
+        writers.append(FORMATS[name](folder, module.tree))
     if not options.no_pictures:
         suffix = f".{options.video_format}"
-        outputs.append(Pictures(folder, module.tree, suffix, not options.no_fps_overlay))
-    return outputs
+        writers.append(
+            AnnotatedMediaWriter(folder, module.tree, suffix, not options.no_fps_overlay)
+        )
+    return writers
 
 
 def run(
-    batches: "Iterator[list[Frame]]", find: Any, outputs: "Sequence[Output]", reading: "FrameReader"
+    batches: "Iterator[list[Frame]]",
+    predict: Predictor,
+    writers: "Sequence[ResultWriter]",
+    reader: "FrameReader",
 ) -> RunStats:
-    """Find objects in every batch and write them; reading, network and writing overlap.
-
-    What was done is kept whatever ends it: an interrupt, which ends cameras, or an error.
-
-    Args:
-        batches: of frames.
-        find: from a batch to what is in each frame.
-        outputs: what is written.
-        reading: knows how many frames there are.
-    """
+    """Detect and write batch by batch; reading, network and writing run in parallel."""
     from yolo_lightning.inference.sources import BackgroundWriter, prefetch
 
-    tally = RunStats()
+    stats = RunStats()
 
-    def write(done: Done) -> None:
+    def write(batch: DetectedBatch) -> None:
         started = time.perf_counter()
-        for frame, found in zip(done.frames, done.found, strict=True):
-            for output in outputs:
-                output.add(frame, found, done.frames_per_second)
-        tally.writing_s += time.perf_counter() - started
+        for frame, detections in zip(batch.frames, batch.detections, strict=True):
+            for writer in writers:
+                writer.write(frame, detections, batch.frames_per_second)
+        stats.writing_s += time.perf_counter() - started
 
-    writing = BackgroundWriter(write, WRITE_BEHIND)
+    background_writer = BackgroundWriter(write, QUEUED_WRITES)
     try:
-        for frames in prefetch(batches, READ_AHEAD):
+        for frames in prefetch(batches, PREFETCH_BATCHES):
             started = time.perf_counter()
-            found = find(frames)
-            tally.network_s += time.perf_counter() - started
-            rate = tally.count(len(frames), sum(len(one) for one in found))
-            writing.put(Done(frames, found, rate))
-            _show(tally.frames, reading.expected, rate)
-    except KeyboardInterrupt:
-        tally.stopped = True
-        print("\nstopped; what was done is kept", file=sys.stderr)
+            detections = predict(frames)
+            stats.network_s += time.perf_counter() - started
+            rate = stats.add_batch(len(frames), sum(len(image) for image in detections))
+            background_writer.put(DetectedBatch(frames, detections, rate))
+            _show_progress(stats.frames, reader.frame_count, rate)
+    except KeyboardInterrupt:  # the usual end of a camera
+        stats.interrupted = True
+        print("\ninterrupted; the results so far are written", file=sys.stderr)
     finally:
         try:
-            writing.close()
+            background_writer.close()
         finally:
-            for output in outputs:
-                output.close()
-    return tally
+            for writer in writers:
+                writer.close()
+    return stats
 
 
-def _show(done: int, total: int | None, rate: float) -> None:
-    """Show progress where somebody looks."""
+def _show_progress(done: int, total: int | None, rate: float) -> None:
+    """Show a progress bar on a terminal."""
     if sys.stderr.isatty():
         bar = f"{done} frames"
         if total:
-            full = min(_BAR, done * _BAR // total)
-            bar = f"[{'#' * full}{'.' * (_BAR - full)}] {done} of {total}"
-        print(f"\r{bar}, {rate:.1f} a second   ", end="", file=sys.stderr, flush=True)
+            filled = min(_BAR_WIDTH, done * _BAR_WIDTH // total)
+            bar = f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {done} of {total}"
+        print(f"\r{bar}, {rate:.1f} frames/s   ", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Detect.
-
-    Raises:
-        InputError: a bad option or model, and what could not be read, after all else is done.
-    """
+    """Run `detect`; unreadable sources raise `InputError` after all others are done."""
     options = _parser().parse_intermixed_args(list(argv))
     options.format = options.format or ["coco"]
     _check(options)
-    checkpoint, sources = _sources(options)
-    folder = named_folder(options.output) if options.output is not None else None
+    checkpoint, locations = _split_inputs(options)
+    folder = check_output_folder(options.output) if options.output is not None else None
 
-    from yolo_lightning.inference.sources import FrameReader, in_batches, places_in
+    from yolo_lightning.inference.sources import FrameReader, batched, find_sources
 
-    places = places_in(sources)
-    still = all(place.kind == "image" for place in places)
-    if still and (options.start is not None or options.duration is not None):
-        raise InputError("--start and --duration cut videos; there are only images")
-    module = _model(options, checkpoint)
-    size_hw = module.size_hw(options.image_size)
-    find = _finder(module, options)
+    sources = find_sources(locations)
+    only_images = all(source.kind == "image" for source in sources)
+    if only_images and (options.start is not None or options.duration is not None):
+        raise InputError("--start and --duration apply to videos; there are only images")
+    module = _load_detector(options, checkpoint)
+    size_hw = module.input_size_hw(options.image_size)
+    predict = _make_predictor(module, options)
     if folder is None:
-        from yolo_lightning.cli.runs import numbered_folder
+        from yolo_lightning.cli.runs import make_numbered_folder
 
-        folder = numbered_folder(Path("outputs"), "detect")
-    reading = FrameReader(
+        folder = make_numbered_folder(Path("outputs"), "detect")
+    reader = FrameReader(
         size_hw,
         module.hparams["resize"],
         options.start or 0.0,
         options.duration,
-        whole_images=not options.no_pictures,
-        failures=[],
+        full_resolution=not options.no_pictures,
+        errors=[],
     )
-    batches = in_batches(reading.frames(places), options.batch_size)
-    outputs = _outputs(folder, module, options)
-    # who is told to stop keeps what was done, as after Ctrl-C
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    batches = batched(reader.frames(sources), options.batch_size)
+    writers = _make_writers(folder, module, options)
+    # SIGTERM also keeps the results so far, as Ctrl-C does
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        tally = run(batches, find, outputs, reading)
+        stats = run(batches, predict, writers, reader)
     except OSError as error:
-        said = f"{folder}: cannot be written ({error.strerror or error})"
-        raise InputError("\n  ".join([said, *reading.failures])) from None
+        message = f"{folder}: cannot be written ({error.strerror or error})"
+        raise InputError("\n  ".join([message, *reader.errors])) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if tally.frames:
+        signal.signal(signal.SIGTERM, previous_handler)
+    if stats.frames:
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # below the progress
-        print(tally.summary(reading.seconds))
+            print(file=sys.stderr)  # end the line of the progress bar
+        print(stats.summary(reader.reading_s))
         print(f"written to {folder}")
     elif options.output is None:
         folder.rmdir()
-    if tally.stopped and any(place.kind != "live" for place in places):
-        raise SystemExit(STOPPED)
-    if reading.failures:
-        raise InputError("not read, or not to the end:\n  " + "\n  ".join(reading.failures))
+    if stats.interrupted and any(source.kind != "live" for source in sources):
+        raise SystemExit(EXIT_INTERRUPTED)
+    if reader.errors:
+        raise InputError("not read, or not to the end:\n  " + "\n  ".join(reader.errors))

@@ -1,4 +1,4 @@
-"""`yolo-lightning explain`: one picture of what the loss sees in an image."""
+"""`yolo-lightning explain`: explain the loss of one image."""
 
 import argparse
 import shlex
@@ -24,59 +24,57 @@ FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning explain",
-        description="Draw what the loss sees in one image of a recipe: who answers for what, "
-        "path probabilities, and every term. Rows, columns and anchors count from 0.",
-        epilog="Any other option, after the recipe, overrides its values: "
+        description="Print and draw the loss of one image of a recipe: responsible boxes, path "
+        "probabilities, and every term. Rows, columns and anchors count from 0.",
+        epilog="Other options, after the recipe, override its values: "
         "--model.loss.box_selection label.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("recipe", help="RECIPE.yaml, or the resolved.yaml of a run")
-    add("--checkpoint", required=True, metavar="CKPT", help="a detector of the recipe's classes")
-    add("--image", required=True, type=int, metavar="N", help="number of the image, from 0")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="of a detector with the classes of the recipe",
+    )
+    add("--image", required=True, type=int, metavar="N", help="index of the image, from 0")
     add(
         "--source",
         choices=SOURCES,
-        help="of the recipe's data; detection, or classification where the recipe has no boxes",
+        help="of the image, in the data of the recipe (detection, or classification without boxes)",
     )
-    add("--image-size", type=int, metavar="PX", help="network input; the recipe's data.image_size")
+    add("--image-size", type=int, metavar="PX", help="network input (data.image_size)")
     add(
         "--images-seen",
         type=int,
         metavar="N",
-        help="images seen so far, which decide whether loss_anchor_prior counts (the checkpoint's, "
-        "else all of the training)",
+        help="training images so far, which determine whether loss_anchor_prior applies (those of "
+        "the checkpoint, or enough to switch it off)",
     )
-    add("--output", metavar="FILE", help="the picture (explain-SOURCE-N.png)")
+    add("--output", metavar="FILE", help="figure (explain-SOURCE-N.png)")
     return parser
 
 
 def read_image(
     data: "CombinedDataModule", name: str, index: int, size: int
 ) -> tuple["DetectionBatch | ClassificationBatch", str]:
-    """Return an image as the loss is given it where nothing is augmented, and what it is called.
-
-    Args:
-        data: of the recipe.
-        name: which of its sources.
-        index: number of the image.
-        size: side of the network input, px.
+    """Return an image as a batch, without augmentation, and its file name.
 
     Raises:
-        InputError: no such source or image, or an image that cannot be read.
+        InputError: no such source or image, or an unreadable image.
     """
     import torch
 
-    from yolo_lightning.batches import ClassificationBatch
-    from yolo_lightning.datamodules.batching import collate_detection
+    from yolo_lightning.batches import ClassificationBatch, collate_detection
     from yolo_lightning.datamodules.source import DetectionSource
     from yolo_lightning.datamodules.transforms import fit_sample
     from yolo_lightning.images import UnreadableSample, fit
 
     source: DetectionSource | ImageLabelSource | None = getattr(data, name)
     if source is None:
-        there = [part for part in SOURCES if getattr(data, part) is not None]
-        raise InputError(f"the recipe names no data.{name}; it has: {', '.join(there)}")
+        present = [part for part in SOURCES if getattr(data, part) is not None]
+        raise InputError(f"the recipe has no data.{name}; it has: {', '.join(present)}")
     source.bind(data.tree)
     if not 0 <= index < len(source):
         raise InputError(
@@ -85,7 +83,7 @@ def read_image(
     try:
         if isinstance(source, DetectionSource):
             sample = source.read(index, size)
-            sample = sample.chosen(~sample.difficult)  # training leaves them out
+            sample = sample.select(~sample.difficult)  # as in training
             batch = collate_detection([fit_sample(sample, size, data.resize)])
             return batch, source.image_name(index)
         image, node = source.read(index, size)
@@ -97,7 +95,7 @@ def read_image(
 
 
 def images_seen(checkpoint: Mapping[str, Any], data: "CombinedDataModule") -> int | None:
-    """Return how many images the training of a checkpoint had seen; None for weights alone."""
+    """Return the number of training images of a checkpoint; None if it holds only weights."""
     from yolo_lightning.datamodules.sampler import JointOrder
 
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
@@ -107,15 +105,11 @@ def images_seen(checkpoint: Mapping[str, Any], data: "CombinedDataModule") -> in
     return order.plan(int(progress["total"]["processed"])).images_seen
 
 
-def network(options: argparse.Namespace, run: Any) -> "tuple[DetectorModule, LossSettings]":
-    """Return the checkpoint's detector, and the loss that the recipe computes with it.
-
-    Args:
-        options: of the command line.
-        run: the recipe, as `DataCLI` reads it.
+def load_detector(options: argparse.Namespace, cli: Any) -> "tuple[DetectorModule, LossSettings]":
+    """Return the detector of the checkpoint, and the settings of the loss of the recipe.
 
     Raises:
-        InputError: a classifier, or one with other classes or anchors than the recipe's.
+        InputError: checkpoint or recipe are not of a detector, or differ in classes or anchors.
     """
     from yolo_lightning.checkpoints.validation import first_difference
     from yolo_lightning.detector import DetectorModule
@@ -124,24 +118,24 @@ def network(options: argparse.Namespace, run: Any) -> "tuple[DetectorModule, Los
 
     module = load(options.checkpoint)
     if not isinstance(module, DetectorModule):
-        raise InputError(f"{options.checkpoint}: holds a classifier; explain takes a detector")
-    model = run.recipe.model
+        raise InputError(f"{options.checkpoint}: contains a classifier; explain needs a detector")
+    model = cli.recipe.model
     if "anchors_wh_cell" not in model.init_args:
-        raise InputError(f"{options.recipe}: model is {model.class_path}; explain takes a detector")
+        raise InputError(f"{options.recipe}: model is {model.class_path}; explain needs a detector")
     anchors = [[float(v) for v in pair] for pair in model.init_args.anchors_wh_cell]
-    for name, own, theirs in (
-        ("data.tree", run.datamodule.tree.rows, module.tree.rows),
+    for name, value, checkpoint_value in (
+        ("data.tree", cli.datamodule.tree.rows, module.tree.rows),
         ("model.anchors_wh_cell", anchors, module.hparams["anchors_wh_cell"]),
     ):
-        if own != theirs:
-            difference = first_difference(own, theirs, "the recipe", "the checkpoint")
+        if value != checkpoint_value:
+            difference = first_difference(value, checkpoint_value, "the recipe", "the checkpoint")
             raise InputError(f"{name} differs from the checkpoint's: {difference}")
-    given = model.init_args.get("loss")
-    return module, module.loss if given is None else LossSettings(**given.as_dict())
+    loss = model.init_args.get("loss")
+    return module, module.loss if loss is None else LossSettings(**loss.as_dict())
 
 
 def _boxed_ancestors(module: "DetectorModule", data: "CombinedDataModule") -> Any:
-    """Return what boxes taught: the checkpoint knows, else the recipe's boxes tell."""
+    """Return the ancestors with boxes in the checkpoint, or else in the recipe."""
     if not bool(module.boxed.any()) and data.detection is not None:
         data.detection.bind(data.tree)
         module.boxed[data.boxed_nodes] = True
@@ -149,14 +143,16 @@ def _boxed_ancestors(module: "DetectorModule", data: "CombinedDataModule") -> An
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print what the loss sees in an image, and draw it.
+    """Print and draw the loss of an image.
 
     Raises:
-        InputError: an image, a recipe or a checkpoint that cannot be, or that do not go together.
+        InputError: invalid options, image, recipe or checkpoint.
     """
     options, overrides = _parser().parse_known_args(list(argv))
     if options.output and Path(options.output).suffix.lower() not in FORMATS:
-        raise InputError(f"--output is {options.output!r}; allowed endings: {', '.join(FORMATS)}")
+        raise InputError(
+            f"--output is {options.output!r}; allowed extensions: {', '.join(FORMATS)}"
+        )
     if options.images_seen is not None and options.images_seen < 0:
         raise InputError(f"--images-seen is {options.images_seen}; allowed: 0 or more")
     _run(options, overrides)
@@ -170,32 +166,34 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from yolo_lightning.cli.data import DataCLI
     from yolo_lightning.explain.picture import View
 
-    run = DataCLI([options.recipe, *overrides])
-    data = run.datamodule
-    module, settings = network(options, run)
+    cli = DataCLI([options.recipe, *overrides])
+    data = cli.datamodule
+    module, settings = load_detector(options, cli)
     size = data.image_size if options.image_size is None else options.image_size
     stride = module.network.stride
     if size < stride or size % stride:
         raise InputError(f"--image-size is {size}; allowed: multiples of {stride}")
     name = options.source or ("detection" if data.detection is not None else "classification")
-    batch, called = read_image(data, name, options.image, size)
-    seen = options.images_seen
-    if seen is None:
-        seen = images_seen(read_checkpoint(options.checkpoint), data)
-    batch.images_seen = settings.anchor_prior_images if seen is None else seen
+    batch, file_name = read_image(data, name, options.image, size)
+    num_images = options.images_seen
+    if num_images is None:
+        num_images = images_seen(read_checkpoint(options.checkpoint), data)
+    batch.images_seen = settings.anchor_prior_images if num_images is None else num_images
     path = Path(options.output or f"explain-{name}-{options.image}.png")
-    view = View(batch.images[0].permute(1, 2, 0).numpy(), f"{name} {options.image}: {called}", path)
+    view = View(
+        batch.images[0].permute(1, 2, 0).numpy(), f"{name} {options.image}: {file_name}", path
+    )
     print(f"{view.title}, {size} x {size} px")
     with torch.no_grad():
         output = module.network(unit_range(batch.images))
     if isinstance(batch, DetectionBatch):
-        _tell_boxes(view, output, batch, module, settings)
+        _explain_boxes(view, output, batch, module, settings)
     else:
-        _tell_label(view, output, batch, module, _boxed_ancestors(module, data), settings)
-    print(f"picture: {shlex.quote(str(path))}")
+        _explain_label(view, output, batch, module, _boxed_ancestors(module, data), settings)
+    print(f"figure: {shlex.quote(str(path))}")
 
 
-def _tell_boxes(
+def _explain_boxes(
     view: "View",
     output: "HeadOutput",
     batch: "DetectionBatch",
@@ -204,24 +202,26 @@ def _tell_boxes(
 ) -> None:
     from yolo_lightning.explain.analysis import explain_boxes
     from yolo_lightning.explain.picture import save_boxes
-    from yolo_lightning.explain.text import boxes_summary, object_lines, warm_up
+    from yolo_lightning.explain.text import anchor_prior_line, boxes_summary, object_lines
 
     anchors = module.network.anchors_wh_cell
-    explained = explain_boxes(output, batch, anchors, module.tree, settings)
+    explanation = explain_boxes(output, batch, anchors, module.tree, settings)
     size = len(view.image)
-    anchors_wh_px = [(w * size, h * size) for w, h in explained.anchors_wh_norm]
-    told = [
+    anchors_wh_px = [(w * size, h * size) for w, h in explanation.anchors_wh_norm]
+    texts = [
         object_lines(k + 1, item, anchors_wh_px[item.box.anchor])
-        for k, item in enumerate(explained.objects)
+        for k, item in enumerate(explanation.objects)
     ]
-    note = warm_up(batch.images_seen, settings)
-    for first, *rest in told:
-        print("\n".join([first, *(f"   {line}" for line in rest)]))
-    print("\n".join([note, *boxes_summary(explained, settings, each=True)]))
-    save_boxes(view, explained, told, [note, *boxes_summary(explained, settings, each=False)])
+    prior_line = anchor_prior_line(batch.images_seen, settings)
+    for name, *lines in texts:
+        print("\n".join([name, *(f"   {line}" for line in lines)]))
+    summary = boxes_summary(explanation, settings, row_per_object=True)
+    print("\n".join([prior_line, *summary]))
+    summary = boxes_summary(explanation, settings, row_per_object=False)
+    save_boxes(view, explanation, texts, [prior_line, *summary])
 
 
-def _tell_label(
+def _explain_label(
     view: "View",
     output: "HeadOutput",
     batch: "ClassificationBatch",
@@ -234,8 +234,8 @@ def _tell_label(
     from yolo_lightning.explain.text import candidates_table, label_lines, label_summary
 
     anchors = module.network.anchors_wh_cell
-    explained = explain_label(output, batch, anchors, module.tree, boxed_ancestors, settings)
-    lines, table = label_lines(explained), candidates_table(explained, len(view.image))
-    summary = label_summary(explained)
+    explanation = explain_label(output, batch, anchors, module.tree, boxed_ancestors, settings)
+    lines, table = label_lines(explanation), candidates_table(explanation, len(view.image))
+    summary = label_summary(explanation)
     print("\n".join([*lines, "", *table, "", *summary]))
-    save_label(view, explained, lines, table, summary)
+    save_label(view, explanation, lines, table, summary)

@@ -1,4 +1,4 @@
-"""`yolo-lightning export`: a detector as one graph, for other runtimes."""
+"""`yolo-lightning export`: export a detector to ONNX or torch.export."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.check import MAX_APART, compare, metadata_of, open_onnx, open_torch
+from yolo_lightning.export.check import MAX_DIFFERENCE, compare, metadata_of, open_onnx, open_torch
 
 if TYPE_CHECKING:
     from yolo_lightning.detector import DetectorModule
@@ -22,44 +22,51 @@ SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning export",
-        description="Write a detector as one graph, from pixels to boxes, scores and nodes, "
-        "suppression included, and check it against the checkpoint.",
-        epilog="The graph takes images (uint8 B x 3 x H x W, RGB, fitted) and sizes_hw_orig "
-        "(int64 B x 2, px of the originals) and gives boxes_xyxy_orig_px (B x top x 4), scores "
-        "(B x top, descending) and nodes (B x top, -1 where there are no more boxes). Names of "
-        "the nodes and all settings travel in its metadata.",
+        description="Export a detector as one graph, from pixels to boxes, scores and tree nodes, "
+        "including non-maximum suppression, and compare it with the checkpoint.",
+        epilog="Inputs: images (uint8 B x 3 x H x W, RGB, resized) and sizes_hw_orig (int64 B x "
+        "2, px of the original images). Outputs: boxes_xyxy_orig_px (B x top x 4), scores (B x "
+        "top, descending) and nodes (B x top, padded with -1). The metadata contains the names "
+        "of the nodes and all settings.",
     )
     parser.add_argument(
         "checkpoint",
-        help="a detector; where training averaged its weights, the averages are exported",
+        help="a detector; averaged weights are exported if the training averaged them",
     )
     parser.add_argument(
         "--format",
         choices=tuple(SUFFIXES),
         default="onnx",
-        help="onnx, for ONNX Runtime and others (needs the extra `export`); torch-export, a .pt2 "
-        "for torch.export.load, which needs torch alone where it runs (onnx)",
+        help="onnx, which needs the extra `export`, or torch-export, a .pt2 file for "
+        "torch.export.load (default: onnx)",
     )
-    parser.add_argument("--output", help="the file; CHECKPOINT.onnx or .pt2 in the working folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument(
+        "--output", help="file to write (default: CHECKPOINT.onnx or .pt2 in the working folder)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="PX",
-        help="what the metadata tells and the check uses; the model's own. The graph takes any",
+        help="size in the metadata and for the comparison; the graph accepts any size (default: "
+        "the model's own)",
     )
-    parser.add_argument("--top", type=int, default=100, help="rows given for each image (100)")
     parser.add_argument(
-        "--score-threshold", type=float, default=0.25, help="least score of a box (0.25)"
+        "--top", type=int, default=100, help="maximum number of boxes per image (default: 100)"
+    )
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.25, help="minimum score (default: 0.25)"
     )
     parser.add_argument(
         "--tree-threshold",
         type=float,
         default=0.5,
-        help="how probable a node is down to which the tree is descended (0.5)",
+        help="minimum P(class) to report a more specific class (default: 0.5)",
     )
     parser.add_argument(
-        "--iou-threshold", type=float, help="of non-maximum suppression; the checkpoint's"
+        "--iou-threshold",
+        type=float,
+        help="of non-maximum suppression (default: the checkpoint's)",
     )
     return parser
 
@@ -82,8 +89,8 @@ def _check(options: argparse.Namespace) -> None:
             ) from None
 
 
-def _output(options: argparse.Namespace) -> Path:
-    """Return the file to write; a file that exists only where it may be replaced."""
+def _output_path(options: argparse.Namespace) -> Path:
+    """Return the file to write; it may exist only with ``--overwrite``."""
     name = Path(options.checkpoint).stem + SUFFIXES[options.format]
     output = Path(options.output or name).expanduser()
     if output.is_dir() or not output.name:
@@ -93,7 +100,8 @@ def _output(options: argparse.Namespace) -> Path:
     return output
 
 
-def _folder_beside(output: Path) -> "tempfile.TemporaryDirectory[str]":
+def _temporary_folder(output: Path) -> "tempfile.TemporaryDirectory[str]":
+    """Return a temporary folder on the file system of the output."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-")
@@ -103,33 +111,33 @@ def _folder_beside(output: Path) -> "tempfile.TemporaryDirectory[str]":
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write a detector's graph and check it.
+    """Run `export`.
 
     Raises:
-        InputError: a bad option, no detector, a file that cannot be written, or one that does
-            not do what the checkpoint does, which is not kept.
+        InputError: an invalid option or checkpoint, a write error, or an exported graph whose
+            outputs differ from those of the checkpoint; it is deleted.
     """
     options = _parser().parse_args(list(argv))
     _check(options)
-    output = _output(options)
+    output = _output_path(options)
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.inference.loading import load
 
     module = load(options.checkpoint)
     if not isinstance(module, DetectorModule):
         raise InputError(f"{options.checkpoint}: holds a classifier; export takes a detector")
-    with _folder_beside(output) as folder:
-        fresh = Path(folder) / output.name
-        _write_checked(module, options, fresh, output)
-        os.replace(fresh, output)
+    with _temporary_folder(output) as folder:
+        temporary = Path(folder) / output.name
+        _write_and_compare(module, options, temporary, output)
+        os.replace(temporary, output)
 
 
-def _write_checked(
-    module: "DetectorModule", options: argparse.Namespace, fresh: Path, output: Path
+def _write_and_compare(
+    module: "DetectorModule", options: argparse.Namespace, temporary: Path, output: Path
 ) -> None:
     from yolo_lightning.export import graph
 
-    size_hw = module.size_hw(options.image_size)
+    size_hw = module.input_size_hw(options.image_size)
     if options.iou_threshold is not None:
         module.iou_threshold = options.iou_threshold
     settings = graph.GraphSettings(
@@ -142,26 +150,28 @@ def _write_checked(
     to_onnx = options.format == "onnx"
     write = graph.write_onnx if to_onnx else graph.write_torch
     start = time.perf_counter()
-    write(module.network, module.tree, settings, fresh, metadata_of(module, settings, size_hw))
+    write(module.network, module.tree, settings, temporary, metadata_of(module, settings, size_hw))
     seconds = time.perf_counter() - start
-    # two boxes may be so nearly equal that rounding decides which suppresses the other: ask twice
-    opened = (open_onnx if to_onnx else open_torch)(fresh)
+    # rounding decides between two nearly equal boxes in suppression: allow a second attempt
+    load_graph = (open_onnx if to_onnx else open_torch)(temporary)
     for seed in range(2):
-        found = compare(module, opened, settings, size_hw, seed)
-        if found.close:
+        result = compare(module, load_graph, settings, size_hw, seed)
+        if result.is_close:
             break
-    differs = (
-        f"maximum difference {max(found.of_boxes, found.of_scores):.1e} (boxes "
-        f"{found.of_boxes:.1e} of the image's sides, scores {found.of_scores:.1e} of the score)"
+    difference = (
+        f"maximum difference {max(result.box_difference, result.score_difference):.1e} (boxes "
+        f"{result.box_difference:.1e} of the image's sides, scores "
+        f"{result.score_difference:.1e} of the score)"
     )
-    if not found.close:
+    if not result.is_close:
         raise InputError(
-            f"{output}: differs from the checkpoint, {differs}; allowed: {MAX_APART}. Not kept"
+            f"{output}: differs from the checkpoint, {difference}; allowed: {MAX_DIFFERENCE}. "
+            "Not kept"
         )
     stride = module.network.stride
     print(
-        f"{shlex.quote(str(output))}: {fresh.stat().st_size / 2**20:.1f} MiB, written in "
-        f"{seconds:.0f} s; up to {settings.top} boxes an image, any number of images, of sizes in "
-        f"multiples of {stride} px from {stride if to_onnx else 2 * stride} px on"
+        f"{shlex.quote(str(output))}: {temporary.stat().st_size / 2**20:.1f} MiB, written in "
+        f"{seconds:.0f} s; up to {settings.top} boxes per image, any batch size, image sizes in "
+        f"multiples of {stride} px, at least {stride if to_onnx else 2 * stride} px"
     )
-    print(f"  checked: {found.boxes} boxes of {found.images} images, {differs}")
+    print(f"  checked: {result.boxes} boxes of {result.images} images, {difference}")

@@ -1,4 +1,4 @@
-"""`yolo-lightning quickstart`: joint training against the same boxes alone, side by side."""
+"""`yolo-lightning quickstart`: compare joint training with training on the same boxes alone."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.images import Image, fit
 from yolo_lightning.tracking.logger import run_loggers
-from yolo_lightning.visualization.drawing import draw_boxes, grid, save
+from yolo_lightning.visualization.drawing import draw_boxes, make_grid, save_image
 
 BOXED_COLOUR, UNBOXED_COLOUR, INNER_COLOUR = (64, 160, 255), (255, 140, 0), (200, 200, 200)
 PICTURES = 12
@@ -27,14 +27,14 @@ PICTURES = 12
 
 @dataclass
 class Outcome:
-    """What one training reached.
+    """Result of one training.
 
     Attributes:
         boxed_ap50, unboxed_ap50: means over the classes with and without boxes, 0…1.
-        seconds: of training, validation included.
-        detection_steps: batches with boxes.
-        per_class: AP50 by class name.
-        checkpoint: the last one.
+        seconds: training time including validation.
+        detection_steps: number of batches with boxes.
+        per_class: AP50 by class name, 0…1.
+        checkpoint: path of the tested checkpoint.
     """
 
     boxed_ap50: float
@@ -46,12 +46,12 @@ class Outcome:
 
 
 def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.RecipeCLI]:
-    """Run `fit` with these options in `folder`, then test its last checkpoint."""
+    """Run `fit` with these options in `folder`, and test its last checkpoint."""
     started = time.monotonic()
     run = cli.main(["fit", *args, f"--trainer.default_root_dir={folder}"])
     seconds = time.monotonic() - started
-    model, data = _parts(run)
-    # the last, not the best: nothing of the figures below is chosen by what they measure
+    model, data = _model_and_data(run)
+    # the last checkpoint, not the best: selecting by a metric would bias the result
     checkpoint = str(LastCheckpoint.path(run.trainer))
     logger = run.trainer.logger
     tester = pl.Trainer(
@@ -61,8 +61,9 @@ def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.Reci
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    for tracked in run_loggers(run.trainer):
-        tracked.place(Path(run.run_folder or folder), "", joins_at=run.trainer.global_step - 1)
+    run_folder, evaluated_step = Path(run.run_folder or folder), run.trainer.global_step - 1
+    for run_logger in run_loggers(run.trainer):
+        run_logger.configure_run(run_folder, "", evaluated_step=evaluated_step)
     metrics = tester.test(model, data, ckpt_path=checkpoint, weights_only=True, verbose=False)[0]
     names = {key: name for key, _, name in model.tree.rows}
     outcome = Outcome(
@@ -76,15 +77,15 @@ def train_and_test(args: Sequence[str], folder: Path) -> tuple[Outcome, cli.Reci
     return outcome, run
 
 
-def _parts(run: cli.RecipeCLI) -> tuple[DetectorModule, CombinedDataModule]:
+def _model_and_data(run: cli.RecipeCLI) -> tuple[DetectorModule, CombinedDataModule]:
     assert isinstance(run.model, DetectorModule)
     assert isinstance(run.datamodule, CombinedDataModule)
     return run.model, run.datamodule
 
 
 @torch.no_grad()
-def picture(model: DetectorModule, source: DetectionSource, image_size: int) -> Image:
-    """Return test images with predicted boxes, named as specifically as the model is sure."""
+def draw_predictions(model: DetectorModule, source: DetectionSource, image_size: int) -> Image:
+    """Draw predicted boxes on test images; labels are inner nodes where the model is unsure."""
     model.eval()
     leaves = set(model.tree.leaves.tolist())
     drawn = []
@@ -92,24 +93,26 @@ def picture(model: DetectorModule, source: DetectionSource, image_size: int) -> 
         image = source.read(index).image
         square = torch.from_numpy(fit(image, (image_size, image_size))[0]).permute(2, 0, 1)[None]
         size = torch.tensor([image.shape[:2]])
-        (found,) = model.describe(square.to(model.device), size, score_threshold=0.3)
-        labels = found.labels.tolist()
+        (detections,) = model.detect_most_specific(
+            square.to(model.device), size, score_threshold=0.3
+        )
+        labels = detections.labels.tolist()
         colours = [
             INNER_COLOUR if k not in leaves else BOXED_COLOUR if model.boxed[k] else UNBOXED_COLOUR
             for k in labels
         ]
         captions = [
             f"{model.tree.names[k]} {score:.2f}"
-            for k, score in zip(labels, found.scores.tolist(), strict=True)
+            for k, score in zip(labels, detections.scores.tolist(), strict=True)
         ]
-        boxes = found.boxes_xyxy_orig_px.cpu().numpy()
+        boxes = detections.boxes_xyxy_orig_px.cpu().numpy()
         drawn.append(draw_boxes(image, boxes, captions, colours, scale=max(1, 320 // image_size)))
     legend = "blue: class had boxes    orange: never had a box    grey: stopped at an inner node"
-    return grid(drawn, 4, legend)
+    return make_grid(drawn, 4, legend)
 
 
 def table(joint: Outcome, alone: Outcome, unboxed: Sequence[str]) -> str:
-    """Return the comparison as text."""
+    """Return the comparison as a text table."""
     lines = [
         f"{'AP50 on the test images':<34}{'joint':>8}{'boxes only':>12}",
         f"{'classes that had boxes':<34}{joint.boxed_ap50:>8.3f}{alone.boxed_ap50:>12.3f}",
@@ -128,8 +131,8 @@ def table(joint: Outcome, alone: Outcome, unboxed: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def run_folder(output: Path) -> Path:
-    """Return a fresh folder for this comparison: run-001, run-002 and so on."""
+def new_folder(output: Path) -> Path:
+    """Return the first of run-001, run-002, … that does not exist."""
     number = 1
     while (output / f"run-{number:03}").exists():
         number += 1
@@ -137,23 +140,27 @@ def run_folder(output: Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train both, print the table and where to look."""
+    """Run both trainings, and print the comparison and the paths of its files."""
     parser = argparse.ArgumentParser(
         prog="yolo-lightning quickstart",
-        description="Train jointly and on the same detection batches alone, and compare.",
-        epilog="Any other option goes to both trainings, such as --seed_everything 1.",
+        description="Train with and without image labels on the same boxes, and compare.",
+        epilog="Other options are passed to both trainings, such as --seed_everything 1.",
     )
-    parser.add_argument("--config", default="recipes/quickstart.yaml", help="the recipe")
-    parser.add_argument("--output", default="outputs/quickstart", type=Path, help="folder")
+    parser.add_argument(
+        "--config", default="recipes/quickstart.yaml", help="recipe (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", default="outputs/quickstart", type=Path, help="folder (default: %(default)s)"
+    )
     options, overrides = parser.parse_known_args(list(argv))
     started = time.monotonic()
-    folder = run_folder(options.output)
+    folder = new_folder(options.output)
     args = ["--config", options.config, *overrides]
     print(f"joint training: yolo-lightning fit {' '.join(args)}", flush=True)
     joint, run = train_and_test(args, folder / "joint")
-    model, data = _parts(run)
-    assert isinstance(data.test, DetectionSource), "other recipes have failed in `test`"
-    save(folder / "predictions.png", picture(model, data.test, data.image_size))
+    model, data = _model_and_data(run)
+    assert isinstance(data.test, DetectionSource), "`test` rejects other recipes"
+    save_image(folder / "predictions.png", draw_predictions(model, data.test, data.image_size))
     steps = joint.detection_steps
     alone_args = [
         *args,
@@ -170,18 +177,18 @@ def main(argv: Sequence[str]) -> None:
         "seconds": seconds,
         "seed": int(run.config.fit.seed_everything),
     }
-    _write(options.output, folder, summary)
+    _write_summary(options.output, folder, summary)
     unboxed = [model.tree.names[k] for k in model.tree.leaves.tolist() if not model.boxed[k]]
     print("\n" + table(joint, alone, unboxed))
-    print(f"\n{seconds:.0f} s in all. Everything is in {folder}; the newest run's copies:")
+    print(f"\n{seconds:.0f} s in total. All files are in {folder}; copies of the newest run:")
     print(f"  pictures   {options.output / 'predictions.png'}")
     print(f"  figures    {options.output / 'summary.json'}")
     if run_loggers(run.trainer):
         print("  dashboard  .venv/bin/yolo-lightning mlflow ui")
 
 
-def _write(output: Path, folder: Path, summary: dict[str, Any]) -> None:
-    """Save the figures, and copies of the newest run's files one folder up."""
+def _write_summary(output: Path, folder: Path, summary: dict[str, Any]) -> None:
+    """Save the figures, and copy the files of this run to `output`."""
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for name in ("summary.json", "predictions.png"):
         shutil.copyfile(folder / name, output / name)

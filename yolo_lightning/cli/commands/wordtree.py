@@ -1,4 +1,4 @@
-"""`yolo-lightning wordtree`: build a tree of classes, and look at it."""
+"""The command `yolo-lightning wordtree`: build, print or plot a tree of classes."""
 
 import argparse
 import os
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from yolo_lightning.cli.tree_inputs import (
-    labels_in,
+    build_class_tree,
+    count_labels,
     read_hierarchy,
     read_mapping,
     top_labels,
-    tree_of,
 )
 from yolo_lightning.darknet.files import (
     darknet_order,
@@ -23,17 +23,17 @@ from yolo_lightning.darknet.files import (
 )
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.tree.build import ENTITY
-from yolo_lightning.tree.labels import reviewed
+from yolo_lightning.tree.labels import load_reviewed_labels
 from yolo_lightning.tree.wordnet import is_wnid
 from yolo_lightning.tree.wordtree import WordTree
-from yolo_lightning.visualization.tree import MAX_NODES, depth_for, layout, save
+from yolo_lightning.visualization.tree import MAX_NODES, layout_tree, save_tree, visible_depth
 
 
 def write(tree: WordTree, output: str) -> None:
     """Write a tree: tab-separated, or Darknet's `.tree` with its `.names`.
 
     Raises:
-        InputError: a place that cannot be written.
+        InputError: the output cannot be written.
     """
     path = Path(output)
     try:
@@ -43,50 +43,49 @@ def write(tree: WordTree, output: str) -> None:
             write_tree(path, tree, order)
             write_names(path.with_suffix(".names"), (tree.names[node] for node in order))
             return
-        fresh = path.with_name(path.name + ".fresh")
+        temporary = path.with_name(path.name + ".tmp")
         head = "# Key, key of its parent or -, name."
-        fresh.write_text(f"{head}\n{tree.text()}", encoding="utf-8")
-        os.replace(fresh, path)
+        temporary.write_text(f"{head}\n{tree.to_text()}", encoding="utf-8")
+        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"--output {output!r}: {error.strerror}") from None
 
 
-def read(place: str) -> WordTree:
-    """Return a tree from a file of ours, or from a `.tree` file with the `.names` beside it."""
-    path = Path(place)
+def read(file: str) -> WordTree:
+    """Read a tree: tab-separated, or Darknet's `.tree` with its `.names`."""
+    path = Path(file)
     if path.suffix != ".tree":
-        return WordTree.read(place)
+        return WordTree.from_file(file)
     names = path.with_suffix(".names")
     return read_tree(path, read_names(names) if names.is_file() else None)
 
 
 def _build(options: argparse.Namespace) -> None:
     datasets: dict[str, Iterable[str]] = {}
-    for place in options.wnids:
-        wnids = read_names(place)
-        bad = next(((k, w) for k, w in enumerate(wnids, start=1) if not is_wnid(w)), None)
-        if bad is not None:
-            raise InputError(f"{place}:{bad[0]}: {bad[1]!r} is no wnid, such as n02121808")
-        datasets[place] = wnids
-    for place in options.names:
-        datasets[place] = read_names(place)
+    for file in options.wnids:
+        wnids = read_names(file)
+        for line, wnid in enumerate(wnids, start=1):
+            if not is_wnid(wnid):
+                raise InputError(f"{file}:{line}: {wnid!r} is not a wnid such as n02121808")
+        datasets[file] = wnids
+    for file in options.names:
+        datasets[file] = read_names(file)
     if options.top is not None:
         if len(options.classification) != 1:
-            raise InputError("--top needs one --classification: a folder, or a CSV of wnid,count")
+            raise InputError("--top requires one --classification: a folder or a CSV of wnid,count")
         datasets[options.classification[0]] = top_labels(options.classification[0], options.top)
-    for place in [*options.detection, *([] if options.top else options.classification)]:
-        datasets[place] = labels_in(place)
+    for dataset in [*options.detection, *([] if options.top else options.classification)]:
+        datasets[dataset] = count_labels(dataset)
     hierarchy = read_hierarchy(options.hierarchy) if options.hierarchy else {}
     if not datasets and not hierarchy:
         raise InputError(
-            "nothing to build from; name --wnids, --names, --detection, --classification or "
-            "--hierarchy"
+            "no input; use --wnids, --names, --detection, --classification or --hierarchy"
         )
     meanings = read_mapping(options.mapping) if options.mapping else {}
-    tree = tree_of(datasets, hierarchy, meanings, options.table, options.root)
+    tree = build_class_tree(datasets, hierarchy, meanings, options.table, options.root)
     write(tree, options.output)
     levels = tree.paths.shape[1]
-    size = f"{len(tree)} nodes, {len(tree.leaves)} leaves, {tree.group_count} groups"
+    size = f"{len(tree)} nodes, {len(tree.leaves)} leaves, {tree.num_groups} groups"
     print(f"{options.output}: {size}, {levels} levels")
 
 
@@ -97,38 +96,39 @@ def render(
     depth: int | None = None,
     colour: bool = False,
 ) -> str:
-    """Return an indented tree with what each node has in each dataset.
+    """Return an indented tree with the number of objects or images per node.
 
     Args:
         tree: the classes.
-        counts: objects or images by node, for each dataset.
-        node: where to begin; the top where None.
-        depth: how many levels to show; all where None.
-        colour: whether to mark nodes that a dataset labels.
+        counts: objects or images by node, per dataset.
+        node: root of the printed subtree; None for the whole tree.
+        depth: number of levels; None for all.
+        colour: whether to highlight nodes with labels, by terminal escape codes.
     """
     children: dict[int, list[int]] = {}
     for child, parent in enumerate(tree.parents.tolist()):
         children.setdefault(parent, []).append(child)
     lines: list[str] = []
 
-    def size(at: int) -> int:
-        return sum(1 + size(child) for child in children.get(at, []))
+    def count_descendants(parent: int) -> int:
+        return sum(1 + count_descendants(child) for child in children.get(parent, []))
 
-    def walk(at: int, level: int) -> None:
-        own = [f"{name} {found[at]}" for name, found in counts.items() if found.get(at)]
-        text = tree.names[at]
-        if colour and own:
-            text = f"\033[1;{32 if len(own) > 1 else 36}m{text}\033[0m"
-        hidden = size(at) if depth is not None and level + 1 >= depth else 0
-        notes = [*own, *([f"{hidden} below"] if hidden else [])]
-        key = "" if tree.keys[at] == tree.names[at] else f" [{tree.keys[at]}]"
+    def add_lines(node: int, level: int) -> None:
+        notes = [f"{name} {by_node[node]}" for name, by_node in counts.items() if by_node.get(node)]
+        text = tree.names[node]
+        if colour and notes:
+            text = f"\033[1;{32 if len(notes) > 1 else 36}m{text}\033[0m"
+        hidden = count_descendants(node) if depth is not None and level + 1 >= depth else 0
+        if hidden:
+            notes.append(f"{hidden} below")
+        key = "" if tree.keys[node] == tree.names[node] else f" [{tree.keys[node]}]"
         lines.append(f"{'  ' * level}{text}{key}{'  ' + ', '.join(notes) if notes else ''}")
         if not hidden:
-            for child in children.get(at, []):
-                walk(child, level + 1)
+            for child in children.get(node, []):
+                add_lines(child, level + 1)
 
-    for top in children.get(-1, []) if node is None else [node]:
-        walk(top, 0)
+    for root in children.get(-1, []) if node is None else [node]:
+        add_lines(root, 0)
     return "\n".join(lines)
 
 
@@ -137,25 +137,25 @@ def _show(options: argparse.Namespace) -> None:
     if options.depth is not None and options.depth < 1:
         raise InputError(f"--depth is {options.depth}; allowed: 1 or more")
     counts: dict[str, dict[int, int]] = {}
-    for place in options.data:
-        found: Counter[int] = Counter()
-        for label, count in labels_in(place).items():
-            found[tree.node(label, place)] += count
-        counts[Path(place).name] = found
-    node = tree.node(options.node, "--node") if options.node else None
+    for dataset in options.data:
+        by_node: Counter[int] = Counter()
+        for label, count in count_labels(dataset).items():
+            by_node[tree.find_node(label, dataset)] += count
+        counts[Path(dataset).name] = by_node
+    node = tree.find_node(options.node, "--node") if options.node else None
     print(render(tree, counts, node, options.depth, sys.stdout.isatty()))
 
 
 def _plot(options: argparse.Namespace) -> None:
     tree = read(options.tree)
-    depth = options.depth if options.depth is not None else depth_for(tree)
+    depth = options.depth if options.depth is not None else visible_depth(tree)
     if depth < 1:
         raise InputError(f"--depth is {options.depth}; allowed: 1 or more")
     labelled: dict[int, set[str]] = {}
     for kind in ("detection", "classification"):
-        for place in getattr(options, kind):
-            for label in labels_in(place):
-                labelled.setdefault(tree.node(label, place), set()).add(kind)
+        for dataset in getattr(options, kind):
+            for label in count_labels(dataset):
+                labelled.setdefault(tree.find_node(label, dataset), set()).add(kind)
     kinds = {node: "both" if len(k) > 1 else next(iter(k)) for node, k in labelled.items()}
     counts = Counter(kinds.values())
     counts["neither"] = len(tree) - sum(counts.values())
@@ -164,48 +164,49 @@ def _plot(options: argparse.Namespace) -> None:
         "neither": "neither",
     }  # fmt: skip
     legend = {kind: f"{words[kind]}: {counts[kind]}" for kind in words if counts[kind]}
-    save(layout(tree, kinds, depth), legend, Path(options.output))
+    save_tree(layout_tree(tree, kinds, depth), legend, Path(options.output))
     print(f"{options.output}: {min(depth, tree.paths.shape[1])} of {tree.paths.shape[1]} levels")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="yolo-lightning wordtree", description="Build a tree of classes, and look at it."
+        prog="yolo-lightning wordtree", description="Build, print or plot a tree of classes."
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="build|show|plot")
-    builder = actions.add_parser("build", help="write a tree over the labels of datasets")
+    builder = actions.add_parser("build", help="build a tree from the labels of datasets")
     builder.add_argument("--output", required=True, help="tree.tsv, or Darknet's NAME.tree")
-    builder.add_argument("--wnids", action="append", default=[], help="a wnid a line")
-    builder.add_argument("--names", action="append", default=[], help="a word a line; .names files")
+    builder.add_argument("--wnids", action="append", default=[], help="file with one wnid per line")
+    builder.add_argument("--names", action="append", default=[], help="file with one name per line")
     for kind in ("detection", "classification"):
         builder.add_argument(
             f"--{kind}", action="append", default=[],
             help="COCO JSON, folder with VOC XML files, or class folders",
         )  # fmt: skip
-    builder.add_argument("--hierarchy", help="your own classes: YAML nesting or CSV child,parent")
-    builder.add_argument("--mapping", help="what names mean: YAML or CSV of name and wnid or word")
-    builder.add_argument("--table", help=f"reviewed meanings to use: {', '.join(reviewed())}")
-    builder.add_argument("--root", default=ENTITY, help="wnid above the tree (entity)")
+    builder.add_argument("--hierarchy", help="custom classes: nested YAML, or CSV child,parent")
+    builder.add_argument("--mapping", help="meanings of names: YAML or CSV of name, wnid or word")
+    builder.add_argument(
+        "--table", help=f"table of reviewed meanings: {', '.join(load_reviewed_labels())}"
+    )
+    builder.add_argument("--root", default=ENTITY, help="wnid above the tree; default: entity")
     builder.add_argument(
         "--top", type=int, metavar="N",
-        help="of --classification, a folder or a CSV of wnid,count, the N synsets with most images",
+        help="the N synsets with the most images in --classification: a folder, or a CSV of "
+        "wnid,count",
     )  # fmt: skip
     shower = actions.add_parser("show", help="print a tree")
     shower.add_argument("tree", help="tree.tsv, or Darknet's NAME.tree")
-    shower.add_argument("--node", help="key or name of the branch to show")
-    shower.add_argument("--depth", type=int, help="levels to show")
-    shower.add_argument(
-        "--data", action="append", default=[], help="a dataset whose labels are counted"
-    )
-    plotter = actions.add_parser("plot", help="draw a tree")
+    shower.add_argument("--node", help="key or name of the root of the printed subtree")
+    shower.add_argument("--depth", type=int, help="number of levels; default: all")
+    shower.add_argument("--data", action="append", default=[], help="dataset to count labels of")
+    plotter = actions.add_parser("plot", help="plot a tree")
     plotter.add_argument("tree", help="tree.tsv, or Darknet's NAME.tree")
     plotter.add_argument("--output", required=True, help="NAME.svg or NAME.png")
     plotter.add_argument(
-        "--depth", type=int, help=f"levels to draw; as many as {MAX_NODES} nodes have"
+        "--depth", type=int, help=f"number of levels; default: up to {MAX_NODES} nodes"
     )
     for kind in ("detection", "classification"):
         plotter.add_argument(
-            f"--{kind}", action="append", default=[], help="a dataset whose labels are coloured"
+            f"--{kind}", action="append", default=[], help="dataset whose labels are coloured"
         )
     return parser
 
@@ -214,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
     """Run `wordtree build`, `show` or `plot`.
 
     Raises:
-        InputError: whatever is wrong with the input; nothing is written then.
+        InputError: invalid input; nothing is written.
     """
     actions = {"build": _build, "show": _show, "plot": _plot}
     if argv and not argv[0].startswith("-") and argv[0] not in actions:

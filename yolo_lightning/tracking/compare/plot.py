@@ -1,4 +1,4 @@
-"""The picture of `yolo-lightning mlflow compare`: metrics over steps, all runs side by side."""
+"""Plots of `yolo-lightning mlflow compare`: metrics over steps, for several runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,119 +8,115 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolo_lightning.tracking.compare.runs import Curve
-from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, _figure, _save
+from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLUMNS, _WIDTH, _HEIGHT, _LEGEND_LINE = 3, 5.4, 3.9, 0.2
-_CHARACTERS_AN_INCH, _STYLES = 12.0, ("-", (0, (5, 1.5)), (0, (1, 1)))
-_MAX_POINTS, _FEW_POINTS = 200, 60
+_MAX_COLUMNS, _PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND_LINE_HEIGHT = 3, 5.4, 3.9, 0.2  # inches
+_CHARACTERS_PER_INCH, _LINE_STYLES = 12.0, ("-", (0, (5, 1.5)), (0, (1, 1)))
+_MAX_POINTS, _MAX_POINTS_WITH_MARKERS = 200, 60
 
 
-def thinned(curve: Curve) -> tuple[Curve, int]:
-    """Return a curve of at most 200 points, and how many of its points each is the mean of.
+def downsample(curve: Curve) -> tuple[Curve, int]:
+    """Average neighbouring points to at most 200; also return the number of points per mean.
 
-    Steps become means as well, rounded. Values that are not finite become NaN, which is not drawn.
+    Mean steps are rounded down. Values that are not finite become NaN, which is not drawn.
     """
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
     size = -(-len(values) // _MAX_POINTS)
     if size == 1:
         return Curve(curve.steps, values), 1
     starts = np.arange(0, len(values), size)
-    known = np.isfinite(values)
-    counts = np.add.reduceat(known, starts, dtype=np.int64)
-    sums = np.add.reduceat(np.where(known, values, 0.0), starts)
+    finite = np.isfinite(values)
+    counts = np.add.reduceat(finite, starts, dtype=np.int64)
+    sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
     means = np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
     lengths = np.diff([*starts, len(values)])
     steps = np.add.reduceat(curve.steps, starts) // lengths
     return Curve(steps, means), size
 
 
-def mean_and_spread(
+def mean_and_std(
     curves: Sequence[Curve],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return steps, mean and standard deviation (n - 1) where all curves have values.
+    """Return steps, mean and standard deviation (n - 1) over the range that all curves cover.
 
-    Between its own steps a curve is a straight line. One curve has no spread: 0.
-
-    Args:
-        curves: of the runs of a group, at least one.
+    Curves are interpolated linearly. The standard deviation of a single curve is 0.
     """
-    sound = [np.isfinite(curve.values) for curve in curves]
-    if not all(known.any() for known in sound):
+    finite = [np.isfinite(curve.values) for curve in curves]
+    if not all(mask.any() for mask in finite):
         return np.empty(0, dtype=np.int64), np.empty(0), np.empty(0)
-    lines = [(c.steps[known], c.values[known]) for c, known in zip(curves, sound, strict=True)]
+    lines = [(c.steps[mask], c.values[mask]) for c, mask in zip(curves, finite, strict=True)]
     steps = np.unique(np.concatenate([line[0] for line in lines]))
     start, end = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
     steps = steps[(steps >= start) & (steps <= end)]
-    table = np.stack([np.interp(steps, *line) for line in lines])
-    spread = table.std(axis=0, ddof=1) if len(lines) > 1 else np.zeros(len(steps))
-    return steps, table.mean(axis=0), spread
+    values = np.stack([np.interp(steps, *line) for line in lines])
+    std = values.std(axis=0, ddof=1) if len(lines) > 1 else np.zeros(len(steps))
+    return steps, values.mean(axis=0), std
 
 
 def save_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path) -> None:
-    """Draw a panel a metric: a line a run, or of groups their mean, a band, and thin lines.
+    """Draw a PNG with one panel per metric: a line per run, or mean, band and lines per group.
 
     Args:
-        panels: of each metric the curves by label; a label has one colour in all panels.
-        path: of the PNG file; its folder is made.
-
-    Raises:
-        InputError: no matplotlib, or a place that cannot be written.
+        panels: for each metric, curves by label. A label has the same colour in all panels.
+        path: of the file; its folder is created.
     """
     labels = list(next(iter(panels.values())))
-    wide = min(_COLUMNS, len(panels))
-    high = -(-len(panels) // wide)
-    width = max(7.5, _WIDTH * wide)
-    columns = max(1, int(width * _CHARACTERS_AN_INCH / (max(map(len, labels)) + 8)))
-    legend_lines = -(-len(labels) // columns) + 1
-    figure = _figure(width, _HEIGHT * high + _LEGEND_LINE * legend_lines)
-    grid = figure.subplots(high, wide, squeeze=False).ravel()
+    columns = min(_MAX_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    width = max(7.5, _PANEL_WIDTH * columns)
+    legend_columns = max(1, int(width * _CHARACTERS_PER_INCH / (max(map(len, labels)) + 8)))
+    legend_lines = -(-len(labels) // legend_columns) + 1
+    figure = new_figure(width, _PANEL_HEIGHT * rows + _LEGEND_LINE_HEIGHT * legend_lines)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, (metric, lines) in zip(grid, panels.items(), strict=False):
-        most = max(_draw(axes, number, list(lines[label])) for number, label in enumerate(labels))
-        title = f"{metric}, means of {most} points" if most > 1 else metric
+        size = max(_draw(axes, number, list(lines[label])) for number, label in enumerate(labels))
+        title = f"{metric}, means of {size} points" if size > 1 else metric
         axes.set_title(title, fontsize=10, color=TEXT)
         axes.set_xlabel("step", fontsize=8, color=TEXT)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=TEXT, labelsize=8)
         axes.grid(color=LINE, linewidth=0.6)
     handles = [
-        grid[0].plot([], [], label=label, linewidth=2, **_look(number))[0]
+        grid[0].plot([], [], label=label, linewidth=2, **_line_style(number))[0]
         for number, label in enumerate(labels)
     ]
-    grouped = any(len(curves) > 1 for lines in panels.values() for curves in lines.values())
-    place: dict[str, Any] = {"loc": "outside lower left", "ncols": columns, "frameon": False}
-    if grouped:
-        place |= {
-            "title": "bold: mean of the runs; band: standard deviation to both sides",
+    has_groups = any(len(curves) > 1 for lines in panels.values() for curves in lines.values())
+    options: dict[str, Any] = {
+        "loc": "outside lower left", "ncols": legend_columns, "frameon": False
+    }  # fmt: skip
+    if has_groups:
+        options |= {
+            "title": "bold: mean of the runs; band: ± 1 standard deviation",
             "title_fontsize": 8,
         }
-    figure.legend(handles=handles, fontsize=8, labelcolor=TEXT, alignment="left", **place)
-    _save(figure, path)
+    figure.legend(handles=handles, fontsize=8, labelcolor=TEXT, alignment="left", **options)
+    save_figure(figure, path)
 
 
-def _look(number: int) -> dict[str, Any]:
-    style = _STYLES[number // len(COLOURS) % len(_STYLES)]
+def _line_style(number: int) -> dict[str, Any]:
+    style = _LINE_STYLES[number // len(COLOURS) % len(_LINE_STYLES)]
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": style}
 
 
 def _draw(axes: "Axes", number: int, curves: Sequence[Curve]) -> int:
-    """Draw a run, or a group of runs; return how many points a drawn one is the mean of at most."""
-    look, most = _look(number), 1
-    shown = [thinned(curve) for curve in curves]
-    for curve, size in shown:
-        marker = "o" if len(curve.steps) <= _FEW_POINTS else ""
+    """Draw a run or a group of runs; return the largest number of points per drawn point."""
+    style, max_size = _line_style(number), 1
+    downsampled = [downsample(curve) for curve in curves]
+    for curve, size in downsampled:
+        marker = "o" if len(curve.steps) <= _MAX_POINTS_WITH_MARKERS else ""
         width, alpha = (1.5, 1.0) if len(curves) == 1 else (0.7, 0.35)
-        size_px = 3 if len(curves) == 1 else 0
+        marker_size = 3 if len(curves) == 1 else 0
         axes.plot(
-            curve.steps, curve.values, marker=marker, ms=size_px, lw=width, alpha=alpha, **look
+            curve.steps, curve.values, marker=marker, ms=marker_size, lw=width, alpha=alpha, **style
         )
-        most = max(most, size)
+        max_size = max(max_size, size)
     if len(curves) > 1:
-        steps, mean, spread = mean_and_spread([curve for curve, _ in shown])
-        axes.plot(steps, mean, lw=2.2, **look)
-        axes.fill_between(steps, mean - spread, mean + spread, color=look["color"], alpha=0.15)
-    return most
+        steps, mean, std = mean_and_std([curve for curve, _ in downsampled])
+        axes.plot(steps, mean, lw=2.2, **style)
+        axes.fill_between(steps, mean - std, mean + std, color=style["color"], alpha=0.15)
+    return max_size

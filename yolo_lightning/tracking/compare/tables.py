@@ -1,4 +1,4 @@
-"""The tables of `yolo-lightning mlflow compare`."""
+"""Tables of `yolo-lightning mlflow compare`."""
 
 import csv
 import math
@@ -13,90 +13,77 @@ from numpy.typing import NDArray
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking.compare.runs import TrackedRun, first_difference
 
-FEW_PARAMS = 3
-"""So many differing parameters stand in the table of runs; more get lines of their own."""
-_MAX_VALUES, _MAX = 6, 40
+MAX_PARAM_COLUMNS = 3
+"""Up to so many parameters are columns of the table of runs; more are listed below it."""
+_MAX_VALUES, _MAX_LENGTH = 6, 40
 
 Cell = str | float | None
 
 
 @dataclass
 class Table:
-    """Rows under a head.
+    """A table with named columns."""
 
-    Attributes:
-        head: names of the columns, each once.
-        rows: a cell a column; None where there is no value.
-        short: what stands over a column in text, where that is not its name.
-        hidden: columns that text leaves out.
-    """
-
-    head: list[str]
+    columns: list[str]  # unique names
     rows: list[list[Cell]]
-    short: Mapping[str, str] = field(default_factory=dict)
-    hidden: Collection[str] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)  # in text, if not the names
+    hidden: Collection[str] = ()  # columns that are not in the text
 
-    def text(self) -> str:
-        """Return aligned columns, numbers to the right; what is long is cut in its middle."""
+    def to_text(self) -> str:
+        """Return aligned columns, numbers to the right; long cells are shortened."""
         columns = []
-        for name, cells in zip(self.head, zip(*self.rows, strict=True), strict=True):
+        for name, cells in zip(self.columns, zip(*self.rows, strict=True), strict=True):
             if name in self.hidden:
                 continue
-            texts = [self.short.get(name, name), *map(_shown, cells)]
+            texts = [self.titles.get(name, name), *map(_format, cells)]
             width = max(map(len, texts))
-            to_left = any(isinstance(cell, str) for cell in cells)
-            columns.append([f"{text:{'<' if to_left else '>'}{width}}" for text in texts])
+            align_left = any(isinstance(cell, str) for cell in cells)
+            columns.append([f"{text:{'<' if align_left else '>'}{width}}" for text in texts])
         return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
-    def write(self, path: Path) -> None:
-        """Write all of it as CSV.
+    def write_csv(self, path: Path) -> None:
+        """Write all columns to a CSV file.
 
         Raises:
-            InputError: a place that cannot be written.
+            InputError: the file cannot be written.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", encoding="utf-8", newline="") as handle:
-                csv.writer(handle).writerows([self.head, *self.rows])
+                csv.writer(handle).writerows([self.columns, *self.rows])
         except OSError as error:
             raise InputError(f"--csv {str(path)!r}: {error.strerror or error}") from None
 
 
-def _shown(cell: Cell) -> str:
+def _format(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.4f}" if cell == 0 or 1e-3 <= abs(cell) < 100 else f"{cell:.4g}"
-    return "-" if cell is None else cut(str(cell))
+    return "-" if cell is None else shorten(str(cell))
 
 
-def cut(text: str, longest: int = _MAX) -> str:
-    """Return a text, a long one without its middle."""
-    half = (longest - 1) // 2
-    return text if len(text) <= longest else f"{text[: longest - 1 - half]}…{text[-half:]}"
+def shorten(text: str, max_length: int = _MAX_LENGTH) -> str:
+    """Replace the middle of a long text by ``…``."""
+    half = (max_length - 1) // 2
+    return text if len(text) <= max_length else f"{text[: max_length - 1 - half]}…{text[-half:]}"
 
 
-def is_lowest(metric: str) -> bool:
-    """Return whether a metric is better the lower it is."""
+def lower_is_better(metric: str) -> bool:
+    """Return whether the lowest value of a metric is the best one."""
     return "loss" in metric
 
 
-def labels_of(runs: Sequence[TrackedRun]) -> list[str]:
-    """Return the names of runs, with the beginning of the id where a name is not the only one."""
+def run_labels(runs: Sequence[TrackedRun]) -> list[str]:
+    """Return the run names; a name that is not unique gets the first characters of the id."""
     names = [run.name for run in runs]
     return [
         f"{run.name} ({run.run_id[:8]})" if names.count(run.name) > 1 else run.name for run in runs
     ]
 
 
-def differing(groups: Sequence[Sequence[TrackedRun]]) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the parameters that are not the same everywhere.
-
-    Args:
-        groups: of one run each, or of several.
-
-    Returns:
-        Those that have one value in a group, and others in other groups: a value a group. And the
-        names of those that differ within a group.
-    """
+def different_params(
+    groups: Sequence[Sequence[TrackedRun]],
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Return parameters that differ between groups, with a value per group, or within groups."""
     between, within = {}, []
     for name in sorted({name for group in groups for run in group for name in run.params}):
         values = [{run.params.get(name, "-") for run in group} for group in groups]
@@ -107,27 +94,27 @@ def differing(groups: Sequence[Sequence[TrackedRun]]) -> tuple[dict[str, list[st
     return between, within
 
 
-def alike(params: Mapping[str, list[str]], first: str = "") -> dict[str, list[str]]:
-    """Return one name for all parameters that have the same values everywhere, and the others.
+def merge_equal_params(
+    params: Mapping[str, list[str]], preferred: str = ""
+) -> dict[str, list[str]]:
+    """Group parameters that have equal values in all runs, such as interpolated recipe values.
 
-    A value of a recipe that others refer to changes them with it.
-
-    Args:
-        params: as `differing` gives them.
-        first: speaks for the others where it is among them; else the one nearest to the top.
+    Returns:
+        The other names of each group by its representative: `preferred`, else the name with the
+        fewest dots.
     """
-    having: dict[tuple[str, ...], list[str]] = {}
+    by_values: dict[tuple[str, ...], list[str]] = {}
     for name, values in params.items():
-        having.setdefault(tuple(values), []).append(name)
-    found = {}
-    for names in having.values():
-        names.sort(key=lambda name: (name != first, name.count("."), name))
-        found[names[0]] = names[1:]
-    return found
+        by_values.setdefault(tuple(values), []).append(name)
+    merged = {}
+    for names in by_values.values():
+        names.sort(key=lambda name: (name != preferred, name.count("."), name))
+        merged[names[0]] = names[1:]
+    return merged
 
 
-def _rank(value: str) -> tuple[float, str]:
-    """Return a key that sorts numbers by size, and before words."""
+def _sort_key(value: str) -> tuple[float, str]:
+    """Return a key that sorts numbers by size, before words."""
     try:
         number = float(value)
     except ValueError:
@@ -135,136 +122,119 @@ def _rank(value: str) -> tuple[float, str]:
     return (math.inf if math.isnan(number) else number), value
 
 
-def figures_of(runs: Sequence[TrackedRun], metric: str, last: bool) -> list[float]:
-    """Return the best finite value of a metric of each run, or its last where that is finite."""
-    found = []
+def finite_values(runs: Sequence[TrackedRun], metric: str, last: bool) -> list[float]:
+    """Return each run's best (or last) value of a metric, without runs that have no finite one."""
+    values = []
     for run in runs:
         if metric in run.curves:
             curve = run.curves[metric]
-            best = curve.best(lowest=is_lowest(metric))
+            best = curve.best(lowest=lower_is_better(metric))
             value = curve.last if last else best[1] if best else math.nan
-            found += [value] if math.isfinite(value) else []
-    return found
+            values += [value] if math.isfinite(value) else []
+    return values
 
 
-def place(run: TrackedRun, metric: str, last: bool) -> float:
-    """Return a key that sorts the best run first, runs without a finite value last."""
-    figures = figures_of([run], metric, last)
-    return math.inf if not figures else figures[0] if is_lowest(metric) else -figures[0]
+def ranking_key(run: TrackedRun, metric: str, last: bool) -> float:
+    """Return a key that sorts the best run first, and runs without a finite value last."""
+    values = finite_values([run], metric, last)
+    return math.inf if not values else values[0] if lower_is_better(metric) else -values[0]
 
 
 def runs_table(
     runs: Sequence[TrackedRun],
     metrics: Sequence[str],
     params: Mapping[str, list[str]],
-    shown: Collection[str],
+    visible_params: Collection[str],
 ) -> Table:
-    """Return a row a run: status, last step, each metric's best value, where, and its last.
+    """Return one row per run: status, last step; best value, its step, last value of each metric.
 
-    Args:
-        runs: with their curves.
-        metrics: to show.
-        params: those that differ, a value a run.
-        shown: names of those that text shows.
+    `params`, with a value per run, are columns too; the text has only `visible_params`.
     """
-    head = ["#", "run", "id", "experiment", "status", "last step"]
-    short: dict[str, str] = {}
-    hidden = {"id", *(name for name in params if name not in shown)}
+    columns = ["#", "run", "id", "experiment", "status", "last step"]
+    titles: dict[str, str] = {}
+    hidden = {"id", *(name for name in params if name not in visible_params)}
     hidden |= {"experiment"} if len({run.experiment for run in runs}) == 1 else set()
     for metric in metrics:
-        head += [metric, f"{metric} best step", f"{metric} last"]
-        short |= {f"{metric} best step": "at step", f"{metric} last": "last"}
+        columns += [metric, f"{metric} best step", f"{metric} last"]
+        titles |= {f"{metric} best step": "at step", f"{metric} last": "last"}
     rows: list[list[Cell]] = []
-    for number, (run, label) in enumerate(zip(runs, labels_of(runs), strict=True)):
+    for number, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
         row: list[Cell] = [number + 1, label, run.run_id, run.experiment, run.status, run.last_step]
         for metric in metrics:
             curve = run.curves.get(metric)
-            best = curve.best(lowest=is_lowest(metric)) if curve else None
+            best = curve.best(lowest=lower_is_better(metric)) if curve else None
             row += [best[1], best[0]] if best else [None, None]
             row.append(curve.last if curve else None)
         rows.append(row + [values[number] for values in params.values()])
-    return Table([*head, *params], rows, short, hidden)
+    return Table([*columns, *params], rows, titles, hidden)
 
 
 def groups_table(
     groups: Mapping[str, Sequence[TrackedRun]], key: str, metrics: Sequence[str], last: bool
 ) -> Table:
-    """Return a row a metric and group: mean, standard deviation (n - 1) and range over its runs.
+    """Return one row per metric and group: mean, standard deviation (n - 1) and range of its runs.
 
-    Args:
-        groups: of runs with their curves, by what they share.
-        key: the tag or the parameter that they share.
-        metrics: to show.
-        last: take each run's last value, not its best; values that are not finite do not count.
+    Uses each run's best (or last) value; values that are not finite are left out.
     """
     rows: list[list[Cell]] = []
     for metric in metrics:
-        found = {name: figures_of(runs, metric, last) for name, runs in groups.items()}
-        sign = 1 if is_lowest(metric) else -1
-        # the best first, groups without a value last
-        for name in sorted(found, key=lambda g: sign * fmean(found[g]) if found[g] else math.inf):
-            values = found[name]
-            spread = stdev(values) if len(values) > 1 else None
-            ends = [fmean(values), spread, min(values), max(values)] if values else [None] * 4
-            rows.append([metric, name, len(values), *ends])
+        by_group = {name: finite_values(runs, metric, last) for name, runs in groups.items()}
+        sign = 1 if lower_is_better(metric) else -1
+        means = {name: sign * fmean(v) if v else math.inf for name, v in by_group.items()}
+        for name in sorted(by_group, key=lambda group: means[group]):
+            values = by_group[name]
+            std = stdev(values) if len(values) > 1 else None
+            stats = [fmean(values), std, min(values), max(values)] if values else [None] * 4
+            rows.append([metric, name, len(values), *stats])
     return Table(["metric", key, "runs", "mean", "sd", "min", "max"], rows)
 
 
 def params_text(params: Mapping[str, list[str]], owners: Sequence[str]) -> str:
-    """Return a line a parameter: its values, and who has each.
-
-    Args:
-        params: those that differ, a value an owner.
-        owners: numbers of runs, or names of groups.
-    """
+    """Return one line per parameter: its values, each with its owners, runs or groups."""
     lines = []
     for name, values in params.items():
-        having: dict[str, list[str]] = {}
+        by_value: dict[str, list[str]] = {}
         for owner, value in zip(owners, values, strict=True):
-            having.setdefault(value, []).append(owner)
-        known = sorted(having, key=_rank)
-        text = ";  ".join(f"{cut(value)} ({', '.join(having[value])})" for value in known)
-        if len(having) > _MAX_VALUES:
-            text = f"{len(having)} values: {cut(known[0])}, {cut(known[1])} … {cut(known[-1])}"
+            by_value.setdefault(value, []).append(owner)
+        ordered = sorted(by_value, key=_sort_key)
+        text = ";  ".join(f"{shorten(value)} ({', '.join(by_value[value])})" for value in ordered)
+        if len(by_value) > _MAX_VALUES:
+            first, second, last = (shorten(ordered[k]) for k in (0, 1, -1))
+            text = f"{len(by_value)} values: {first}, {second} … {last}"
         lines.append(f"  {name:<{max(map(len, params))}}  {text}")
     return "\n".join(lines)
 
 
-def batches_text(recorded: Sequence[NDArray[np.uint32] | None], labels: Sequence[str]) -> str:
-    """Return the first step at which runs read other batches than the first of them.
-
-    Args:
-        recorded: of at least two runs what each step read, as `read_batches` gives it.
-        labels: of the runs.
-    """
-    having = [(k, steps) for k, steps in enumerate(recorded) if steps is not None]
-    if not having:
-        return "batches are not recorded of any of these runs"
+def batches_text(batches: Sequence[NDArray[np.uint32] | None], labels: Sequence[str]) -> str:
+    """Return at which step each run first reads other batches than the first run."""
+    recorded = [(k, steps) for k, steps in enumerate(batches) if steps is not None]
+    if not recorded:
+        return "batches are not recorded for any of these runs"
     lines = []
-    if len(having) > 1:
-        first, reference = having[0]
-        outcomes: dict[str, list[int]] = {}
-        for k, steps in having[1:]:
-            outcomes.setdefault(_difference(reference, steps), []).append(k)
-        if len(having) == 2:
-            said = next(iter(outcomes))
-            lines = [f"{labels[first]} and {labels[having[1][0]]}: {said}"]
+    if len(recorded) > 1:
+        first, reference = recorded[0]
+        by_result: dict[str, list[int]] = {}
+        for k, steps in recorded[1:]:
+            by_result.setdefault(_difference_text(reference, steps), []).append(k)
+        if len(recorded) == 2:
+            result = next(iter(by_result))
+            lines = [f"{labels[first]} and {labels[recorded[1][0]]}: {result}"]
         else:
-            lines = [f"batches, beside those of # {first + 1}"]
-            lines += [f"  {said}: # {_numbers(which)}" for said, which in outcomes.items()]
-    if len(having) < len(recorded):
-        missing = [k for k, steps in enumerate(recorded) if steps is None]
-        lines.append(f"batches are not recorded of # {_numbers(missing)}")
+            lines = [f"batches, compared with those of # {first + 1}"]
+            lines += [f"  {result}: # {_numbers(runs)}" for result, runs in by_result.items()]
+    if len(recorded) < len(batches):
+        missing = [k for k, steps in enumerate(batches) if steps is None]
+        lines.append(f"batches are not recorded for # {_numbers(missing)}")
     return "\n".join(lines)
 
 
-def _difference(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> str:
-    step, count = first_difference(one, other)
+def _difference_text(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> str:
+    step, count = first_difference(first, second)
     if step is not None:
-        return f"different batches first at step {step:,}"
-    same = f"the same batches in all {count:,} steps that both trained"
-    return same if count else "no step that both trained"
+        return f"different batches, first at step {step:,}"
+    same = f"the same batches in all {count:,} steps that both have trained"
+    return same if count else "no step that both have trained"
 
 
-def _numbers(places: Sequence[int]) -> str:
-    return ", ".join(str(place + 1) for place in places)
+def _numbers(indices: Sequence[int]) -> str:
+    return ", ".join(str(index + 1) for index in indices)

@@ -1,4 +1,4 @@
-"""The page of `check-data`: one HTML file that needs nothing beside it."""
+"""HTML page of `check-data`, a single file with embedded images."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from yolo_lightning.datamodules.inspection import Report
 
-_LISTED = 200
+_MAX_LISTED = 200
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto;
@@ -24,52 +24,37 @@ th { font-weight: 600; color: #555 } pre { white-space: pre-wrap }
 
 @dataclass
 class Part:
-    """One source on the page.
+    """One source on the page."""
 
-    Attributes:
-        part: of the recipe, such as ``detection``.
-        report: what was found.
-        plot: a picture of its labels.
-    """
-
-    part: str
+    part: str  # of the recipe, such as detection
     report: Report
-    plot: Path | None
+    plot: Path | None  # of its labels
 
 
-def page(
-    place: str,
+def render_page(
+    title: str,
     parts: Sequence[Part],
-    twins: Sequence[Sequence[tuple[str, str]]],
+    duplicates: Sequence[Sequence[tuple[str, str]]],
     problems: Sequence[str],
     vocabulary: str,
-    pictures: Sequence[tuple[str, Path]],
+    images: Sequence[tuple[str, Path]],
 ) -> str:
-    """Return the page.
-
-    Args:
-        place: the recipe or dataset.
-        parts: a section each.
-        twins: groups of files with the same bytes.
-        problems: why training would not start.
-        vocabulary: what each class learns from.
-        pictures: titles and files of augmented samples.
-    """
-    verdict = (
+    """Return the page as HTML; `images` are titles and files of augmented batches."""
+    result = (
         '<p class="bad">Training would not start:</p>' + _list(problems)
         if problems
         else '<p class="good">Training would start.</p>'
     )
-    sections = [f"<h1>{html.escape(place)}</h1>", verdict]
+    sections = [f"<h1>{html.escape(title)}</h1>", result]
     if vocabulary:
         sections.append(f"<pre>{html.escape(vocabulary)}</pre>")
     sections += [_section(part) for part in parts]
-    if twins:
-        rows = [" = ".join(f"{path} ({part})" for part, path in group) for group in twins]
-        sections.append("<h2>Images there more than once</h2>" + _list(rows))
-    for title, file in pictures:
-        sections.append(f"<h2>{html.escape(title)}</h2>{_image(file, title)}")
-    head = f'<meta charset="utf-8"><title>{html.escape(place)}</title><style>{_STYLE}</style>'
+    if duplicates:
+        rows = [" = ".join(f"{path} ({part})" for part, path in group) for group in duplicates]
+        sections.append("<h2>Duplicate images</h2>" + _list(rows))
+    for heading, file in images:
+        sections.append(f"<h2>{html.escape(heading)}</h2>{_image(file, heading)}")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(sections)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
@@ -77,7 +62,7 @@ def page(
 def _section(part: Part) -> str:
     report, plain = part.report, part.report.to_plain()
     title = f"{part.part}: {report.name}"
-    said = [f"<h2>{html.escape(title)}</h2>"]
+    blocks = [f"<h2>{html.escape(title)}</h2>"]
     rows = [("images", str(report.images))]
     if report.kind == "boxes":
         rows.append(("boxes", str(sum(report.classes.values()))))
@@ -90,21 +75,23 @@ def _section(part: Part) -> str:
     if report.unreadable:
         rows.append(("cannot be decoded", str(len(report.unreadable))))
     cells = (f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
-    said.append(f"<table>{''.join(cells)}</table>")
+    blocks.append(f"<table>{''.join(cells)}</table>")
     if part.plot is not None:
-        said.append(_image(part.plot, title))
+        blocks.append(_image(part.plot, title))
     faults = [*report.unreadable, *report.faults]
     if faults:
-        said.append(f"<details><summary>{len(faults)} faults</summary>{_list(faults)}</details>")
+        blocks.append(f"<details><summary>{len(faults)} faults</summary>{_list(faults)}</details>")
     classes = [f"{name}: {count}" for name, count in report.classes.most_common()]
     if classes:
-        said.append(f"<details><summary>{len(classes)} classes</summary>{_list(classes)}</details>")
-    return "\n".join(said)
+        blocks.append(
+            f"<details><summary>{len(classes)} classes</summary>{_list(classes)}</details>"
+        )
+    return "\n".join(blocks)
 
 
 def _list(items: Sequence[str]) -> str:
-    shown = "".join(f"<li>{html.escape(item)}</li>" for item in items[:_LISTED])
-    more = f"<li>… and {len(items) - _LISTED} more</li>" if len(items) > _LISTED else ""
+    shown = "".join(f"<li>{html.escape(item)}</li>" for item in items[:_MAX_LISTED])
+    more = f"<li>… and {len(items) - _MAX_LISTED} more</li>" if len(items) > _MAX_LISTED else ""
     return f"<ul>{shown}{more}</ul>"
 
 

@@ -1,4 +1,4 @@
-"""`yolo-lightning doctor`: what this machine has, and whether tracking and rendezvous answer."""
+"""`yolo-lightning doctor`: check this machine, the tracking store and the rendezvous."""
 
 import argparse
 import importlib.metadata
@@ -8,12 +8,16 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from yolo_lightning.cli import launch
-from yolo_lightning.cli.commands.doctor.answers import Finding, rendezvous, tracking
+from yolo_lightning.cli.commands.doctor.connections import (
+    CheckResult,
+    check_rendezvous,
+    check_tracking,
+)
 from yolo_lightning.errors import InputError
 from yolo_lightning.version import __version__
 
@@ -26,244 +30,241 @@ _PACKAGES = (
     "torch", "lightning", "torchmetrics", "mlflow", "albumentations", "opencv-python-headless",
     "jsonargparse", "omegaconf", "numpy",
 )  # fmt: skip
-_STORE = "sqlite:///mlflow.db"
+_DEFAULT_STORE = "sqlite:///mlflow.db"
 _GIB = 2**30
 _MARKS = {"ok": "   ", "note": " - ", "failed": " ! "}
-_SPARE_SHM = _GIB // 4  # what other programs of a container may have of the shared memory
-_PREFETCHED = 2  # batches that a loader worker prepares ahead, torch's default
+_RESERVED_SHM = _GIB // 4  # shared memory left for other programs of the container
+_PREFETCH_FACTOR = 2  # batches that each loader worker prefetches, the default of torch
 
 
-def versions() -> list[Finding]:
-    """Return the versions of what training is built on."""
-    found = [
-        Finding("yolo-lightning", __version__),
-        Finding("Python", f"{platform.python_version()}, {platform.platform()}"),
+def versions() -> list[CheckResult]:
+    """Check the versions of required packages."""
+    results = [
+        CheckResult("yolo-lightning", __version__),
+        CheckResult("Python", f"{platform.python_version()}, {platform.platform()}"),
     ]
     for package in _PACKAGES:
         try:
-            found.append(Finding(package, importlib.metadata.version(package)))
+            results.append(CheckResult(package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(package, f"missing: {sys.executable} does not see it", "failed"))
-    return found
+            results.append(CheckResult(package, f"missing in {sys.executable}", "failed"))
+    return results
 
 
-def extras() -> list[Finding]:
-    """Return which optional parts are installed, and how the others would be."""
-    found = []
+def extras() -> list[CheckResult]:
+    """Check the optional packages."""
+    results = []
     for extra, packages in EXTRAS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        how = f"pip install 'yolo-lightning[{extra}]'"
-        text = f"{', '.join(missing)} missing: {how}" if missing else ", ".join(packages)
-        found.append(Finding(extra, text, "note" if missing else "ok"))
-    return found
+        command = f"pip install 'yolo-lightning[{extra}]'"
+        text = f"{', '.join(missing)} missing: {command}" if missing else ", ".join(packages)
+        results.append(CheckResult(extra, text, "note" if missing else "ok"))
+    return results
 
 
-def devices() -> list[Finding]:
-    """Return what networks can run on."""
+def devices() -> list[CheckResult]:
+    """Check CPU and GPUs."""
     try:
         import torch
     except Exception as error:
-        return [Finding("torch", f"cannot be imported: {error}", "failed")]
+        return [CheckResult("torch", f"cannot be imported: {error}", "failed")]
     cores = len(os.sched_getaffinity(0))
-    found = [Finding("CPU", f"{_cpu()}, {cores} cores, {torch.get_num_threads()} threads of torch")]
+    results = [
+        CheckResult("CPU", f"{_cpu_name()}, {cores} cores, {torch.get_num_threads()} torch threads")
+    ]
     if not torch.cuda.is_available():
-        listed = launch.visible_gpus(os.environ)
-        lost = f"{listed} are there, and torch {torch.__version__} cannot use them"
-        text, state = (lost, "failed") if listed else ("none", "ok")
-        return [*found, Finding("GPU", text, state)]
+        listed = launch.visible_gpu_count(os.environ)
+        unusable = f"{listed} found, but torch {torch.__version__} cannot use them"
+        text, state = (unusable, "failed") if listed else ("none", "ok")
+        return [*results, CheckResult("GPU", text, state)]
     nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
     version = ".".join(map(str, nccl)) or "missing"
-    found.append(Finding("CUDA", f"{torch.version.cuda}, NCCL {version}{_driver()}"))
+    results.append(CheckResult("CUDA", f"{torch.version.cuda}, NCCL {version}{_driver_version()}"))
     for index in range(torch.cuda.device_count()):
         try:
-            known = torch.cuda.get_device_properties(index)
+            properties = torch.cuda.get_device_properties(index)
             free, total = torch.cuda.mem_get_info(index)
             with torch.cuda.device(index):
-                half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+                precision = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
         except RuntimeError as error:
-            found.append(Finding(f"GPU {index}", str(error).splitlines()[0], "failed"))
+            results.append(CheckResult(f"GPU {index}", str(error).splitlines()[0], "failed"))
             continue
         memory = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
-        capability = f"compute capability {known.major}.{known.minor}"
-        found.append(Finding(f"GPU {index}", f"{known.name}, {memory}, {capability}, {half}"))
-    return found
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        results.append(
+            CheckResult(f"GPU {index}", f"{properties.name}, {memory}, {capability}, {precision}")
+        )
+    return results
 
 
-def _cpu() -> str:
+def _cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
-def _driver() -> str:
+def _driver_version() -> str:
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         return ""
-    named = re.search(r"Kernel Module\D*([\d.]+)", text)
-    return f", driver {named[1]}" if named else ""
+    match = re.search(r"Kernel Module\D*([\d.]+)", text)
+    return f", driver {match[1]}" if match else ""
 
 
-def codecs() -> list[Finding]:
-    """Return which pictures are read, and which videos are written."""
+def codecs() -> list[CheckResult]:
+    """Check the image formats of OpenCV and the video codecs of PyAV."""
     import numpy as np
 
     try:
         import cv2
     except Exception as error:
-        return [Finding("images", f"OpenCV cannot be imported: {error}", "failed")]
+        return [CheckResult("images", f"OpenCV cannot be imported: {error}", "failed")]
     grey = np.full((8, 8, 3), 128, np.uint8)
-    lost = []
-    for ending in (".jpg", ".png", ".webp", ".bmp", ".tiff"):
+    unreadable = []
+    for extension in (".jpg", ".png", ".webp", ".bmp", ".tiff"):
         try:
-            read = cv2.imdecode(cv2.imencode(ending, grey)[1], cv2.IMREAD_COLOR)
+            image = cv2.imdecode(cv2.imencode(extension, grey)[1], cv2.IMREAD_COLOR)
         except cv2.error:
-            read = None
-        if read is None or abs(int(read.mean()) - 128) > 2:
-            lost.append(ending.removeprefix("."))
-    text = f"cannot be read: {', '.join(lost)}" if lost else "JPEG, PNG, WebP, BMP, TIFF are read"
-    found = [Finding("images", text, "failed" if lost else "ok")]
+            image = None
+        if image is None or abs(int(image.mean()) - 128) > 2:
+            unreadable.append(extension.removeprefix("."))
+    text = "JPEG, PNG, WebP, BMP and TIFF are readable"
+    if unreadable:
+        text = f"not readable: {', '.join(unreadable)}"
+    results = [CheckResult("images", text, "failed" if unreadable else "ok")]
     if importlib.util.find_spec("av") is not None:
         import av
 
-        able = {name: name in av.codecs_available for name in ("libvpx-vp9", "libx264")}
+        available = {name: name in av.codecs_available for name in ("libvpx-vp9", "libx264")}
         text = f"PyAV {av.__version__} writes " + ", ".join(
-            f"{label}{'' if able[name] else ' not'}"
+            f"{label}{'' if available[name] else ' not'}"
             for name, label in (("libvpx-vp9", "VP9"), ("libx264", "H.264"))
         )
-        found.append(Finding("video", text, "ok" if all(able.values()) else "note"))
-    return found
+        results.append(CheckResult("video", text, "ok" if all(available.values()) else "note"))
+    return results
 
 
-def storage(output: str, needed_bytes: int | None, shared: str = "/dev/shm") -> list[Finding]:
-    """Return the room for runs, and for what loader workers hand over.
+def storage(output: str, needed_bytes: int | None, shared: str = "/dev/shm") -> list[CheckResult]:
+    """Check the disk space for runs, and the shared memory for loader workers.
 
-    Args:
-        output: folder of runs, which need not exist.
-        needed_bytes: what the loader workers of a recipe hold at once, if one is known.
-        shared: where shared memory is mounted.
+    `output` need not exist; `needed_bytes` is None if the recipe is unknown.
     """
     folder = Path(output).expanduser().absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     text, state = f"{free / _GIB:.1f} GiB free", "ok" if free > 2 * _GIB else "note"
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        text, state = f"{there} is not writable", "failed"
-    found = [Finding(output, text, state)]
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        text, state = f"{existing} is not writable", "failed"
+    results = [CheckResult(output, text, state)]
     if not Path(shared).is_dir():
-        return found
+        return results
     free = shutil.disk_usage(shared).free
     text, state = f"{free / _GIB:.2f} GiB free for loader workers", "ok"
     if needed_bytes is None and free < _GIB:
-        text += "; containers get more with --shm-size"
+        text += "; in a container, raise it with --shm-size"
         state = "note"
     elif needed_bytes is not None:
-        text += f", the recipe's hold up to {needed_bytes / _GIB:.2f} GiB"
-        if free < needed_bytes + _SPARE_SHM:
-            text += ": take fewer data.num_workers, or start the container with --shm-size"
+        text += f", the recipe needs up to {needed_bytes / _GIB:.2f} GiB"
+        if free < needed_bytes + _RESERVED_SHM:
+            text += ": reduce data.num_workers, or start the container with a larger --shm-size"
             state = "failed"
-    return [*found, Finding(shared, text, state)]
+    return [*results, CheckResult(shared, text, state)]
 
 
-def needed_by(values: Mapping[str, Any], nodes: int) -> int | None:
-    """Return how much the loader workers of one node hold at once, bytes; None where unknown.
+def loader_memory_bytes(values: Mapping[str, Any], nodes: int) -> int | None:
+    """Return the shared memory of all loader workers on one of the nodes; None if unknown."""
 
-    Args:
-        values: of the recipe by dotted key.
-        nodes: that share the global batch.
-    """
-
-    def value(name: str, usual: int | None) -> Any:
-        return values.get(f"data.init_args.{name}", values.get(f"data.{name}", usual))
+    def value(name: str, default: int | None) -> Any:
+        return values.get(f"data.init_args.{name}", values.get(f"data.{name}", default))
 
     side = value("canvas_size", None) or value("image_size", 416)
     batch = [value(f"{kind}_batch_size", 64) for kind in ("detection", "classification")]
     workers = value("num_workers", 2)
     if not all(isinstance(number, int) for number in (side, *batch, workers)):
         return None  # references
-    return int(_PREFETCHED * workers * max(batch) * 3 * side**2 // max(1, nodes))
+    return int(_PREFETCH_FACTOR * workers * max(batch) * 3 * side**2 // max(1, nodes))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning doctor",
-        description="Say what this machine has, and whether tracking and the rendezvous answer.",
-        epilog="Run it inside of a job to see what its ranks will see. The exit code is 2 where "
-        "training would not start.",
+        description="Check versions, devices, storage, the tracking store and the rendezvous.",
+        epilog="Run it inside a cluster job to check the environment of its ranks. The exit code "
+        "is 2 if training would not start.",
     )
     add = parser.add_argument
-    add("--recipe", metavar="RECIPE", help="what this one needs, and whether the launch fits it")
-    add("--output", metavar="FOLDER", help="where runs go; the recipe's, else outputs")
+    add("--recipe", metavar="RECIPE", help="check the needs of this recipe, and the launch")
+    add("--output", metavar="FOLDER", help="folder of runs (default: the recipe's, or outputs)")
     return parser
 
 
 def _values(recipe: str | None, args: Sequence[str]) -> dict[str, Any]:
-    """Return a recipe's values with what the environment gives for them."""
-    rest, allowed = launch.split_allowed(args)
-    named = ["--recipe", recipe] if recipe else []
+    """Return the values of a recipe by dotted key, with environment variables inserted."""
+    rest, allowed = launch.split_allowed_modules(args)
+    recipe_args = ["--recipe", recipe] if recipe else []
     if not recipe and rest:
         raise InputError(f"{rest[0]}: no such option; allowed: --recipe, --output")
-    values = launch.check_command_line([*named, *rest], allowed)
-    return {key: launch.resolved(value, os.environ) for key, value in values.items()}
+    values = launch.check_command_line([*recipe_args, *rest], allowed)
+    return {key: launch.resolve_env(value, os.environ) for key, value in values.items()}
 
 
-def _launch(values: Mapping[str, Any]) -> Finding:
-    """Return what started this process, and whether that fits a recipe."""
+def _check_launch(values: Mapping[str, Any]) -> CheckResult:
+    """Check the launcher of this process against the recipe, if there is one."""
     try:
-        found = launch.launch_of(os.environ)
+        job = launch.detect_launch(os.environ)
         if values:
-            seen = launch.visible_gpus(os.environ)
-            launch.check_launch(values, os.environ, lambda: seen)
+            gpus = launch.visible_gpu_count(os.environ)
+            launch.check_launch(values, os.environ, lambda: gpus)
     except InputError as error:
-        return Finding("launch", str(error), "failed")
-    text = "one process, started by hand"
-    if found is not None:
-        text = f"{found.by}, {found.nodes} nodes x {found.tasks} tasks"
-    return Finding("launch", text)
+        return CheckResult("launch", str(error), "failed")
+    text = "a single process, without a launcher"
+    if job is not None:
+        text = f"{job.launcher}, {job.nodes} nodes x {job.tasks_per_node} tasks"
+    return CheckResult("launch", text)
 
 
-def _shown(title: str, findings: Iterable[Finding]) -> list[Finding]:
-    """Print a part of the report as soon as it is known."""
-    found = list(findings)
-    width = max(len(finding.name) for finding in found)
-    lines = [
-        f"{_MARKS[finding.state]} {finding.name:<{width}}  {finding.text}" for finding in found
-    ]
+def _print_section(title: str, results: list[CheckResult]) -> list[CheckResult]:
+    """Print a section of the report; return its results."""
+    width = max(len(result.name) for result in results)
+    lines = [f"{_MARKS[result.state]} {result.name:<{width}}  {result.text}" for result in results]
     print("\n".join([title, *lines]), flush=True)
-    return found
+    return results
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the report.
 
     Raises:
-        InputError: something that training needs is missing or does not answer.
+        InputError: training would not start; names every failed check.
     """
     options, rest = _parser().parse_known_args(list(argv))
     values = _values(options.recipe, rest)
-    uri = _text(values, "trainer.logger.init_args.tracking_uri")
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _STORE
-    output = options.output or _text(values, "trainer.default_root_dir") or "outputs"
+    uri = _string_value(values, "trainer.logger.init_args.tracking_uri")
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_STORE
+    output = options.output or _string_value(values, "trainer.default_root_dir") or "outputs"
     nodes = values.get("trainer.num_nodes", 1)
-    needed = needed_by(values, nodes if isinstance(nodes, int) else 1) if values else None
-    found = _shown("versions", versions())
-    found += _shown("extras", extras())
-    found += _shown("storage", storage(output, needed))
-    silent = values.get("trainer.logger") is False
-    store = Finding("tracking", "the recipe logs nowhere") if silent else tracking(uri)
-    found += _shown("job", [_launch(values), rendezvous(os.environ), store])
-    found += _shown("devices", devices())
-    found += _shown("codecs", codecs())
-    failed = [finding for finding in found if finding.state == "failed"]
+    memory = loader_memory_bytes(values, nodes if isinstance(nodes, int) else 1) if values else None
+    results = _print_section("versions", versions())
+    results += _print_section("extras", extras())
+    results += _print_section("storage", storage(output, memory))
+    untracked = values.get("trainer.logger") is False
+    disabled = CheckResult("tracking", "disabled by the recipe")
+    store = disabled if untracked else check_tracking(uri)
+    job = [_check_launch(values), check_rendezvous(os.environ), store]
+    results += _print_section("job", job)
+    results += _print_section("devices", devices())
+    results += _print_section("codecs", codecs())
+    failed = [result for result in results if result.state == "failed"]
     if failed:
-        raise InputError("; ".join(f"{finding.name}: {finding.text}" for finding in failed))
-    print("all well")
+        raise InputError("; ".join(f"{result.name}: {result.text}" for result in failed))
+    print("no problems found")
 
 
-def _text(values: Mapping[str, Any], key: str) -> str | None:
-    """Return a text of the recipe; None for other values and for references."""
+def _string_value(values: Mapping[str, Any], key: str) -> str | None:
+    """Return a string of the recipe; None for other types and for references."""
     value = values.get(key)
     return value if isinstance(value, str) and "${" not in value else None

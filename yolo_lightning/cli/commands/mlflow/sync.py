@@ -1,4 +1,4 @@
-"""`yolo-lightning mlflow sync`: what a store did not take while a training ran."""
+"""`yolo-lightning mlflow sync`: upload what could not be uploaded during training."""
 
 import argparse
 import os
@@ -10,79 +10,87 @@ from typing import TYPE_CHECKING
 from yolo_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from yolo_lightning.tracking.shipper import Shipper
+    from yolo_lightning.tracking.journal import Journal
+    from yolo_lightning.tracking.uploader import Uploader
 
 
 def main(argv: Sequence[str]) -> None:
-    """Ship all journals in a folder and below.
+    """Upload all journals in a folder and its subfolders.
 
     Raises:
-        InputError: no journal there, or a store that does not take one.
+        InputError: there is no journal, or one cannot be uploaded.
     """
     parser = argparse.ArgumentParser(
         "yolo-lightning mlflow sync",
-        description="Bring what MLflow did not take while a training ran into its store. Points "
-        "that are there already stay single; syncing twice changes nothing.",
+        description="Upload to MLflow what could not be uploaded during training. Points that are "
+        "in the store already are not duplicated; a second sync changes nothing.",
     )
-    parser.add_argument("folder", help="a run's folder, or one that holds several")
-    parser.add_argument("--store", help="another store than the one that the training wrote to")
+    parser.add_argument("folder", help="a run folder, or a folder with several of them")
+    parser.add_argument("--store", help="upload to this store instead of the one of the training")
     options = parser.parse_args(argv)
     folder = Path(options.folder)
     if not folder.is_dir():
         raise InputError(f"folder {options.folder!r} not found (working folder: {Path.cwd()})")
 
-    from yolo_lightning.cli.recipe import quiet
-    from yolo_lightning.tracking.journal import journals_under
+    from yolo_lightning.cli.recipe import silence_libraries
+    from yolo_lightning.tracking.journal import find_journals
 
-    quiet()
-    found = journals_under(folder)
-    if not found:
-        raise InputError(f"no run under {options.folder!r} has a journal for MLflow")
-    problems = [problem for journal in found if (problem := _sync(journal, options.store))]
+    silence_libraries()
+    journals = find_journals(folder)
+    if not journals:
+        raise InputError(f"no MLflow journal in {options.folder!r} or its subfolders")
+    problems = [problem for journal in journals if (problem := _sync(journal, options.store))]
     if problems:
         raise InputError("; ".join(problems))
 
 
 def _sync(folder: Path, store: str | None) -> str:
-    """Ship one journal; return why that did not work, or nothing."""
+    """Upload one journal; return an error message, empty if everything is uploaded."""
     from yolo_lightning.tracking.journal import Journal
     from yolo_lightning.tracking.logger import prepare_environment
-    from yolo_lightning.tracking.shipper import Shipper
-    from yolo_lightning.tracking.store import StoreUnavailable, absolute, public, short
+    from yolo_lightning.tracking.store import (
+        StoreUnavailable,
+        absolute_uri,
+        short_message,
+        strip_credentials,
+    )
+    from yolo_lightning.tracking.uploader import Uploader
 
     prepare_environment()
     journal = Journal(folder)
-    shipper = Shipper(journal, absolute(store) if store else _with_password(journal))
+    uploader = Uploader(journal, absolute_uri(store) if store else _uri_with_password(journal))
     try:
-        said = _ship(shipper)
+        result = _upload(uploader)
     except StoreUnavailable as error:
         return f"{folder.parent}: {error}"
     except Exception as error:
-        return f"{folder.parent}: {public(shipper.store)} does not take it: {short(error)}"
+        uri = strip_credentials(uploader.store_uri)
+        return f"{folder.parent}: upload to {uri} failed: {short_message(error)}"
     finally:
-        shipper.close()
-    if shipper.put_off:
-        return f"{said}, but for {len(shipper.put_off)} files that their store does not take"
-    print(said)
+        uploader.close()
+    if uploader.deferred:
+        return f"{result}, except {len(uploader.deferred)} files that the store cannot accept"
+    print(result)
     return ""
 
 
-def _ship(shipper: "Shipper") -> str:
+def _upload(uploader: "Uploader") -> str:
     changed = False
-    while shipper.ship():
+    while uploader.upload_next():
         changed = True
         if sys.stdout.isatty():
-            print(f"\r{shipper.done:.0%}", end="\r", flush=True)
-    what = "synced" if changed else "was complete"
-    return f"{shipper.journal.folder.parent}: run {shipper.run_id} {what}"
+            print(f"\r{uploader.progress:.0%}", end="\r", flush=True)
+    result = "synced" if changed else "was complete"
+    return f"{uploader.journal.folder.parent}: run {uploader.run_id} {result}"
 
 
-def _with_password(journal: object) -> str | None:
-    """Return the environment's store where it is the journal's, which holds no password."""
-    from yolo_lightning.tracking.journal import Journal
-    from yolo_lightning.tracking.store import without_password
+def _uri_with_password(journal: "Journal") -> str | None:
+    """Return MLFLOW_TRACKING_URI if it is the journal's store, which is recorded without password.
 
-    assert isinstance(journal, Journal)
+    Otherwise None.
+    """
+    from yolo_lightning.tracking.store import strip_passwords
+
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    opened = [entry["store"] for entry, _ in journal.entries(0, "open")]
-    return uri if uri and opened and without_password(uri) == opened[-1] else None
+    stores = [entry["store"] for entry, _ in journal.entries(0, "open")]
+    return uri if uri and stores and strip_passwords(uri) == stores[-1] else None

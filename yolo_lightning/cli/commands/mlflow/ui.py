@@ -1,4 +1,4 @@
-"""`yolo-lightning mlflow ui`: MLflow's dashboard on the store that the recipes write to."""
+"""`yolo-lightning mlflow ui`: start the MLflow UI on the store of the recipes."""
 
 import argparse
 import errno
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from yolo_lightning.cli.commands.mlflow import SQLITE, check_answers, store_uri
+from yolo_lightning.cli.commands.mlflow import SQLITE, check_store, store_uri
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.store import masked
+from yolo_lightning.tracking.store import mask_credentials
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
@@ -20,103 +20,104 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning mlflow ui",
-        description="Start MLflow's dashboard on the store that the recipes write to.",
-        epilog="Another store: MLFLOW_TRACKING_URI=sqlite:///FILE.db. Ctrl-C ends the dashboard.",
+        description="Start the MLflow UI on the store of the recipes.",
+        epilog="Set MLFLOW_TRACKING_URI to use another store. Press Ctrl-C to stop.",
         allow_abbrev=False,
     )
-    parser.add_argument("--port", type=int, default=5000, help="where it answers (5000)")
+    parser.add_argument("--port", type=int, default=5000, help="port to listen on (default: 5000)")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 for other machines too (127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)",
     )
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve the dashboard until it is stopped.
+    """Run the MLflow UI until it is stopped.
 
     Raises:
-        InputError: no store there, or a place that cannot be listened on.
-        SystemExit: with the server's exit code, where it fails.
+        InputError: the store does not exist, or the address or port cannot be used.
+        SystemExit: with the server's exit code, if it fails.
     """
     options = _parser().parse_args(list(argv))
-    store = store_uri()
-    kind = store.split(":")[0].split("+")[0]
-    said = check_answers(store)
-    if kind in ("http", "https"):
-        print(f"{said}; it has a dashboard of its own: open that address in a browser")
+    uri = store_uri()
+    scheme = uri.split(":")[0].split("+")[0]
+    state = check_store(uri)
+    if scheme in ("http", "https"):
+        print(f"{state}; this server has its own MLflow UI: open the address in a browser")
         return
-    if kind not in _DATABASES:
-        raise InputError(f"{masked(store)}: a dashboard needs a database or a server of MLflow")
-    _check_free(options.host, options.port)
+    if scheme not in _DATABASES:
+        raise InputError(f"{mask_credentials(uri)}: the UI needs a database or an MLflow server")
+    _check_port_is_free(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"{said}\nthe dashboard, in some seconds: http://{host}:{options.port}; Ctrl-C ends it")
+    print(f"{state}\nMLflow UI starts at http://{host}:{options.port}; press Ctrl-C to stop")
     sys.stdout.flush()
-    code = _serve(_command(options.host, options.port), _environment(store))
+    code = _serve(_command(options.host, options.port), _environment(uri))
     if code:
         raise SystemExit(code)
 
 
-def _check_free(host: str, port: int) -> None:
-    """Refuse a place that cannot be listened on: MLflow itself ends with code 0 there."""
+def _check_port_is_free(host: str, port: int) -> None:
+    """Raise if the port cannot be used: MLflow would exit with code 0."""
     if not 1 <= port <= 65535:
         raise InputError(f"--port is {port}; allowed: 1 … 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise InputError(
-                f"port {port} of {host} is in use, perhaps by a dashboard that runs already; "
-                f"take another: --port {port % 65535 + 1}"
+                f"port {port} of {host} is in use, maybe by another MLflow UI; "
+                f"use another one: --port {port % 65535 + 1}"
             ) from None
         raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from None
 
 
 def _command(host: str, port: int) -> list[str]:
-    place = ["--host", host, "--port", str(port)]
-    # one process is plenty for people who look; MLflow's default of 4 starts half as fast
+    # one worker is enough for viewing; MLflow's default of 4 takes twice as long to start
     return [
-        sys.executable, "-m", "mlflow", "ui", *place, "--workers", "1",
-        "--uvicorn-opts", "--log-level warning",
+        sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port),
+        "--workers", "1", "--uvicorn-opts", "--log-level warning",
     ]  # fmt: skip
 
 
-def _environment(store: str) -> Mapping[str, str]:
-    """Return the environment of MLflow's server: the address may hold a password, so not listed."""
-    given = {
-        # its processes for jobs of language models, 1 GB in all
+def _environment(uri: str) -> Mapping[str, str]:
+    """Return the server's environment, which contains the store: it may have a password."""
+    environment = {
+        # processes for jobs of language models, 1 GB in total
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": store,
+        "MLFLOW_BACKEND_STORE_URI": uri,
     }
-    if store.startswith(SQLITE):
-        # an experiment made in the dashboard would else keep its files where only the server is
-        # asked for them, and trainings write to the file
-        folder = Path(store.removeprefix(SQLITE)).parent / "mlruns"
-        given.setdefault("MLFLOW_DEFAULT_ARTIFACT_ROOT", str(folder))
-    return given
+    if uri.startswith(SQLITE):
+        # else experiments created in the UI get an artifact location that only the server can
+        # write to, but trainings write to the SQLite file without a server
+        folder = Path(uri.removeprefix(SQLITE)).parent / "mlruns"
+        environment.setdefault("MLFLOW_DEFAULT_ARTIFACT_ROOT", str(folder))
+    return environment
 
 
 def _serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Return how the server ended, 0 where it was told to."""
-    # in a group of its own: Ctrl-C reaches a whole group, MLflow hands it on, and uvicorn, told
-    # twice, leaves with a traceback
+    """Run the server and return its exit code, 0 if it was stopped by a signal to this process."""
+    # a new process group: else Ctrl-C reaches uvicorn twice, from the terminal and from MLflow,
+    # and it exits with a traceback
     server = subprocess.Popen(command, env=dict(environment), process_group=0)
-    told: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        if not told:
+        if not received:
             server.terminate()
-        told.append(number)
+        received.append(number)
 
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in ends}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, stop) for number in signals}
     try:
         code = server.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-    return 0 if told else code if code >= 0 else 128 - code
+    return 0 if received else code if code >= 0 else 128 - code

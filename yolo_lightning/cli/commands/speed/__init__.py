@@ -1,11 +1,11 @@
-"""`yolo-lightning speed`: what every image size costs, and what it is worth."""
+"""`yolo-lightning speed`: measure speed and accuracy at several image sizes."""
 
 import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from yolo_lightning.cli.commands.detect import named_folder
+from yolo_lightning.cli.commands.detect import check_output_folder
 from yolo_lightning.errors import InputError, nearest
 
 SIZES = (288, 352, 416, 480, 544, 608)
@@ -15,25 +15,32 @@ SIZES = (288, 352, 416, 480, 544, 608)
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yolo-lightning speed",
-        description="Measure speed at every image size, and accuracy where a recipe has images.",
-        epilog="With --recipe any other option goes to the recipe, such as --data.test.root PATH.",
+        description="Measure speed at several image sizes, and accuracy on the images of a recipe.",
+        epilog="With --recipe, other options override the recipe, such as --data.test.root PATH.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("checkpoint", help="a detector, trained or imported")
-    add("--recipe", help="its test images are timed, and average precision measured on them")
-    add("--image-sizes", type=int, nargs="+", default=SIZES, metavar="PX", help="288, 352 … 608")
-    add("--batch-size", type=int, default=8, metavar="N", help="images timed at once; 8")
-    add("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one")
+    add("--recipe", help="time its test images and measure average precision on them")
+    add(
+        "--image-sizes",
+        type=int,
+        nargs="+",
+        default=SIZES,
+        metavar="PX",
+        help="(default: 288 352 416 480 544 608)",
+    )
+    add("--batch-size", type=int, default=8, metavar="N", help="images per batch (default: 8)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if available)")
     add("--half", action="store_true", help="float16 on GPUs, bfloat16 on CPUs")
-    add("--threads", type=int, help="of the CPU; as many as PyTorch takes")
-    add("--runs", type=int, default=20, help="of which the median is told; 20")
-    add("--output", metavar="FOLDER", help="an empty or new folder; a fresh one under outputs/")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    add("--runs", type=int, default=20, help="timed runs per size (default: 20)")
+    add("--output", metavar="FOLDER", help="empty or new folder (default: a new one in outputs/)")
     return parser
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options, checked, and those that are the recipe's."""
+    """Return the validated options, and the overrides of the recipe."""
     parser = _parser()
     options, overrides = parser.parse_known_args(list(argv))
     for name in ("batch_size", "threads", "runs"):
@@ -42,8 +49,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise InputError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
     options.image_sizes = sorted(set(options.image_sizes))
     if options.image_sizes[0] < 1:
-        raise InputError(f"--image-sizes holds {options.image_sizes[0]}; allowed: 32, 64 …")
-    for arg in overrides:  # the recipe's have a dot in their names, and may be followed by a value
+        raise InputError(f"--image-sizes contains {options.image_sizes[0]}; allowed: 32, 64 …")
+    for arg in overrides:  # names of recipe options have a dot; an argument may also be a value
         if not options.recipe or (arg.startswith("--") and "." not in arg.partition("=")[0]):
             raise InputError(f"{arg}: no such option; {_hint(parser, arg)}")
     return options, overrides
@@ -51,28 +58,25 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _hint(parser: argparse.ArgumentParser, arg: str) -> str:
     known = [name for action in parser._actions for name in action.option_strings]
-    return nearest(arg, known) or "with --recipe, those of the recipe: --data.test.root PATH"
+    return nearest(arg, known) or "with --recipe, also options of the recipe: --data.test.root PATH"
 
 
-def _folder(output: str | None, checkpoint: str) -> Path:
-    """Return a folder that holds nothing yet; it is not made."""
+def _output_folder(output: str | None, checkpoint: str) -> Path:
+    """Return an empty or new folder, without creating it."""
     if output is None:
-        places = (Path(f"outputs/speed/{Path(checkpoint).stem}-{k:03}") for k in itertools.count(1))
-        return next(place for place in places if not place.exists())
-    return named_folder(output)
+        stem = Path(checkpoint).stem
+        numbered = (Path(f"outputs/speed/{stem}-{k:03}") for k in itertools.count(1))
+        return next(folder for folder in numbered if not folder.exists())
+    return check_output_folder(output)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print a table, and write it and a picture.
-
-    Raises:
-        InputError: bad options, no detector, no such device, or a recipe that does not fit it.
-    """
+    """Run `speed`: print a table, and write it with a plot."""
     options, overrides = _parse(argv)
-    folder = _folder(options.output, options.checkpoint)
+    folder = _output_folder(options.output, options.checkpoint)
     import torch
 
-    from yolo_lightning.cli.commands.speed.rows import measure_all
+    from yolo_lightning.cli.commands.speed.measurement import measure_all
 
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or threads)

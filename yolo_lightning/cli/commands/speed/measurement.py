@@ -1,4 +1,4 @@
-"""Measuring for `speed`: timed images, average precision, one row an image size."""
+"""Measurements of `speed`: latency and average precision at each image size."""
 
 import argparse
 import logging
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from yolo_lightning import __version__
 from yolo_lightning.checkpoints.validation import first_difference
-from yolo_lightning.cli.commands.speed import outputs as speed_outputs
-from yolo_lightning.cli.commands.speed.outputs import Row
+from yolo_lightning.cli.commands.speed import report
+from yolo_lightning.cli.commands.speed.report import SizeResult
 from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.datamodules.source import DetectionSource
@@ -28,56 +28,51 @@ from yolo_lightning.inference.timing import (
     SCORE_THRESHOLD,
     WARM_UP,
     Timing,
+    billion_operations,
     device_name,
-    measure,
-    operations,
-    out_of_memory,
+    is_out_of_memory,
+    measure_latency,
     precision_name,
-    usable_device,
+    select_device,
 )
 
-MIN_IMAGES = 8
-"""Single images are timed over so many different ones."""
-
-_EVALUATED_AT_ONCE, _NOISE_CELLS = 8, 9
+MIN_IMAGES = 8  # number of different images for timing single images
+_EVALUATION_BATCH_SIZE, _NOISE_CELLS = 8, 9
 
 
 def measure_all(options: argparse.Namespace, overrides: Sequence[str], folder: Path) -> None:
-    """Print and write a row an image size, then draw them.
-
-    Args:
-        options: of the command line, image sizes ascending.
-        overrides: options of the recipe.
-        folder: what is written goes there.
+    """Measure each image size, print and write the results, and plot them.
 
     Raises:
-        InputError: no detector, no such device, sizes or a recipe that do not fit it, no
-            matplotlib; all before anything is written.
+        InputError: an invalid checkpoint, device, size or recipe, or matplotlib is missing; nothing
+            is written.
     """
-    figure = speed_outputs.empty_figure()
-    device = usable_device(options.device)
+    figure = report.empty_figure()
+    device = select_device(options.device)
     module = load(options.checkpoint, device)
     if not isinstance(module, DetectorModule):
         raise InputError(f"{options.checkpoint}: holds a classifier; speed takes a detector")
     for size in options.image_sizes:
-        module.size_hw(size)
-    data = test_data(options.recipe, overrides, module) if options.recipe else None
+        module.input_size_hw(size)
+    data = load_test_data(options.recipe, overrides, module) if options.recipe else None
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     dtype = half if options.half else torch.float32
-    said = about(options, device, dtype)
-    speed_outputs.write(folder, said, [])
-    print(speed_outputs.header(said), flush=True)
-    rows: list[Row] = []
+    setup = measurement_setup(options, device, dtype)
+    report.write_tables(folder, setup, [])
+    print(report.table_header(setup), flush=True)
+    rows: list[SizeResult] = []
     for size in options.image_sizes:
-        rows.append(row_of(module, data, size, options, dtype))
-        print(speed_outputs.table_line(rows[-1]), flush=True)
-        speed_outputs.write(folder, said, rows)
-    speed_outputs.draw(figure, folder / "speed.png", said, rows)
+        rows.append(measure_size(module, data, size, options, dtype))
+        print(report.table_line(rows[-1]), flush=True)
+        report.write_tables(folder, setup, rows)
+    report.draw_plot(figure, folder / "speed.png", setup, rows)
     print("\n" + ", ".join(str(folder / f"speed.{end}") for end in ("json", "csv", "png")))
 
 
-def about(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the figures depend on, by name."""
+def measurement_setup(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the setup of the measurements: machine, versions and options."""
     return {
         "checkpoint": options.checkpoint,
         "recipe": options.recipe,
@@ -97,54 +92,51 @@ def about(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     }
 
 
-def test_data(recipe: str, overrides: Sequence[str], module: DetectorModule) -> CombinedDataModule:
-    """Return a recipe's data, its test images read.
-
-    Raises:
-        InputError: none with boxes, or a tree that is not the checkpoint's.
-    """
-    # small batches: average precision is the same, and the memory is that of the timing
-    small = f"--data.detection_batch_size={_EVALUATED_AT_ONCE}"
-    data = recipe_data([recipe, *overrides, small])
+def load_test_data(
+    recipe: str, overrides: Sequence[str], module: DetectorModule
+) -> CombinedDataModule:
+    """Set up the test images of a recipe, which must have boxes and the tree of the checkpoint."""
+    # average precision is independent of the batch size; a small one needs little memory
+    batch_size = f"--data.detection_batch_size={_EVALUATION_BATCH_SIZE}"
+    data = recipe_data([recipe, *overrides, batch_size])
     if data.tree.rows != module.tree.rows:
         rows = (data.tree.rows, module.tree.rows)
-        where = first_difference(*rows, "the recipe", "the checkpoint")
-        raise InputError(f"{recipe}: data.tree differs from the checkpoint's tree: {where}")
+        difference = first_difference(*rows, "the recipe", "the checkpoint")
+        raise InputError(f"{recipe}: data.tree differs from the checkpoint's tree: {difference}")
     if data.test is None:
-        raise InputError(f"{recipe}: names neither data.test nor data.validation to measure on")
+        raise InputError(f"{recipe}: defines neither data.test nor data.validation")
     if not isinstance(data.test, DetectionSource):
-        raise InputError(f"{recipe}: data.test has no boxes; a detector is measured on boxes")
+        raise InputError(f"{recipe}: data.test has no boxes; speed needs boxes")
     data.setup("test")
     return data
 
 
-def row_of(
+def measure_size(
     module: DetectorModule,
     data: CombinedDataModule | None,
     image_size: int,
     options: argparse.Namespace,
     dtype: torch.dtype,
-) -> Row:
-    """Measure one image size.
-
-    Raises:
-        InputError: too little memory for one image.
-    """
+) -> SizeResult:
+    """Measure one image size."""
     count = max(options.batch_size, MIN_IMAGES)
     if data is None:
-        images, sizes = noise(image_size, count)
+        images, sizes = smooth_noise(image_size, count)
     else:
-        images, sizes = images_of(data, module, image_size, count)
+        images, sizes = load_images(data, module, image_size, count)
     images = images.to(module.device)
-    one = _timing(module, images, sizes, 1, options.runs, dtype)
-    if one is None:
+    single = _measure_if_memory(module, images, sizes, 1, options.runs, dtype)
+    if single is None:
         raise InputError(f"{image_size} px: too little memory for one image")
-    many = _timing(module, images, sizes, options.batch_size, options.runs, dtype)
-    figures = (None, None) if data is None else accuracy(module, data, image_size, options.half)
-    return Row(image_size, operations(module.network, image_size), one, many, *figures)
+    batch = _measure_if_memory(module, images, sizes, options.batch_size, options.runs, dtype)
+    ap50, ap = (
+        (None, None) if data is None else average_precision(module, data, image_size, options.half)
+    )
+    operations = billion_operations(module.network, image_size)
+    return SizeResult(image_size, operations, single, batch, ap50, ap)
 
 
-def _timing(
+def _measure_if_memory(
     module: DetectorModule,
     images: Tensor,
     sizes_hw_orig: Tensor,
@@ -152,31 +144,22 @@ def _timing(
     runs: int,
     dtype: torch.dtype,
 ) -> Timing | None:
-    """Return how long batches take, None where the memory holds none."""
+    """Measure the latency; return None if the memory is too small."""
     try:
-        return measure(module, images, sizes_hw_orig, batch_size, runs, dtype)
+        return measure_latency(module, images, sizes_hw_orig, batch_size, runs, dtype)
     except RuntimeError as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             return None
         raise
 
 
-def images_of(
+def load_images(
     data: CombinedDataModule, module: DetectorModule, image_size: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return test images, spread over the source, as the network takes them.
-
-    Args:
-        data: set up.
-        module: fits them.
-        image_size: side of the network input, px.
-        count: most of them.
+    """Read up to `count` test images, spread evenly over the source.
 
     Returns:
-        uint8 (N, 3, H, W), and int64 (N, 2), height and width of the originals, px.
-
-    Raises:
-        InputError: none of them can be read.
+        uint8 (N, 3, H, W), and int64 (N, 2), height and width of the original images, px.
     """
     source = data.test
     assert isinstance(source, DetectionSource)
@@ -187,7 +170,7 @@ def images_of(
         except UnreadableSample as error:
             reason = str(error)
             continue
-        fitted, size_hw_orig = module.fitted(image, image_size)
+        fitted, size_hw_orig = module.preprocess(image, image_size)
         images.append(fitted)
         sizes.append(size_hw_orig)
     if not images:
@@ -195,29 +178,18 @@ def images_of(
     return torch.stack(images), torch.tensor(sizes)
 
 
-def noise(image_size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return smooth random images, the same every time.
-
-    Returns:
-        uint8 (N, 3, H, W), and int64 (N, 2), their heights and widths, px.
-    """
+def smooth_noise(image_size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Generate smooth random images from a fixed seed, as `load_images` does."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, _NOISE_CELLS, _NOISE_CELLS, generator=generator)
     smooth = F.interpolate(coarse, (image_size, image_size), mode="bilinear")
     return (255 * smooth).round().byte(), torch.full((count, 2), image_size)
 
 
-def accuracy(
+def average_precision(
     module: DetectorModule, data: CombinedDataModule, image_size: int, half: bool
 ) -> tuple[float | None, float | None]:
-    """Return AP50 and AP over a recipe's test images, the same ones at every size.
-
-    Args:
-        module: comes back to its device.
-        data: set up; measures at this size from then on.
-        image_size: side of the network input, px.
-        half: whether the network computes in half of the precision.
-    """
+    """Return AP50 and AP on the test images, None if no class has boxes; set `data.image_size`."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     device = module.device
     on_gpu = device.type == "cuda"
@@ -231,7 +203,7 @@ def accuracy(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    figures = tester.test(module, data, verbose=False)[0]
+    metrics = tester.test(module, data, verbose=False)[0]
     module.eval().to(device)
-    ap50, ap = figures["test/AP50"], figures["test/AP"]
+    ap50, ap = metrics["test/AP50"], metrics["test/AP"]
     return (None, None) if math.isnan(ap50) else (ap50, ap)

@@ -1,0 +1,62 @@
+"""YOLOv2: backbones, outputs, decoding of boxes."""
+
+import numpy as np
+import pytest
+import torch
+
+from yolo_lightning.models.backbones import DARKNET19, SMALL, detector_layers
+from yolo_lightning.models.head import decode_boxes, select_candidates
+from yolo_lightning.models.networks import LayerStack, YOLOv2
+
+
+def test_backbones_have_the_size_and_stride_of_the_paper():
+    backbone = LayerStack(DARKNET19)
+    assert (backbone.stride, backbone.out_channels) == (32, 1024)
+    kernels = [p for p in backbone.parameters() if p.ndim == 4]
+    assert len(kernels) == 18
+    # table 6, in thousands of weights, after the first two layers (864 and 18,432)
+    by_hand = [73.728, 8.192, 73.728, 294.912, 32.768, 294.912]
+    by_hand += [1179.648, 131.072, 1179.648, 131.072, 1179.648]
+    by_hand += [4718.592, 524.288, 4718.592, 524.288, 4718.592]
+    assert [k.numel() for k in kernels] == [864, 18_432, *(round(1000 * n) for n in by_hand)]
+    assert LayerStack(SMALL).stride == 16
+
+
+@pytest.mark.parametrize("passthrough", [0, 4, None])
+def test_output_shape_for_multiples_of_the_stride(passthrough):
+    network = YOLOv2(detector_layers(SMALL, 8, passthrough), 3, torch.ones(2, 2)).eval()
+    for height, width in ((64, 64), (96, 32)):
+        output = network(torch.rand(1, 3, height, width))
+        assert output.box_logits.shape == (1, 2, 5, height // 16, width // 16)
+        found = output.class_logits.gather_boxes(*(torch.tensor([0, 0]),) * 2, torch.tensor([0, 1]))
+        assert found.shape == (2, 3)
+
+
+def test_class_logits_of_selected_anchors_and_cells():
+    torch.manual_seed(0)
+    network = YOLOv2(detector_layers(SMALL, 8, 4), 3, torch.ones(2, 2)).eval()
+    output = network(torch.rand(2, 3, 32, 64))
+    sparse = output.class_logits
+    image, anchor, cell = torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]), torch.tensor([5, 0, 7])
+    features = sparse.features.flatten(2)
+    for k, row in enumerate(sparse.gather_boxes(image, anchor, cell)):
+        expected = network.class_weight[anchor[k]] @ features[image[k], :, cell[k]]
+        torch.testing.assert_close(row, expected + network.class_bias[anchor[k]])
+
+
+def test_decode_boxes_by_hand():
+    logits = torch.zeros(1, 1, 5, 2, 4)
+    logits[0, 0, 2, 1, 3] = np.log(2.0)
+    boxes = decode_boxes(logits, torch.tensor([[1.0, 0.5]]))
+    torch.testing.assert_close(boxes[0, 0, :, 1, 3], torch.tensor([3.5 / 4, 1.5 / 2, 2 / 4, 0.25]))
+
+
+def test_candidates_of_a_batch_equal_those_of_single_images():
+    torch.manual_seed(1)
+    network = YOLOv2(detector_layers(SMALL, 8, 4), 3, torch.ones(2, 2)).eval()
+    images = torch.rand(3, 3, 64, 64)
+    batched = select_candidates(network(images), torch.ones(2, 2), 0.5)
+    for k, found in enumerate(batched):
+        (single,) = select_candidates(network(images[k : k + 1]), torch.ones(2, 2), 0.5)
+        torch.testing.assert_close(found.boxes_cxcywh_norm, single.boxes_cxcywh_norm)
+        torch.testing.assert_close(found.logits, single.logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,174 @@
+"""Output of `speed`: a table, JSON, CSV and a plot."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yolo_lightning.errors import InputError
+from yolo_lightning.inference.timing import Timing
+from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TIMING_COLUMNS = {
+    "latency_ms": "median_ms",
+    "latency_10_percent_ms": "p10_ms",
+    "latency_90_percent_ms": "p90_ms",
+    "network_share": "network_share",
+    "decode_share": "decode_share",
+    "suppression_share": "suppression_share",
+}
+"""Column name to attribute of `Timing`."""
+
+
+@dataclass(frozen=True)
+class SizeResult:
+    """Speed and accuracy at one image size."""
+
+    image_size: int  # px
+    billion_operations: float  # for one image
+    single: Timing  # of single images
+    batch: Timing | None = None  # of batches; None if the memory is too small
+    ap50: float | None = None  # 0…1; None without test images of the classes
+    ap: float | None = None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Return all values by column name; columns of batches start with ``batch_``."""
+        values: dict[str, float | int | None] = {
+            "image_size": self.image_size,
+            "AP50": self.ap50,
+            "AP": self.ap,
+            "billion_operations": self.billion_operations,
+        }
+        for prefix, timing in (("", self.single), ("batch_", self.batch)):
+            values[f"{prefix}images_per_second"] = timing.images_per_second if timing else None
+            for name, attribute in _TIMING_COLUMNS.items():
+                values[prefix + name] = getattr(timing, attribute) if timing else None
+        return values
+
+
+def table_header(setup: dict[str, Any]) -> str:
+    """Return the measurement setup and the header of the table."""
+    size = setup["batch_size"]
+    return (
+        f"{setup['checkpoint']} on {_format_machine(setup)}\n"
+        f"yolo-lightning {setup['yolo_lightning']}, torch {setup['torch']}\n"
+        f"{setup['images']}; from uint8 on the device to detections above "
+        f"{setup['score_threshold']}\n"
+        f"medians of {setup['runs']} runs after {setup['warm_up_runs']} warm-up runs; load before: "
+        f"{setup['load_before']:.1f} of {setup['cores']} cores\n\n"
+        f"{'':>19}{'billion':>11}{'images':>9} {'one image':<22}"
+        f"{'images':>8}  {f'batch of {size}':<26}share of the time, one image\n"
+        f"{'px':>5}{'AP50':>7}{'AP':>7}{'operations':>11}{'per s':>9} {'ms (10 … 90 %)':<22}"
+        f"{'per s':>8}  {'ms (10 … 90 %)':<26}network  decode  suppression"
+    )
+
+
+def _format_machine(setup: dict[str, Any]) -> str:
+    threads = f"{setup['threads']} thread{'s' if setup['threads'] > 1 else ''}"
+    return f"{setup['device_name']} ({setup['device']}), {threads}, {setup['precision']}"
+
+
+def table_line(row: SizeResult) -> str:
+    """Return one line of the table."""
+    ap50, ap = ("-" if v is None else f"{v:.3f}" for v in (row.ap50, row.ap))
+    batch, per_second = "too little memory", "-"
+    if row.batch is not None:
+        batch, per_second = _format_ms(row.batch), f"{row.batch.images_per_second:.1f}"
+    parts = (row.single.network_share, row.single.decode_share, row.single.suppression_share)
+    shares = "".join(f"{100 * v:>{width}.1f} %" for v, width in zip(parts, (5, 6, 11), strict=True))
+    return (
+        f"{row.image_size:>5}{ap50:>7}{ap:>7}{row.billion_operations:>11.2f}"
+        f"{row.single.images_per_second:>9.1f} {_format_ms(row.single):<22}"
+        f"{per_second:>8}  {batch:<26}{shares}"
+    )
+
+
+def _format_ms(timing: Timing) -> str:
+    return f"{timing.median_ms:.1f} ({timing.p10_ms:.1f} … {timing.p90_ms:.1f})"
+
+
+def write_tables(folder: Path, setup: dict[str, Any], rows: Sequence[SizeResult]) -> None:
+    """Write or replace `speed.json` and `speed.csv`."""
+    values = [row.to_dict() for row in rows]
+    text = json.dumps({**setup, "sizes": values}, indent=2, allow_nan=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "speed.json").write_text(text + "\n", encoding="utf-8")
+        if values:
+            with (folder / "speed.csv").open("w", encoding="utf-8", newline="") as handle:
+                table = csv.DictWriter(handle, list(values[0]))
+                table.writeheader()
+                table.writerows(values)
+    except OSError as error:
+        raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
+
+
+def empty_figure() -> "Figure":
+    """Create the figure for `draw_plot`; raise `InputError` without matplotlib."""
+    return new_figure(9.0, 4.4)
+
+
+def draw_plot(
+    figure: "Figure", path: Path, setup: dict[str, Any], rows: Sequence[SizeResult]
+) -> None:
+    """Plot accuracy against speed, or latency against image size if there is no accuracy.
+
+    The left panel shows single images, the right one batches.
+
+    Source: YOLO9000, figure 4.
+    """
+    has_accuracy = any(row.ap50 is not None for row in rows)
+    panels = figure.subplots(1, 2, sharey=True)
+    panels[0].set_title("one image at a time", fontsize=10, color=TEXT)
+    panels[1].set_title(f"batches of {setup['batch_size']}", fontsize=10, color=TEXT)
+    draw_panel = _draw_accuracy if has_accuracy else _draw_latency
+    draw_panel(panels[0], [(row, row.single) for row in rows])
+    draw_panel(panels[1], [(row, row.batch) for row in rows if row.batch is not None])
+    ylabel = "AP50 on the test images" if has_accuracy else "ms per image, median and 10 … 90 %"
+    panels[0].set_ylabel(ylabel, color=TEXT)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(which="both", colors=TEXT)
+        axes.xaxis.label.set_color(TEXT)
+        axes.grid(color=LINE, linewidth=0.6)
+    title = f"{Path(setup['checkpoint']).name} on {_format_machine(setup)}"
+    figure.suptitle(title, fontsize=10, color=TEXT)
+    save_figure(figure, path)
+
+
+def _draw_accuracy(axes: "Axes", points: Sequence[tuple[SizeResult, Timing]]) -> None:
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = [(t.images_per_second, row.ap50, row) for row, t in points if row.ap50 is not None]
+    axes.plot(
+        [speed for speed, _, _ in values], [ap50 for _, ap50, _ in values], "o-", color=COLOURS[0]
+    )
+    for speed, ap50, row in values:
+        axes.annotate(
+            f"{row.image_size} px", (speed, ap50), (0, 8), textcoords="offset points", ha="center",
+            fontsize=9, color=TEXT, path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel="images per second")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=30))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.12, y=0.15)
+
+
+def _draw_latency(axes: "Axes", points: Sequence[tuple[SizeResult, Timing]]) -> None:
+    sizes = [row.image_size for row, _ in points]
+    low, median, high = (
+        [getattr(timing, name) / timing.batch_size for _, timing in points]
+        for name in ("p10_ms", "median_ms", "p90_ms")
+    )
+    axes.plot(sizes, median, "o-", color=COLOURS[0], ms=5)
+    axes.fill_between(sizes, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.set(xticks=sizes, xlabel="image size, px")
+    axes.set_ylim(bottom=0)

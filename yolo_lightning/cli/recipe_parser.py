@@ -1,0 +1,103 @@
+"""Parse recipes and command lines, and turn a checkpoint into recipe values."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf.errors import OmegaConfBaseException
+
+from yolo_lightning.cli.launch import recipe_paths
+from yolo_lightning.cli.recipe_errors import readable_message
+from yolo_lightning.errors import InputError
+
+_NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
+
+
+class _ParserError(Exception):
+    """An unprocessed error message of the parser."""
+
+
+class RecipeParser(LightningArgumentParser):
+    """A parser that raises errors instead of printing its usage and exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Raise the message; nested parsers pass it on, so `parse` makes it readable."""
+        raise _ParserError(message) from None
+
+    def format_help(self) -> str:
+        """Return the help without the list of all modules, which a backbone can be."""
+        return re.sub(r", known\s+subclasses:\s+torch\.nn\.Module,[^)]*", "", super().format_help())
+
+
+def parse(
+    parser: LightningArgumentParser, args: Sequence[str], recipes: Sequence[str]
+) -> Namespace:
+    """Parse a command line with a `RecipeParser`; the recipes are named in error messages.
+
+    Raises:
+        InputError: an unknown key, a wrong value, or a reference to a missing key.
+    """
+    origin = "".join(f"{recipe}: " for recipe in recipes)
+    try:
+        return parser.parse_args(list(args))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{origin}{error.full_key}: {str(error).splitlines()[0]}") from None
+    except _ParserError as error:
+        raise InputError(origin + readable_message(str(error), recipes)) from None
+
+
+def recipe_files(args: Sequence[str]) -> list[str]:
+    """Return the recipes of a command line.
+
+    Raises:
+        InputError: a recipe is missing, empty or not UTF-8.
+    """
+    files = recipe_paths(args)
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"recipe {file!r} not found (working folder: {Path.cwd()})")
+        try:
+            is_empty = not Path(file).read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {file!r} is not UTF-8 text ({error})") from None
+        if is_empty:
+            raise InputError(f"recipe {file!r} is empty")
+    return files
+
+
+def model_from_checkpoint(
+    checkpoint: dict[str, Any], config: Namespace, args: Sequence[str], recipes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the hyper-parameters of a checkpoint as the `model` section of a recipe.
+
+    Those of the network are left out if the recipe or the command line names another backbone.
+
+    Raises:
+        InputError: the checkpoint's backbone is a class that the recipe does not name.
+    """
+    module = checkpoint.get("module", "DetectorModule")
+    values = dict(checkpoint["hyper_parameters"])
+    is_named = any(
+        arg.startswith(("--model.backbone", "--model.init_args.backbone")) for arg in args
+    )
+    for recipe in recipes:
+        model = (yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}).get("model") or {}
+        is_named |= "backbone" in (model.get("init_args") or {})
+    backbone, saved_backbone = config.model.init_args.get("backbone"), values.get("backbone")
+    if isinstance(saved_backbone, dict):  # a checkpoint must not import classes, only a recipe
+        saved_backbone = saved_backbone["class_path"]
+        del values["backbone"]
+        if not is_named:
+            raise InputError(
+                f"the checkpoint's backbone is the class {saved_backbone}; name it in the recipe's "
+                "model.init_args.backbone"
+            )
+        if isinstance(backbone, Namespace):
+            backbone = saved_backbone  # loading the weights compares the classes
+    if is_named and backbone != saved_backbone:
+        values = {key: value for key, value in values.items() if key not in _NETWORK_KEYS}
+    return {"class_path": f"yolo_lightning.{module}", "init_args": values}

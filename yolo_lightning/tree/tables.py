@@ -1,0 +1,58 @@
+"""Index tables of a WordTree, for computing all sibling groups or levels at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TreeTables:
+    """Index tables on one device; nodes of equal group size, and of equal level, are contiguous."""
+
+    paths: Tensor  # (K, D), as in the tree
+    groups_by_size: list[Tensor]  # for each group size, the nodes of these groups, (groups, size)
+    size_order: Tensor  # (K,), the nodes of groups_by_size in sequence
+    size_inverse: Tensor  # (K,), each node's position in size_order
+    levels: list[Tensor]  # the nodes of each level of the tree
+    parent_positions: list[Tensor]  # positions of the nodes' parents in the level above
+    level_inverse: Tensor  # (K,), each node's position in the concatenated levels
+    members: Tensor  # (G, largest size), the nodes of each group, -1 as padding
+    group_sizes: Tensor  # (G,)
+    child_group: Tensor  # (K + 1,), group of each node's children, -1 for leaves; last: top level
+
+    @classmethod
+    def build(
+        cls, parents: Tensor, groups: Tensor, paths: Tensor, device: torch.device
+    ) -> "TreeTables":
+        """Build the tables from the attributes of a `WordTree`."""
+        group_sizes = torch.bincount(groups)
+        split = groups.argsort(stable=True).split(group_sizes.tolist())
+        members = torch.nn.utils.rnn.pad_sequence(list(split), True, -1)
+        groups_by_size = [
+            members[group_sizes == size, :size] for size in group_sizes.unique().tolist()
+        ]
+        child_group = torch.full((len(parents) + 1,), -1)
+        child_group[parents] = groups  # index -1: the top level
+        levels: list[Tensor] = []
+        parent_positions: list[Tensor] = []
+        position = torch.zeros(len(parents), dtype=torch.long)
+        above = torch.tensor([-1])
+        while len(level := torch.isin(parents, above).nonzero().flatten()):
+            parent_positions.append(position[parents[level]])
+            position[level] = torch.arange(len(level))
+            levels.append(level)
+            above = level
+        size_order = torch.cat([nodes.flatten() for nodes in groups_by_size])
+        return cls(
+            paths.to(device),
+            [nodes.to(device) for nodes in groups_by_size],
+            size_order.to(device),
+            size_order.argsort().to(device),
+            [level.to(device) for level in levels],
+            [positions.to(device) for positions in parent_positions],
+            torch.cat(levels).argsort().to(device),
+            members.to(device),
+            group_sizes.to(device),
+            child_group.to(device),
+        )
