@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes on few cores: threads that spin while they wait slow each other 30-fold.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: quickstart test test-slow lint types structure format clean
+.PHONY: quickstart test test-fast test-slow lint types structure format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -18,8 +18,16 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	$(BIN)/yolo-lightning quickstart
 
+# one process a core, with one thread each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+ORDINARY := not slow and not cluster and not browser
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not cluster and not browser"
+	$(PYTEST) -m "$(ORDINARY)"
+
+# without trainings from end to end and processes of their own
+test-fast: $(READY)
+	$(PYTEST) -m "$(ORDINARY) and not end_to_end"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or cluster or browser"
