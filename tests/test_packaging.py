@@ -69,6 +69,7 @@ def test_the_top_level_is_the_agreed_one():
     }  # fmt: skip
 
 
+@pytest.mark.end_to_end
 def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
     source = copy_without_links(tmp_path)
     build = (
@@ -107,6 +108,7 @@ def test_the_folders_refuse_to_be_imported_by_their_bare_names(name):
     assert f"import it as 'yolo_lightning.{name}'" in done.stderr
 
 
+@pytest.mark.end_to_end
 def test_a_checkout_without_symbolic_links_works_once_installed(tmp_path):
     source = copy_without_links(tmp_path)
     build = (
@@ -129,6 +131,7 @@ def test_a_checkout_without_symbolic_links_works_once_installed(tmp_path):
     assert done.stdout.strip() == str(source / "datamodules/__init__.py"), done.stderr[-2000:]
 
 
+@pytest.mark.end_to_end
 def test_importing_reaches_no_network_and_sets_the_switches(tmp_path):
     code = """
 import socket, os

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.helpers.paths import REPO
 from tests.helpers.recipes import QUICK, TINY
 from yolo_lightning.cli.main import main
+
+pytestmark = pytest.mark.end_to_end
 
 
 def digests(folder: Path) -> list[int]:

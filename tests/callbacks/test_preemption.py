@@ -17,6 +17,8 @@ from yolo_lightning.callbacks import preemption
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 
+pytestmark = pytest.mark.end_to_end
+
 
 class SendSignal(pl.Callback):
     """Send this process a signal at a step, or in the validation after it."""

@@ -15,6 +15,8 @@ from tests.helpers.paths import REPO
 from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.cli.main import main
 
+pytestmark = pytest.mark.end_to_end
+
 RECIPE = """
 model:
   class_path: yolo_lightning.DetectorModule

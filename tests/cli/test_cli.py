@@ -17,6 +17,8 @@ from yolo_lightning.cli import runs
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 
+pytestmark = pytest.mark.end_to_end
+
 RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
 
 

@@ -18,6 +18,8 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.shapes import SHAPES
 
+pytestmark = pytest.mark.end_to_end
+
 SHAPES_TREE = WordTree.from_file(REPO / "recipes/trees/shapes.tsv")
 BOXED = {"ring": "round", "semicircle": "round", "rhombus": "angular"}
 LABELLED = {"ring": "ring", "semicircle": "semicircle", "rhombus": "rhombus"}

@@ -36,6 +36,8 @@ from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.tree.wordtree import WordTree
 
+pytestmark = pytest.mark.end_to_end
+
 IMAGES = {"precision_recall.png", "confidence.png", "confusion.png", "errors.jpg"}
 TABLES = {"metrics.json", "per_class.csv", "confusion.csv", "errors.csv"}
 TARGETS = table(

@@ -27,6 +27,8 @@ from yolo_lightning.export.check import find_threshold, max_differences, open_on
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.export.graph import DetectorGraph, GraphSettings, TreeDescent, nms_rows
 
+pytestmark = pytest.mark.end_to_end
+
 ROWS = [
     ("animal", "-", "animal"), ("tool", "-", "tool"), ("cat", "animal", "cat"),
     ("dog", "animal", "dog"), ("bengal", "cat", "Bengal"), ("manx", "cat", "Manx"),

@@ -17,6 +17,8 @@ from yolo_lightning.datamodules import VOCFolder
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.export.darknet import build_checkpoint
 
+pytestmark = pytest.mark.end_to_end
+
 NAMES = ["apple", "banana", "cherry"]
 SCORE = 0.1
 

@@ -36,6 +36,8 @@ from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.inference.classification import classify, read_image
 from yolo_lightning.serving.mlflow_model import REQUIREMENTS, log_model, register, save_model
 
+pytestmark = pytest.mark.end_to_end
+
 THRESHOLD = 0.05
 
 

@@ -31,6 +31,8 @@ from yolo_lightning.tracking.names import KeyMap, valid_key
 from yolo_lightning.tracking.store import short_message, strip_credentials, strip_passwords
 from yolo_lightning.tracking.system_metrics import SystemMetrics
 
+pytestmark = pytest.mark.end_to_end
+
 STEPS = 50
 Responder = Callable[[BaseHTTPRequestHandler], None]
 

@@ -36,6 +36,8 @@ from yolo_lightning.tracking import (
 )
 from yolo_lightning.tracking.upload_thread import UploadThread
 
+pytestmark = pytest.mark.end_to_end
+
 assert cli, Clock
 IN_THREE_BATCHES = "--data.detection_batch_size=2"  # six validation images
 

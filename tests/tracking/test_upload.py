@@ -24,6 +24,8 @@ from yolo_lightning.tracking.store import JournalLock, StoreUnavailable
 from yolo_lightning.tracking.upload_thread import UploadThread
 from yolo_lightning.tracking.uploader import Uploader
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

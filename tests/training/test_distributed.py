@@ -13,6 +13,8 @@ from tests.helpers.detections import metrics_of, random_image
 from tests.helpers.paths import REPO
 from tests.helpers.recipes import QUICK, TINY
 
+pytestmark = pytest.mark.end_to_end
+
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(REPO),

@@ -15,6 +15,8 @@ from tests.helpers.diary import entries
 from tests.helpers.paths import REPO
 from tests.helpers.processes import ENVIRONMENT, rank_pids, start, wait_or_kill
 
+pytestmark = pytest.mark.end_to_end
+
 DDP = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=500")
 
 

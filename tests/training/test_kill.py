@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.paths import REPO
+
+pytestmark = pytest.mark.slow
 
 
 def test_repeatedly_killed_training_equals_an_uninterrupted_one():

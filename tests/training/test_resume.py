@@ -19,6 +19,8 @@ from yolo_lightning.datamodules import (
 )
 from yolo_lightning.schedules import PolynomialDecay
 
+pytestmark = pytest.mark.end_to_end
+
 TREE = str(REPO / "recipes/trees/shapes.tsv")
 STEPS_PER_EPOCH = 6
 
