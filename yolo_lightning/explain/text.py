@@ -53,9 +53,12 @@ def object_lines(
 def _terms_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> list[str]:
     """Return a table of terms and their sums, with a header."""
     width = max(len(name[:_MAX_NAME]) for name, _ in rows)
-    lines = [" " * width + "".join(f"{name:>12}" for name in TERMS) + f"{'loss':>10}"]
+    widths = {term: max(12, len(term) + 2) for term in TERMS}
+    lines = [" " * width + "".join(f"{term:>{w}}" for term, w in widths.items()) + f"{'loss':>10}"]
     for name, terms in rows:
-        cells = "".join(f"{terms[term]:>12.4f}" if term in terms else " " * 12 for term in TERMS)
+        cells = "".join(
+            f"{terms[term]:>{w}.4f}" if term in terms else " " * w for term, w in widths.items()
+        )
         lines.append(f"{name[:_MAX_NAME]:<{width}}{cells}{sum(terms.values()):>10.4f}")
     return lines
 
@@ -136,11 +139,11 @@ def candidates_table(explanation: LabelLossExplanation, size: int) -> list[str]:
         columns.append(("product", [one.score for one in candidates]))
     if explanation.rule != "label":
         columns.append((_prob(explanation.name), [one.prob_label for one in candidates]))
-    lines = [f"{'':<3}{'row':>3}{'column':>8}{'anchor':>7}{'w x h px':>12}"]
+    lines = [f"{'':<3}{'row':>3}{'column':>8}{'anchor':>8}{'w x h px':>12}"]
     for k, one in enumerate(candidates):
         box, (x1, y1, x2, y2) = one.box, one.box.xyxy_norm
         box_size = f"{(x2 - x1) * size:.0f} x {(y2 - y1) * size:.0f}"
-        lines.append(f"{k + 1:<3}{box.row:>3}{box.column:>8}{box.anchor:>7}{box_size:>12}")
+        lines.append(f"{k + 1:<3}{box.row:>3}{box.column:>8}{box.anchor:>8}{box_size:>12}")
     for name, values in columns:
         cells = [name, *(f"{value:.4f}" for value in values)]
         width = max(map(len, cells)) + 2
