@@ -14,12 +14,10 @@ _BYTES = 4
 
 
 class BatchDigests(pl.Callback):
-    """Writes a CRC-32 of each batch, over all ranks, to ``batches/steps.crc32`` in the run folder.
+    """Write a CRC-32 of each batch, over all ranks, to ``batches/steps.crc32`` in the run folder.
 
-    The file has one little-endian uint32 per batch, batch n at byte 4 n, and 0 for a batch that was
-    not trained. A resumed run overwrites values with equal values. The file is logged to MLflow
-    after each validation and at the end. Two runs read the same batches up to the first value that
-    differs. Samples are identified by their indices and the fingerprints of their sources.
+    Batch n has a little-endian uint32 at byte 4 n, 0 if it was not trained. Two runs read the same
+    batches, by sample indices and fingerprints of sources, up to the first value that differs.
     """
 
     def __init__(self) -> None:

@@ -10,11 +10,9 @@ from yolo_lightning.errors import InputError
 
 
 class CompileNetwork(pl.Callback):
-    """Compile the layers of the network with dynamic height and width.
+    """Compile the layers of the network in place, with dynamic height and width.
 
-    Recompilations are printed and logged (`train/compiled_graphs`); exceeding the recompilation
-    limit is an error instead of a silent fallback to slow code. Layers are compiled in place, which
-    does not change checkpoints.
+    Recompilations are printed and logged (`train/compiled_graphs`); too many are an error.
 
     Args:
         backend: backend of `torch.compile`.

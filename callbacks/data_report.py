@@ -76,7 +76,6 @@ class DataReport(pl.Callback):
             self._report(trainer)
 
     def _report(self, trainer: pl.Trainer) -> None:
-        """Gather the faults of all ranks and print them on rank 0."""
         faults = Counter(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
         by_rank: list[Counter[str] | None] = [self.faults]
         if dist.is_available() and dist.is_initialized():

@@ -26,12 +26,9 @@ class NonFiniteError(RuntimeError):
 class FiniteGuard(pl.Callback):
     """Skip steps whose loss or gradient is NaN or infinite, on all ranks.
 
-    A skipped step changes neither weights nor momentum, and running statistics are restored, since
-    one NaN in them would corrupt all later validations. After more than `max_consecutive` skipped
-    steps, each rank with a non-finite batch saves it, and the training fails.
-
-    In float16 the gradient scaler itself skips overflowing steps and lowers its scale; there,
-    gradients count only after 40 consecutive steps.
+    A skipped step changes no weights, momentum or running statistics. In float16, where the
+    gradient scaler skips overflowing steps, gradients count only after 40 consecutive steps. If
+    training fails, each rank with a non-finite batch saves it.
 
     Args:
         max_consecutive: maximum number of consecutive skipped steps, 0 or more.
@@ -102,7 +99,6 @@ class FiniteGuard(pl.Callback):
             self._stop_training(trainer, is_cause)
 
     def _describe_step(self) -> str:
-        """Return a message with the samples of the non-finite batches."""
         parts = []
         has_loss = any(self._non_finite_losses)
         flags = self._non_finite_losses if has_loss else [True] * len(self._batches)
@@ -114,7 +110,6 @@ class FiniteGuard(pl.Callback):
         return f"{'loss' if has_loss else 'gradient'} is not finite: {'; '.join(parts)}"
 
     def _stop_training(self, trainer: pl.Trainer, save_batches: bool) -> None:
-        """Save the batches if they are non-finite on this rank, and raise `NonFiniteError`."""
         message = (
             f"{self._consecutive} consecutive steps were not finite; allowed: "
             f"{self.max_consecutive}"

@@ -25,18 +25,17 @@ from yolo_lightning.tracking.logger import run_loggers
 
 
 class LastCheckpoint(Checkpoint):
-    """Save ``checkpoints/last.ckpt`` in the folder of the run every N steps and at the end.
+    """Save ``checkpoints/last.ckpt`` in the run folder every N steps and at the end.
 
-    The checkpoint before it is kept as ``previous.ckpt``; one of the two is always complete. A
-    write error is a warning, and the next checkpoint is tried as usual; if the final state cannot
-    be saved, the training fails.
-
-    Lightning's ``save_last`` writes only when the best checkpoint changes, and its
-    ``every_n_train_steps`` omits the last steps.
+    The one before is kept as ``previous.ckpt``; one of the two is always complete. A write error is
+    a warning, but if the final state cannot be saved, the training fails.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints, 1 or more.
     """
+
+    # Lightning's save_last writes only when the best checkpoint changes, and its
+    # every_n_train_steps omits the last steps
 
     def __init__(self, every_n_steps: int = 1000) -> None:
         if every_n_steps < 1:
@@ -100,15 +99,13 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the step metrics, and make a resumed training restart an unfinished validation.
-
-        Lightning would continue in the middle of a validation without its earlier results, and skip
-        one that was due; so the progress is saved as started, with no completed batch.
-        """
+        """Save the step metrics; let a resumed training restart an unfinished validation."""
         if run_loggers(trainer):
             checkpoint["step_metrics"] = self._step_metrics(trainer)
         if not self._validation_is_due:
             return
+        # Lightning would continue in the middle of a validation without its earlier results, and
+        # skip one that was due: save the progress as started, with no completed batch
         loops = checkpoint["loops"]["fit_loop"]
         for part in ("total", "current"):
             progress = loops["epoch_loop.batch_progress"][part]
@@ -124,14 +121,13 @@ class LastCheckpoint(Checkpoint):
         self._resumed_metrics = (checkpoint["epoch"], checkpoint.get("step_metrics", {}))
 
     def _step_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return the newest metrics of the steps of this epoch."""
         epoch, resumed = self._resumed_metrics
         results = trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
         newest = convert_tensors_to_scalars(results)
         return {**(resumed if epoch == trainer.current_epoch else {}), **newest}
 
     def _log_step(self, trainer: pl.Trainer) -> None:
-        """Log metrics before saving: Lightning would log them after it, when a stop is possible."""
+        # called before saving: Lightning would log them after it, when a stop is possible
         loggers = run_loggers(trainer)
         if loggers and trainer._logger_connector.should_update_logs:
             metrics = self._step_metrics(trainer)
@@ -146,11 +142,7 @@ class LastCheckpoint(Checkpoint):
             self.save_now(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Save the current state; call it on every rank.
-
-        Raises:
-            InputError: it could not be saved; raised on every rank.
-        """
+        """Save the current state; raise `InputError` if it fails. Call it on every rank."""
         error = self._save(trainer)
         if error:
             folder = self.path(trainer).parent
@@ -176,7 +168,6 @@ class LastCheckpoint(Checkpoint):
         return error
 
     def _rotate(self, trainer: pl.Trainer, new: Path, last: Path) -> str:
-        """Make the new checkpoint the last one, on rank 0; return the error message."""
         checkpoint_io = trainer.strategy.checkpoint_io
         if isinstance(checkpoint_io, DurableCheckpointIO) and checkpoint_io.last_error:
             return checkpoint_io.last_error
@@ -209,7 +200,6 @@ def completes_optimizer_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def _check_same_checkpoint_on_ranks(trainer: pl.Trainer) -> None:
-    """Check that all ranks resume from the same checkpoint."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     path = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
@@ -225,7 +215,6 @@ def _check_same_checkpoint_on_ranks(trainer: pl.Trainer) -> None:
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:
-    """Return whether a validation follows the current batch."""
     loop = trainer.fit_loop.epoch_loop
     fetcher = trainer.fit_loop._data_fetcher
     has_validation = bool(trainer.fit_loop.epoch_loop.val_loop.max_batches)
@@ -233,7 +222,7 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def _remove_if_damaged(last: Path) -> None:
-    """Remove a damaged checkpoint, so that rotating does not replace the valid previous one."""
+    # otherwise, rotating would replace the valid previous checkpoint by the damaged one
     if not last.is_file():
         return
     try:

@@ -13,14 +13,7 @@ from yolo_lightning.errors import InputError
 
 
 def size_at_step(step: int, sizes: list[int], every: int, seed: int) -> int:
-    """Return the image size of a step, px; all ranks compute the same one.
-
-    Args:
-        step: number of the batch since training began.
-        sizes: the sizes to choose from, px.
-        every: number of batches with one size.
-        seed: of the sequence of sizes.
-    """
+    """Return the image size of a step (a batch number), px; all ranks compute the same one."""
     draw = np.random.SeedSequence((seed, step // every)).generate_state(1)[0]
     return sizes[int(draw) % len(sizes)]
 
@@ -34,19 +27,13 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def dry_run(module: pl.LightningModule, batch: Any) -> None:
-    """Run a forward and a backward pass without side effects.
-
-    `torch.autograd.grad` does not accumulate gradients, so that no hooks of DDP run.
-
-    Args:
-        module: with a method `loss_terms`.
-        batch: on the module's device.
-    """
+    """Run a forward and a backward pass without side effects."""
     buffers = list(module.buffers())
     saved = [buffer.clone() for buffer in buffers]
     parameters = [p for p in module.parameters() if p.requires_grad]
     terms: dict[str, Tensor] = module.loss_terms(batch)  # type: ignore[operator]
     loss = torch.stack(list(terms.values())).sum()
+    # accumulates no gradients, so that no hooks of DDP run
     torch.autograd.grad(loss, parameters, allow_unused=True)
     for buffer, value in zip(buffers, saved, strict=True):
         buffer.copy_(value)
@@ -55,16 +42,13 @@ def dry_run(module: pl.LightningModule, batch: Any) -> None:
 class MultiScale(pl.Callback):
     """Resize training batches to a random size that changes every few batches; has no state.
 
-    Boxes are relative to the image and do not change.
-
     Args:
         sizes: px, multiples of 32, at most `data.canvas_size`.
         every_n_batches: number of batches with one size.
         seed: of the sequence of sizes.
 
     Raises:
-        InputError: no sizes, a size that is not a multiple of 32, or, when training starts, a size
-            above `data.canvas_size`.
+        InputError: a value out of range; for `data.canvas_size`, when training starts.
 
     Source: YOLO9000, section 2, "Multi-Scale Training".
     """
@@ -79,11 +63,7 @@ class MultiScale(pl.Callback):
         self.sizes, self.every_n_batches, self.seed = sizes, every_n_batches, seed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that no size is above the canvas size.
-
-        Raises:
-            InputError: one is.
-        """
+        """Check that no size is above the canvas size."""
         canvas = getattr(trainer.datamodule, "canvas_size", max(self.sizes))  # type: ignore[attr-defined]
         if max(self.sizes) > canvas:
             raise InputError(
@@ -92,13 +72,7 @@ class MultiScale(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run a step of each kind at the largest size, to find out now if memory is too small.
-
-        It leaves no gradients, running statistics or random state behind.
-
-        Raises:
-            InputError: out of memory.
-        """
+        """Run a step of each kind at the largest size: fail now if memory is too small."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "batch"):
             return

@@ -27,13 +27,11 @@ _BATCH_SIZE = 4
 class PredictionGrid(pl.Callback):
     """Draw predictions and ground truth of the same validation images every n validations.
 
-    The images are spaced evenly over the validation source; unreadable ones are left out. The
-    weights are those of the validation, including averaged ones. The grid is logged to every
-    `RunLogger`; without one, and for classifiers, nothing is drawn. Training is not affected:
-    errors become warnings, and the state of random number generators is restored.
+    The weights are those of the validation. The grid is logged to every `RunLogger`. Errors become
+    warnings, and random states are restored.
 
     Args:
-        images: number of images to draw.
+        images: number of images, evenly spaced over the validation source.
         every_n_validations: validations from one grid to the next.
         score_threshold: minimum score of drawn predictions, 0…1.
 
@@ -95,7 +93,6 @@ class PredictionGrid(pl.Callback):
                 logger.log_image("predictions", image, step)
 
     def _draw(self, trainer: pl.Trainer, module: Any, source: Any) -> Image | None:
-        """Return the grid; None if no image can be read."""
         indices = evenly_spaced(self.images, len(source))
         tiles: list[Image] = []
         for start in range(0, len(indices), _BATCH_SIZE):
@@ -122,7 +119,6 @@ class PredictionGrid(pl.Callback):
 
 
 def _read_samples(source: Any, indices: list[int], size_hw: tuple[int, int]) -> list[Any]:
-    """Return the readable samples, without difficult targets."""
     samples = []
     for index in indices:
         with contextlib.suppress(UnreadableSample):
@@ -167,7 +163,6 @@ def draw_tile(
 
 
 def _draw_dashed_box(canvas: Image, corners: list[int]) -> None:
-    """Draw a box in green and white dashes, visible on every background."""
     x1, y1, x2, y2 = corners
     cv2.rectangle(canvas, (x1, y1), (x2, y2), _WHITE, 1)
     for x in range(x1, x2, 2 * _DASH):

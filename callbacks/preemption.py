@@ -33,11 +33,10 @@ class Preemption(Checkpoint):
 
     SIGUSR1, which `sbatch --signal` sends before the time limit, also requeues the SLURM job.
     SIGTERM does not: SLURM itself requeues preempted jobs, and a cancelled job must not return.
-
-    Replaces Lightning's signal handlers, which save inside the handler, and which leave the other
-    ranks waiting if only one receives SIGTERM. Derived from `Checkpoint`, because Lightning calls
-    checkpoint callbacks last, when the step is complete.
     """
+
+    # Lightning's handlers save inside the handler, and leave the other ranks waiting if only one
+    # receives SIGTERM. A `Checkpoint` callback is called last, when the step is complete.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the signal handlers and keep Lightning from replacing them."""

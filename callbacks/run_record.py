@@ -20,13 +20,10 @@ from yolo_lightning.tracking.store import strip_passwords
 
 
 class RunRecord(pl.Callback):
-    """Saves the recipe as written and as resolved, and logs parameters, tags and the final model.
+    """Save the recipe as written and as resolved, and log parameters, tags and the final model.
 
-    Args:
-        folder: run folder.
-        files: name and text of the recipe files, unchanged, and of the command line.
-        resolved: all values of the recipe, nested.
-        recipe: name of the recipe.
+    `files` are the texts of the recipe files, unchanged, and of the command line, by name;
+    `resolved` are all values of the recipe, nested.
     """
 
     def __init__(
@@ -87,7 +84,6 @@ class RunRecord(pl.Callback):
                 logger.log_artifact(path, folder)
 
     def _write_tables(self, module: Any) -> list[tuple[Path, str]]:
-        """Write files with the tree and the anchors; return their paths and artifact folders."""
         written = []
         if (tree := getattr(module, "tree", None)) is not None:
             (self.folder / "tree.tsv").write_text(tree.to_text(), encoding="utf-8")
@@ -101,7 +97,6 @@ class RunRecord(pl.Callback):
         return written
 
     def _description(self, inputs: list[dict[str, Any]]) -> str:
-        """Return the description of the run, as Markdown."""
         recipe = self.files.get("recipe.yaml", "")
         comment = []
         for line in recipe.splitlines():

@@ -13,18 +13,14 @@ _MIB = 2**20
 
 
 class Throughput(pl.Callback):
-    """Logs speed and memory at every logged training step, as means since the last logged step.
+    """Log speed and memory at every logged training step, as means since the last logged step.
 
     - ``speed/images_per_s``: images of both kinds, over all ranks.
-    - ``speed/step_s``: seconds per optimizer step.
+    - ``speed/step_s``: seconds per optimizer step, everything included except validations, saved
+      checkpoints, and the first step of a process.
     - ``speed/data_wait_share``: share of the time that rank 0 waits for its dataloader, 0 to 1.
     - ``memory/process_mib``: resident memory of the process of rank 0, without dataloader workers.
     - ``memory/gpu_peak_mib``: peak memory of tensors on the GPU of rank 0.
-
-    The time is wall time from the end of one step to the end of the next, with data loading,
-    forward, backward, other ranks, other callbacks and logging. It excludes validations, saved
-    checkpoints and everything between the same two batches, and the first step of a process, which
-    starts workers and warms up.
     """
 
     def __init__(self) -> None:

@@ -12,11 +12,7 @@ from yolo_lightning.tracking.logger import run_loggers
 
 
 class ValidationReport(pl.Callback):
-    """Write the report of a detector's last validation when training ends, as `validate` does.
-
-    The report is written to ``report`` in the run folder, and logged to every `RunLogger` as
-    ``plots``. Without a validation in this process there is no report. Errors become warnings.
-    """
+    """Write the report of the last validation, as `validate` does, when training ends."""
 
     def __init__(self) -> None:
         self._step: int | None = None

@@ -12,22 +12,16 @@ from numpy.typing import NDArray
 from yolo_lightning.datamodules.index import Index, pack_strings
 from yolo_lightning.images import UnreadableSample, read_header
 
-_TOLERANCE_PX = 1.0
-"""Boxes may exceed the image by this much, from rounding, before it is reported."""
+_TOLERANCE_PX = 1.0  # rounding may move boxes out of the image by this much without a report
 
 
 class Annotations:
-    """Annotated images while they are parsed.
-
-    Args:
-        root: folder that image paths are relative to.
-        locate: returns the location of an object, given the numbers of its image and of itself.
-        normalized: whether boxes are relative to the image instead of in px.
-    """
+    """Annotated images while they are parsed; image paths are relative to `root`."""
 
     def __init__(
         self, root: Path, locate: Callable[[int, int], str], normalized: bool = False
     ) -> None:
+        # locate(image, object) gives the location for messages; boxes are px, or 0…1 if normalized
         self.root, self.locate, self.normalized = root, locate, normalized
         self.faults: list[str] = []
         self.names: dict[str, int] = {}  # class numbers

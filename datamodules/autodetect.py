@@ -24,11 +24,7 @@ class AmbiguousLayout(InputError):
 
 
 def detection_source(path: str, split: str | None = None) -> AnnotatedImages:
-    """Return the source for a file or folder of images with boxes.
-
-    Args:
-        path: of the dataset.
-        split: if the layout has splits; by default the usual one for training.
+    """Return the source for a file or folder of images with boxes; by default the training split.
 
     Raises:
         InputError: the path is missing, or its layout is unknown.
@@ -99,10 +95,8 @@ def _yolo_folder(root: Path, path: str, split: str | None) -> AnnotatedImages | 
 
 
 def held_out(path: str, training: AnnotatedImages) -> dict[str, AnnotatedImages]:
-    """Return the held-out splits of a dataset, ``validation`` and ``test``, if it has them.
-
-    Splits that share images with training are left out, such as VOC's `val`, a part of `trainval`.
-    """
+    """Return the splits ``validation`` and ``test`` that share no images with training."""
+    # VOC's val, for example, is a part of trainval
     training_names = {training.image_name(k) for k in range(len(training))}
     sources: dict[str, AnnotatedImages] = {}
     for part, splits in _HELD_OUT_SPLITS.items():

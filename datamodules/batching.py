@@ -172,10 +172,8 @@ def _seed(*key: int) -> int:
 
 
 def _read_or_replace(source: _Readable[Item], index: int, min_side: int, faults: list[str]) -> Item:
-    """Return a sample, or a readable one from elsewhere if it cannot be read; report to `faults`.
-
-    Neighbours are often of one class and unreadable together, so replacements come from far away.
-    """
+    """Return a sample, or another one if it cannot be read; report to `faults`."""
+    # replace from far away: neighbours are often of one class and unreadable together
     size, stride = len(source), 0
     for attempt in range(size):
         try:

@@ -24,14 +24,12 @@ from yolo_lightning.errors import InputError
 class COCOJson(AnnotatedImages):
     """An annotation file in COCO's format and its images.
 
-    Categories are matched by name; their ids, which have gaps in COCO itself, are never labels.
-    Regions of a crowd are not trained on, and are evaluated as in COCO's evaluation, which also
-    uses the areas of outlines to tell small, medium and large objects apart.
+    Categories are matched by name, not by id. Regions of a crowd are not trained on, and are
+    evaluated as in COCO, which also uses the areas of outlines for small, medium and large objects.
 
     Args:
         annotations: the file, such as ``annotations/instances_train2017.json``.
-        images: folder of the images; by default searched in the usual places (beside the file,
-            ``images``, ``train2017``).
+        images: folder of the images; by default searched near the file, such as in ``train2017``.
         mapping: nodes by category name, if the tree has other names.
         allow_outside: whether ``file_name`` may lead out of the folder of images.
     """
@@ -111,7 +109,6 @@ class COCOJson(AnnotatedImages):
         categories: dict[Any, str],
         faults: list[str],
     ) -> list[dict[str, Any]]:
-        """Return the annotations of valid images and known categories."""
         of_images = [item for item in data["annotations"] if item.get("image_id") in image_numbers]
         if len(of_images) < len(data["annotations"]):
             listed = {item.get("id") for item in data["images"]}
@@ -156,7 +153,6 @@ class COCOJson(AnnotatedImages):
 
 
 def _find_image_folder(file: Path, data: dict[str, Any], listing: FolderListing) -> Path:
-    """Return which of the usual folders has the images of an annotation file."""
     name = file.stem.removeprefix("instances_")
     parent = file.parent.parent
     folders = [file.parent, file.parent / "images", parent / name, parent / "images" / name,
@@ -172,7 +168,6 @@ def _find_image_folder(file: Path, data: dict[str, Any], listing: FolderListing)
 
 
 def _load_json(file: Path) -> dict[str, Any]:
-    """Return the content of an annotation file, its structure checked."""
     try:
         data = json.loads(file.read_bytes())
         valid = all(

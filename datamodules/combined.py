@@ -57,10 +57,6 @@ def _concat(sources: Any) -> Any:
 class CombinedDataModule(pl.LightningDataModule):
     """A detection source and a classification source in alternating batches, or one of them alone.
 
-    Lightning's ``CombinedLoader`` cannot replace it: it cannot alternate in ``fit``, and it repeats
-    or loses batches when training resumes within an epoch. Here each batch is computed from its
-    number.
-
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
         detection: images with boxes, or a list of such sources; None to train a classifier.
@@ -70,14 +66,13 @@ class CombinedDataModule(pl.LightningDataModule):
         detection_batch_size: images in a detection batch, over *all* ranks.
         classification_batch_size: images in a classification batch, over *all* ranks.
         classification_batches_per_detection_batch: 0 or more, fractions allowed.
-        image_size: side of the network input in evaluation, px, a multiple of 32. Images with boxes
-            are fitted as `resize` says, images with labels are cropped at the centre.
-        canvas_size: side of training images, px, at least the largest size of `MultiScale`, which
-            resizes them on the device. `image_size` by default.
-        steps_per_epoch: by default one pass over the detection source with its interleaved
-            classification batches, or one pass over the classification source alone.
-        resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`, which
-            changes the aspect ratio, as in the original program's training.
+        image_size: side of the network input in evaluation, px, a multiple of 32.
+        canvas_size: side of training images, px, at least the largest size of `MultiScale`;
+            `image_size` by default.
+        steps_per_epoch: by default one pass over the detection source with its classification
+            batches, or over the classification source alone.
+        resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`;
+            images with labels are cropped at the centre.
         detection_augmentation: no augmentation if None.
         classification_augmentation: no augmentation if None.
         num_workers: loader processes per rank.
@@ -86,6 +81,9 @@ class CombinedDataModule(pl.LightningDataModule):
     Raises:
         InputError: a size or a ratio out of range; on `setup`, errors of the sources.
     """
+
+    # Lightning's CombinedLoader cannot alternate in fit, and repeats or loses batches when training
+    # resumes within an epoch. Here each batch is computed from its number.
 
     def __init__(
         self,
@@ -183,10 +181,7 @@ class CombinedDataModule(pl.LightningDataModule):
         return boxes, labels.node_counts() if labels is not None else {}
 
     def inputs(self) -> list[dict[str, Any]]:
-        """Return one entry per bound source of training and validation.
-
-        ``labelled`` is the number of objects, or of images with a label.
-        """
+        """Return one entry per bound source; ``labelled`` counts objects or images with a label."""
         uses_labels = self.ratio or self.detection is None
         entries = [
             ("training", "boxes", self.detection),
@@ -226,11 +221,7 @@ class CombinedDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> "ResumableLoader":
-        """Return the loader of training batches.
-
-        Raises:
-            InputError: trainer options that would change the order of batches.
-        """
+        """Return the loader of training batches."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         if trainer and world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
@@ -307,11 +298,9 @@ class CombinedDataModule(pl.LightningDataModule):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader whose sampler yields whole batches, and whose state is empty.
+    """A loader of whole batches; its sampler continues from the trainer's number of steps."""
 
-    Lightning warns about resuming within an epoch unless a loader has a state. This one needs none:
-    the sampler continues from the trainer's number of steps.
-    """
+    # Lightning warns about resuming within an epoch unless a loader has a state
 
     def __init__(self, dataset: Dataset[Batch], sampler: Sampler[Any], num_workers: int) -> None:
         super().__init__(

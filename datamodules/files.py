@@ -47,11 +47,10 @@ def is_below(path: str | Path, folder: Path) -> bool:
 def resolve_inside(path: str, root: Path, allow_outside: bool, location: str) -> str:
     """Return an annotated path relative to the dataset's folder, or absolute if outside it.
 
-    Symbolic links are not followed: those in the dataset's folder belong to the dataset.
-
     Raises:
         InputError: the path leads out of the folder and `allow_outside` is false.
     """
+    # symbolic links are not followed: those in the dataset's folder belong to the dataset
     if ".." not in path and not os.path.isabs(path):
         return path
     absolute = os.path.normpath(os.path.join(root, path))
@@ -66,10 +65,8 @@ def resolve_inside(path: str, root: Path, allow_outside: bool, location: str) ->
 
 
 def iter_images(folder: Path, watched: list[Path]) -> Iterator[Path]:
-    """Yield the images in a folder and below it; append every folder listed to `watched`.
-
-    Links to folders are followed once; hidden files and folders are skipped.
-    """
+    """Yield the images in a folder and below it; append every folder listed to `watched`."""
+    # follow links to folders once; skip hidden files and folders
     visited: set[str] = set()
     start = os.path.realpath(folder)
     for parent, subfolders, names in os.walk(folder, followlinks=True):
@@ -122,11 +119,7 @@ class FolderListing:
 
 
 class FileSource(Source):
-    """A source whose images are files; subclasses find and parse their annotations.
-
-    Args:
-        mapping: nodes by the dataset's own label names, if the tree has other names.
-    """
+    """A source whose images are files; subclasses find and parse their annotations."""
 
     def __init__(self, mapping: dict[str, str] | None) -> None:
         self.mapping = dict(mapping or {})

@@ -22,10 +22,9 @@ _NUMBER = re.compile(r"_(\d{8})$")
 class ImageNet(LabelledImages):
     """ImageNet's classification images; labels are WordNet ids (wnids).
 
-    Images lie in one folder per wnid (``train/n01440764/…``), or all in one folder
-    (``val/ILSVRC2012_val_00000001.JPEG``). The labels of the latter come from Kaggle's
-    ``LOC_val_solution.csv``, a list with the wnid of each image in order, or the development kit,
-    which are searched in `root`, up to two levels below it, and up to two levels above it.
+    Images lie in one folder per wnid (``train/n01440764/…``), or all in one folder (``val/…``).
+    The labels of the latter are searched up to two levels below and above `root`: Kaggle's
+    ``LOC_val_solution.csv``, a list with the wnid of each image in order, or the development kit.
 
     Args:
         root: the folder with ``train`` and ``val``, or with ``Data/CLS-LOC``.

@@ -1,8 +1,4 @@
-"""The cached index of a dataset: arrays and metadata, parsed once, then memory-mapped.
-
-Loader workers and ranks map the same file, so however many images a source has, it costs each of
-them almost no memory.
-"""
+"""The cached index of a dataset: parsed once, then memory-mapped by all workers and ranks."""
 
 import hashlib
 import json
@@ -20,12 +16,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-VERSION = 3
-"""Increase it when the content of an index changes: files of other versions are rebuilt."""
-
+VERSION = 3  # increase it when the content changes: files of other versions are rebuilt
+# environment variable: one folder for all indices, instead of a folder in each dataset
 CACHE_VARIABLE = "YOLO_LIGHTNING_CACHE"
-"""Environment variable: one folder for all indices, instead of a folder in each dataset."""
-
 CACHE_FOLDER = ".yolo_lightning"
 
 _MAGIC = b"yolo-lightning index\n"
@@ -34,10 +27,7 @@ _ALIGNMENT = 64
 
 @dataclass(eq=False)
 class Index:
-    """Arrays and metadata of a parsed dataset.
-
-    Pickling stores only the path of the cache file, of which loaded arrays are read-only views.
-    """
+    """Arrays and metadata of a parsed dataset."""
 
     arrays: dict[str, Array]
     metadata: dict[str, Any]  # values that JSON can store, such as class names
@@ -46,6 +36,7 @@ class Index:
     file: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        # loaded arrays are read-only views of the cache file: its path is enough
         return self.__dict__ if self.file is None else {"file": self.file}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,13 +52,8 @@ def pack_strings(name: str, strings: Iterable[str]) -> dict[str, Array]:
 
 
 def cache_file(root: Path, options: Mapping[str, Any]) -> Path | None:
-    """Return where the index of a dataset is cached; None if no folder is writable.
-
-    Args:
-        root: the dataset's folder. The index is cached in a subfolder of it, or in the user's cache
-            folder if it is read-only.
-        options: everything else that the index depends on, such as a split.
-    """
+    """Return where to cache the index of a dataset; None if no folder is writable."""
+    # options: everything else that the index depends on, such as a split
     identity = json.dumps({"root": str(root.absolute()), **options}, sort_keys=True)
     name = hashlib.sha256(identity.encode()).hexdigest()[:16] + ".index"
     folder = _cache_folder(root)
@@ -91,16 +77,13 @@ def _cache_folder(root: Path) -> Path | None:
 
 
 def _stamp(path: str, parsing_since_ns: int | None = None) -> tuple[int, int]:
-    """Return size and modification time, (-1, -1) if the path is missing.
-
-    A path that changed while it was parsed gets (-2, -2), which never matches.
-    """
+    """Return size and modification time; (-1, -1) if the path is missing."""
     try:
         status = os.stat(path)
     except OSError:
         return -1, -1
     if parsing_since_ns is not None and status.st_mtime_ns > parsing_since_ns:
-        return -2, -2
+        return -2, -2  # changed while it was parsed: never matches
     return status.st_size, status.st_mtime_ns
 
 
@@ -119,10 +102,8 @@ def load_fresh(file: Path) -> Index | None:
 
 
 def save(index: Index, file: Path, parsing_since_ns: int) -> Index:
-    """Save a new index and return it memory-mapped, or unchanged if the file cannot be written.
-
-    The file is replaced atomically. Paths that changed after `parsing_since_ns` make it stale.
-    """
+    """Save a new index and return it memory-mapped, or unchanged if it cannot be written."""
+    # paths that changed after `parsing_since_ns` make the index stale
     watched = [str(path) for path in index.watched]
     stamps = np.array([_stamp(path, parsing_since_ns) for path in watched], np.int64)
     arrays = {**index.arrays, **pack_strings("watched", watched), "stamps": stamps.reshape(-1, 2)}

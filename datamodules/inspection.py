@@ -36,7 +36,6 @@ FAULTS = {
     "gives the size as": "sizes of zero",
     "but annotated as": "image sizes that differ from the file's",
 }
-"""Kinds of faults by a part of their messages."""
 
 _SMALL, _MEDIUM = 32**2, 96**2
 
@@ -120,10 +119,7 @@ def parts_of(source: Source) -> list[Source]:
 
 
 def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -> Report:
-    """Read all of a source; check its labels if there is a tree.
-
-    `workers` is the number of processes that decode, by default one per core.
-    """
+    """Read all of a source; check its labels if there is a tree."""
     has_boxes = hasattr(source, "shapes_wh_px")
     report = Report(source.name, "boxes" if has_boxes else "image labels")
     try:
@@ -194,7 +190,6 @@ class _ImageChecks(Dataset[tuple[str, int, int, str]]):
 def _read_all(
     source: AnnotatedImages | LabelledImages, report: Report, workers: int | None
 ) -> None:
-    """Decode every image, in several processes."""
     count, index_data = len(source), source.load_index()
     annotated = (
         index_data.arrays["sizes_wh"].tolist()

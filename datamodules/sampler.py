@@ -18,11 +18,9 @@ _ROUNDS = 6
 
 
 def permute(positions: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
-    """Permute positions by a bijection of 0…size - 1 that depends on `key`.
-
-    A Feistel network over the next even power of two, applied again to results outside the range
-    (cycle walking): no list of 14 million numbers is stored or shuffled.
-    """
+    """Permute positions by a bijection of 0…size - 1 that depends on `key`."""
+    # a Feistel network over the next even power of two, applied again to results outside the range
+    # (cycle walking): no list of 14 million numbers is stored or shuffled
     half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half_bits) - 1)
     shift = np.uint64(half_bits)
@@ -62,12 +60,10 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class JointOrder:
-    """The samples of every step: detection and classification batches, evenly interleaved.
+    """The samples of every step: detection and classification batches, evenly interleaved."""
 
-    Each source is an endless sequence of permuted passes, and a batch takes its next positions:
-    a batch may contain the end of one pass and the start of the next, and no sample is dropped.
-
-    """
+    # each source is an endless sequence of permuted passes: a batch may contain the end of one and
+    # the start of the next, and no sample is dropped
 
     detection_size: int  # samples; if 0, all batches are classification batches
     classification_size: int
@@ -122,16 +118,7 @@ class JointOrder:
 
 
 class AlternatingBatchSampler(Sampler[BatchPlan]):
-    """Yield the plans of the remaining steps of an epoch.
-
-    Args:
-        order: the samples of every step.
-        steps_per_epoch: number of steps between two epoch ends.
-        first_step: returns the number of steps trained so far; called at the start of each
-            iteration, because Lightning does not call ``set_epoch`` on batch samplers, and a
-            resumed epoch starts within it.
-        rank: of this process.
-        world_size: number of processes.
+    """Yield the plans of a rank for the remaining steps of an epoch.
 
     Raises:
         InputError: a global batch size that is not a multiple of `world_size`.
@@ -161,6 +148,8 @@ class AlternatingBatchSampler(Sampler[BatchPlan]):
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[BatchPlan]:
+        # steps trained so far: a resumed epoch starts within it, and Lightning does not call
+        # set_epoch on batch samplers
         first = self.first_step()
         end = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
         for step in range(first, end):

@@ -14,8 +14,7 @@ from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.images import Image
 from yolo_lightning.tree.wordtree import WordTree
 
-Outline = NDArray[np.float64]
-"""(N, 2), a closed polygon around the origin, within the unit circle."""
+Outline = NDArray[np.float64]  # (N, 2), closed polygon around the origin, in the unit circle
 
 MAX_OCCLUSION = 0.2
 MAX_ROTATION_DEGREES = 25.0
@@ -57,6 +56,7 @@ def _crescent() -> Outline:
     return np.concatenate([outer, inner]) + [0.2, 0.0]
 
 
+# WordNet 3.0 synset and outlines by class name; a point inside two outlines is outside
 SHAPES: dict[str, tuple[str, list[Outline]]] = {
     "right triangle": ("n13880551", [np.array([(-0.5, -0.9), (0.6, 0.7), (-0.5, 0.7)])]),
     "equilateral triangle": ("n13879947", [_polar([-90, 30, 150])]),
@@ -71,15 +71,12 @@ SHAPES: dict[str, tuple[str, list[Outline]]] = {
     "ring": ("n13875392", [_polar(_ARC, 0.9), _polar(_ARC, 0.5)]),
     "crescent": ("n13896217", [_crescent()]),
 }
-"""WordNet 3.0 synset and outlines by class name; a point inside two outlines is outside."""
 
 
 @dataclass
 class _DrawnShape:
-    """A shape in an image: class name, coverage uint8 (H, W), box in px."""
-
     name: str
-    mask: Image
+    mask: Image  # coverage, uint8 (H, W)
     box_xyxy_px: NDArray[np.float32]
 
 
@@ -129,7 +126,6 @@ def _occludes(new: _DrawnShape, drawn: list[_DrawnShape]) -> bool:
 def _draw_shapes(
     rng: np.random.Generator, names: Sequence[str], size: int, radii: tuple[float, float]
 ) -> tuple[Image, list[_DrawnShape]]:
-    """Draw shapes onto a texture; skip those that would cover earlier ones."""
     image = _texture(rng, size, rng.uniform(*_COLOURS, 3))
     drawn: list[_DrawnShape] = []
     for name in names:
@@ -146,7 +142,6 @@ def _draw_shapes(
 
 
 def _fill(rng: np.random.Generator, image: NDArray[np.float32], new: _DrawnShape) -> None:
-    """Blend a texture into `image` inside the shape."""
     x1, y1 = np.floor(new.box_xyxy_px[:2]).astype(int) - 1
     x2, y2 = np.ceil(new.box_xyxy_px[2:]).astype(int) + 1
     region = (slice(max(0, y1), y2), slice(max(0, x1), x2))
@@ -250,10 +245,7 @@ class ShapesDetection(DetectionSource):
 
 
 class ShapesImageLabels(ImageLabelSource):
-    """Images with one shape each and its label, generated when read.
-
-    Args: as for `ShapesDetection`.
-    """
+    """Images with one shape each and its label, generated when read; see `ShapesDetection`."""
 
     def __init__(
         self,

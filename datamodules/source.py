@@ -20,16 +20,10 @@ _SHAPE_SAMPLES = 500
 
 
 class Source(ABC):
-    """Images with annotations.
+    """Images with annotations; subclasses define at least the abstract methods."""
 
-    Subclasses define `bind`, `__len__`, `node_counts` and `read`; the rest has defaults.
-    """
-
-    name: str = "custom source"
-    """Name in messages and reports."""
-
-    faults: Sequence[str] = ()
-    """What `bind` repaired or skipped, one sentence each."""
+    name: str = "custom source"  # in messages and reports
+    faults: Sequence[str] = ()  # what `bind` repaired or skipped, one sentence each
 
     @abstractmethod
     def bind(self, tree: WordTree) -> None:
@@ -67,22 +61,19 @@ class DetectionSource(Source):
 
     @abstractmethod
     def read(self, index: int, min_side: int | None = None) -> DetectionSample:
-        """Return one sample.
+        """Return a sample; None for `min_side` means full size.
 
         Args:
             index: 0 … length - 1.
-            min_side: px that the image's shorter side must keep if it is decoded at reduced size;
-                None for full size. May be ignored.
+            min_side: px that the shorter side must keep if the image is decoded at reduced size.
 
         Raises:
             UnreadableSample: the image cannot be read.
         """
 
     def shapes_wh_px(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return width and height, float32 (N, 2), px, of boxes to train on, and of their images.
-
-        By default those of the first 500 images, which are read.
-        """
+        """Return sizes, float32 (N, 2), px, of boxes to train on, and of the image of each box."""
+        # only the first images: each is read
         boxes, images = [], []
         for index in range(min(_SHAPE_SAMPLES, len(self))):
             sample = self.read(index)

@@ -41,11 +41,7 @@ def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox")
 def crop_window(
     sample: DetectionSample, window_xyxy_px: NDArray[np.float64], size: int
 ) -> DetectionSample:
-    """Crop a window, px of the image, and resize it to a square; grey outside the image.
-
-    Boxes are clipped to the square, and dropped if less than a fifth of the area or less than a
-    pixel remains.
-    """
+    """Crop a window, px of the image, and resize it to a square; grey outside the image."""
     canvas = np.full((size, size, 3), GREY, dtype=np.uint8)
     height, width = sample.image.shape[:2]
     low, high = window_xyxy_px[:2], window_xyxy_px[2:]
@@ -67,6 +63,7 @@ def crop_window(
     clipped = boxes.clip(0, size)
     sides = clipped[:, 2:] - clipped[:, :2]
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    # drop boxes of which less than a fifth of the area or less than a pixel remains
     keep = (sides.min(axis=1, initial=np.inf) >= 1) & (sides.prod(axis=1) >= _MIN_VISIBLE * areas)
     boxes_xyxy_px = clipped[keep].astype(np.float32)
     return replace(sample.select(np.asarray(keep)), image=canvas, boxes_xyxy_px=boxes_xyxy_px)
@@ -108,10 +105,9 @@ class DetectionAugmentation:
         hue: largest rotation of the hue, 1 is the full circle.
         saturation: largest factor; its inverse is the smallest.
         exposure: largest factor; its inverse is the smallest.
-        geometry: `crop`, the paper's random crops: each side of the image moves in or out by up to
-            `jitter`, uncovered parts are grey, and the result is fitted as in evaluation; `place`,
-            as in the original program: sides change by up to `jitter`, and the whole image is
-            placed at random, at a quarter to twice the network's size.
+        geometry: `crop`, as in the paper: each side moves in or out by up to `jitter`, and the
+            result is fitted as in evaluation; `place`, as in the original program: sides change by
+            up to `jitter`, and the image is placed at random, at 1/4 to 2 times the network's size.
 
     Raises:
         InputError: a value out of range.
@@ -192,16 +188,14 @@ class DetectionAugmentation:
 class ClassificationAugmentation:
     """Random scale, rotation, crop, flip and colour, for images with one label.
 
-    The shorter side is resized to a random length, the image is rotated and its aspect ratio
-    changed, and a square of the network's size is cropped; grey outside the image.
-
     Args:
-        shorter_side: least and largest length of the image's shorter side, px.
+        shorter_side: least and largest length of the image's shorter side, px, before the crop.
         aspect: smallest factor of the width; the inverse is the largest.
-        degrees: largest turn to either side.
+        degrees: largest rotation to either side.
         flip: probability of a horizontal flip.
         hue: largest rotation of the hue, 1 is the full circle.
-        saturation, exposure: largest factors; their inverses are the smallest.
+        saturation: largest factor; its inverse is the smallest.
+        exposure: largest factor; its inverse is the smallest.
 
     Source: YOLO9000, section 3, "Training for classification"; figures of the released
     configuration, which draws 128 … 448 px for a window of 256 and 448 … 512 for one of 448.

@@ -21,17 +21,13 @@ _IMAGE_FOLDERS = ("JPEGImages", "images")
 class _XMLSource(AnnotatedImages):
     """One XML file per image."""
 
-    one_based = True
-    """Whether pixels count from 1 and boxes include their last pixel, as in VOC."""
+    one_based = True  # pixels count from 1, and boxes include their last pixel, as in VOC
 
     @abstractmethod
     def _list_files(
         self, listing: FolderListing, faults: list[str], image_sets: list[Path]
     ) -> list[tuple[Path, Path]]:
-        """Return XML files and the folders of their images.
-
-        Append missing files to `faults`, and the image sets that were read to `image_sets`.
-        """
+        """Return XML files and the folders of their images; append to `faults` and `image_sets`."""
 
     def _parse(self) -> Index:
         root, listing = self._cache_key()[0].absolute(), FolderListing()
@@ -69,13 +65,10 @@ class _XMLSource(AnnotatedImages):
 
 
 class VOCFolder(_XMLSource):
-    """A folder with Pascal VOC XML files.
+    """A folder with Pascal VOC XML files; difficult objects are not trained on or evaluated.
 
     Layouts: ``Annotations`` and ``JPEGImages`` (or ``annotations`` and ``images``) with
     ``ImageSets/Main/<split>.txt``; one folder per split; XML files beside their images.
-
-    Objects marked difficult are not trained on, as in the original program, and evaluation ignores
-    them.
 
     Args:
         root: the folder, such as ``VOCdevkit/VOC2007``, or ``VOCdevkit`` with `years`.
@@ -120,7 +113,6 @@ class VOCFolder(_XMLSource):
     def _list_folder(
         self, root: Path, listing: FolderListing, faults: list[str], image_sets: list[Path]
     ) -> list[tuple[Path, Path]]:
-        """Return the XML files of one folder or year, and the folder of their images."""
         sets = root / "ImageSets" / "Main"
         names: list[str] | None = None
         if self.split is not None and (sets / f"{self.split}.txt").is_file():
@@ -212,7 +204,6 @@ def _read_image_set(file: Path) -> list[str]:
 
 
 def _existing(files: list[Path], listing: FolderListing, faults: list[str]) -> list[Path]:
-    """Return the files that exist; report the others."""
     missing = {file for file in files if not listing.exists(file)}
     faults += [f"{file}: listed but missing, skipped" for file in files if file in missing]
     return [file for file in files if file not in missing]

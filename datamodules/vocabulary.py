@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from yolo_lightning.tree.wordtree import WordTree
 
-Counts = Mapping[int, Counter[str]]
-"""Numbers of objects or images by node and label name."""
+Counts = Mapping[int, Counter[str]]  # objects or images by node and label name
 
 _MAX_NAMES = 8
 
@@ -60,7 +59,6 @@ def _labelled_ancestors(tree: WordTree, boxes: Counts, images: Counts) -> set[in
 
 
 def _summary(title: str, names: Iterable[str]) -> list[str]:
-    """Return one line with the first names, or no line without names."""
     listed = list(names)
     if not listed:
         return []
@@ -69,7 +67,6 @@ def _summary(title: str, names: Iterable[str]) -> list[str]:
 
 
 def _merged_names(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
-    """Yield the names of each class that has several."""
     for node in sorted(boxes.keys() | images.keys()):
         names = sorted({*boxes.get(node, ()), *images.get(node, ())})
         if len(names) > 1:

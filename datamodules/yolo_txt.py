@@ -25,9 +25,8 @@ _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 class YOLOText(AnnotatedImages):
     """Images with a text file each: ``class centre_x centre_y width height``, 0 … 1 of the image.
 
-    Polygons (``class x1 y1 x2 y2 x3 y3 …``) become the boxes around them. An image without a text
-    file, or with an empty one, has no objects. Text files lie beside their images, or in a
-    ``labels`` folder that mirrors ``images``.
+    Polygons (``class x1 y1 x2 y2 x3 y3 …``) become boxes. A missing or empty text file means no
+    objects. Text files lie beside their images, or in a ``labels`` folder that mirrors ``images``.
 
     Args:
         root: Ultralytics' ``data.yaml``, Darknet's ``.data``, a list of image paths (``.txt``), or
@@ -159,7 +158,6 @@ class YOLOText(AnnotatedImages):
         return [_find_described(str(path), bases, self.name) for path in paths], [folder, root]
 
     def _split_folder(self, path: Path) -> Path:
-        """Return the folder of the split's images."""
         candidates = [path / "images" / self.split, path / self.split / "images", path / "images",
                       path / self.split, path]  # fmt: skip
         folder = next(folder for folder in candidates if folder.is_dir())
@@ -196,11 +194,7 @@ class YOLOText(AnnotatedImages):
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """Return the content of a ``data.yaml`` or ``.data`` file; nothing for other paths.
-
-    Raises:
-        InputError: it is malformed.
-    """
+    """Return the content of a ``data.yaml`` or ``.data`` file; nothing for other paths."""
     if path.suffix == ".data":
         rows = (line.split("=", 1) for line in path.read_text("utf-8").splitlines() if "=" in line)
         content: Any = {key.strip(): value.strip() for key, value in rows}
@@ -247,7 +241,6 @@ def _label_file(image: Path, listing: FolderListing) -> Path:
 
 
 def _add_lines(annotations: Annotations, file: Path, names: list[str]) -> None:
-    """Add the objects of a text file to the last image."""
     faults = annotations.faults
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -18,27 +18,17 @@ _OBJECT_FIELDS = ("boxes_xyxy_px", "labels", "difficult", "crowd", "areas_orig_p
 
 @dataclass
 class DetectionSample:
-    """An image with its boxes.
+    """An image with its N objects."""
 
-    Attributes:
-        image: uint8 (H, W, 3), RGB; may be smaller than the image file.
-        boxes_xyxy_px: float32 (N, 4), corners in px of `image`, inside it, not empty.
-        labels: int64 (N,), tree nodes.
-        difficult: bool (N,), objects to ignore, regions of a crowd among them.
-        faults: what was repaired, one sentence each.
-        size_hw_orig: height and width of the image file, px; of `image` by default.
-        crowd: bool (N,), which of `difficult` are regions of a crowd; none by default.
-        areas_orig_px2: float32 (N,), areas of outlines in square px of the image file; 0, the
-            default, where only the box is known.
-    """
-
-    image: NDArray[np.uint8]
-    boxes_xyxy_px: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    difficult: NDArray[np.bool_]
-    faults: list[str] = field(default_factory=list)
-    size_hw_orig: tuple[int, int] = (0, 0)
+    image: NDArray[np.uint8]  # (H, W, 3), RGB; may be smaller than the image file
+    boxes_xyxy_px: NDArray[np.float32]  # (N, 4), corners in px of `image`, inside it, not empty
+    labels: NDArray[np.int64]  # (N,), tree nodes
+    difficult: NDArray[np.bool_]  # (N,), objects to ignore, regions of a crowd among them
+    faults: list[str] = field(default_factory=list)  # what was repaired, one sentence each
+    size_hw_orig: tuple[int, int] = (0, 0)  # of the image file, px; by default that of `image`
+    # (N,), which of `difficult` are regions of a crowd; none by default
     crowd: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    # (N,), areas of outlines in square px of the image file; 0, the default, where unknown
     areas_orig_px2: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
@@ -56,20 +46,15 @@ class DetectionSample:
 
 @dataclass
 class _Batch:
-    """Fields that both kinds of batches have.
+    """Fields that both kinds of batches have."""
 
-    Attributes:
-        images: uint8 (B, 3, H, W), RGB, or float32 in 0…1 after resizing.
-        sample_ids: int64 (B,), the index of each sample in its source.
-        step: number of this batch since training began, the same on every rank.
-        images_seen: images of both kinds that all ranks read before this batch.
-        faults: what was repaired or skipped while reading, one sentence each.
-    """
-
-    images: Tensor
-    sample_ids: Tensor
+    images: Tensor  # uint8 (B, 3, H, W), RGB, or float32 in 0…1 after resizing
+    sample_ids: Tensor  # int64 (B,), the index of each sample in its source
+    # number of this batch since training began, the same on every rank
     step: int = field(default=0, kw_only=True)
+    # images of both kinds that all ranks read before this batch
     images_seen: int = field(default=0, kw_only=True)
+    # what was repaired or skipped while reading, one sentence each
     faults: list[str] = field(default_factory=list, kw_only=True)
 
     def __len__(self) -> int:
@@ -96,23 +81,14 @@ class _Batch:
 
 @dataclass
 class DetectionBatch(_Batch):
-    """Images with their boxes.
+    """Images with their boxes."""
 
-    Attributes:
-        boxes_cxcywh_norm: float32 (B, M, 4), 0…1 of the network input; zeros as padding.
-        labels: int64 (B, M), tree nodes; -1 as padding.
-        difficult: bool (B, M), objects that evaluation ignores.
-        crowd: bool (B, M), which of `difficult` are regions of a crowd.
-        sizes_hw_orig: int64 (B, 2), height and width of the image files, px.
-        areas_orig_px2: float32 (B, M), areas of outlines in square px of the image files; 0 where
-            only the box is known.
-    """
-
-    boxes_cxcywh_norm: Tensor
-    labels: Tensor
-    difficult: Tensor
-    crowd: Tensor
-    sizes_hw_orig: Tensor
+    boxes_cxcywh_norm: Tensor  # float32 (B, M, 4), 0…1 of the network input; zeros as padding
+    labels: Tensor  # int64 (B, M), tree nodes; -1 as padding
+    difficult: Tensor  # bool (B, M), objects that evaluation ignores
+    crowd: Tensor  # bool (B, M), which of `difficult` are regions of a crowd
+    sizes_hw_orig: Tensor  # int64 (B, 2), height and width of the image files, px
+    # float32 (B, M), areas of outlines in square px of the image files; 0 where unknown
     areas_orig_px2: Tensor = field(default_factory=lambda: torch.zeros(0), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -122,13 +98,9 @@ class DetectionBatch(_Batch):
 
 @dataclass
 class ClassificationBatch(_Batch):
-    """Images with one label each.
+    """Images with one label each."""
 
-    Attributes:
-        labels: int64 (B,), tree nodes.
-    """
-
-    labels: Tensor
+    labels: Tensor  # int64 (B,), tree nodes
 
 
 def stack_images(images: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -167,10 +139,6 @@ def collate_detection(samples: Sequence[DetectionSample]) -> DetectionBatch:
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """Return float images (B, 3, H, W) in 0…1, channels last in memory.
-
-    Args:
-        images: uint8, or float in 0…1.
-    """
+    """Return float images (B, 3, H, W) in 0…1 of uint8 or float ones, channels last in memory."""
     unit = images.float() / 255 if images.dtype == torch.uint8 else images
     return unit.contiguous(memory_format=torch.channels_last)

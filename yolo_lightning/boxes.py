@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_MAX_PAIRS = 2**18
-"""Pairs of boxes compared in one operation; this many fit a processor's cache."""
+_MAX_PAIRS = 2**18  # boxes compared in one operation; this many fit a processor's cache
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
@@ -47,10 +46,9 @@ def shape_iou(first_wh: Tensor, second_wh: Tensor) -> Tensor:
 def letterbox_geometry(
     size_hw_orig: tuple[int, int], size_hw: tuple[int, int]
 ) -> tuple[int, int, float, float]:
-    """Return height, width, top and left margin, px, of an image (height, width) in a letterbox.
+    """Return height, width, top and left margin, px, of an image scaled to fit and centred.
 
-    The image is scaled to fit the network input, rounded down to whole pixels, and centred; margins
-    may be half pixels.
+    The size is rounded down to whole pixels; margins may be half pixels.
 
     Source: the original program's letterbox (integer division towards zero).
     """
@@ -71,12 +69,8 @@ def unletterbox(
 ) -> Tensor:
     """Map boxes (N, 4) from 0…1 of a letterboxed network input to 0…1 of the original image.
 
-    Args:
-        boxes_cxcywh_norm: float (N, 4).
-        size_hw_orig: height and width of the image, px.
-        size_hw: height and width of the network input, px.
-        whole_px_margins: whether margins were rounded down to whole pixels. The original program
-            rounds them when it places the image, but not when it maps boxes back.
+    Sizes are in px. `whole_px_margins` says that margins were rounded down to whole pixels, which
+    the original program does when it places the image, but not when it maps boxes back.
     """
     new_height, new_width, top, left = letterbox_geometry(size_hw_orig, size_hw)
     if whole_px_margins:
@@ -92,14 +86,13 @@ def batched_nms(
 ) -> Tensor:
     """Return the indices that greedy non-maximum suppression keeps, within each class.
 
-    Exact: a box is suppressed if and only if a kept box of its class with a higher score overlaps
-    it by more than the threshold. All boxes are updated in parallel until nothing changes.
+    Exact: a box is suppressed if and only if a kept, higher-scoring box of its class overlaps it.
 
     Args:
         boxes_xyxy: float (N, 4), in any unit.
         scores: float (N,).
         classes: int64 (N,).
-        iou_threshold: 0…1.
+        iou_threshold: 0…1; boxes with a higher IoU overlap.
 
     Returns:
         int64 (kept,), by descending score; equal scores by ascending index.
@@ -118,10 +111,8 @@ def batched_nms(
 
 
 def _class_tables(order: Tensor, classes: Tensor) -> Iterator[Tensor]:
-    """Yield tables of indices with one row per class, -1 as padding.
-
-    Classes of similar size share a table, so that one frequent class does not pad all others.
-    """
+    """Yield tables of indices with one row per class, -1 as padding."""
+    # classes of similar size share a table, so that one frequent class does not pad all others
     _, row, counts = torch.unique(classes, return_inverse=True, return_counts=True)
     by_row = order[row.argsort(stable=True)].split(counts.tolist())
     by_size = sorted(by_row, key=len)
@@ -139,15 +130,9 @@ def _num_pairs(rows: list[Tensor], start: int, end: int) -> int:
 
 
 def _keep_greedily(iou: Tensor, threshold: float) -> Tensor:
-    """Return bool (G, N), the boxes that each of G classes keeps.
-
-    A box is kept if no kept box suppresses it. Applied to all boxes in parallel, this is correct
-    for the first n boxes after n iterations, and for all boxes once nothing changes.
-
-    Args:
-        iou: float (G, N, N), boxes by descending score.
-        threshold: 0…1.
-    """
+    """Return bool (G, N), kept boxes of each class; `iou` is (G, N, N), by descending score."""
+    # a box is kept if no kept box suppresses it. Applied to all boxes in parallel, this is correct
+    # for the first n boxes after n iterations, and for all boxes once nothing changes
     # [g, i, j]: box i suppresses box j if kept; float, as a matrix product is faster than any()
     suppresses = (iou > threshold).triu_(diagonal=1).float()
     kept = torch.ones_like(suppresses[:, :1])

@@ -27,8 +27,7 @@ from yolo_lightning.optimization import (
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree
 
-MAX_LOGGED_CLASSES = 100
-"""With more classes, per-class accuracies are not logged."""
+MAX_LOGGED_CLASSES = 100  # with more classes, per-class accuracies are not logged
 
 
 class ClassifierModule(pl.LightningModule):
@@ -36,26 +35,23 @@ class ClassifierModule(pl.LightningModule):
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        backbone: name of the backbone, its layers as rows such as ``[conv, 32, 3]``, or a module
-            with attributes `out_channels` and `stride` (px of input per output cell) that maps
-            (B, 3, H, W) to (B, out_channels, H / stride, W / stride).
+        backbone: a name, layers as rows such as ``[conv, 32, 3]``, or a module with attributes
+            `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to
+            (B, out_channels, H / stride, W / stride).
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: default network input of predictions, px: one side, or height and width;
             training replaces it by that of the data.
-        learning_rate: per optimizer step, for gradients averaged over the images of the global
-            batch.
-        momentum, weight_decay: of SGD; also applied to biases and batch norms, as in the original
-            program.
+        learning_rate: per optimizer step, for gradients averaged over the global batch.
+        momentum: of SGD.
+        weight_decay: of SGD; also applied to biases and batch norms, as in the original program.
         backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
             running statistics.
         schedule: factor of the learning rate at each optimizer step.
 
     Raises:
-        InputError: an unknown backbone; on loading a checkpoint, a tree or layers that differ from
-            the recipe's.
+        InputError: an unknown backbone, or a checkpoint of another network.
 
-    Source: YOLO9000, section 3, "Training for classification", and section 4, "Hierarchical
-    classification".
+    Source: YOLO9000, section 3, "Training for classification", and section 4.
     """
 
     def __init__(
@@ -105,11 +101,7 @@ class ClassifierModule(pl.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Check data and trainer, and load pretrained weights.
-
-        Raises:
-            InputError: data or trainer options that do not match this module.
-        """
+        """Check data and trainer, and load pretrained weights."""
         check_same_tree(self.trainer, self.tree)
         data = getattr(self.trainer, "datamodule", None)
         if getattr(data, "detection", None) is not None:
@@ -191,7 +183,6 @@ class ClassifierModule(pl.LightningModule):
         self._log_accuracies("test")
 
     def _log_accuracies(self, stage: str) -> None:
-        """Log top-1 and top-5 accuracy over the leaves, per leaf, and accuracy along the path."""
         accuracies = {"top1": self.top1.compute(), "top5": self.top5.compute()}
         keys = [self.tree.keys[node] for node in self.tree.leaves.tolist()]
         # per leaf: true positives, false positives, true negatives, false negatives, support
@@ -224,11 +215,7 @@ class ClassifierModule(pl.LightningModule):
         checkpoint["module"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has the same tree and backbone.
-
-        Raises:
-            InputError: names the first difference.
-        """
+        """Check that the checkpoint has the same tree and backbone."""
         saved = checkpoint["hyper_parameters"]
         layers = layers_to_rows(self.network.body.layers)
         parts = {

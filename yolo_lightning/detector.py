@@ -40,16 +40,14 @@ from yolo_lightning.optimization import (
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree
 
-SCORE_THRESHOLD = 0.005
-"""Minimum score of detections in evaluation, as in the original program."""
+SCORE_THRESHOLD = 0.005  # minimum score of detections in evaluation, as in the original program
 
 MAX_LOGGED_CLASSES = 1000
 """With more classes, per-class metrics are not logged; reports contain those of all classes."""
 
 PROGRESS_BAR_METRICS = ("AP50", "AP50_boxed", "AP50_unboxed", "AP50_coarse")
 
-BOX_TERMS = ("loss_coord", "loss_anchor_prior")
-"""Loss terms of images with boxes only."""
+BOX_TERMS = ("loss_coord", "loss_anchor_prior")  # loss terms of images with boxes only
 
 
 class DetectorModule(pl.LightningModule):
@@ -58,9 +56,9 @@ class DetectorModule(pl.LightningModule):
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
         anchors_wh_cell: widths and heights of the anchors, in grid cells.
-        backbone: name of the backbone, its layers as rows such as ``[conv, 32, 3]``, or a module
-            with attributes `out_channels` and `stride` (px of input per output cell) that maps
-            (B, 3, H, W) to (B, out_channels, H / stride, W / stride).
+        backbone: a name, layers as rows such as ``[conv, 32, 3]``, or a module with attributes
+            `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to
+            (B, out_channels, H / stride, W / stride).
         head_channels: channels of the head's 3x3 convolutions; 0 for no head.
         passthrough_channels: channels of the 1x1 convolution that reduces the finer features for
             the passthrough; null for no reduction, 0 for no passthrough.
@@ -69,10 +67,9 @@ class DetectorModule(pl.LightningModule):
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: default network input of predictions, px: one side, or height and width;
             training replaces it by that of the data.
-        learning_rate: per optimizer step, for gradients averaged over the images of the global
-            batch.
-        momentum, weight_decay: of SGD; also applied to biases and batch norms, as in the original
-            program.
+        learning_rate: per optimizer step, for gradients averaged over the global batch.
+        momentum: of SGD.
+        weight_decay: of SGD; also applied to biases and batch norms, as in the original program.
         backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
             running statistics.
         schedule: factor of the learning rate at each optimizer step.
@@ -82,8 +79,7 @@ class DetectorModule(pl.LightningModule):
             replaces it by that of the data.
 
     Raises:
-        InputError: an unknown backbone or invalid anchors; on loading a checkpoint, a tree or
-            anchors that differ from the recipe's.
+        InputError: an unknown backbone, invalid anchors, or a checkpoint of another network.
 
     Source: YOLO9000, sections 2 to 4.
     """
@@ -168,11 +164,7 @@ class DetectorModule(pl.LightningModule):
         return getattr(self.trainer, "datamodule", None)
 
     def setup(self, stage: str) -> None:
-        """Check data and trainer, and load pretrained weights.
-
-        Raises:
-            InputError: data or trainer options that do not match this module.
-        """
+        """Check data and trainer, and load pretrained weights."""
         check_same_tree(self.trainer, self.tree)
         data = self._datamodule
         self.hparams["resize"] = getattr(data, "resize", self.hparams["resize"])
@@ -202,10 +194,8 @@ class DetectorModule(pl.LightningModule):
         self._boxed_ancestors = self.boxed_ancestors()
 
     def boxed_ancestors(self) -> Tensor:
-        """Return int64 (K,): each node's deepest ancestor or self that has boxes; -1 if none.
-
-        Ancestors of a class with boxes have boxes too.
-        """
+        """Return int64 (K,): each node's deepest ancestor or self that has boxes; -1 if none."""
+        # ancestors of a class with boxes have boxes too
         has_boxes = self.tree.ancestors_or_self(self.boxed.nonzero().flatten())
         return self.tree.deepest_ancestor_in(has_boxes).to(self.device)
 
@@ -267,11 +257,7 @@ class DetectorModule(pl.LightningModule):
         return detections.to_list(self.tree)
 
     def input_size_hw(self, image_size: int | None = None) -> tuple[int, int]:
-        """Return height and width of the network input, px; by default the model's.
-
-        Raises:
-            InputError: not a multiple of the stride.
-        """
+        """Return height and width of the network input, px, each a multiple of the stride."""
         size = self.hparams["image_size"] if image_size is None else image_size
         size_hw = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         stride = self.network.stride
@@ -346,10 +332,10 @@ class DetectorModule(pl.LightningModule):
     ) -> list[Detections]:
         """Detect objects and label each with the most specific node above `tree_threshold`.
 
-        For images and sizes_hw_orig, see `detect`.
-
-        Source: YOLO9000, section 4; non-maximum suppression ignores the labels, because boxes of
+        For the images, see `detect`. Non-maximum suppression ignores the labels, because boxes of
         one object may have labels at different levels.
+
+        Source: YOLO9000, section 4.
         """
         size_hw = images.shape[-2:]
         return [
@@ -475,11 +461,7 @@ class DetectorModule(pl.LightningModule):
         checkpoint["module"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has the same tree, anchors and layers.
-
-        Raises:
-            InputError: names the first difference.
-        """
+        """Check that the checkpoint has the same tree, anchors and layers."""
         saved = checkpoint["hyper_parameters"]
         parts = {
             f"model.{name}": (self.hparams[name], saved[name])

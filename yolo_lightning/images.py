@@ -13,18 +13,15 @@ from PIL import Image as Pillow
 
 from yolo_lightning.boxes import letterbox_geometry
 
-Image = NDArray[np.uint8]
-"""uint8 (H, W, 3), RGB."""
-
-Resize = Literal["letterbox", "stretch"]
-"""How an image fills the network input: whole on grey, or with a changed aspect ratio."""
+Image = NDArray[np.uint8]  # (H, W, 3), RGB
+Resize = Literal["letterbox", "stretch"]  # whole on grey, or with a changed aspect ratio
 
 GREY = 127
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
+# refuse larger images before they are decoded: a small file may declare any size
 MAX_PIXELS = 178_000_000
-"""Larger images are refused before they are decoded: a small file may declare any size."""
 
 _ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
@@ -44,15 +41,10 @@ class UnreadableSample(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """Size and format of an image file.
+    """Size and format of an image file."""
 
-    Attributes:
-        size_hw: height and width, px, after the EXIF orientation is applied.
-        format: such as ``JPEG``.
-    """
-
-    size_hw: tuple[int, int]
-    format: str
+    size_hw: tuple[int, int]  # px, after the EXIF orientation is applied
+    format: str  # such as JPEG
 
 
 def is_image(path: Path) -> bool:
@@ -95,7 +87,7 @@ def _header(file: IO[bytes], path: Path) -> Header:
 
 
 def read_image(path: Path, min_side: int | None = None) -> tuple[Image, tuple[int, int]]:
-    """Decode an image file to RGB and apply its EXIF orientation.
+    """Decode an image file to RGB and apply its EXIF orientation; return it and the file's size_hw.
 
     Grey, palette, 16-bit and CMYK images become RGB; transparency is dropped.
 
@@ -103,9 +95,6 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image, tuple[in
         path: JPEG, PNG, BMP or WebP.
         min_side: px that the shorter side must keep. A much larger JPEG is decoded at a half, a
             quarter or an eighth of its size, which is several times faster.
-
-    Returns:
-        The image, and height and width of the image file, px.
 
     Raises:
         UnreadableSample: the file is missing, not an image, damaged, or too large.
@@ -143,7 +132,7 @@ def fit(
         image: uint8 (H, W, 3).
         size_hw: height and width of the network input, px.
         resize: `letterbox`, whole and centred on grey, or `stretch`.
-        size_hw_orig: height and width of the image file, if it was decoded at reduced size.
+        size_hw_orig: height and width of the image file, px, if it was decoded at reduced size.
 
     Returns:
         The network input, and the mapping of boxes to it: (x, y) scale, (left, top) margin, px.

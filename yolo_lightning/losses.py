@@ -4,9 +4,8 @@ Every term is a sum over all boxes, averaged over the images of the batch, as in
 program; its learning rates therefore apply.
 
 Shapes: box_logits (B, A, 5, Gh, Gw), objectness_logits and masks (B, A, Gh, Gw), anchors_wh_cell
-(A, 2), boxes_cxcywh_norm (B, M, 4), labels (B, M) with -1 as padding, or (B,) without boxes.
-boxed_ancestors, int64 (K,), is each node's deepest ancestor or self that has boxes in training, or
--1.
+(A, 2), boxes_cxcywh_norm (B, M, 4), labels (B, M) with -1 as padding, or (B,) without boxes;
+boxed_ancestors, int64 (K,): each node's deepest ancestor or self with training boxes, or -1.
 """
 
 from dataclasses import dataclass
@@ -34,7 +33,10 @@ class LossSettings:
     """Weights and rules of the loss.
 
     Attributes:
-        coord_scale, obj_scale, noobj_scale, class_scale: weights of the terms.
+        coord_scale: weight of the error of centre and size.
+        obj_scale: weight of the objectness error of responsible boxes.
+        noobj_scale: weight of the no-object loss.
+        class_scale: weight of the class loss.
         ignore_iou: boxes whose IoU with a target exceeds this have no no-object loss.
         anchor_prior_images: number of images, from the start of training, for which boxes without
             an object are trained towards their anchors.
@@ -46,8 +48,8 @@ class LossSettings:
             objectness x P(deepest ancestor of the label that has boxes in training); `largest`,
             the largest one with objectness above 0.3.
         objectness_rule: target of that box's objectness: `paper`, at least 0.3; `darknet`, none.
-        rescore: whether the objectness target of a responsible box is its IoU with the object, as
-            in the paper, or 1, as in the released Tiny YOLOv2 for COCO.
+        rescore: the objectness target of a responsible box is its IoU with the object, as in the
+            paper, instead of 1, as in the released Tiny YOLOv2 for COCO.
 
     Source: YOLO9000, sections 2 and 4; scales of the released configuration.
     """
@@ -72,19 +74,13 @@ class LossSettings:
 
 @dataclass
 class Assignment:
-    """The responsible box of each of M objects.
+    """The responsible box of each of M objects."""
 
-    Attributes:
-        image, anchor, cell: int64 (M,), indices of the responsible box; cells are row-major.
-        boxes_cxcywh_norm: float (M, 4), the target boxes.
-        labels: int64 (M,), tree nodes.
-    """
-
-    image: Tensor
-    anchor: Tensor
-    cell: Tensor
-    boxes_cxcywh_norm: Tensor
-    labels: Tensor
+    image: Tensor  # int64 (M,)
+    anchor: Tensor  # int64 (M,)
+    cell: Tensor  # int64 (M,), row-major
+    boxes_cxcywh_norm: Tensor  # (M, 4), the targets
+    labels: Tensor  # int64 (M,), tree nodes
 
 
 def assign_objects(
@@ -92,8 +88,7 @@ def assign_objects(
 ) -> Assignment:
     """Assign each object to the anchor with the most similar shape in the cell of its centre.
 
-    If two objects of an image are assigned to the same box, the later one keeps it, as in the
-    original program.
+    If two objects get the same box, the later one keeps it, as in the original program.
 
     Source: YOLO9000, section 2; "responsible" as in YOLO.
     """
@@ -110,7 +105,6 @@ def assign_objects(
 
 
 def _last_occurrences(values: Tensor) -> Tensor:
-    """Return the index of the last occurrence of each distinct value."""
     _, inverse = torch.unique(values, return_inverse=True)
     position = torch.arange(len(values), device=values.device)
     last = torch.full_like(position, -1).scatter_reduce(0, inverse, position, "amax")

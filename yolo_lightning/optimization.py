@@ -66,10 +66,9 @@ def apply_sgd_config(module: pl.LightningModule, config: SGDConfig) -> None:
 
 
 def freeze_layers(layers: list[nn.Module]) -> None:
-    """Freeze weights and running statistics of layers.
+    """Freeze weights and running statistics of layers; Lightning keeps their training mode.
 
-    Called before the strategy wraps the module, so that DDP expects no gradients for them;
-    Lightning keeps the training mode of each layer.
+    Call it before the strategy wraps the module, so that DDP expects no gradients for them.
     """
     for layer in layers:
         layer.eval().requires_grad_(False)

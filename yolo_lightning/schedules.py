@@ -13,9 +13,6 @@ class Schedule:
     Args:
         burn_in_steps: steps over which the factor rises to 1, as a power of 4; 0 for none.
 
-    Raises:
-        InputError: a negative number of steps.
-
     Source: the original program; the paper does not mention a burn-in.
     """
 
@@ -36,15 +33,12 @@ class Schedule:
 
 
 class StepDecay(Schedule):
-    """Multiply the rate by a factor at each milestone (optimizer steps, ascending).
+    """Multiply the rate by a factor at each milestone.
 
     Args:
         milestones: optimizer steps, ascending.
         factors: one per milestone.
         burn_in_steps: see `Schedule`.
-
-    Raises:
-        InputError: different numbers of milestones and factors, or milestones not ascending.
 
     Source: YOLO9000, section 3, "Training for detection": a tenth at epochs 60 and 90.
     """
@@ -70,12 +64,9 @@ class PolynomialDecay(Schedule):
     """Decay to zero as a power of the remaining fraction of training.
 
     Args:
-        total_steps: optimizer steps of the whole training.
-        power: 4 in the paper's classification training.
+        total_steps: optimizer steps of the whole training, 1 or more.
+        power: 0 or more; 4 in the paper's classification training.
         burn_in_steps: see `Schedule`.
-
-    Raises:
-        InputError: total_steps below 1, or a negative power.
 
     Source: YOLO9000, section 3, "Training for classification".
     """

@@ -1,8 +1,7 @@
 """Stop signals: handlers set a flag that training checks between two batches.
 
-A cluster stops a job with SIGTERM, or sends SIGUSR1 some time before its time limit. Saving in the
-handler would save in the middle of a step, and in every forked loader worker. The handler therefore
-only records the signal. Handlers are installed before the first long import.
+Saving in the handler would save in the middle of a step, and in every forked loader worker.
+Handlers are installed before the first long import.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""Durable writing and safe reading of checkpoint files.
-
-Writing: temporary file, fsync, rename, rotate. Reading: verify the archive and the pickle first.
-"""
+"""Durable writing and safe reading of checkpoint files."""
 
 import contextlib
 import os
@@ -90,11 +87,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def rotate(new: Path, last: Path) -> None:
-    """Rotate checkpoints: last → previous, new → last.
-
-    `last` exists at every moment; on file systems without hard links, only the previous checkpoint
-    exists for a moment, and is left if the disk fails then.
-    """
+    """Rotate checkpoints: last → previous, new → last; `last` exists at every moment."""
     previous = last.with_name(PREVIOUS)
     link = previous.with_name(previous.name + PARTIAL_SUFFIX)
     if last.is_file():
@@ -103,7 +96,7 @@ def rotate(new: Path, last: Path) -> None:
             os.link(last, link)
             os.replace(link, previous)
         except OSError:
-            os.replace(last, previous)
+            os.replace(last, previous)  # without hard links, only `previous` exists for a moment
         finally:
             with contextlib.suppress(OSError):
                 link.unlink(missing_ok=True)  # replacing a hard link of the same file keeps both

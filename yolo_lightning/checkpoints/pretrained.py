@@ -77,7 +77,6 @@ def load_pretrained(
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and running statistics, without the anchors."""
     state = network.state_dict()
     return {k: v for k, v in state.items() if k != "anchors_wh_cell" and v.is_floating_point()}
 
@@ -151,7 +150,6 @@ def _copy_class_rows(
     layers_missing: bool,
     report: PretrainedReport,
 ) -> set[str]:
-    """Copy the rows of the class predictor by node key; return the names of the tensors."""
     index = {key: number for number, key in enumerate(saved_tree.keys)}
     pairs = [(node, index[key]) for node, key in enumerate(tree.keys) if key in index]
     fits = all(
@@ -186,11 +184,9 @@ def _from_darknet(
     num_backbone_layers: int,
     report: PretrainedReport,
 ) -> None:
-    """Load the layers that the length of the file implies.
-
-    The file does not describe its layers. It may contain the whole network, the first layers, or
-    the body or backbone followed by another 1x1 convolution to classes (and boxes).
-    """
+    """Load the layers that the length of the file implies, as it does not list them."""
+    # it may contain the whole network, the first layers, or the body or backbone followed by
+    # another 1x1 convolution to classes (and boxes)
     if isinstance(network.body.layers[0], CustomBackbone):
         raise InputError(
             f"model.pretrained {path}: Darknet weights cannot be loaded into a custom backbone"

@@ -181,13 +181,7 @@ def _is_int_between(value: Any, minimum: int, maximum: int) -> bool:
 def check_same_model(
     checkpoint: dict[str, Any], module: str, parts: dict[str, tuple[list[Any], list[Any]]]
 ) -> None:
-    """Check that a checkpoint is of the class `module` and has equal `parts`.
-
-    Args:
-        checkpoint: checkpoint to load.
-        module: class name.
-        parts: by name, the values of the module and of the checkpoint.
-    """
+    """Check that a checkpoint is of the class `module`, and that each pair of `parts` is equal."""
     if checkpoint.get("module") != module:
         raise InputError(
             f"the checkpoint holds a {checkpoint.get('module', 'module of an older version')}, "

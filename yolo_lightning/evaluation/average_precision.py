@@ -29,8 +29,7 @@ from yolo_lightning.evaluation.voc import VOC_METRICS, voc_metrics
 __all__ = ["COCO_METRICS", "VOC_METRICS", "BoxAveragePrecision", "evaluate_coco"]
 
 MAX_DETECTIONS = 100
-PADDING = -1
-"""Image id of padding, which gives all ranks equally many images."""
+PADDING = -1  # image id of padding, which gives all ranks equally many images
 
 _OPTIONAL = ("iscrowd", "difficult", "area")
 _NO_ID = -2
@@ -166,7 +165,6 @@ def _to_table(
 
 
 def _gather_on_rank_zero(rows: Tensor, group: Any = None) -> list[Tensor]:
-    """Return the rows of every rank on rank 0, and no rows on other ranks."""
     # the state of a rank without images is an empty vector
     local = rows.cpu().double().reshape(-1, NUM_COLUMNS + 1)
     if distributed.get_rank(group) > 0:

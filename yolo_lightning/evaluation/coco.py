@@ -49,8 +49,8 @@ class COCOResult:
 def evaluate_coco(targets: Table, detections: Table) -> COCOResult:
     """Evaluate boxes as COCO does, over the classes that have a target.
 
-    Difficult targets are ignored as in Pascal VOC at an IoU of 0.5: they are no misses, and the
-    detections that overlap one of them most are no false positives, however many they are.
+    Difficult targets are ignored as in Pascal VOC at an IoU of 0.5: they are no misses, and
+    detections that overlap one of them most are no false positives.
     """
     classes = sorted({int(label) for label in targets[targets[:, FLAG] == 0, LABEL]})
     if not classes:

@@ -19,8 +19,7 @@ from yolo_lightning.evaluation.matching import (
 
 Rows = NDArray[np.int64]
 
-MATCH_IOU = 0.5
-"""IoU at and above which a detection matches a target."""
+MATCH_IOU = 0.5  # IoU at and above which a detection matches a target
 
 _MAX_CLASSES = 1e7
 CONFIDENCES: Table = np.arange(201) / 200

@@ -80,15 +80,8 @@ class DetectionEvaluation(nn.Module):
 
     Where the targets have finer labels than the training boxes (breeds, where boxes are labelled
     cat), the coarse level of the training boxes is evaluated too. In a tree with several levels,
-    the labels of detected objects are compared with their targets by `TreeAccuracy`.
-
-    Attributes:
-        seen_classes: bool (K,), replaces the classes of the training boxes in the metrics by group.
-        metrics, tree_metrics, per_class, per_coarse_class: of the last `compute`; by class key
-            AP50, AP, AP75, `VOC_METRICS`, and the objects `detected` and `correct`ly labelled.
-        levels: number, ancestor of each node (K,) and classes (L,) of levels with other classes
-            than the next level, from the top, at most `MAX_LEVELS`.
-        targets, detections: tables of the last `compute`, see `matching`; empty on ranks > 0.
+    the labels of detected objects are compared with their targets by `TreeAccuracy`. The metrics
+    and the tables `targets` and `detections` (empty on ranks > 0) are those of the last `compute`.
     """
 
     def __init__(self, tree: WordTree) -> None:
@@ -98,8 +91,10 @@ class DetectionEvaluation(nn.Module):
         self.name_accuracy, self.tree_accuracy = NameAccuracy(len(tree)), TreeAccuracy(tree)
         self.is_hierarchical = tree.paths.shape[1] > 1
         self.by_level = nn.ModuleList(BoxAveragePrecision() for _ in range(MAX_LEVELS))
+        # levels, from the top, whose classes differ from those of the next level: number, ancestor
+        # of each node (K,), classes (L,)
         self.levels: list[tuple[int, Tensor, Tensor]] = []
-        self.seen_classes: Tensor | None = None
+        self.seen_classes: Tensor | None = None  # bool (K,), replaces the classes with boxes
         self.metrics: dict[str, float] = {}
         self.tree_metrics: dict[str, float] = {}
         self.per_class: dict[str, dict[str, float]] = {}
@@ -199,9 +194,9 @@ class DetectionEvaluation(nn.Module):
         ``AP50``, ``AP``, the other COCO metrics and the two of VOC over all classes; with the
         suffixes ``_boxed`` and ``_unboxed`` over the classes with and without training boxes, of
         the latter ``_below_boxed`` over those with an ancestor with boxes and ``_never_boxed`` over
-        the others; ``_coarse`` and ``_level1`` … at those levels; ``name_accuracy``, see
-        `NameAccuracy`; ``depth1`` … and the kinds of `TreeAccuracy`. Groups without classes are
-        left out, except the first two. `boxed`, bool (K,), are the classes of the training boxes.
+        the others; ``_coarse`` and ``_level1`` … at those levels; ``name_accuracy``; ``depth1`` …
+        and the kinds of `TreeAccuracy`. Groups without classes are left out, except the first two.
+        `boxed`, bool (K,), are the classes of the training boxes.
         """
         self.fine.compute()
         name_counts: dict[int, tuple[int, int]] = {}

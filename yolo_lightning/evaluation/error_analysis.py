@@ -40,9 +40,9 @@ def match_predictions(
 ) -> Matches:
     """Match detections to targets of their class first, then to the remaining targets.
 
-    The first step is that of average precision, so that the diagonal of the confusion matrix counts
-    true positives. The second pairs what remains by descending IoU, 0.5 or more, whatever the
-    class. Detections that overlap a difficult target most, and those in a crowd, are ignored.
+    The first step is that of average precision: the diagonal of the confusion matrix counts true
+    positives. The second pairs the rest by descending IoU, 0.5 or more, whatever the class.
+    Detections that overlap a difficult target most, and those in a crowd, are ignored.
 
     Deviation: other tools match by IoU alone, where a wrong label with a slightly better box turns
     the correct one into background.
@@ -76,11 +76,10 @@ def _match_remaining(targets: Table, detections: Table, matched: Rows) -> Rows:
 
 
 def one_label_per_box(detections: Table, tree: WordTree) -> Table:
-    """Return the detections with one label per box.
+    """Return the detections with one label per box; a box may be detected under several labels.
 
-    Evaluation scores every class, so a box may be detected under several labels. Among boxes with
-    an IoU above 0.95 the highest-scoring label is kept, or a descendant of it with at least half of
-    its score, that is a conditional probability of at least 0.5.
+    Among boxes with an IoU above 0.95 the highest-scoring label is kept, or a descendant of it
+    with at least half of its score, that is a conditional probability of at least 0.5.
     """
     paths, kept = tree.paths.numpy(), []
     keys = detections[:, IMAGE]
@@ -141,11 +140,7 @@ def confusion_matrix(matches: Matches, tree: WordTree, level: int | None = None)
 
 
 def collapse_to_level(tree: WordTree, nodes: Rows, level: int) -> Rows:
-    """Return the ancestor of each node at a level, or the node itself if it is above that level.
-
-    Raises:
-        InputError: the tree has no such level.
-    """
+    """Return each node's ancestor at a level, or the node if it is above it; see `check_level`."""
     check_level(tree, level)
     paths = tree.paths.numpy()
     lengths = (paths[nodes] >= 0).sum(axis=1)
@@ -228,7 +223,6 @@ def _box(row: Table) -> Box:
 
 
 def _unmatched_kinds(matches: Matches) -> tuple[Rows, Rows, Table]:
-    """Return kind, nearest target or -1, and IoU with it, of unmatched detections."""
     targets, predicted = matches.targets, matches.detections
     kinds = np.full(len(predicted), _BACKGROUND)
     nearest, ious = np.full(len(predicted), -1), np.zeros(len(predicted))

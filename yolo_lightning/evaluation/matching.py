@@ -13,8 +13,7 @@ DIFFICULT, CROWD = 1, 2
 
 Table = NDArray[np.float64]
 
-_MAX_PAIRS = 500_000
-"""Pairs of boxes compared at once, which bounds the memory."""
+_MAX_PAIRS = 500_000  # pairs of boxes compared at once, which bounds the memory
 
 
 def empty_table() -> Table:

@@ -94,7 +94,6 @@ def _by_ap50(curves: Curves) -> list[int]:
 def _plot_lines(
     axes: "Axes", x: Table, rows: Table, mean: Table, labels: Sequence[str], mean_prefix: str
 ) -> None:
-    """Plot one thin line per class, faint if there are many, and their mean."""
     is_named = len(rows) <= _MAX_NAMED_CLASSES
     for number, values in enumerate(rows):
         colour = COLOURS[number % len(COLOURS)] if is_named else "#8a8a8a"
@@ -165,7 +164,6 @@ def _label_cells(
 
 
 def _draw_cell_lines(axes: "Axes", count: int) -> None:
-    """Draw lines between cells, unless there are too many, and before background."""
     for draw_line in (axes.axhline, axes.axvline):
         for index in range(count - 2 if count <= _MAX_LINES else 0):
             draw_line(index + 0.5, color=LINE, linewidth=0.5, zorder=1)

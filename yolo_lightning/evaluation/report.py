@@ -47,10 +47,7 @@ _CURVE_METRICS = ("precision", "recall", "f1")
 
 @dataclass
 class ReportData:
-    """The results that a report is made from; see `DetectionEvaluation`.
-
-    `metadata` holds checkpoint, recipe, image size and number of images.
-    """
+    """The results that a report is made from; see `DetectionEvaluation`."""
 
     tree: WordTree
     targets: Table
@@ -58,7 +55,7 @@ class ReportData:
     metrics: Mapping[str, float]
     per_class: Mapping[str, Mapping[str, float]]
     per_coarse_class: Mapping[str, Mapping[str, float]]
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any]  # checkpoint, recipe, image size and number of images
 
     @classmethod
     def from_evaluation(
@@ -90,8 +87,7 @@ class ReportOptions:
 
     Args:
         folder: to write to, new or empty; null for a new one in the run folder of the checkpoint.
-        level: of the tree, 1 at the top, that the confusion matrix is collapsed to; null for the
-            classes themselves.
+        level: of the tree, 1 at the top, for the confusion matrix; null for the classes themselves.
         confidence: minimum score for the confusion matrix and the error analysis, 0…1.
         seen_classes: the classes that count as trained with boxes: a file with one class per line,
             or imagenet_det_44; null for the classes of the training boxes.
@@ -116,11 +112,7 @@ class ReportOptions:
 
 
 def check_report_options(args: Sequence[str]) -> None:
-    """Check the report options of a command line, subcommand first.
-
-    Raises:
-        InputError: an unknown option, or a command without a report.
-    """
+    """Raise `InputError` if a command line, subcommand first, has invalid report options."""
     allowed = [field.name for field in fields(ReportOptions)]
     for arg in args[1:]:
         name = arg.partition("=")[0].removeprefix("--report.")
@@ -237,7 +229,6 @@ def _to_plain(
     errors: Mapping[str, Sequence[DetectionError]],
     options: ReportOptions,
 ) -> dict[str, Any]:
-    """Return the content of `metrics.json`."""
     names = dict(zip(data.tree.keys, data.tree.names, strict=True))
     coarse = {key: {"name": names[key], **row} for key, row in data.per_coarse_class.items()}
     return {
@@ -302,7 +293,6 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     os.replace(part, path)

@@ -63,7 +63,6 @@ def error_table(
 
 
 def _cell(value: Any) -> Any:
-    """Format numbers with five digits; None and NaN are empty."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.5g}" if isinstance(value, float) else value

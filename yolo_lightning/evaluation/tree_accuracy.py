@@ -12,9 +12,8 @@ KINDS = ("right", "not_specific_enough", "wrong_leaf", "wrong_branch")
 class TreeAccuracy(Metric):
     """Accuracy by depth, and predictions by kind.
 
-    A prediction is `right` if it is the label or below it; `not_specific_enough` if it is an
-    ancestor of the label; `wrong_leaf` if it is elsewhere below the label's parent; `wrong_branch`
-    otherwise.
+    `right`: the label or below it; `not_specific_enough`: an ancestor of the label; `wrong_leaf`:
+    elsewhere below the label's parent; `wrong_branch`: otherwise.
     """
 
     full_state_update = False

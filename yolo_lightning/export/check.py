@@ -131,8 +131,7 @@ def max_differences(
 ) -> "Tensor":
     """Return the maximum differences, float (2,), of boxes and of scores; see `Comparison`.
 
-    Each detection is compared with the most similar one, because the order of nearly equal scores
-    may differ.
+    Detections are matched by similarity, because the order of nearly equal scores may differ.
     """
     import torch
 

@@ -90,7 +90,6 @@ def import_model(
 
 
 def _count_filled_layers(weights: Weights, sizes: Sequence[tuple[str, int]]) -> int:
-    """Return the number of convolutions that partial weights fill."""
     count, start = len(weights.values), 0
     for number, (name, size) in enumerate(sizes):
         if count < start + size:
@@ -159,10 +158,9 @@ def load_classes(
     tree_path: str | Path | None,
     keys_path: str | Path | None,
 ) -> WordTree:
-    """Return the classes of a network.
+    """Return the classes of a network; a tree file is required if they form a tree.
 
-    Names default to those of a released network, or numbers; keys, one per line, to the names. A
-    tree file is required if the classes form a tree.
+    Default names are those of a released network, or numbers; default keys are the names.
 
     Raises:
         InputError: a missing or invalid file, or another number of classes.
@@ -256,8 +254,7 @@ def export_model(
     Classes are reordered if the order of the tree is invalid in Darknet, see `darknet_order`.
 
     Raises:
-        InputError: a network that Darknet does not support, or an existing file; nothing is
-            written.
+        InputError: an unsupported network or an existing file; nothing is written.
     """
     description = describe_network(module, metadata)
     order = darknet_order(module.tree)
@@ -300,7 +297,6 @@ def export_model(
 def _reorder_classes(
     last: tuple[torch.Tensor, torch.Tensor], order: Sequence[int], description: NetworkDescription
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the last convolution with its classes in this order."""
     weight, bias = last
     if description.region is None:
         rows = torch.tensor(order)
@@ -322,11 +318,7 @@ class ImportedModel:
 
 
 def import_from_options(options: argparse.Namespace) -> ImportedModel:
-    """Import a model from the files in the command line, see `add_darknet_options`.
-
-    Raises:
-        InputError: an invalid file.
-    """
+    """Import a model from the files in the command line, see `add_darknet_options`."""
     if (options.cfg is None) == (options.layout is None):
         raise InputError("use one of --cfg FILE and --layout NAME")
     description = (

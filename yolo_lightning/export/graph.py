@@ -26,8 +26,7 @@ from yolo_lightning.tree.wordtree import WordTree
 INPUTS = ("images", "sizes_hw_orig")
 OUTPUTS = ("boxes_xyxy_orig_px", "scores", "nodes")
 
-METADATA_FILE = "metadata.json"
-"""Name of the metadata among the extra files of a `.pt2` file."""
+METADATA_FILE = "metadata.json"  # name of the metadata among the extra files of a `.pt2` file
 
 SCORE_THRESHOLD = "score_threshold"
 """Name of the score threshold: an initializer in ONNX files, a buffer in `.pt2` files."""
@@ -35,16 +34,13 @@ SCORE_THRESHOLD = "score_threshold"
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """Constants of an exported graph.
-
-    `tree_threshold` is the minimum P(node) of a label, `top` the number of output rows per image.
-    """
+    """Constants of an exported graph."""
 
     resize: Resize = "letterbox"
     score_threshold: float = 0.25
-    tree_threshold: float = 0.5
+    tree_threshold: float = 0.5  # minimum P(node) of a label
     iou_threshold: float = 0.45
-    top: int = 100
+    top: int = 100  # output rows per image
 
 
 class TreeDescent(nn.Module):
@@ -159,10 +155,8 @@ class DetectorGraph(nn.Module):
     def forward(self, images: Tensor, sizes_hw_orig: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best boxes of each image, by descending score.
 
-        Args:
-            images: uint8 (B, 3, H, W), RGB, resized; H and W multiples of the stride.
-            sizes_hw_orig: int64 (B, 2), px of the original images; H and W for boxes in px of the
-                network input.
+        Images are uint8 RGB (B, 3, H, W), resized, with H and W multiples of the stride;
+        sizes_hw_orig are int64 (B, 2), px of the original images.
 
         Returns:
             boxes_xyxy_orig_px, float (B, top, 4); scores, float (B, top), objectness x P(node);
@@ -191,10 +185,7 @@ class DetectorGraph(nn.Module):
         )
 
     def _label_boxes(self, objectness: Tensor, classes: SparseClassLogits) -> tuple[Tensor, Tensor]:
-        """Return nodes and scores (B, A * G) of objectness (B, A, G); 0 below the threshold.
-
-        Class logits are computed only for boxes whose objectness exceeds the threshold.
-        """
+        """Return nodes and scores (B, A * G) of objectness (B, A, G); 0 below the threshold."""
         batch, anchors, cells = objectness.shape
         features = classes.features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * G, C)
         flat = objectness.transpose(0, 1).flatten()  # (A * B * G,), anchor by anchor
@@ -242,7 +233,6 @@ class _DarknetReorg(nn.Module):
         self.stride = stride
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C * stride², H / stride, W / stride)."""
         s = self.stride
         height, width = features.shape[2] // s, features.shape[3] // s
         parts = features.unflatten(2, (-1, s)).unflatten(1, (-1, s * s))

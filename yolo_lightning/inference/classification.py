@@ -43,7 +43,7 @@ def resize_image(image: Tensor, size_hw: tuple[int, int], resize: str) -> Tensor
 
     ``letterbox`` centres the whole image on grey, as Darknet does; ``shorter-side`` scales the
     shorter side to the network's; ``crop`` then crops the centre, as in validation.
-    An image that is too thin for its shorter side to be scaled raises `UnreadableSample`.
+    Raises `UnreadableSample` if the image is too thin.
     """
     height, width = image.shape[1:]
     if resize == "letterbox":
@@ -88,9 +88,8 @@ def classify(
 ) -> dict[str, Any]:
     """Return the `top_k` classes of an image (3, H, W) in 0…1; see `resize_image`.
 
-    Returns:
-        ``classes``: key, name and probability of the most probable leaves, in descending order. For
-        a tree of several levels also ``path``: the most probable child of each level, root first.
+    ``classes``: key, name and probability of the most probable leaves, in descending order; for a
+    tree of several levels also ``path``: the most probable child of each level, root first.
     """
     tree = module.tree
     device = module.network.class_conv.weight.device

@@ -18,11 +18,8 @@ def load(
 ) -> Module:
     """Load a trained or imported module from a checkpoint, in evaluation mode.
 
-    Args:
-        path: the checkpoint.
-        device: where to put the weights.
-        backbone: required if the checkpoint's backbone is a custom module: one of the same class
-            and options. A class that a checkpoint names is never imported.
+    `backbone` is required if the checkpoint's backbone is a custom module: one of the same class
+    and options. A class that a checkpoint names is never imported.
 
     Raises:
         InputError: the file does not exist, is damaged or is not a checkpoint of this version, or

@@ -86,14 +86,8 @@ def measure_latency(
 
     A GPU is also synchronized after the network, to separate the stages. Decoding is timed again
     after each run; the rest, including the class prediction along the tree, counts as suppression.
-
-    Args:
-        detector: in evaluation mode.
-        images: uint8 (N, 3, H, W), on the detector's device.
-        sizes_hw_orig: int64 (N, 2), px.
-        batch_size: images per batch.
-        runs: number of timed runs.
-        dtype: of the network, with autocast unless float32.
+    The detector is in evaluation mode, images are uint8 (N, 3, H, W) on its device, sizes int64
+    (N, 2), px; the network uses autocast unless `dtype` is float32.
     """
     clock = SynchronizedClock(images.device)
     after_network: list[float] = []
@@ -124,8 +118,8 @@ def measure_latency(
 def billion_operations(network: YOLOv2, image_size: int) -> float:
     """Count the operations for one image; a multiplication and an addition count as two.
 
-    Includes the class scores of all boxes, as other programs compute them; this network computes
-    them only for boxes above the threshold. Runs on the meta device, without memory for weights.
+    Includes the class scores of all boxes, as other programs compute them, although this network
+    computes them only above the threshold. Runs on the meta device.
     """
     layers, nodes = network.body.layers, network.class_weight.shape[1]
     check_sizes(layers, (image_size, image_size))

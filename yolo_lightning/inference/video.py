@@ -1,7 +1,4 @@
-"""Reading video files, cameras and streams frame by frame, with PyAV.
-
-Audio is ignored. PyAV is installed with the extra `video` and imported when a video is opened.
-"""
+"""Reading video files, cameras and streams frame by frame, with PyAV; audio is ignored."""
 
 import contextlib
 import itertools
@@ -91,8 +88,7 @@ class VideoReader:
         duration_s: seconds to read. Consecutive windows share no frame and lose none.
 
     Raises:
-        InputError: the source does not exist, is not a video, or the window is outside of it.
-            `BrokenVideo` during iteration.
+        InputError: missing, not a video, or a window outside of it; `BrokenVideo` on iteration.
     """
 
     def __init__(
@@ -126,7 +122,6 @@ class VideoReader:
             self._decoder.container.close()
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """Yield the frames of the window."""
         yielded_s = None
         try:
             for frame in self._frames:
@@ -242,13 +237,11 @@ class _Decoder:
         self._last_s: float | None = None
 
     def time_s(self, frame: Any) -> float | None:
-        """Return the timestamp of a frame in seconds; None if it has none."""
         if frame.pts is None:
             return None
         return float(frame.pts * self.stream.time_base) - self.origin_s
 
     def seek(self, time_s: float) -> None:
-        """Seek to a keyframe near a time; do nothing if the container cannot seek."""
         with contextlib.suppress(self._av.FFmpegError):
             offset = round((time_s + self.origin_s) / self.stream.time_base)
             self.container.seek(offset, stream=self.stream)
@@ -323,7 +316,7 @@ class _Decoder:
 
 
 def import_pyav() -> Any:
-    """Import PyAV, which is an optional dependency."""
+    """Import PyAV when a video is opened; it is installed with the extra `video`."""
     try:
         import av
     except ImportError:

@@ -70,10 +70,7 @@ class AnnotatedMediaWriter(ResultWriter):
 
 
 class COCOWriter(ResultWriter):
-    """Write one JSON file in COCO format, whose annotations have a score.
-
-    Annotations are written frame by frame, so that long videos need little memory.
-    """
+    """Write one JSON file in COCO format, frame by frame, whose annotations have a score."""
 
     def __init__(self, folder: Path, tree: WordTree) -> None:
         super().__init__(folder, tree)

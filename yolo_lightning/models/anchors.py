@@ -9,8 +9,7 @@ from yolo_lightning.errors import InputError
 
 Distance = Literal["iou", "squared_error"]
 
-CELL_PX = 32
-"""Stride of Darknet-19."""
+CELL_PX = 32  # stride of Darknet-19
 MAX_CLUSTERS = 15
 _CHUNK, _SAMPLE, _REFINED = 2**14, 20_000, 2
 _MAX_PASSES, _PATIENCE, _MIN_GAIN = 300, 5, 1e-5
@@ -37,18 +36,16 @@ def cluster_anchors(
 ) -> NDArray[np.float64]:
     """Return anchors, float64 (num, 2) by ascending area, found by k-means on boxes (N, 2).
 
-    The result depends on the seed, not on the order of the boxes. With many boxes, a sample is
-    clustered first, and the best results are refined on all boxes. The mean of a cluster need not
-    have the best IoU, so the best iteration is returned instead of the last one. The distance
-    ``iou`` is 1 - IoU of the shapes, ``squared_error`` is standard k-means.
+    The order of the boxes does not matter. Many boxes are clustered on a sample first. The best
+    iteration is returned, because the mean of a cluster need not have the best IoU. The distance is
+    1 - IoU of the shapes, or the squared error of standard k-means.
 
     Raises:
-        InputError: fewer distinct boxes than anchors, sizes that are not positive, or an option
-            out of range.
+        InputError: fewer distinct boxes than anchors, or a value out of range.
 
     Source: YOLO9000, section 2, "Dimension Clusters".
-    Paper is silent: initialisation, restarts and empty clusters. Initialisation is k-means++; an
-        empty cluster is moved to the box with the largest distance.
+    Paper is silent: initialisation (k-means++), restarts, and empty clusters (moved to the box with
+        the largest distance).
     """
     boxes = _check_sizes(boxes_wh, "boxes")
     for name, value, minimum in (("num", num, 1), ("restarts", restarts, 1), ("seed", seed, 0)):
@@ -74,11 +71,9 @@ def cluster_for_each_count(
 ) -> list[NDArray[np.float64]]:
     """Return IoU clusters for each number of anchors: float64 (k, 2) at index k - 1.
 
-    The number of distinct boxes limits the number of anchors. The average IoU never decreases: if
-    clustering finds nothing better, the previous anchors and the worst matched box are used.
-
-    Raises:
-        InputError: see `cluster_anchors`.
+    There are at most as many anchors as distinct boxes. The average IoU never decreases: if
+    clustering finds nothing better, the worst matched box is added to the previous anchors.
+    Raises `InputError` as `cluster_anchors` does.
     """
     boxes = _check_sizes(boxes_wh, "boxes")
     boxes = boxes[np.lexsort(boxes.T)]
@@ -147,8 +142,7 @@ def _sort_by_area(anchors_wh: NDArray[np.float64]) -> NDArray[np.float64]:
 def _distances(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[np.float32], distance: Distance
 ) -> NDArray[np.float32]:
-    """Return distances (A, N); numpy is ten times faster with long rows than with (N, A)."""
-    w, h = np.ascontiguousarray(boxes_wh.T)
+    w, h = np.ascontiguousarray(boxes_wh.T)  # (A, N) below: long rows are ten times faster
     anchor_w, anchor_h = anchors_wh.T[:, :, None]
     if distance == "squared_error":
         return np.asarray((w - anchor_w) ** 2 + (h - anchor_h) ** 2)
@@ -159,7 +153,6 @@ def _distances(
 def _nearest(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[Any], distance: Distance
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the distance (N,) of each box to its nearest anchor, and the anchor's index (N,)."""
     anchors = anchors_wh.astype(np.float32)
     cost = np.empty(len(boxes_wh), dtype=np.float32)
     index = np.empty(len(boxes_wh), dtype=np.int64)
@@ -188,7 +181,6 @@ def _initialise(
 def _fill_empty_clusters(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[np.float64], distance: Distance
 ) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.int64]]:
-    """Move anchors without boxes to the worst matched box; return anchors, distances, indices."""
     while True:
         cost, index = _nearest(boxes_wh, anchors_wh, distance)
         empty = np.flatnonzero(np.bincount(index, minlength=len(anchors_wh)) == 0)
@@ -201,7 +193,6 @@ def _fill_empty_clusters(
 def _k_means(
     boxes_wh: NDArray[np.float32], anchors_wh: NDArray[np.float64], distance: Distance
 ) -> tuple[float, NDArray[np.float64]]:
-    """Run k-means; return the lowest mean distance of all iterations and its anchors."""
     lowest, best, stale = np.inf, anchors_wh, 0
     for _ in range(_MAX_PASSES):
         anchors_wh, cost, index = _fill_empty_clusters(boxes_wh, anchors_wh, distance)

@@ -48,8 +48,7 @@ TINY_YOLOV2_VOC: tuple[Layer, ...] = (
 )  # fmt: skip
 """The released Tiny YOLOv2 for VOC up to its last convolution; used without a head."""
 
-TINY_YOLOV2: tuple[Layer, ...] = (*TINY_YOLOV2_VOC[:-1], Conv(512))
-"""The released Tiny YOLOv2 for COCO up to its last convolution; used without a head."""
+TINY_YOLOV2: tuple[Layer, ...] = (*TINY_YOLOV2_VOC[:-1], Conv(512))  # as released for COCO
 
 SMALL: tuple[Layer, ...] = (
     Conv(16), Pool(),
@@ -58,8 +57,7 @@ SMALL: tuple[Layer, ...] = (
     Conv(128), Pool(),
     Conv(256), Conv(128, 1), Conv(256),
 )  # fmt: skip
-"""For CPUs and small images: the pattern of Darknet-19 with one level less; stride 16. Not from
-the paper."""
+"""For CPUs and small images: Darknet-19 with one level less, stride 16; not from the paper."""
 
 BACKBONES: dict[str, tuple[Layer, ...]] = {
     "darknet19": DARKNET19,
@@ -74,8 +72,7 @@ def backbone_layers(backbone: "str | Sequence[Sequence[Any]] | nn.Module") -> tu
     """Return the layers of a name, of rows such as ``["conv", 32, 3]``, or of a module.
 
     Raises:
-        InputError: an unknown name, invalid rows, a module without `out_channels` and `stride`, or
-            a class path.
+        InputError: an unknown name, invalid rows or module, or a class path.
     """
     if isinstance(backbone, Mapping):
         path = str(backbone.get("class_path"))[:100]
@@ -126,16 +123,14 @@ def detector_layers(
     passthrough_channels: int | None = 64,
     reorg: ReorgKind = "space_to_depth",
 ) -> tuple[Layer, ...]:
-    """Return the layers from the image to the input of the last 1x1 convolution.
-
-    For head_channels, passthrough_channels and reorg, see `DetectorModule`.
+    """Return the layers before the last 1x1 convolution; for the parameters, see `DetectorModule`.
 
     Raises:
         InputError: a passthrough without a head, or from a backbone without finer features.
 
     Source: YOLO9000, section 2, "Fine-Grained Features", and section 3, "Training for detection".
-    The paper does not reduce the 512 channels (3,072 after concatenation); the released
-    configuration reduces them to 64. The released YOLO9000 and Tiny YOLOv2 have no head.
+    Reducing the 512 channels of the passthrough to 64 is from the released configuration; the
+    released YOLO9000 and Tiny YOLOv2 have no head.
     """
     if not head_channels:
         if passthrough_channels != 0:

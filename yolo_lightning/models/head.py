@@ -1,7 +1,4 @@
-"""The detection head: dense boxes and objectness, class logits on demand, and decoding.
-
-Shapes: box_logits (B, A, 5, Gh, Gw) are x, y, w, h, objectness; anchors_wh_cell (A, 2).
-"""
+"""The detection head; box_logits (B, A, 5, Gh, Gw) are x, y, w, h, objectness."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,8 +22,8 @@ class ClassLogits(Protocol):
 class SparseClassLogits:
     """Class logits that are computed from the features for the requested boxes only.
 
-    With 9,418 nodes, the dense last convolution takes a third of all arithmetic and nearly all
-    memory, but the loss reads only a few cells. The values equal those of the dense form.
+    With 9,418 nodes, the dense last convolution takes nearly all memory and a third of all
+    arithmetic, but the loss reads only a few cells. The values equal those of the dense form.
     """
 
     features: Tensor  # (B, C, Gh, Gw), input of the last 1x1 convolution
@@ -93,7 +90,7 @@ class HeadOutput:
 
 
 def decode_boxes(box_logits: Tensor, anchors_wh_cell: Tensor) -> Tensor:
-    """Return boxes_cxcywh_norm (B, A, 4, Gh, Gw) in 0…1 of the network input.
+    """Return boxes_cxcywh_norm (B, A, 4, Gh, Gw) in 0…1 of the network input; anchors are (A, 2).
 
     Source: YOLO9000, section 2, "Direct location prediction".
     """
@@ -126,8 +123,7 @@ def select_candidates(
 ) -> list[Candidates]:
     """Return each image's boxes above the threshold, with class logits for these boxes only.
 
-    Objectness is an upper bound of objectness x P(class), so a score threshold of the same value
-    loses no detection.
+    No detection with a score above the threshold is lost: score = objectness x P(class).
     """
     box_logits = output.box_logits.float()
     objectness = box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)

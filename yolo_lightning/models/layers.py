@@ -15,18 +15,14 @@ ReorgKind = Literal["darknet", "space_to_depth"]
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution with a square kernel.
-
-    padding is px of zeros on each side; None for half of the kernel, which keeps the size. Without
-    batch norm, the convolution has a bias. The slope of `leaky` is 0.1.
-    """
+    """A convolution with a square kernel; without batch norm, it has a bias."""
 
     filters: int
     size: int = 3
     stride: int = 1
-    padding: int | None = None
+    padding: int | None = None  # px of zeros per side; None: half of the kernel, keeps the size
     batch_norm: bool = True
-    activation: Activation = "leaky"
+    activation: Activation = "leaky"  # slope 0.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Pool:
 class Reorg:
     """Fold blocks of stride x stride cells into channels.
 
-    `space_to_depth` stacks neighbouring cells, as the paper says; `darknet` first reinterprets the
+    `space_to_depth` stacks neighbouring cells, as in the paper; `darknet` first reinterprets the
     map as one with fewer channels and more cells, as the original program does.
     """
 
@@ -65,16 +61,12 @@ class Dropout:
 
 @dataclass(frozen=True)
 class CustomBackbone:
-    """A module as the first layer of a network, in place of a backbone of the layers above.
+    """A module as the first layer: (B, 3, H, W) to (B, out_channels, H / stride, W / stride)."""
 
-    It maps (B, 3, H, W) to (B, out_channels, H / stride, W / stride). `class_path` is the import
-    path of its class; `module` is None if a checkpoint describes it.
-    """
-
-    class_path: str
+    class_path: str  # import path of the class
     out_channels: int
     stride: int
-    module: "nn.Module | None" = None
+    module: "nn.Module | None" = None  # None if a checkpoint describes it
 
 
 Layer = Conv | Pool | Reorg | Route | Dropout | CustomBackbone
@@ -107,11 +99,7 @@ def layers_to_rows(layers: Iterable[Layer]) -> list[list[Any]]:
 
 
 def layers_from_rows(rows: Sequence[Sequence[Any]]) -> tuple[Layer, ...]:
-    """Convert plain values to layers.
-
-    Raises:
-        InputError: an unknown layer type or values that do not match it; names the row.
-    """
+    """Convert plain values to layers; raise `InputError`, naming the row, if they are invalid."""
     layers: list[Layer] = []
     for number, row in enumerate(rows):
         layer_type = _TYPES.get(row[0]) if row and isinstance(row[0], str) else None
@@ -142,8 +130,7 @@ def layer_outputs(layers: Sequence[Layer], in_channels: int = 3) -> list[LayerOu
     """Return each layer's output channels and stride, without building modules.
 
     Raises:
-        InputError: an invalid value, or a route to layers that do not exist or do not match;
-            names the layer.
+        InputError: an invalid value, or a route to missing or mismatched layers; names the layer.
     """
     outputs: list[LayerOutput] = []
     for number, layer in enumerate(layers):
@@ -174,7 +161,6 @@ def _is_int(value: object, minimum: int) -> bool:
 def _check_layer(
     number: int, layer: Layer, previous: LayerOutput, outputs: Sequence[LayerOutput]
 ) -> None:
-    """Raise InputError if a value of the layer is invalid."""
 
     def fail(message: str) -> None:
         raise InputError(f"layer {number} ({_NAMES[type(layer)]}): {message}")

@@ -67,7 +67,6 @@ class _MaxPool(nn.Module):
         self.size, self.stride = layer.size, layer.stride
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C, H / stride, W / stride), rounded up."""
         if self.size == self.stride == 2:  # the usual case needs no explicit padding
             return F.max_pool2d(features, 2, ceil_mode=True)
         before = (self.size - 1) // 2
@@ -82,7 +81,6 @@ class _ReorgModule(nn.Module):
         self.stride, self.kind = layer.stride, layer.kind
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C * stride², H / stride, W / stride)."""
         s = self.stride
         batch, channels, height, width = features.shape
         if self.kind == "space_to_depth":
@@ -100,12 +98,9 @@ def space_to_depth(features: Tensor, stride: int) -> Tensor:
 
 
 class LayerStack(nn.ModuleList):
-    """The network that a list of layers describes; module k implements layer k.
+    """The network of a list of layers; raises `InputError` if they do not match.
 
-    `out_channels` and `stride` (network input px per cell) are those of the last layer.
-
-    Raises:
-        InputError: layers that do not match; names the layer.
+    Module k implements layer k; `out_channels` and `stride` (input px per cell) are the last's.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -157,9 +152,7 @@ def _build_module(layer: Layer, in_channels: int) -> nn.Module:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise convolutions as He et al. do, for leaky ReLU of slope 0.1.
-
-    A custom backbone keeps the values that it was built with.
+    """Initialise convolutions as He et al. do, for leaky ReLU of slope 0.1; skip custom backbones.
 
     Paper is silent: the original program uses a uniform distribution of the same variance.
     """
@@ -216,10 +209,7 @@ class YOLOv2(nn.Module):
         self.register_buffer("anchors_wh_cell", anchors_wh_cell.float())
 
     def forward(self, images: Tensor) -> HeadOutput:
-        """Return box logits and class logits of RGB images (B, 3, H, W) in 0…1.
-
-        H and W are multiples of the stride.
-        """
+        """Return the logits of RGB images (B, 3, H, W) in 0…1, H and W multiples of the stride."""
         features = self.body(images)
         box_logits = self.box_conv(features).unflatten(1, (-1, 5))
         class_logits = SparseClassLogits(features, self.class_weight, self.class_bias)

@@ -1,7 +1,4 @@
-"""Checkpoints as MLflow models: writing the model folder, logging it to a run, registering it.
-
-The folder contains the model code (`served_model`), this package and the checkpoint; no pickles.
-"""
+"""Checkpoints as MLflow models: writing the model folder, logging it to a run, registering it."""
 
 import contextlib
 import json
@@ -38,10 +35,8 @@ REQUIREMENTS = (
     "omegaconf", "jsonargparse[signatures]", "faster-coco-eval", "libstb", "numpy", "pillow",
     "psutil", "pyyaml", "scipy",
 )  # fmt: skip
-"""Requirements of a saved model: the dependencies in `pyproject.toml`."""
 
-IMAGE, CHECKPOINT = "image", "checkpoint"
-"""The input column of a model; the name of the checkpoint artifact."""
+IMAGE, CHECKPOINT = "image", "checkpoint"  # the input column; the name of the artifact
 
 _CLASS_COLUMNS = {
     "image": DataType.long,
@@ -51,11 +46,11 @@ _CLASS_COLUMNS = {
     "score": DataType.double,
     "path": Array(DataType.string),
 }
+# output columns, by the module class of the checkpoint
 COLUMNS = {
     "DetectorModule": _CLASS_COLUMNS | dict.fromkeys(("x1", "y1", "x2", "y2"), DataType.double),
     "ClassifierModule": _CLASS_COLUMNS,
 }
-"""Output columns, by the module class of the checkpoint."""
 
 _CHECKPOINT_KEYS = (
     "state_dict", "hyper_parameters", "module", "pytorch-lightning_version", "epoch", "global_step",
@@ -72,11 +67,9 @@ def save_model(
 ) -> None:
     """Write a checkpoint of a detector or classifier as an MLflow model, completely or not at all.
 
-    The input is a table with the column `image`, the bytes of an image file (JPEG, PNG, WebP …) per
-    row. The output is a table with the columns `COLUMNS`: for a detector one row per object, with
-    corners in pixels of the original image; for a classifier one row per class, best first.
-    State that is only needed to resume training is not saved. MLflow's global settings are not
-    changed, and the network is not used.
+    The input column `image` has the bytes of image files (JPEG, PNG, WebP …). The output has the
+    columns `COLUMNS`: for a detector a row per object, corners in px of the original image; for a
+    classifier a row per class, best first. State that only resuming needs is not saved.
 
     Args:
         checkpoint: of a detector or a classifier.
@@ -118,7 +111,6 @@ def save_model(
 
 @contextlib.contextmanager
 def _silence_mlflow() -> Iterator[None]:
-    """Disable MLflow's progress bars and info messages."""
     bar, logger = MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, logging.getLogger("mlflow.pyfunc")
     previous, level = bar.get_raw(), logger.level
     bar.set(False)
@@ -178,7 +170,6 @@ def _signature(module: str, hparams: dict[str, Any]) -> ModelSignature:
 
 
 def _encode_jpeg(image: Image | None) -> bytes:
-    """Return the bytes of a JPEG file, at most 640 px per side."""
     if image is None:
         image = np.full((64, 64, 3), GREY, dtype=np.uint8)
     factor = min(1.0, _MAX_EXAMPLE_PX / max(image.shape[:2]))
@@ -200,7 +191,7 @@ def log_model(
     """Log a folder written by `save_model` to a run; return the id of the logged model.
 
     A call after an interrupted one completes it; a call after a completed one changes nothing. The
-    validation metrics of this step are linked to the model. MLflow's global settings are not used.
+    validation metrics of this step are linked to the model.
     """
     run = client.get_run(run_id)
     model = _find_logged_model(client, run, name, step) or client.create_logged_model(
@@ -244,7 +235,6 @@ def _validation_metrics(client: MlflowClient, run: Any, step: int, model_id: str
 
 
 def _log_description(client: MlflowClient, model: LoggedModel, folder: Path) -> None:
-    """Log the model's description with the ids of the logged model and its run."""
     description = Model.load(str(folder / _MLMODEL))
     description.model_id = description.model_uuid = model.model_id
     description.run_id, description.artifact_path = model.source_run_id, model.artifact_location
@@ -255,10 +245,7 @@ def _log_description(client: MlflowClient, model: LoggedModel, folder: Path) -> 
 
 
 def register(client: MlflowClient, model_id: str, name: str) -> str:
-    """Register a logged model as a new version, once, and return the version.
-
-    The registered model is created if it does not exist. MLflow's global settings are not used.
-    """
+    """Register a logged model as a new version, once, and return the version."""
     model = client.get_logged_model(model_id)
     try:
         client.create_registered_model(name)

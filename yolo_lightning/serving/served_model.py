@@ -1,7 +1,4 @@
-"""The code of a saved MLflow model: from a table of encoded images to a table of predictions.
-
-Do not import this module: `mlflow_model.save_model` saves it as model code.
-"""
+"""The code of a saved MLflow model; do not import it: `mlflow_model.save_model` saves the file."""
 
 import tempfile
 import threading

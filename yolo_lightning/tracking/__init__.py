@@ -1,7 +1,4 @@
-"""Experiment tracking with MLflow.
-
-`RunLogger` is imported on first access: reading a journal needs neither Lightning nor MLflow.
-"""
+"""Experiment tracking with MLflow; `RunLogger` is imported, with Lightning, on first access."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -17,8 +17,7 @@ from yolo_lightning.tracking.names import MAX_KEY_LENGTH
 from yolo_lightning.tracking.run_lookup import NOT_FOUND
 from yolo_lightning.tracking.store import short_message
 
-WriteItems = Callable[[Sequence[Any]], Any]
-"""Writes items to the store in one request."""
+WriteItems = Callable[[Sequence[Any]], Any]  # writes items to the store in one request
 
 SplitOnError = Callable[[Sequence[Any], WriteItems], None]
 """Writes items, and leaves out those that the store rejects."""
@@ -31,11 +30,7 @@ class InvalidEntry(Exception):
 
 
 class EntryWriter:
-    """Writes single entries of a journal to a run.
-
-    Attributes:
-        may_exist: the store may already have the next entry, because a response was lost.
-    """
+    """Writes single entries of a journal to a run."""
 
     FILE_OPS = ("file", "image", "model", "remove")
     """Operations that use the artifact store."""
@@ -43,7 +38,7 @@ class EntryWriter:
     def __init__(self, client: MlflowClient, store_uri: str, run: Run, journal: Journal) -> None:
         self._client, self._store_uri, self._run_id = client, store_uri, run.info.run_id
         self._artifact_uri, self._journal = run.info.artifact_uri, journal
-        self.may_exist = True
+        self.may_exist = True  # after a lost response, the store may have the next entry
         self._uploaded: list[tuple[str, Any]] = []
         self._missing: list[str] = []
 
@@ -81,7 +76,6 @@ class EntryWriter:
         )
 
     def _params(self, values: dict[str, str], split_on_error: SplitOnError) -> None:
-        """Write new parameters; a parameter that the run has with another value becomes a tag."""
         existing = self._client.get_run(self._run_id).data.params
         params = [Param(key, value) for key, value in values.items() if key not in existing]
         split_on_error(
@@ -89,6 +83,7 @@ class EntryWriter:
             lambda items: self._client.log_batch(self._run_id, params=items, synchronous=True),
         )
         changed = {key: value for key, value in values.items() if existing.get(key, value) != value}
+        # parameters are immutable in MLflow
         tags = {f"changed.{key}"[:MAX_KEY_LENGTH]: value for key, value in changed.items()}
         self._tags(tags, split_on_error)
 

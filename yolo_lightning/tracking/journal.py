@@ -10,14 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-JOURNAL_FOLDER = "mlflow"
-"""Name of the journal's folder in the run folder."""
+JOURNAL_FOLDER = "mlflow"  # name of the journal's folder in the run folder
 
-RUN_ID_FILE = "mlflow_run_id"
-"""Name of the file in the run folder that contains the MLflow run id."""
+RUN_ID_FILE = "mlflow_run_id"  # name of the file in the run folder that contains the MLflow run id
 
-UNREADABLE = "unreadable"
-"""Operation name of a line that cannot be parsed."""
+UNREADABLE = "unreadable"  # operation name of a line that cannot be parsed
 
 _JOURNAL_FILE, _UPLOADS_FILE, _TOKEN_FILE = "journal.jsonl", "uploaded.json", "token"
 _PENDING_FOLDER = "files"
@@ -43,20 +40,16 @@ class Journal:
     """An append-only file of JSON lines, and the files that are pending upload.
 
     When `append` returns, the line is on the disk, or in a file system cache that survives this
-    process. If the disk is full, lines are buffered in memory, in order, until they can be
-    written; they are read, and so uploaded, from the buffer as well. Several processes may append.
-
-    Attributes:
-        token: identifies this run before a store has created it; the same in every process.
-        write_error: why the newest line could not be written; empty if it was.
+    process. If the disk is full, lines are buffered in memory, in order, and can be read, until
+    they can be written. Several processes may append.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.write_error = ""
+        self.write_error = ""  # why the newest line could not be written
         self._buffer = b""
         self._lock = threading.RLock()
-        self.token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex  # identifies the run, in every process
         with self._store_write_error():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.token = self._load_token()
@@ -111,12 +104,9 @@ class Journal:
             os.fsync(lines.fileno())
 
     def entries(self, offset: int = 0, *ops: str) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield entries from a byte offset on, each with the offset of the next one.
+        """Yield the entries of these operations from a byte offset on, and the offset after each.
 
-        Args:
-            offset: where to start.
-            ops: operations to yield; default: all, and `UNREADABLE` with its ``line`` for a line
-                that cannot be parsed, for example after a machine crash.
+        Without `ops`, yield all, and `UNREADABLE` entries with the ``line`` that cannot be parsed.
         """
         prefixes = tuple(f'{{"op": "{op}"'.encode() for op in ops)
         for line, end in self._lines(offset):
@@ -172,13 +162,9 @@ class Journal:
         return {}
 
     def record_upload(self, store: str, run_id: str, offset: int, **extra: Any) -> None:
-        """Record up to which offset this journal is uploaded to a store, atomically.
+        """Record atomically which run of a store has the entries before `offset`.
 
-        Args:
-            store: its address, without a password.
-            run_id: MLflow run in this store.
-            offset: after the last entry that was uploaded.
-            extra: more values to record.
+        `store` is an address without a password; `extra` values are recorded too.
         """
         self.sync()
         # not more than what is on the disk: another process cannot read the buffer
@@ -196,8 +182,7 @@ class Journal:
     def add_file(self, source: Path, name: str, link: bool = False) -> None:
         """Copy a file into the journal until it is uploaded; replaces a file of the same name.
 
-        `link` creates a hard link if the file system supports it, for large files that are always
-        replaced and never modified in place.
+        `link` creates a hard link if possible, for large files that are never modified in place.
 
         Raises:
             OSError: the file can neither be linked nor copied.

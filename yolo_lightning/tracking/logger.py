@@ -49,8 +49,7 @@ _CHANGED = "changed."
 _DURATION_PARAMS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 """Parameters that only set how long a training lasts."""
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
-_INTERRUPTED_TIMEOUT_S = 12.0
-"""How long an interrupted training waits for the store."""
+_INTERRUPTED_TIMEOUT_S = 12.0  # how long an interrupted training waits for the store
 
 _ENVIRONMENT = {
     # the journal retries, so a request need not: MLflow's defaults would block for minutes
@@ -73,8 +72,8 @@ class RunLogger(MLFlowLogger):
         tracking_uri: of the store; default: the environment variable ``MLFLOW_TRACKING_URI``, else
             ``sqlite:///mlflow.db`` in the working folder.
         run_name: default: the last two parts of the run folder's path.
-        run_id: run to continue. Default: the environment variable ``MLFLOW_RUN_ID``, else the run
-            named by the run folder, else the run named by the checkpoint, else a new run.
+        run_id: run to continue; default: the environment variable ``MLFLOW_RUN_ID``, else the run
+            named by the run folder, else by the checkpoint, else a new run.
         tags: of the run.
         parent: name of the parent run of a sweep; created if it does not exist.
         log_checkpoints: upload the checkpoints that `ModelCheckpoint` keeps.
@@ -84,9 +83,8 @@ class RunLogger(MLFlowLogger):
     Raises:
         InputError: MLflow does not accept the experiment name.
 
-    Deviation from Lightning's logger: training never waits for the store. So `run_id` is None until
-    the run exists in the store, `version` is an id that is known from the start, and the default
-    store is a database, because MLflow 3.17 does not accept folders.
+    Deviation from Lightning's logger: training never waits for the store, so `run_id` is None until
+    the run exists there. The default store is a database: MLflow 3.17 does not accept folders.
     """
 
     def __init__(
@@ -142,14 +140,10 @@ class RunLogger(MLFlowLogger):
         checkpoint_run_id: str | None = None,
         evaluated_step: int | None = None,
     ) -> None:
-        """Set the run's folder and name, before anything is logged.
+        """Set the run's folder and name, unless the recipe does; call it before anything is logged.
 
-        Args:
-            folder: run folder, unless the recipe sets one.
-            name: run name, unless the recipe sets one.
-            checkpoint_run_id: MLflow run named by the checkpoint.
-            evaluated_step: step of a checkpoint that is only evaluated. Its metrics are added to
-                the existing run at this step; no run is created, and the status is not changed.
+        `evaluated_step` is the step of a checkpoint that is only evaluated. Its metrics are added
+        to the existing run at this step; no run is created, and the status is not changed.
         """
         self._folder = self._folder or folder
         self._run_name = self._run_name or name
@@ -252,8 +246,7 @@ class RunLogger(MLFlowLogger):
     def start_training(self, step: int = 0, replay: bool = True) -> None:
         """Set the step at which training starts or resumes.
 
-        With `replay`, training repeats steps that a killed process has already logged: their points
-        are not logged again. Otherwise, or with other parameters, the run gets both.
+        With `replay`, steps that a killed process has already logged are not logged again.
         """
         self._open_journal()
         if not self._running:

@@ -33,11 +33,8 @@ def find_or_create_run(
 ) -> Run:
     """Return the run of a journal; create it if there is none.
 
-    Args:
-        client: of the store.
-        open_entry: the journal's ``open`` entry.
-        run_ids: possible ids of the run, in order of priority; None is skipped.
-        token: of the journal, a tag of the run. It finds a run whose creation had no response.
+    `run_ids` are tried in this order; `token`, a tag of the run, finds a run whose creation had no
+    response.
 
     Raises:
         StoreUnavailable: the run or its experiment is deleted, or the run must not be created.
@@ -137,7 +134,6 @@ def _create_run(
 
 
 def _get_or_create_parent(client: MlflowClient, experiment_id: str, name: str) -> str:
-    """Return the id of the parent run of a sweep."""
     sweep = name.translate(str.maketrans("'\"\\`", "____"))  # MLflow's filters have no escapes
     runs = client.search_runs(
         [experiment_id],
@@ -154,5 +150,4 @@ def _get_or_create_parent(client: MlflowClient, experiment_id: str, name: str) -
 
 
 def _with_context_tags(tags: dict[str, str]) -> dict[str, str]:
-    """Add MLflow's default tags, such as the user and the source."""
     return {key: value for key, value in resolve_tags(tags).items() if value is not None}

@@ -85,11 +85,7 @@ class JournalLock:
         self._acquired = False
 
     def acquire(self) -> None:
-        """Acquire the lock; do nothing if this object already holds it.
-
-        Raises:
-            StoreUnavailable: another process or thread holds it.
-        """
+        """Acquire the lock; raise `StoreUnavailable` if another process or thread holds it."""
         with self._guard:
             if self._acquired:
                 return

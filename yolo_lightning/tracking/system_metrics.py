@@ -16,8 +16,8 @@ PREFIX = "system/"
 class SystemMetrics:
     """Measures CPUs, memory, disk, network and GPUs with MLflow's monitors, in a thread.
 
-    MLflow's own thread for these monitors loses samples that the store rejects. `record` is called
-    with each sample; names start with ``system/``, as MLflow's pages expect.
+    `record` is called with each sample; names start with ``system/``. MLflow's own thread loses
+    samples that the store rejects.
     """
 
     def __init__(

@@ -82,8 +82,7 @@ class UploadThread:
     def finish(self, timeout_s: float | None = None) -> bool:
         """Upload the rest and stop; return whether everything is in the store.
 
-        Waits while the store accepts entries, at most `timeout_s`. If it fails, a few more attempts
-        are made.
+        Waits while the store accepts entries, at most `timeout_s`; retries a few times if it fails.
         """
         started = time.monotonic()
         failures = self._failures

@@ -38,17 +38,10 @@ _MAX_RETRY_S = 600.0
 class Uploader:
     """Uploads the entries of a journal to its MLflow run, in order.
 
-    The run is found by its id, else by the journal's token, so that it is not created twice if a
-    response is lost. The timestamp of a point is the time at which it was logged: a database does
-    not store an identical point again. Files that the artifact store rejects are deferred.
-
-    Args:
-        journal: its newest ``open`` entry names the store, the experiment and the run.
-        store_uri: upload to this store instead of the journal's.
-        existing_run_only: do not create a run.
-
-    Attributes:
-        deferred: file entries to retry, each with its offset in the journal.
+    The journal's newest ``open`` entry names the experiment, the run and, unless `store_uri` does,
+    the store. The run is found by its id, else by the journal's token, so that it is not created
+    twice if a response is lost. A point has the time at which it was logged: a database does not
+    store an identical point again.
     """
 
     RETRY_S = 60.0
@@ -58,6 +51,7 @@ class Uploader:
     ) -> None:
         self.journal, self.store_uri, self.run_id = journal, store_uri or "", ""
         self._requested_uri, self._existing_run_only = store_uri, existing_run_only
+        # file entries that the artifact store rejected, each with its offset in the journal
         self.deferred: list[tuple[int, dict[str, Any]]] = []
         self._offset = 0
         self._retry_at, self._retry_s = 0.0, self.RETRY_S
@@ -136,7 +130,6 @@ class Uploader:
     # --- the run
 
     def _connect(self) -> None:
-        """Find or create the run, and continue after the last recorded upload to it."""
         self._lock.acquire()
         all_opened = [entry for entry, _ in self.journal.entries(0, "open")]
         if not all_opened:
@@ -223,7 +216,6 @@ class Uploader:
                 )
 
     def _earlier_values(self, key: str) -> dict[int, set[float]]:
-        """Return the values of a metric, by step, that the run had before this journal."""
         if self._earlier_points is None:
             return {}
         if key not in self._earlier_points:

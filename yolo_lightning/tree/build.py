@@ -26,9 +26,8 @@ def build_tree(
 
     Source: YOLO9000, section 4, "Building WordTree": synsets with one path to the root are added
     first, then for each other synset the path that adds the fewest nodes.
-    Paper is silent: the order of the other synsets (ascending wnids), paths of equal length (lowest
-    wnids), and single children: their parents are removed unless they are labels or explicitly
-    named parents, because a softmax over one class is constant.
+    Paper is silent: the order of the others (ascending wnid), paths of equal length (lowest wnids),
+    and nodes with one child, which are removed unless they are labels or explicit parents.
     """
     custom = dict(custom_parents or {})
     label_keys = set(labels)
@@ -72,7 +71,6 @@ def _check_custom_parents(custom: Mapping[str, str]) -> None:
 
 
 def _wordnet_parents(synsets: set[str], table: WordNet, root: str) -> dict[str, str]:
-    """Return the parents of synsets and of all nodes between them and the root."""
     if root not in table:
         raise InputError(f"root {root!r} is not a noun synset of WordNet 3.0")
 

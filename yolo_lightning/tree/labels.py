@@ -26,8 +26,7 @@ def load_reviewed_labels() -> dict[str, dict[str, str]]:
 def find_table(names: Iterable[str]) -> str | None:
     """Return the reviewed table whose classes are exactly these names, or None.
 
-    Some of a table's names are not enough: a folder `mouse` next to a folder `cat` may contain
-    animals.
+    A subset does not identify a table: a folder `mouse` next to `cat` may contain animals.
     """
     dataset_names = set(names)
     for table, meanings in load_reviewed_labels().items():
@@ -46,10 +45,9 @@ def resolve_labels(
 ) -> dict[str, str]:
     """Return the wnid of each name of a dataset.
 
-    The first of these that exists is used: the entry in `meanings` (a wnid or unambiguous word),
-    the entry in the reviewed table (by default the one with exactly these names), the name itself
-    if it is a wnid, the only synset of that word. `where` returns the location of a name and
-    `custom` are names of custom classes, both for error messages.
+    Sources by priority: `meanings` (wnids or unambiguous words), the reviewed table (default: the
+    one with exactly these names), the name if it is a wnid, the only synset of that word. `where`
+    (location of a name) and `custom` (names of custom classes) are used in error messages.
 
     Raises:
         InputError: lists all unknown and ambiguous names, with their possible meanings.
@@ -101,7 +99,6 @@ def _resolve_word(word: str, name: str, where: str, custom: Iterable[str]) -> st
 
 
 def _reviewed_meanings(name: str) -> str:
-    """Return the meanings of a name in the reviewed tables, for error messages."""
     meanings = [
         f"{table} {wnids[name]}" for table, wnids in load_reviewed_labels().items() if name in wnids
     ]

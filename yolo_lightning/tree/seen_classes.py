@@ -27,12 +27,11 @@ def imagenet_det_seen() -> dict[str, str]:
 def seen_nodes(tree: WordTree, classes: str | Sequence[str]) -> Tensor:
     """Return bool (K,), the listed classes.
 
-    Classes are keys or names, a text file with one of them per line (`#` before comments, text
-    after a tab ignored), or `imagenet_det_44` for those of the 44 that the tree contains.
+    Classes are keys or names, a text file with one per line (`#` before comments, text after a tab
+    ignored), or `imagenet_det_44` for those of the 44 that the tree contains.
 
     Raises:
-        InputError: the file is missing or empty, a class is ambiguous or not in the tree, or the
-            tree contains none of the 44.
+        InputError: no classes, a missing file, or a class that is ambiguous or not in the tree.
     """
     mask = torch.zeros(len(tree), dtype=torch.bool)
     if classes == IMAGENET_DET_44:
@@ -59,7 +58,6 @@ def seen_nodes(tree: WordTree, classes: str | Sequence[str]) -> Tensor:
 
 
 def _read_classes(path: str) -> list[tuple[str, str]]:
-    """Return the classes in a file and their locations."""
     file = Path(path).expanduser()
     if not file.is_file():
         hint = nearest(path, [IMAGENET_DET_44])

@@ -1,7 +1,4 @@
-"""The nouns of WordNet 3.0: lemmas, hypernyms, short glosses; read from one file on first use.
-
-``python -m yolo_lightning.tree.wordnet DATA.NOUN INDEX.NOUN`` creates the file, see `main`.
-"""
+"""The nouns of WordNet 3.0: lemmas, hypernyms, short glosses; from one file that `main` creates."""
 
 import lzma
 import re
@@ -15,8 +12,7 @@ from yolo_lightning.errors import InputError, nearest
 TABLE = Path(__file__).parent / "data/wordnet_nouns.xz"
 """Four columns separated by NUL bytes, with one line per synset."""
 
-LICENCE = TABLE.with_name("wordnet_licence.txt")
-"""Licence of WordNet and of the table."""
+LICENCE = TABLE.with_name("wordnet_licence.txt")  # licence of WordNet and of the table
 
 GLOSS_LENGTH = 60
 
@@ -41,7 +37,6 @@ class WordNet:
         return wnid in self._row
 
     def __len__(self) -> int:
-        """Return the number of synsets."""
         return len(self.wnids)
 
     def hypernyms(self, wnid: str) -> list[str]:
@@ -100,7 +95,6 @@ def wordnet() -> WordNet:
 
 
 def _parse_synset(line: str, senses: dict[tuple[str, str], int]) -> tuple[str, str, str, str]:
-    """Return the columns of a line of ``data.noun``."""
     fields, _, gloss = line.partition(" | ")
     parts = fields.split()
     offset, count = parts[0], int(parts[3], 16)
@@ -134,11 +128,7 @@ def _sense_numbers(lines: Iterable[str]) -> dict[tuple[str, str], int]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write table and licence from ``data.noun`` and ``index.noun``, e.g. of ``wordnet-base``.
-
-    Raises:
-        InputError: not two files.
-    """
+    """Write table and licence: ``python -m yolo_lightning.tree.wordnet DATA.NOUN INDEX.NOUN``."""
     if len(argv) != 2 or not all(Path(path).is_file() for path in argv):
         raise InputError("expected the paths of data.noun and index.noun")
     data, index = (Path(path).read_text(encoding="utf-8").splitlines() for path in argv)

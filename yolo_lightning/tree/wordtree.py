@@ -1,7 +1,4 @@
-"""WordTree: classes as a hierarchy with one softmax per group of siblings.
-
-A flat list of classes is a tree of one level, so YOLOv2 and YOLO9000 share all code.
-"""
+"""WordTree: classes as a hierarchy with one softmax per group of siblings; a list has one level."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -25,18 +22,11 @@ class WordTree:
     """A forest of classes; node numbers are row numbers.
 
     Rows are (key, parent's key or ``-``, name). Keys (wnids or custom names) are unique; names need
-    not be: 585 of the 9,418 names in the authors' tree recur. `origin` and the line numbers of the
-    rows are used in error messages.
-
-    Attributes:
-        keys, names: str, per node.
-        parents: int64 (K,), -1 at the top.
-        groups: int64 (K,), index of each node's sibling group.
-        paths: int64 (K, D), each node followed by its ancestors; -1 as padding.
+    not be: 585 of the 9,418 names in the authors' tree recur. Error messages name `origin` and the
+    line numbers of the rows.
 
     Raises:
-        InputError: no nodes, a duplicate key, an unknown parent, a cycle, more than 200 levels;
-            names the row or the node.
+        InputError: no nodes, a duplicate key, an unknown parent, a cycle, more than 200 levels.
 
     Source: YOLO9000, section 4, "Hierarchical classification".
     """
@@ -72,9 +62,10 @@ class WordTree:
         self.names = tuple(names[0] for names in self._alternatives)
         self._index = index
         parents = [self._parent_of(row, where(number)) for number, row in enumerate(self.rows)]
-        self.parents = torch.tensor(parents)
+        self.parents = torch.tensor(parents)  # int64 (K,), -1 at the top
+        # int64 (K, D), each node followed by its ancestors, -1 as padding
         self.paths = _build_paths(parents, self.keys, where)
-        _, self.groups = torch.unique(self.parents, return_inverse=True)
+        _, self.groups = torch.unique(self.parents, return_inverse=True)  # int64 (K,)
         self.num_groups = int(self.groups.max()) + 1
         self._members: list[list[int]] = [[] for _ in range(self.num_groups)]
         for node, group in enumerate(self.groups.tolist()):
@@ -143,7 +134,6 @@ class WordTree:
         return "".join("\t".join(row) + "\n" for row in self.rows)
 
     def __len__(self) -> int:
-        """Return K, the number of nodes."""
         return len(self.rows)
 
     @property
@@ -154,11 +144,7 @@ class WordTree:
         return (~is_parent).nonzero().flatten()
 
     def find_node(self, label: str, where: str = "") -> int:
-        """Return the node with this key or, if no key matches, with this unambiguous name.
-
-        Raises:
-            InputError: no node or several nodes have that name.
-        """
+        """Find a node by its key, else by its name; raise `InputError` if none or several match."""
         if label in self._index:
             return self._index[label]
         matches = [node for node, names in enumerate(self._alternatives) if label in names]
@@ -239,8 +225,7 @@ class WordTree:
     def most_specific_nodes(self, logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
         """Descend to the most probable child as long as its P(node) is at least `threshold`.
 
-        A node of the top level is always selected. Returns nodes, int64 (M,), and their absolute
-        probabilities, float (M,), for logits (M, K).
+        Return nodes, int64 (M,), at least of the top level, and P(node), (M,), of logits (M, K).
 
         Source: YOLO9000, section 4, "Hierarchical classification".
         """
@@ -268,10 +253,8 @@ class WordTree:
     def path_siblings(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the nodes that P(label) depends on: the sibling groups along each label's path.
 
-        Returns:
-            nodes, int64 (B, R): all siblings on the path, -1 as padding.
-            levels, int64 (B, R): position of each node's group on the path, 0 for the label's own.
-            on_path, bool (B, R): whether the node itself is on the path.
+        The tensors are (B, R): nodes, int64, -1 as padding; levels, int64, each group's position on
+        the path, 0 for the label's own; on_path, bool, whether the node itself is on the path.
         """
         rows = []
         for label in labels.tolist():
@@ -317,7 +300,6 @@ def _format_cycle(parents: list[int], start: int, keys: Sequence[str]) -> str:
 
 
 def _build_paths(parents: list[int], keys: Sequence[str], where: Callable[[int], str]) -> Tensor:
-    """Return the table of paths (K, D); raise InputError on cycles and on too many levels."""
     paths: list[list[int]] = []
     for start in range(len(parents)):
         path = [start]
