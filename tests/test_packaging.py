@@ -168,9 +168,11 @@ def test_the_command_line_starts_light():
 import sys
 from yolo_lightning.cli.main import main
 main(["--help"])
-for command in ("detect", "explain", "export", "speed"):
+commands = [[name] for name in ("detect", "explain", "export", "speed", "doctor", "mlflow")]
+commands += [["mlflow", name] for name in ("compare", "model", "sync", "ui")]
+for command in commands:
     try:
-        main([command, "--help"])
+        main([*command, "--help"])
     except SystemExit as leaving:
         assert leaving.code == 0
 print(sorted({"torch", "lightning", "mlflow", "cv2", "numpy"} & set(sys.modules)))

@@ -22,7 +22,7 @@ from yolo_lightning.cli.commands.doctor.connections import (
 )
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.store import mask_credentials
+from yolo_lightning.tracking.names import mask_credentials
 
 JOB_VARIABLES = (
     "MASTER_ADDR",

@@ -18,6 +18,7 @@ from yolo_lightning.export.darknet import build_checkpoint, export_model
 from yolo_lightning.inference.timing import billion_operations
 from yolo_lightning.models.layers import Conv
 from yolo_lightning.models.networks import YOLOv2
+from yolo_lightning.serving.mlflow_model import save_model
 
 CLASS_PATH = "tests.helpers.own_backbone.PatchBackbone"
 ALLOW = ["--allow-module", "tests.helpers"]
@@ -121,6 +122,39 @@ def test_class_of_a_checkpoint_is_not_imported(workplace, capsys):
     assert f"the checkpoint's backbone is the class {CLASS_PATH}; name it" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"backbone.class_path": "hostile_module.Class"},
+        {"schedule": {"class_path": "hostile_module.Class"}},
+        {"loss": {"box_selection": [{"class_path": "hostile_module.Class"}]}},
+    ],
+)
+def test_no_other_value_of_a_checkpoint_names_a_class(workplace, capsys, monkeypatch, values):
+    Path("hostile_module.py").write_text("open('imported', 'w')\nclass Class: pass\n")
+    monkeypatch.syspath_prepend(str(workplace))
+    checkpoint = build_checkpoint(detector("small"), {})
+    checkpoint["hyper_parameters"] |= values
+    torch.save(checkpoint, "m.ckpt")
+    Path("r.yaml").write_text(RECIPE)
+    run = ["--config", "r.yaml", *ALLOW, "--allow-module", "hostile_module"]
+    for command in ("fit", "test"):
+        assert main([command, *run, "--ckpt_path", "m.ckpt"]) == 2
+        assert "may not name a class" in capsys.readouterr().err
+    assert not Path("imported").exists()
+
+
+def test_module_with_a_backbone_parameter_of_its_own_trains(workplace, capsys):
+    class_path = "tests.helpers.own_backbone.OwnDetector"
+    Path("r.yaml").write_text(RECIPE.replace("yolo_lightning.DetectorModule", class_path))
+    assert main(["fit", "--config", "r.yaml", *ALLOW]) == 0, capsys.readouterr()
+
+
+def test_mlflow_model_refuses_a_class_as_backbone(saved, tmp_path):
+    with pytest.raises(InputError, match="its backbone is a class"):
+        save_model(saved[1], tmp_path / "model")
 
 
 def test_recipe_class_needs_an_allowed_module(workplace, capsys):

@@ -184,7 +184,9 @@ class RecipeCLI(LightningCLI):
         """Save the init_args of a custom backbone in the hyper-parameters of the checkpoints."""
         if isinstance(self.requested_config.get("model.init_args.backbone"), Namespace):
             backbone = self.resolved_config()["model"]["init_args"]["backbone"]
-            self.model.hparams["backbone"]["init_args"] = backbone.get("init_args", {})
+            saved = self.model.hparams.get("backbone")
+            if isinstance(saved, dict) and "class_path" in saved:
+                saved["init_args"] = backbone.get("init_args", {})
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with the callbacks that every run needs."""

@@ -69,6 +69,12 @@ def recipe_files(args: Sequence[str]) -> list[str]:
     return files
 
 
+def _names_class(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "class_path" in value or any(map(_names_class, value.values()))
+    return isinstance(value, list | tuple) and any(map(_names_class, value))
+
+
 def model_from_checkpoint(
     checkpoint: dict[str, Any], config: Namespace, args: Sequence[str], recipes: Sequence[str]
 ) -> dict[str, Any]:
@@ -77,10 +83,14 @@ def model_from_checkpoint(
     Those of the network are left out if the recipe or the command line names another backbone.
 
     Raises:
-        InputError: the checkpoint's backbone is a class that the recipe does not name.
+        InputError: the checkpoint's backbone is a class that the recipe does not name, or another
+            of its values names a class.
     """
     module = checkpoint.get("module", "DetectorModule")
     values = dict(checkpoint["hyper_parameters"])
+    for key, value in values.items():  # the parser would expand a dotted key, and import a class
+        if not key.isidentifier() or (key != "backbone" and _names_class(value)):
+            raise InputError(f"the checkpoint's hyper-parameter {key[:60]!r} may not name a class")
     is_named = any(
         arg.startswith(("--model.backbone", "--model.init_args.backbone")) for arg in args
     )
@@ -89,7 +99,7 @@ def model_from_checkpoint(
         is_named |= "backbone" in (model.get("init_args") or {})
     backbone, saved_backbone = config.model.init_args.get("backbone"), values.get("backbone")
     if isinstance(saved_backbone, dict):  # a checkpoint must not import classes, only a recipe
-        saved_backbone = saved_backbone["class_path"]
+        saved_backbone = str(saved_backbone.get("class_path"))
         del values["backbone"]
         if not is_named:
             raise InputError(

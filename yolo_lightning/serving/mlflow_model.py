@@ -83,6 +83,8 @@ def save_model(
     module = str(content.get("module"))
     if module not in COLUMNS:
         raise InputError(f"{checkpoint}: contains a {module[:60]}; allowed: {', '.join(COLUMNS)}")
+    if isinstance(content["hyper_parameters"].get("backbone"), dict):
+        raise InputError(f"{checkpoint}: its backbone is a class, which no model contains")
     target = Path(folder).expanduser()
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -76,3 +76,11 @@ def _by_class_name(components: list[Any]) -> dict[str, Any]:
         name = path.rpartition(".")[2]
         named[name if name not in named else f"{name}-{number}"] = component
     return named
+
+
+def mask_credentials(uri: str) -> str:
+    """Replace the user, the password and secret parameters of an address by ``***``."""
+    return re.sub(
+        r"(?i)((?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***",
+        re.sub(r"//.*@", "//***@", uri),
+    )  # fmt: skip

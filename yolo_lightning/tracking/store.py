@@ -137,11 +137,3 @@ def short_message(error: object) -> str:
     text = " ".join(str(getattr(error, "message", error)).split())
     text = strip_credentials(text or type(error).__name__)
     return text if len(text) <= _MAX_MESSAGE_LENGTH else text[:_MAX_MESSAGE_LENGTH] + " …"
-
-
-def mask_credentials(uri: str) -> str:
-    """Replace the user, the password and secret parameters of an address by ``***``."""
-    return re.sub(
-        r"(?i)((?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***",
-        re.sub(r"//.*@", "//***@", uri),
-    )  # fmt: skip

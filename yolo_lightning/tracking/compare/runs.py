@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.tracking.store import mask_credentials
+from yolo_lightning.tracking.names import mask_credentials
 
 BATCHES_ARTIFACT = "batches/steps.crc32"
 DEFAULT_METRICS = (

@@ -16,7 +16,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.store import mask_credentials
+from yolo_lightning.tracking.names import mask_credentials
 
 _SQLITE = "sqlite:///"
 _TRACKING_TIMEOUT_S, _LOOKUP_TIMEOUT_S, _RENDEZVOUS_TIMEOUT_S = 5.0, 3.0, 10.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.cli.commands.mlflow import check_store, store_uri
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.tracking.store import mask_credentials
+from yolo_lightning.tracking.names import mask_credentials
 
 if TYPE_CHECKING:
     from yolo_lightning.tracking.compare.runs import TrackedRun

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from yolo_lightning.cli.commands.mlflow import SQLITE, check_store, store_uri
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.store import mask_credentials
+from yolo_lightning.tracking.names import mask_credentials
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
