@@ -128,6 +128,7 @@ def test_class_of_a_checkpoint_is_not_imported(workplace, capsys):
     "values",
     [
         {"backbone.class_path": "hostile_module.Class"},
+        {5: "a key that is not a name"},
         {"schedule": {"class_path": "hostile_module.Class"}},
         {"loss": {"box_selection": [{"class_path": "hostile_module.Class"}]}},
     ],

@@ -89,8 +89,9 @@ def model_from_checkpoint(
     module = checkpoint.get("module", "DetectorModule")
     values = dict(checkpoint["hyper_parameters"])
     for key, value in values.items():  # the parser would expand a dotted key, and import a class
-        if not key.isidentifier() or (key != "backbone" and _names_class(value)):
-            raise InputError(f"the checkpoint's hyper-parameter {key[:60]!r} may not name a class")
+        if not str(key).isidentifier() or (key != "backbone" and _names_class(value)):
+            name = str(key)[:60]
+            raise InputError(f"the checkpoint's hyper-parameter {name!r} may not name a class")
     is_named = any(
         arg.startswith(("--model.backbone", "--model.init_args.backbone")) for arg in args
     )
