@@ -164,6 +164,12 @@ def test_recipe_class_needs_an_allowed_module(workplace, capsys):
     assert f"backbone.class_path names '{CLASS_PATH}'" in capsys.readouterr().err
 
 
+def test_null_gets_the_allowed_values(workplace, capsys):
+    Path("r.yaml").write_text(RECIPE)
+    assert main(["fit", "--config", "r.yaml", *ALLOW, "--model.backbone=null"]) == 2
+    assert "allowed: darknet19" in capsys.readouterr().err
+
+
 def test_text_is_never_read_as_a_class(workplace, capsys):
     block = RECIPE[RECIPE.index("    backbone:") : RECIPE.index("    head_channels")]
     Path("r.yaml").write_text(RECIPE.replace(block, f"    backbone: {CLASS_PATH}\n"))

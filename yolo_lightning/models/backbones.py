@@ -81,10 +81,10 @@ def backbone_layers(backbone: "str | Sequence[Sequence[Any]] | nn.Module") -> tu
             "and only if the recipe names it. In Python, pass the module: "
             f"load(path, backbone={path.rpartition('.')[2]}(...))"
         )
-    if isinstance(backbone, str):
+    if isinstance(backbone, str) or backbone is None:
         if backbone not in BACKBONES:
             names = f"{', '.join(BACKBONES)}, a list of layers, or a module"
-            hint = nearest(backbone, BACKBONES) or f"allowed: {names}"
+            hint = nearest(str(backbone), BACKBONES) or f"allowed: {names}"
             raise InputError(f"model.backbone is {backbone!r}; {hint}")
         return BACKBONES[backbone]
     if isinstance(backbone, Sequence):
