@@ -13,7 +13,6 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, Resize, UnreadableSample, fit, is_image, read_image
 from yolo_lightning.inference.video import (
     VIDEO_SUFFIXES,
-    BrokenVideo,
     VideoReader,
     is_camera,
     is_stream,
@@ -170,7 +169,7 @@ class FrameReader:
                 started = time.perf_counter()
                 try:
                     frame = next(frames, None)
-                except (UnreadableSample, BrokenVideo, InputError) as error:
+                except (UnreadableSample, InputError) as error:
                     self.errors.append(str(error))  # contains the source, without its password
                     break
                 self.reading_s += time.perf_counter() - started

@@ -1,7 +1,6 @@
 """Writing video files with PyAV."""
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -40,40 +39,29 @@ class VideoWriter:
     an odd side grows by one pixel, a copy of the last. The first frame gets timestamp 0.
 
     Raises:
-        InputError: wrong suffix, missing folder, missing encoder, or a write error.
+        InputError: missing folder, missing encoder, or a write error.
     """
 
     def __init__(
-        self, path: str | Path, size_hw: tuple[int, int], frames_per_second: float | Fraction
+        self, path: Path, size_hw: tuple[int, int], frames_per_second: float | Fraction
     ) -> None:
-        self.path, self.size_hw = Path(path), size_hw
-        suffix = self.path.suffix.lower()
-        if suffix not in _ENCODERS:
-            raise InputError(f"{self.path}: cannot be written; allowed: {' '.join(_ENCODERS)}")
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise InputError(f"{self.path}: not a file in an existing folder")
+        self.path = path
+        encoder, self._time_base, options, container_options = _ENCODERS[path.suffix]
         self._av = import_pyav()
-        encoder, self._time_base, options, container_options = _ENCODERS[suffix]
-        try:
-            self._av.Codec(encoder, "w")
-        except ValueError:
-            others = " ".join(set(_ENCODERS) - {suffix})
-            raise InputError(
-                f"{self.path}: this FFmpeg has no encoder {encoder}; try {others}"
-            ) from None
-        self._temporary = self.path.with_name(self.path.name + ".part")
+        self._temporary = path.with_name(path.name + ".part")
+        self._padding = [(0, side % 2) for side in size_hw] + [(0, 0)]
         self._first_s: float | None = None
         self._last_pts = -1
-        self._last_s = -math.inf
+        self._container: Any = None
+        rate = Fraction(frames_per_second).limit_denominator(1001)
         with self._report_errors():
-            self._container: Any = self._av.open(
+            self._container = self._av.open(
                 f"file:{self._temporary}",
                 "w",
-                format=suffix[1:],
+                format=path.suffix[1:],
                 container_options=container_options,
             )
-        rate = Fraction(frames_per_second).limit_denominator(1001)
-        self._stream = self._container.add_stream(encoder, rate=rate, options=options)
+            self._stream = self._container.add_stream(encoder, rate=rate, options=options)
         self._stream.height, self._stream.width = (side + side % 2 for side in size_hw)
         self._stream.pix_fmt = "yuv420p"
         context = self._stream.codec_context
@@ -88,23 +76,14 @@ class VideoWriter:
         self.close()
 
     def write(self, image: Image, time_s: float) -> None:
-        """Append a frame of size `size_hw`.
-
-        Raises:
-            ValueError: wrong size, or a timestamp that does not increase.
-        """
-        if image.shape != (*self.size_hw, 3) or image.dtype != np.uint8:
-            raise ValueError(f"{image.dtype} {image.shape} where {(*self.size_hw, 3)} was expected")
-        if time_s <= self._last_s:
-            raise ValueError(f"a frame at {time_s} s cannot follow one at {self._last_s} s")
-        self._first_s = time_s if self._first_s is None else self._first_s
-        self._last_s = time_s
+        """Append a frame of size `size_hw`; timestamps increase."""
+        if self._first_s is None:
+            self._first_s = time_s
         pts = round((time_s - self._first_s) / self._time_base)
         self._last_pts = max(pts, self._last_pts + 1)
-        padding = [(0, side % 2) for side in self.size_hw]
-        if any(side for _, side in padding):
-            image = np.pad(image, [*padding, (0, 0)], mode="edge")
-        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame = self._av.VideoFrame.from_ndarray(
+            np.pad(image, self._padding, mode="edge"), format="rgb24"
+        )
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self._last_pts, self._time_base
         with self._report_errors():
@@ -128,13 +107,18 @@ class VideoWriter:
         """Convert errors of FFmpeg and the disk to `InputError`, and remove the temporary file."""
         try:
             yield
+        except self._av.codec.codec.UnknownCodecError as error:
+            self._discard()
+            raise InputError(
+                f"{self.path}: this FFmpeg has no encoder {error}; choose another --video-format"
+            ) from None
         except (self._av.FFmpegError, OSError) as error:
             self._discard()
             raise InputError(f"{self.path}: cannot be written ({error_reason(error)})") from None
 
     def _discard(self) -> None:
-        if (container := getattr(self, "_container", None)) is not None:
+        if self._container is not None:
             with contextlib.suppress(self._av.FFmpegError, OSError):
-                container.close()
+                self._container.close()
         self._container = None
         self._temporary.unlink(missing_ok=True)
