@@ -1,10 +1,13 @@
 """`detect`: sources, detections, output files."""
 
 import csv
+import itertools
 import json
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +16,15 @@ import torch
 from tests.helpers import miniatures
 from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning import load
+from yolo_lightning.cli.commands import detect
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.export.darknet import build_checkpoint, export_model
 from yolo_lightning.images import read_image
 from yolo_lightning.inference.sources import (
-    BackgroundWriter,
     Frame,
     batched,
-    drop_stale,
     find_sources,
     prefetch,
 )
@@ -78,7 +80,7 @@ def test_all_formats_equal_the_python_interface(checkpoint, photos, tmp_path, ca
     output = capsys.readouterr().out
     assert "3 images" in output
     assert "milliseconds per image" in output
-    detect = load(checkpoint)
+    model = load(checkpoint)
     coco = json.loads((out / "detections.json").read_text())
     names = {row["id"]: row["name"] for row in coco["categories"]}
     assert list(names.values()) == [row[2] for row in TREE]
@@ -87,7 +89,7 @@ def test_all_formats_equal_the_python_interface(checkpoint, photos, tmp_path, ca
     total = 0
     for entry in coco["images"]:
         path = photos / entry["file_name"]
-        expected = detect(path, score_threshold=0.05)
+        expected = model(path, score_threshold=0.05)
         assert expected, "the test needs detections"
         total += len(expected)
         height, width = read_image(path)[1]
@@ -161,21 +163,21 @@ def test_classes_option_includes_descendants(checkpoint, photos, tmp_path):
 
 
 def test_lower_tree_threshold_gives_more_specific_classes(checkpoint, photos):
-    detect = load(checkpoint)
+    model = load(checkpoint)
     path = photos / "a.jpg"
-    coarse = {one.name for one in detect(path, 0.05, tree_threshold=1.0)}
-    fine = {one.name for one in detect(path, 0.01, tree_threshold=0.0)}
+    coarse = {one.name for one in model(path, 0.05, tree_threshold=1.0)}
+    fine = {one.name for one in model(path, 0.01, tree_threshold=0.0)}
     assert coarse <= {"animal", "thing"}
     assert fine <= {"cat", "dog", "cup", "jug"}
 
 
 def test_python_interface_takes_arrays_and_another_size(checkpoint, photos):
-    detect = load(checkpoint)
+    model = load(checkpoint)
     pixels, _ = read_image(photos / "c.png")
-    assert detect(pixels, 0.05) == detect(photos / "c.png", 0.05)
-    assert detect(pixels, 0.05, image_size=160) != detect(pixels, 0.05)
+    assert model(pixels, 0.05) == model(photos / "c.png", 0.05)
+    assert model(pixels, 0.05, image_size=160) != model(pixels, 0.05)
     with pytest.raises(InputError, match="multiples of 32"):
-        detect(pixels, image_size=100)
+        model(pixels, image_size=100)
 
 
 def test_darknet_files_instead_of_a_checkpoint(module, checkpoint, photos, tmp_path):
@@ -221,6 +223,9 @@ def test_unreadable_images_are_reported_after_the_others(checkpoint, photos, tmp
         (["{photos}", "--image-size=100"], "multiples of 32"),
         (["{photos}", "--batch-size=0"], "--batch-size is 0; allowed: 1 or more"),
         (["{photos}", "--start=2"], "there are only images"),
+        (["{photos}", "--start=-1"], "--start is -1.0; allowed: 0 seconds or more"),
+        (["{photos}", "--start=nan"], "--start is nan; allowed: 0 seconds or more"),
+        (["{photos}", "--duration=0"], "--duration is 0.0; allowed: more than 0 seconds"),
         (["{photos}", "--output={photos}"], "holds files; nothing is overwritten"),
         (["{photos}", "--output={photos}/a.jpg"], "is a file; expected a folder"),
         (["{photos}", "--device=gpu"], "device 'gpu'"),
@@ -407,14 +412,14 @@ def test_prefetch_keeps_order_raises_errors_and_stops():
     assert threading.active_count() < before
 
 
-def test_drop_stale_skips_frames_of_a_slow_consumer():
+def test_prefetch_of_a_live_source_drops_frames_of_a_slow_consumer():
     def camera():
         for k in range(40):
             time.sleep(0.005)
             yield k
 
     received = []
-    for k in drop_stale(camera()):
+    for k in prefetch(camera(), 1, drop_oldest=True):
         time.sleep(0.04)
         received.append(k)
     assert received == sorted(set(received))
@@ -426,28 +431,56 @@ def test_drop_stale_skips_frames_of_a_slow_consumer():
         raise InputError("silent for 10 s")
 
     with pytest.raises(InputError, match="silent"):
-        list(drop_stale(breaking()))
+        list(prefetch(breaking(), 1, drop_oldest=True))
 
 
-def test_background_writer_keeps_order_and_raises_errors():
-    done: list[int] = []
-    writer = BackgroundWriter(done.append, 2)
-    for k in range(20):
-        writer.put(k)
-    writer.close()
-    assert done == list(range(20))
+class Recorder:
+    """A writer that keeps the frames, slower than the network."""
 
-    def refuse(item):
-        raise OSError(28, "No space left on device")
+    def __init__(self, error=None):
+        self.written, self.closed, self.error = [], 0, error
 
-    writer = BackgroundWriter(refuse, 2)
+    def write(self, frame, detections, frame_rate):
+        time.sleep(0.01)
+        if self.error is not None:
+            raise self.error
+        self.written.append((frame, detections[0]))
 
-    def put_many():
-        for _ in range(100):
-            writer.put(0)
-            time.sleep(0.01)
+    def close(self):
+        self.closed += 1
+
+
+def batches_of_one() -> Any:
+    return ([frame] for frame in range(20))
+
+
+def test_interrupt_keeps_the_results_so_far(capsys):
+    def predict(frames):
+        if frames == [12]:
+            raise KeyboardInterrupt
+        return [[-frames[0]]]
+
+    recorder: Any = Recorder()
+    reader: Any = SimpleNamespace(frame_count=None)
+    stats = detect.run(batches_of_one(), predict, lambda: [recorder], reader)
+    assert recorder.written == [(k, -k) for k in range(12)]
+    assert (stats.frames, stats.interrupted, recorder.closed) == (12, True, 1)
+    assert "interrupted; the results so far are written" in capsys.readouterr().err
+
+
+def test_write_error_ends_the_run():
+    recorder: Any = Recorder(OSError(28, "No space left on device"))
+    reader: Any = SimpleNamespace(frame_count=None)
+    predicted = []
+
+    def predict(frames):
+        predicted.extend(frames)
+        time.sleep(0.01)
+        return [[0]]
 
     with pytest.raises(OSError, match="No space"):
-        put_many()
-    with pytest.raises(OSError, match="No space"):
-        writer.close()
+        detect.run(batches_of_one(), predict, lambda: [recorder], reader)
+    assert 0 < len(predicted) < 20
+    assert recorder.closed == 1
+    with pytest.raises(OSError, match="No space"):  # also of the last write
+        detect.run(itertools.islice(batches_of_one(), 1), predict, lambda: [recorder], reader)

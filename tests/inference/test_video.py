@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -577,7 +578,7 @@ def test_invalid_output_paths_are_rejected(tmp_path, monkeypatch):
             VideoWriter(tmp_path / name, (HEIGHT, WIDTH), RATE) as writer,
         ):
             writer.write(image, 0.0)
-    encoder = ("no_such_encoder", Fraction(1, 1000), {}, {})
+    encoder: Any = ("no_such_encoder", Fraction(1, 1000), {}, {})
     monkeypatch.setitem(video_writer._ENCODERS, ".mp4", encoder)
     with pytest.raises(InputError, match="has no encoder no_such_encoder; choose another"):
         VideoWriter(tmp_path / "out.mp4", (HEIGHT, WIDTH), RATE)

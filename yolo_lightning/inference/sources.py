@@ -1,13 +1,14 @@
 """Image and video sources for `detect`: files, folders, globs, lists, cameras and streams."""
 
 import glob
-import queue
+import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, Resize, UnreadableSample, fit, is_image, read_image
@@ -23,7 +24,7 @@ from yolo_lightning.inference.video import (
 T = TypeVar("T")
 Kind = Literal["image", "video", "live"]
 
-_END = object()
+_RESULTS = re.compile(r"/outputs/detect-[^/]*/")  # of earlier calls, in a searched folder
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,30 @@ def find_sources(locations: Sequence[str]) -> list[FrameSource]:
     Raises:
         InputError: a location does not exist, has an unsupported type, or holds no images.
     """
-    found: list[tuple[str, Path, Kind]] = []
+    sources: dict[str, FrameSource] = {}
+    used_names: set[str] = set()
+
+    def add(location: str, stem: str, kind: Kind) -> None:
+        key = location if kind == "live" else str(Path(location).resolve())
+        if key in sources:
+            return
+        name, number = stem, 2
+        while name in used_names:
+            name, number = f"{stem}-{number}", number + 1
+        used_names.add(name)
+        sources[key] = FrameSource(location, without_password(location), name, kind)
+
     for location in locations:
         path = Path(location).expanduser()
-        if path.is_dir():
-            found += [
-                (str(file), file.relative_to(path), media_kind(file)) for file in _media_files(path)
-            ]
-        elif path.is_file() and path.suffix.lower() == ".txt":
-            found += [(str(file), Path(file.name), media_kind(file)) for file in _read_list(path)]
-        elif path.is_file():
-            found.append((str(path), Path(path.name), media_kind(path)))
-        elif is_stream(location):
-            found.append((location, Path("stream"), "live"))
-        elif is_camera(location):
-            found.append((location, Path(f"camera{location}"), "live"))
+        if not path.exists() and is_stream(location):
+            add(location, "stream", "live")
+        elif not path.exists() and is_camera(location):
+            add(location, f"camera{location}", "live")
         else:
-            files = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
-            files = [file for file in files if is_image(file) or is_video(file)]
-            if not files:
-                raise InputError(
-                    f"{location!r}: no such file or folder (working folder: {Path.cwd()})"
-                )
-            found += [(str(file), Path(file.name), media_kind(file)) for file in files]
-    return _unique_sources(found)
+            for file in _find_files(path):
+                relative = file.relative_to(path) if path.is_dir() else Path(file.name)
+                add(str(file), str(relative.with_suffix("")), media_kind(file))
+    return list(sources.values())
 
 
 def media_kind(file: Path) -> Literal["image", "video"]:
@@ -95,24 +96,22 @@ def media_kind(file: Path) -> Literal["image", "video"]:
     )
 
 
-def _media_files(folder: Path) -> list[Path]:
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if (is_image(file) or is_video(file)) and not file.is_dir() and not _is_detect_output(file)
-    )
+def _find_files(path: Path) -> list[Path]:
+    """Return the files of a folder, a list of paths, a file or a glob."""
+    if path.is_file():
+        return _read_list(path) if path.suffix.lower() == ".txt" else [path]
+    found: Iterable[Path]
+    if path.is_dir():
+        found = (file for file in path.rglob("*") if not _RESULTS.search(str(file.resolve())))
+        problem = "holds no images and no videos"
+    else:
+        found = map(Path, glob.glob(str(path), recursive=True))
+        problem = f"no such file or folder (working folder: {Path.cwd()})"
+    media = (file for file in found if is_image(file) or is_video(file))
+    files = sorted(file for file in media if not file.is_dir())
     if not files:
-        raise InputError(f"{str(folder)!r}: holds no images and no videos")
+        raise InputError(f"{str(path)!r}: {problem}")
     return files
-
-
-def _is_detect_output(file: Path) -> bool:
-    """Return whether a file is in a default output folder of an earlier `detect`."""
-    parts = file.resolve().parts
-    return any(
-        first == "outputs" and second.startswith("detect-")
-        for first, second in zip(parts, parts[1:], strict=False)
-    )
 
 
 def _read_list(file: Path) -> list[Path]:
@@ -125,23 +124,6 @@ def _read_list(file: Path) -> list[Path]:
     if not paths:
         raise InputError(f"{file}: lists no paths")
     return [path if path.exists() else file.parent / path for path in paths]
-
-
-def _unique_sources(found: list[tuple[str, Path, Kind]]) -> list[FrameSource]:
-    """Remove duplicates and give each source a unique output name."""
-    sources: dict[str, FrameSource] = {}
-    used_names: set[str] = set()
-    for location, relative, kind in found:
-        resolved = location if kind == "live" else str(Path(location).resolve())
-        if resolved in sources:
-            continue
-        stem = str(relative.with_suffix("")) if kind != "live" else str(relative)
-        name, number = stem, 2
-        while name in used_names:
-            name, number = f"{stem}-{number}", number + 1
-        used_names.add(name)
-        sources[resolved] = FrameSource(location, without_password(location), name, kind)
-    return list(sources.values())
 
 
 @dataclass
@@ -192,7 +174,8 @@ class FrameReader:
                 self.frame_count = video.frame_count
             # a live source continues while the network is busy: process its most recent frame
             live = source.kind == "live" and video.frame_count is None
-            for index, (image, time_s) in enumerate(drop_stale(video) if live else video):
+            frames = prefetch(video, 1, drop_oldest=True) if live else video
+            for index, (image, time_s) in enumerate(frames):
                 network_input, *_ = fit(image, self.size_hw, self.resize)
                 size_hw = (image.shape[0], image.shape[1])
                 yield Frame(source, image, network_input, size_hw, index, time_s, rate)
@@ -210,106 +193,48 @@ def batched(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
         yield batch
 
 
-def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yield items that a background thread reads in advance, at most `depth` of them."""
-    buffer: queue.Queue[Any] = queue.Queue(depth)
-    stopped = threading.Event()
+def prefetch(items: Iterable[T], depth: int, drop_oldest: bool = False) -> Generator[T, None, None]:
+    """Yield items that a background thread reads in advance, at most `depth` of them.
 
-    def put(item: object) -> None:
-        while not stopped.is_set():
-            try:
-                buffer.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def read() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    return
-            put(_END)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        while (item := buffer.get()) is not _END:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join(timeout=10)
-
-
-def drop_stale(items: Iterable[T]) -> Iterator[T]:
-    """Yield the most recent item; drop items that arrive while the consumer is busy."""
+    While `depth` items wait, the thread waits too, or replaces the oldest with `drop_oldest`.
+    An error of `items` is raised after the items before it.
+    """
+    buffer: deque[T] = deque(maxlen=depth)
     changed = threading.Condition()
-    slot: list[T] = []
-    state: dict[str, Any] = {"ended": False, "stopped": False, "error": None}
+    ended = stopped = False
+    errors: list[BaseException] = []
 
     def read() -> None:
+        nonlocal ended
         try:
             for item in items:
                 with changed:
-                    slot[:] = [item]
+                    changed.wait_for(lambda: stopped or drop_oldest or len(buffer) < depth)
+                    if stopped:
+                        break
+                    buffer.append(item)
                     changed.notify()
-                    if state["stopped"]:
-                        return
         except BaseException as error:
-            state["error"] = error
-        finally:
-            with changed:
-                state["ended"] = True
-                changed.notify()
+            errors.append(error)
+        with changed:
+            ended = True
+            changed.notify()
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
         while True:
             with changed:
-                changed.wait_for(lambda: slot or state["ended"])
-                if not slot:
+                changed.wait_for(lambda: buffer or ended)
+                if not buffer:
                     break
-                item = slot.pop()
+                item = buffer.popleft()
+                changed.notify()
             yield item
-        if state["error"] is not None:
-            raise state["error"]
+        if errors:
+            raise errors[0]
     finally:
-        state["stopped"] = True
+        with changed:
+            stopped = True
+            changed.notify()
         thread.join(timeout=10)
-
-
-class BackgroundWriter(Generic[T]):
-    """Call a function with each item in a background thread; `depth` limits the queue."""
-
-    def __init__(self, function: Callable[[T], None], depth: int) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(depth)
-        self._function = function
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not _END:
-            if self._error is None:
-                try:
-                    self._function(item)
-                except BaseException as error:
-                    self._error = error
-
-    def put(self, item: T) -> None:
-        """Queue an item, wait while the queue is full, and re-raise errors of the function."""
-        self._queue.put(item)
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """Wait for all queued items and re-raise errors of the function."""
-        self._queue.put(_END)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error

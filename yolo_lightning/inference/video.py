@@ -86,11 +86,7 @@ class VideoReader:
         self.frames_read = 0
         self._last_s: float | None = None  # timestamp of the last decoded frame
         self._container: Any = None
-        try:
-            self._first = self._seek_to_start()
-        except BaseException:
-            self.close()
-            raise
+        self._first = self._seek_to_start()
         pixel_aspect = self._stream.sample_aspect_ratio or 1
         self._coded_hw = self._first.height, max(1, round(self._first.width * pixel_aspect))
         self._quarter_turns = round(self._first.rotation / 90) % 4  # counterclockwise

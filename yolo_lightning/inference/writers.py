@@ -5,7 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +19,17 @@ _MAX_JPEG_SIDE = 65_500  # px, limit of the format
 
 
 class ResultWriter(ABC):
-    """Base class: write the detections of frames, in order; the first file creates the folder."""
+    """Base class: create the folder, and write the detections of frames, in order."""
 
     def __init__(self, folder: Path, tree: WordTree) -> None:
         self.folder, self.tree = folder, tree
+        folder.mkdir(parents=True, exist_ok=True)
 
     @abstractmethod
     def write(self, frame: Frame, detections: Sequence[Detection], frame_rate: float) -> None:
         """Write the detections of a frame; `frame_rate` is the processing rate, frames/s."""
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Complete the files; also called after an error or an interrupt."""
 
 
@@ -53,20 +53,18 @@ class AnnotatedMediaWriter(ResultWriter):
             return
         if self.show_frame_rate:
             draw_text(image, f"{frame_rate:.1f} frames/s")
-        if frame.source != self._source:
+        if self._video is None or frame.source != self._source:
             self.close()
             path = self.folder / f"{frame.source.output_name}{self.video_suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             self._video = VideoWriter(path, frame.size_hw_orig, frame.frames_per_second)
             self._source = frame.source
-        assert self._video is not None
         self._video.write(image, frame.time_s)
 
     def close(self) -> None:
         """Complete the current video."""
         if self._video is not None:
             self._video.close()
-        self._video = None
 
 
 class COCOWriter(ResultWriter):
@@ -74,14 +72,18 @@ class COCOWriter(ResultWriter):
 
     def __init__(self, folder: Path, tree: WordTree) -> None:
         super().__init__(folder, tree)
-        self._file: IO[str] | None = None
         self._images: list[dict[str, Any]] = []
         self._annotations = 0
+        names = dict(zip(tree.keys, tree.names, strict=True))
+        categories = [
+            {"id": k + 1, "name": names[key], "key": key, "supercategory": names.get(parent, "")}
+            for k, (key, parent, _) in enumerate(tree.rows)
+        ]
+        self._file = (folder / "detections.json").open("w", encoding="utf-8")
+        self._file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
 
     def write(self, frame: Frame, detections: Sequence[Detection], frame_rate: float) -> None:
         """Append the boxes of a frame."""
-        if self._file is None:
-            self._file = self._open()
         height, width = frame.size_hw_orig
         image_id = len(self._images) + 1
         entry: dict[str, Any] = {
@@ -108,39 +110,22 @@ class COCOWriter(ResultWriter):
             }
             self._file.write(f"{',' if self._annotations > 1 else ''}\n{json.dumps(row)}")
 
-    def _open(self) -> IO[str]:
-        parents = [self.tree.rows[k][1] for k in range(len(self.tree))]
-        names = dict(zip(self.tree.keys, self.tree.names, strict=True))
-        categories = [
-            {"id": k + 1, "name": name, "key": key, "supercategory": names.get(parent, "")}
-            for k, (key, name, parent) in enumerate(
-                zip(self.tree.keys, self.tree.names, parents, strict=True)
-            )
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / "detections.json").open("w", encoding="utf-8")
-        file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
-        return file
-
     def close(self) -> None:
         """Write the list of images and close the file."""
-        if self._file is not None:
+        with self._file:
             self._file.write(f'\n],\n"images": {json.dumps(self._images)}}}\n')
-            self._file.close()
-        self._file = None
 
 
 class YOLOWriter(ResultWriter):
     """Write one text file per frame: class, relative centre and size, score; and `classes.txt`."""
 
+    def __init__(self, folder: Path, tree: WordTree) -> None:
+        super().__init__(folder, tree)
+        names = "".join(f"{name}\n" for name in tree.names)
+        (folder / "classes.txt").write_text(names, encoding="utf-8")
+
     def write(self, frame: Frame, detections: Sequence[Detection], frame_rate: float) -> None:
         """Write the file of a frame; it is empty if there are no detections."""
-        folder = self.folder / "labels"
-        if not (self.folder / "classes.txt").exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            names = "".join(f"{name}\n" for name in self.tree.names)
-            (self.folder / "classes.txt").write_text(names, encoding="utf-8")
-        frame_part = "" if frame.source.kind == "image" else f"/{frame.index:06}"
         height, width = frame.size_hw_orig
         lines = []
         for detection in detections:
@@ -148,44 +133,37 @@ class YOLOWriter(ResultWriter):
             centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
             values = " ".join(f"{v:.6f}" for v in [*centre, *size, detection.score])
             lines.append(f"{detection.node} {values}\n")
-        file = folder / f"{frame.source.output_name}{frame_part}.txt"
+        frame_part = "" if frame.source.kind == "image" else f"/{frame.index:06}"
+        file = self.folder / "labels" / f"{frame.source.output_name}{frame_part}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(lines), encoding="utf-8")
 
-    def close(self) -> None:
-        """Do nothing: each file is complete once it is written."""
-
 
 class CSVWriter(ResultWriter):
-    """Write one table with a row per detection."""
+    """Write one table with a row per detection; corners in px of the original image."""
 
     HEADER = ("file", "frame", "time_s", "name", "key", "score", "x1", "y1", "x2", "y2")
 
     def __init__(self, folder: Path, tree: WordTree) -> None:
         super().__init__(folder, tree)
-        self._file: IO[str] | None = None
+        self._file = (folder / "detections.csv").open(
+            "w", encoding="utf-8", errors="backslashreplace", newline=""
+        )
+        self._table = csv.writer(self._file)
+        self._table.writerow(self.HEADER)
 
     def write(self, frame: Frame, detections: Sequence[Detection], frame_rate: float) -> None:
-        """Append the rows of a frame; corners in px of the original image."""
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / "detections.csv").open(
-                "w", encoding="utf-8", errors="backslashreplace", newline=""
-            )
-            csv.writer(self._file).writerow(self.HEADER)
+        """Append the rows of a frame."""
         is_video = frame.source.kind != "image"
         position = (frame.index, f"{frame.time_s:.3f}") if is_video else ("", "")
-        table = csv.writer(self._file)
         for detection in detections:
             corners = [f"{v:.3f}" for v in detection.box_xyxy_orig_px]
             label = (detection.name, detection.key, f"{detection.score:.6f}")
-            table.writerow([frame.source.display_name, *position, *label, *corners])
+            self._table.writerow([frame.source.display_name, *position, *label, *corners])
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        self._file.close()
 
 
 FORMATS: dict[str, Callable[[Path, WordTree], ResultWriter]] = {

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.inference.sources import Frame, FrameReader
     from yolo_lightning.inference.writers import ResultWriter
+    from yolo_lightning.tree.wordtree import WordTree
 
 PREFETCH_BATCHES, QUEUED_WRITES = 3, 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
@@ -157,15 +159,6 @@ def check_output_folder(output: str) -> Path:
 
 
 @dataclass
-class DetectedBatch:
-    """A batch of frames and their detections, to be written."""
-
-    frames: list["Frame"]
-    detections: list[list["Detection"]]
-    frames_per_second: float
-
-
-@dataclass
 class RunStats:
     """Counts and time per stage; `FrameReader.reading_s` is the time of reading."""
 
@@ -230,57 +223,58 @@ def _make_predictor(module: "DetectorModule", options: argparse.Namespace) -> Pr
 
 
 def _make_writers(
-    folder: Path, module: "DetectorModule", options: argparse.Namespace
+    folder: Path, tree: "WordTree", options: argparse.Namespace
 ) -> "list[ResultWriter]":
     from yolo_lightning.inference.writers import FORMATS, AnnotatedMediaWriter
 
-    writers: list[ResultWriter] = []
-    for name in dict.fromkeys(options.format):
-        writers.append(FORMATS[name](folder, module.tree))
+    writers = [FORMATS[name](folder, tree) for name in dict.fromkeys(options.format)]
     if not options.no_pictures:
-        suffix = f".{options.video_format}"
-        writers.append(
-            AnnotatedMediaWriter(folder, module.tree, suffix, not options.no_fps_overlay)
-        )
+        suffix, show_frame_rate = f".{options.video_format}", not options.no_fps_overlay
+        writers.append(AnnotatedMediaWriter(folder, tree, suffix, show_frame_rate))
     return writers
 
 
 def run(
     batches: "Iterator[list[Frame]]",
     predict: Predictor,
-    writers: "Sequence[ResultWriter]",
+    make_writers: "Callable[[], Sequence[ResultWriter]]",
     reader: "FrameReader",
 ) -> RunStats:
     """Detect and write batch by batch; reading, network and writing run in parallel."""
-    from yolo_lightning.inference.sources import BackgroundWriter, prefetch
+    from yolo_lightning.inference.sources import prefetch
 
     stats = RunStats()
+    writers: list[ResultWriter] = []
 
-    def write(batch: DetectedBatch) -> None:
+    def write(frames: "list[Frame]", detections: "list[list[Detection]]", rate: float) -> None:
         started = time.perf_counter()
-        for frame, detections in zip(batch.frames, batch.detections, strict=True):
+        if not writers:  # no files without a frame
+            writers.extend(make_writers())
+        for frame, found in zip(frames, detections, strict=True):
             for writer in writers:
-                writer.write(frame, detections, batch.frames_per_second)
+                writer.write(frame, found, rate)
         stats.writing_s += time.perf_counter() - started
 
-    background_writer = BackgroundWriter(write, QUEUED_WRITES)
+    pending: deque[Future[None]] = deque()
     try:
-        for frames in prefetch(batches, PREFETCH_BATCHES):
-            started = time.perf_counter()
-            detections = predict(frames)
-            stats.network_s += time.perf_counter() - started
-            rate = stats.add_batch(len(frames), sum(len(image) for image in detections))
-            background_writer.put(DetectedBatch(frames, detections, rate))
-            _show_progress(stats.frames, reader.frame_count, rate)
+        with ThreadPoolExecutor(max_workers=1) as executor:  # completes what it was given
+            for frames in prefetch(batches, PREFETCH_BATCHES):
+                started = time.perf_counter()
+                detections = predict(frames)
+                stats.network_s += time.perf_counter() - started
+                rate = stats.add_batch(len(frames), sum(len(found) for found in detections))
+                pending.append(executor.submit(write, frames, detections, rate))
+                if len(pending) > QUEUED_WRITES:
+                    pending.popleft().result()
+                _show_progress(stats.frames, reader.frame_count, rate)
     except KeyboardInterrupt:  # the usual end of a camera
         stats.interrupted = True
         print("\ninterrupted; the results so far are written", file=sys.stderr)
     finally:
-        try:
-            background_writer.close()
-        finally:
-            for writer in writers:
-                writer.close()
+        for writer in writers:
+            writer.close()
+    for future in pending:
+        future.result()
     return stats
 
 
@@ -324,11 +318,10 @@ def main(argv: Sequence[str]) -> None:
         errors=[],
     )
     batches = batched(reader.frames(sources), options.batch_size)
-    writers = _make_writers(folder, module, options)
     # SIGTERM also keeps the results so far, as Ctrl-C does
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        stats = run(batches, predict, writers, reader)
+        stats = run(batches, predict, lambda: _make_writers(folder, module.tree, options), reader)
     except OSError as error:
         message = f"{folder}: cannot be written ({error.strerror or error})"
         raise InputError("\n  ".join([message, *reader.errors])) from None
