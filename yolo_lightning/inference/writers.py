@@ -29,7 +29,7 @@ class ResultWriter(ABC):
     def write(self, frame: Frame, detections: Sequence[Detection], frame_rate: float) -> None:
         """Write the detections of a frame; `frame_rate` is the processing rate, frames/s."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:  # noqa: B027 (YOLO text needs none)
         """Complete the files; also called after an error or an interrupt."""
 
 
