@@ -4,6 +4,7 @@ import mmap
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.helpers.miniatures import (
     write_devkit,
     write_ilsvrc,
 )
-from yolo_lightning.datamodules import ILSVRCDetection, ImageFolder, VOCFolder, index
+from yolo_lightning.datamodules import COCOJson, ILSVRCDetection, ImageFolder, VOCFolder, index
 from yolo_lightning.errors import InputError
 
 # --- labels and the tree
@@ -261,6 +262,50 @@ def test_truncated_index_is_rebuilt(tmp_path, monkeypatch, share):
     assert file.read_bytes()[:10] == data[:10]
     make().load_index()
     assert len(parses) == 1
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b"no index", np.array([{"a": 1}] * 9), np.frombuffer(b'{"version": 1}', np.uint8)],
+    ids=["text", "objects", "other header"],
+)
+def test_foreign_file_is_rebuilt(tmp_path, monkeypatch, record):
+    make = build_coco(tmp_path)
+    make().load_index()
+    file = index_file_in(tmp_path / index.CACHE_FOLDER)
+    file.unlink()  # it is mapped: truncating it would be fatal
+    if isinstance(record, bytes):
+        file.write_bytes(record)
+    else:
+        with file.open("wb") as out:
+            np.save(out, record)
+    parses = count_parses(monkeypatch, make())
+    assert len(make()) == 2
+    assert len(make()) == 2
+    assert len(parses) == 1
+
+
+def test_an_index_may_be_saved_several_times_at_once(tmp_path):
+    opened = build_coco(tmp_path)().load_index()
+    file = index_file_in(tmp_path / index.CACHE_FOLDER)
+    with ThreadPoolExecutor(4) as pool:
+        saved = list(pool.map(lambda _: index.save(opened, file, 2**62), range(40)))
+    for loaded in saved:
+        assert loaded.metadata == opened.metadata
+        assert np.array_equal(loaded.arrays["boxes_xyxy"], opened.arrays["boxes_xyxy"])
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_fingerprint_is_independent_of_the_folder(tmp_path, monkeypatch):
+    fingerprint = build_coco(tmp_path / "set")().fingerprint()
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    for file in (tmp_path / "copy").glob("*"):
+        touch(file)
+    assert COCOJson(str(tmp_path / "copy/ann.json")).fingerprint() == fingerprint
+    monkeypatch.setenv(index.CACHE_VARIABLE, str(write(tmp_path / "file", "") / "below"))
+    assert build_coco(tmp_path / "set")().fingerprint() == fingerprint  # parsed, not loaded
+    rewrite(tmp_path / "set/ann.json", "pomme", "poire")
+    assert COCOJson(str(tmp_path / "set/ann.json")).fingerprint() != fingerprint
 
 
 def test_no_temporary_file_remains(tmp_path):
