@@ -3,12 +3,14 @@
 import http.server
 import socket
 import sqlite3
+import sys
 import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,7 +71,8 @@ def free_port() -> int:
 def test_doctor_prints_a_report_and_creates_nothing(outside_of_jobs, capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for text in ("yolo-lightning", "torch", "mlflow", "CPU", "GPU", "JPEG, PNG, WebP", "outputs",
+    for text in ("yolo-lightning", "torch", "mlflow", "CPU", "GPU", "outputs",
+                 "images  JPEG, PNG, WebP, BMP, TIFF\n",
                  "sqlite:///mlflow.db: will be created by the first run", "not needed: one machine",
                  "a single process, without a launcher", "no problems found"):  # fmt: skip
         assert text in printed, text
@@ -186,7 +189,7 @@ def test_rendezvous_port_must_be_free_locally_or_reachable(monkeypatch):
     assert "is free on 127.0.0.1" in check_rendezvous(job_environment(port)).text
     with socket.create_server(("127.0.0.1", port)):
         assert check_rendezvous(job_environment(port)).text.endswith("is reachable")
-    monkeypatch.setattr(connections, "_is_local", lambda address: False)
+    monkeypatch.setattr(connections, "_listen", lambda addresses: None)
     monkeypatch.setattr(connections, "_LOOKUP_TIMEOUT_S", 0.3)
     result = check_rendezvous(
         job_environment(port)
@@ -264,14 +267,14 @@ def test_shared_memory_of_loader_workers_is_checked(tmp_path):
     assert doctor.loader_memory_bytes(values, 4) == 2 * 4 * 16 * 3 * 608 * 608
     assert doctor.loader_memory_bytes({**values, "data.init_args.num_workers": 0}, 1) == 0
     assert doctor.loader_memory_bytes({"data.image_size": "${..x}"}, 1) is None
-    insufficient = doctor.storage(str(tmp_path), 2**60, str(tmp_path))
-    sufficient = doctor.storage(str(tmp_path / "not/there"), 1, str(tmp_path))
+    insufficient = list(doctor.storage(str(tmp_path), 2**60, str(tmp_path)))
+    sufficient = list(doctor.storage(str(tmp_path / "not/there"), 1, str(tmp_path)))
     assert [result.state for result in insufficient] == ["ok", "failed"]
     assert "--shm-size" in insufficient[1].text
     assert [result.state for result in sufficient] == ["ok", "ok"]
     assert not (tmp_path / "not").exists()
     (tmp_path / "file").write_text("")
-    assert doctor.storage(str(tmp_path / "file/runs"), None)[0].state == "failed"
+    assert next(doctor.storage(str(tmp_path / "file/runs"), None)).state == "failed"
 
 
 def test_missing_packages_are_named_with_the_install_command(monkeypatch):
@@ -282,7 +285,7 @@ def test_missing_packages_are_named_with_the_install_command(monkeypatch):
     )
     assert {result.state for result in lines.values()} == {"note"}
     monkeypatch.setattr(doctor, "_PACKAGES", ("no-such-package",))
-    assert doctor.versions()[-1].state == "failed"
+    assert list(doctor.versions())[-1].state == "failed"
 
 
 def test_extras_match_pyproject():
@@ -295,6 +298,30 @@ def test_extras_match_pyproject():
     assert declared == doctor.EXTRAS
 
 
+def test_packages_that_cannot_be_imported_fail(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for check in (doctor.devices, doctor.codecs):
+        (result,) = check()
+        assert result.state == "failed"
+        assert "cannot be imported" in result.text
+
+
+def test_missing_image_formats_are_named(monkeypatch):
+    import cv2
+
+    encode = cv2.imencode
+
+    def without_webp(extension: str, image: object) -> object:
+        if extension == ".webp":
+            raise cv2.error("could not find a writer")
+        return encode(extension, image)
+
+    monkeypatch.setattr(cv2, "imencode", without_webp)
+    result = next(doctor.codecs())
+    assert (result.text, result.state) == ("JPEG, PNG, BMP, TIFF; missing: WebP", "failed")
+
+
 def test_gpus_without_a_cuda_build_of_torch_fail(monkeypatch):
     import torch
 
@@ -304,3 +331,27 @@ def test_gpus_without_a_cuda_build_of_torch_fail(monkeypatch):
     assert results["GPU"].state == "failed"
     assert results["GPU"].text.startswith("2 found, but torch")
     assert "cores" in results["CPU"].text
+
+
+def test_each_gpu_is_described_or_fails(monkeypatch):
+    import torch
+
+    def memory(index: int) -> tuple[int, int]:
+        if index == 1:
+            raise RuntimeError("CUDA error: device is busy\nmore")
+        return 3 * 2**30, 4 * 2**30
+
+    properties = SimpleNamespace(name="Card", major=9, minor=0)
+    replaced = {
+        "is_available": lambda: True, "device_count": lambda: 2, "mem_get_info": memory,
+        "get_device_properties": lambda index: properties, "is_bf16_supported": lambda: True,
+        "device": nullcontext,
+    }  # fmt: skip
+    for name, function in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    results = {result.name: (result.text, result.state) for result in doctor.devices()}
+    assert "NCCL missing" in results["CUDA"][0]
+    gpu = "Card, 3.0 of 4.0 GiB free, compute capability 9.0, bfloat16"
+    assert results["GPU 0"] == (gpu, "ok")
+    assert results["GPU 1"] == ("CUDA error: device is busy", "failed")

@@ -2,10 +2,10 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,13 +30,14 @@ def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or of the CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{device.type}: {models[0] if models else name}, {os.cpu_count()} cores"
+    return f"{device.type}: {cpu_name()}, {os.cpu_count()} cores"
+
+
+def cpu_name() -> str:
+    """Return the model name of the processor."""
+    file = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", file.read_text(), re.M) if file.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def git_state(folder: Path) -> dict[str, str]:
@@ -49,11 +50,9 @@ def git_state(folder: Path) -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    command: list[Any] = ["git", "-C", folder, *arguments]
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=False
-        )
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _PACKAGES = (
     "torch", "lightning", "torchmetrics", "mlflow", "albumentations", "opencv-python-headless",
     "jsonargparse", "omegaconf", "numpy",
 )  # fmt: skip
+_IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF")
+_VIDEO_CODECS = {"VP9": "libvpx-vp9", "H.264": "libx264"}
 _DEFAULT_STORE = "sqlite:///mlflow.db"
 _GIB = 2**30
 _MARKS = {"ok": "   ", "note": " - ", "failed": " ! "}
@@ -37,49 +39,46 @@ _RESERVED_SHM = _GIB // 4  # shared memory left for other programs of the contai
 _PREFETCH_FACTOR = 2  # batches that each loader worker prefetches, the default of torch
 
 
-def versions() -> list[CheckResult]:
+def versions() -> Iterator[CheckResult]:
     """Check the versions of required packages."""
-    results = [
-        CheckResult("yolo-lightning", __version__),
-        CheckResult("Python", f"{platform.python_version()}, {platform.platform()}"),
-    ]
+    yield CheckResult("yolo-lightning", __version__)
+    yield CheckResult("Python", f"{platform.python_version()}, {platform.platform()}")
     for package in _PACKAGES:
         try:
-            results.append(CheckResult(package, importlib.metadata.version(package)))
+            yield CheckResult(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            results.append(CheckResult(package, f"missing in {sys.executable}", "failed"))
-    return results
+            yield CheckResult(package, f"missing in {sys.executable}", "failed")
 
 
-def extras() -> list[CheckResult]:
+def extras() -> Iterator[CheckResult]:
     """Check the optional packages."""
-    results = []
     for extra, packages in EXTRAS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         command = f"pip install 'yolo-lightning[{extra}]'"
         text = f"{', '.join(missing)} missing: {command}" if missing else ", ".join(packages)
-        results.append(CheckResult(extra, text, "note" if missing else "ok"))
-    return results
+        yield CheckResult(extra, text, "note" if missing else "ok")
 
 
-def devices() -> list[CheckResult]:
+def devices() -> Iterator[CheckResult]:
     """Check CPU and GPUs."""
     try:
         import torch
     except Exception as error:
-        return [CheckResult("torch", f"cannot be imported: {error}", "failed")]
+        yield CheckResult("torch", f"cannot be imported: {error}", "failed")
+        return
+    from yolo_lightning.tracking.provenance import cpu_name
+
     cores = len(os.sched_getaffinity(0))
-    results = [
-        CheckResult("CPU", f"{_cpu_name()}, {cores} cores, {torch.get_num_threads()} torch threads")
-    ]
+    threads = torch.get_num_threads()
+    yield CheckResult("CPU", f"{cpu_name()}, {cores} cores, {threads} torch threads")
     if not torch.cuda.is_available():
         listed = launch.visible_gpu_count(os.environ)
         unusable = f"{listed} found, but torch {torch.__version__} cannot use them"
-        text, state = (unusable, "failed") if listed else ("none", "ok")
-        return [*results, CheckResult("GPU", text, state)]
+        yield CheckResult("GPU", unusable, "failed") if listed else CheckResult("GPU", "none")
+        return
     nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
     version = ".".join(map(str, nccl)) or "missing"
-    results.append(CheckResult("CUDA", f"{torch.version.cuda}, NCCL {version}{_driver_version()}"))
+    yield CheckResult("CUDA", f"{torch.version.cuda}, NCCL {version}{_driver_version()}")
     for index in range(torch.cuda.device_count()):
         try:
             properties = torch.cuda.get_device_properties(index)
@@ -87,68 +86,55 @@ def devices() -> list[CheckResult]:
             with torch.cuda.device(index):
                 precision = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
         except RuntimeError as error:
-            results.append(CheckResult(f"GPU {index}", str(error).splitlines()[0], "failed"))
+            yield CheckResult(f"GPU {index}", str(error).splitlines()[0], "failed")
             continue
         memory = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
         capability = f"compute capability {properties.major}.{properties.minor}"
-        results.append(
-            CheckResult(f"GPU {index}", f"{properties.name}, {memory}, {capability}, {precision}")
-        )
-    return results
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1] if match else platform.processor() or platform.machine()
+        yield CheckResult(f"GPU {index}", f"{properties.name}, {memory}, {capability}, {precision}")
 
 
 def _driver_version() -> str:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    match = re.search(r"Kernel Module\D*([\d.]+)", text)
+    file = Path("/proc/driver/nvidia/version")  # nvidia-smi may be missing in a container, or hang
+    match = re.search(r"Kernel Module\D*([\d.]+)", file.read_text()) if file.exists() else None
     return f", driver {match[1]}" if match else ""
 
 
-def codecs() -> list[CheckResult]:
+def codecs() -> Iterator[CheckResult]:
     """Check the image formats of OpenCV and the video codecs of PyAV."""
     import numpy as np
 
     try:
         import cv2
     except Exception as error:
-        return [CheckResult("images", f"OpenCV cannot be imported: {error}", "failed")]
-    grey = np.full((8, 8, 3), 128, np.uint8)
-    unreadable = []
-    for extension in (".jpg", ".png", ".webp", ".bmp", ".tiff"):
+        yield CheckResult("images", f"OpenCV cannot be imported: {error}", "failed")
+        return
+
+    def is_readable(extension: str) -> bool:
         try:
-            image = cv2.imdecode(cv2.imencode(extension, grey)[1], cv2.IMREAD_COLOR)
+            encoded = cv2.imencode(extension, np.zeros((8, 8, 3), np.uint8))[1]
         except cv2.error:
-            image = None
-        if image is None or abs(int(image.mean()) - 128) > 2:
-            unreadable.append(extension.removeprefix("."))
-    text = "JPEG, PNG, WebP, BMP and TIFF are readable"
-    if unreadable:
-        text = f"not readable: {', '.join(unreadable)}"
-    results = [CheckResult("images", text, "failed" if unreadable else "ok")]
+            return False
+        return cv2.imdecode(encoded, cv2.IMREAD_COLOR) is not None
+
+    formats = {name: is_readable(f".{name.lower()}") for name in _IMAGE_FORMATS}
+    yield CheckResult("images", _list(formats), "ok" if all(formats.values()) else "failed")
     if importlib.util.find_spec("av") is not None:
         import av
 
-        available = {name: name in av.codecs_available for name in ("libvpx-vp9", "libx264")}
-        text = f"PyAV {av.__version__} writes " + ", ".join(
-            f"{label}{'' if available[name] else ' not'}"
-            for name, label in (("libvpx-vp9", "VP9"), ("libx264", "H.264"))
-        )
-        results.append(CheckResult("video", text, "ok" if all(available.values()) else "note"))
-    return results
+        video = {name: codec in av.codecs_available for name, codec in _VIDEO_CODECS.items()}
+        text = f"PyAV {av.__version__}: {_list(video)}"
+        yield CheckResult("video", text, "ok" if all(video.values()) else "note")
 
 
-def storage(output: str, needed_bytes: int | None, shared: str = "/dev/shm") -> list[CheckResult]:
+def _list(available: Mapping[str, bool]) -> str:
+    found = [name for name, is_available in available.items() if is_available]
+    missing = [name for name in available if name not in found]
+    return ", ".join(found) + (f"; missing: {', '.join(missing)}" if missing else "")
+
+
+def storage(
+    output: str, needed_bytes: int | None, shared: str = "/dev/shm"
+) -> Iterator[CheckResult]:
     """Check the disk space for runs, and the shared memory for loader workers.
 
     `output` need not exist; `needed_bytes` is None if the recipe is unknown.
@@ -159,9 +145,9 @@ def storage(output: str, needed_bytes: int | None, shared: str = "/dev/shm") -> 
     text, state = f"{free / _GIB:.1f} GiB free", "ok" if free > 2 * _GIB else "note"
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         text, state = f"{existing} is not writable", "failed"
-    results = [CheckResult(output, text, state)]
+    yield CheckResult(output, text, state)
     if not Path(shared).is_dir():
-        return results
+        return
     free = shutil.disk_usage(shared).free
     text, state = f"{free / _GIB:.2f} GiB free for loader workers", "ok"
     if needed_bytes is None and free < _GIB:
@@ -172,7 +158,7 @@ def storage(output: str, needed_bytes: int | None, shared: str = "/dev/shm") -> 
         if free < needed_bytes + _RESERVED_SHM:
             text += ": reduce data.num_workers, or start the container with a larger --shm-size"
             state = "failed"
-    return [*results, CheckResult(shared, text, state)]
+    yield CheckResult(shared, text, state)
 
 
 def loader_memory_bytes(values: Mapping[str, Any], nodes: int) -> int | None:
@@ -227,8 +213,9 @@ def _check_launch(values: Mapping[str, Any]) -> CheckResult:
     return CheckResult("launch", text)
 
 
-def _print_section(title: str, results: list[CheckResult]) -> list[CheckResult]:
+def _print_section(title: str, checks: Iterable[CheckResult]) -> list[CheckResult]:
     """Print a section of the report; return its results."""
+    results = list(checks)
     width = max(len(result.name) for result in results)
     lines = [f"{_MARKS[result.state]} {result.name:<{width}}  {result.text}" for result in results]
     print("\n".join([title, *lines]), flush=True)

@@ -10,9 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from yolo_lightning.errors import InputError
@@ -40,23 +42,19 @@ def call_with_timeout(seconds: float, function: Callable[[], Value]) -> Value:
     Raises:
         TimeoutError: it did not return in time; its thread keeps running.
     """
-    returned: list[Value] = []
-    raised: list[Exception] = []
+    future: Future[Value] = Future()
 
     def call() -> None:
         try:
-            returned.append(function())
+            future.set_result(function())
         except Exception as error:
-            raised.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not returned:
-        raise TimeoutError(f"no reply within {seconds:g} s")
-    return returned[0]
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no reply within {seconds:g} s") from None
 
 
 def check_tracking(uri: str) -> CheckResult:
@@ -67,11 +65,16 @@ def check_tracking(uri: str) -> CheckResult:
         try:
             text, state = call_with_timeout(_TRACKING_TIMEOUT_S, lambda: _check_server(uri))
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-            text, state = f"unreachable: {reason}", "failed"
+            text, state = f"unreachable: {_reason(error)}", "failed"
         except ValueError:
             text, state = "not a valid address", "failed"
     return CheckResult("tracking", f"{mask_credentials(uri)}: {text}", state)
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of a failed connection, without the number of the error."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    return str(getattr(cause, "strerror", None) or cause)
 
 
 def _check_sqlite(file: Path) -> tuple[str, str]:
@@ -105,8 +108,8 @@ def _check_server(uri: str) -> tuple[str, str]:
         if kind in ("", "file"):
             return "MLflow no longer supports folders; use sqlite:///mlflow.db", "failed"
         return "not checked: neither SQLite nor a server", "note"
-    host = f"[{host}]" if ":" in host else host
-    url = f"{kind}://{host}{'' if port is None else f':{port}'}{parts.path.rstrip('/')}/health"
+    server = parts.netloc.rpartition("@")[2]
+    url = f"{kind}://{server}{parts.path.rstrip('/')}/health"
     try:
         with urllib.request.urlopen(url, timeout=_TRACKING_TIMEOUT_S) as response:
             body = response.read(100).decode("utf-8", "replace").strip()
@@ -128,34 +131,31 @@ def check_rendezvous(environment: Mapping[str, str]) -> CheckResult:
     Raises:
         InputError: the port is invalid.
     """
-    name = "rendezvous"
     master = _master_address(environment)
     if master is None:
-        return CheckResult(name, "not needed: one machine")
+        return CheckResult("rendezvous", "not needed: one machine")
     host, port = master
+    rank, world_size = _rank_and_world_size(environment)
     try:
-        infos = call_with_timeout(
+        addresses = call_with_timeout(
             _LOOKUP_TIMEOUT_S, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         )
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        return CheckResult(name, f"cannot resolve {host}: {reason}", "failed")
-    addresses = [(str(address[0]), port) for *_, address in infos]
-    rank, world_size = _rank_and_world_size(environment)
-    local = next((address for address in addresses if _is_local(address[0])), None)
-    if local is not None and rank in (0, None):
-        listener = _listen(local)
-        if listener is not None and rank == 0:
-            count = _count_connections(listener, world_size - 1)
-            text = f"{count} of {world_size - 1} other ranks connected to port {port} of {host}"
-            return CheckResult(name, text, "ok" if count == world_size - 1 else "failed")
-        if listener is not None:
-            listener.close()
-            return CheckResult(name, f"port {port} is free on {host}, which is this machine")
-    reason = _connect(addresses, _LOOKUP_TIMEOUT_S if rank is None else _RENDEZVOUS_TIMEOUT_S)
-    if reason:
-        return CheckResult(name, f"port {port} of {host} is unreachable: {reason}", "failed")
-    return CheckResult(name, f"port {port} of {host} is reachable")
+        return CheckResult("rendezvous", f"cannot resolve {host}: {_reason(error)}", "failed")
+    listener = _listen(addresses) if rank in (0, None) else None
+    if listener is None:
+        seconds = _LOOKUP_TIMEOUT_S if rank is None else _RENDEZVOUS_TIMEOUT_S
+        reason = _connect(master, seconds)
+        text = f"unreachable: {reason}" if reason else "reachable"
+        state = "failed" if reason else "ok"
+        return CheckResult("rendezvous", f"port {port} of {host} is {text}", state)
+    with listener:
+        if rank is None:
+            text = f"port {port} is free on {host}, which is this machine"
+            return CheckResult("rendezvous", text)
+        count = _count_connections(listener, world_size - 1)
+    text = f"{count} of {world_size - 1} other ranks connected to port {port} of {host}"
+    return CheckResult("rendezvous", text, "ok" if count == world_size - 1 else "failed")
 
 
 def _rank_and_world_size(environment: Mapping[str, str]) -> tuple[int | None, int]:
@@ -168,51 +168,36 @@ def _rank_and_world_size(environment: Mapping[str, str]) -> tuple[int | None, in
     return None, 1
 
 
-def _is_local(address: str) -> bool:
-    """Return whether an address belongs to this machine: only such can be listened on."""
-    listener = _listen((address, 0))
-    if listener is not None:
-        listener.close()
-    return listener is not None
-
-
-def _listen(address: tuple[str, int]) -> socket.socket | None:
-    """Return a listening socket; None if the address is in use or of another machine."""
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    try:
-        return socket.create_server(address, family=family)
-    except OSError:
-        return None
+def _listen(addresses: Sequence[Any]) -> socket.socket | None:
+    """Return a listening socket; None if the port is in use or of another machine."""
+    for family, *_, address in addresses:
+        with suppress(OSError):
+            return socket.create_server(address, family=family)
+    return None
 
 
 def _count_connections(listener: socket.socket, expected: int) -> int:
     """Count the connections until all expected ones or the timeout."""
-    deadline, count = time.monotonic() + _RENDEZVOUS_TIMEOUT_S, 0
-    with listener:
-        while count < expected and (remaining := deadline - time.monotonic()) > 0:
-            listener.settimeout(remaining)
-            try:
-                listener.accept()[0].close()
-            except TimeoutError:
-                break
-            count += 1
-    return count
+    deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT_S
+    for count in range(expected):
+        listener.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            listener.accept()[0].close()
+        except TimeoutError:
+            return count
+    return expected
 
 
-def _connect(addresses: Sequence[tuple[str, int]], seconds: float) -> str:
-    """Try to connect to one of the addresses; return the last error, or an empty string."""
-    deadline, reason = time.monotonic() + seconds, ""
+def _connect(address: tuple[str, int], seconds: float) -> str:
+    """Try to connect until the timeout; return the last error, or an empty string."""
+    deadline = time.monotonic() + seconds
     while True:
-        for address in addresses:
-            remaining = max(0.1, deadline - time.monotonic())
-            try:
-                socket.create_connection(address, remaining).close()
-            except OSError as error:
-                reason = error.strerror or str(error)
-            else:
-                return ""
-        if time.monotonic() > deadline - 0.2:
-            return reason
+        try:
+            socket.create_connection(address, max(0.1, deadline - time.monotonic())).close()
+            return ""
+        except OSError as error:
+            if time.monotonic() > deadline - 0.2:
+                return _reason(error)
         time.sleep(0.2)
 
 
