@@ -35,6 +35,7 @@ from yolo_lightning.inference.timing import (
     precision_name,
     select_device,
 )
+from yolo_lightning.visualization.figures import new_figure
 
 MIN_IMAGES = 8  # number of different images for timing single images
 _EVALUATION_BATCH_SIZE, _NOISE_CELLS = 8, 9
@@ -47,7 +48,7 @@ def measure_all(options: argparse.Namespace, overrides: Sequence[str], folder: P
         InputError: an invalid checkpoint, device, size or recipe, or matplotlib is missing; nothing
             is written.
     """
-    figure = report.empty_figure()
+    figure = new_figure(9.0, 4.4)
     device = select_device(options.device)
     module = load(options.checkpoint, device)
     if not isinstance(module, DetectorModule):
@@ -119,38 +120,29 @@ def measure_size(
     dtype: torch.dtype,
 ) -> SizeResult:
     """Measure one image size."""
+
+    def latency(batch_size: int) -> Timing | None:
+        try:
+            return measure_latency(module, images, sizes, batch_size, options.runs, dtype)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return None
+            raise
+
     count = max(options.batch_size, MIN_IMAGES)
     if data is None:
         images, sizes = smooth_noise(image_size, count)
     else:
         images, sizes = load_images(data, module, image_size, count)
     images = images.to(module.device)
-    single = _measure_if_memory(module, images, sizes, 1, options.runs, dtype)
+    single = latency(1)
     if single is None:
         raise InputError(f"{image_size} px: too little memory for one image")
-    batch = _measure_if_memory(module, images, sizes, options.batch_size, options.runs, dtype)
-    ap50, ap = (
-        (None, None) if data is None else average_precision(module, data, image_size, options.half)
-    )
-    operations = billion_operations(module.network, image_size)
-    return SizeResult(image_size, operations, single, batch, ap50, ap)
-
-
-def _measure_if_memory(
-    module: DetectorModule,
-    images: Tensor,
-    sizes_hw_orig: Tensor,
-    batch_size: int,
-    runs: int,
-    dtype: torch.dtype,
-) -> Timing | None:
-    """Measure the latency; return None if the memory is too small."""
-    try:
-        return measure_latency(module, images, sizes_hw_orig, batch_size, runs, dtype)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return None
-        raise
+    batch = latency(options.batch_size)
+    result = SizeResult(image_size, billion_operations(module.network, image_size), single, batch)
+    if data is not None:
+        result.ap50, result.ap = average_precision(module, data, image_size, options.half)
+    return result
 
 
 def load_images(

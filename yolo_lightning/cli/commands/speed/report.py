@@ -9,24 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.inference.timing import Timing
-from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, new_figure, save_figure
+from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_STAGES = ("network", "decode", "suppression")
 _TIMING_COLUMNS = {
-    "latency_ms": "median_ms",
-    "latency_10_percent_ms": "p10_ms",
-    "latency_90_percent_ms": "p90_ms",
-    "network_share": "network_share",
-    "decode_share": "decode_share",
-    "suppression_share": "suppression_share",
-}
+    "latency_ms": "median_ms", "latency_10_percent_ms": "p10_ms", "latency_90_percent_ms": "p90_ms",
+    **{f"{stage}_share": f"{stage}_share" for stage in _STAGES},
+}  # fmt: skip
 """Column name to attribute of `Timing`."""
+_COLUMNS = (
+    ("", "px", 5), ("", "AP50", 5), ("", "AP", 5), ("billion", "operations", 10),
+    ("one image", "images/s", 9), ("", "ms (10 … 90 %)", 22),
+    ("batch of {}", "images/s", 11), ("", "ms (10 … 90 %)", 22),
+    ("network", "%", 7), ("decode", "%", 6), ("suppress", "%", 8),
+)  # fmt: skip
+"""Headings, in two lines, and width of the columns of the printed table."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SizeResult:
     """Speed and accuracy at one image size."""
 
@@ -53,19 +57,17 @@ class SizeResult:
 
 
 def table_header(setup: dict[str, Any]) -> str:
-    """Return the measurement setup and the header of the table."""
-    size = setup["batch_size"]
+    """Return the measurement setup and the headings of the table."""
+    headings = [[part.format(setup["batch_size"]) for part in column[:2]] for column in _COLUMNS]
     return (
         f"{setup['checkpoint']} on {_format_machine(setup)}\n"
         f"yolo-lightning {setup['yolo_lightning']}, torch {setup['torch']}\n"
         f"{setup['images']}; from uint8 on the device to detections above "
         f"{setup['score_threshold']}\n"
         f"medians of {setup['runs']} runs after {setup['warm_up_runs']} warm-up runs; load before: "
-        f"{setup['load_before']:.1f} of {setup['cores']} cores\n\n"
-        f"{'':>19}{'billion':>11}{'images':>9} {'one image':<22}"
-        f"{'images':>8}  {f'batch of {size}':<26}share of the time, one image\n"
-        f"{'px':>5}{'AP50':>7}{'AP':>7}{'operations':>11}{'per s':>9} {'ms (10 … 90 %)':<22}"
-        f"{'per s':>8}  {'ms (10 … 90 %)':<26}network  decode  suppression"
+        f"{setup['load_before']:.1f} of {setup['cores']} cores\n"
+        "network, decoding and suppression: % of the time of one image\n\n"
+        + "\n".join(map(_format_row, zip(*headings, strict=True)))
     )
 
 
@@ -76,17 +78,22 @@ def _format_machine(setup: dict[str, Any]) -> str:
 
 def table_line(row: SizeResult) -> str:
     """Return one line of the table."""
-    ap50, ap = ("-" if v is None else f"{v:.3f}" for v in (row.ap50, row.ap))
-    batch, per_second = "too little memory", "-"
-    if row.batch is not None:
-        batch, per_second = _format_ms(row.batch), f"{row.batch.images_per_second:.1f}"
-    parts = (row.single.network_share, row.single.decode_share, row.single.suppression_share)
-    shares = "".join(f"{100 * v:>{width}.1f} %" for v, width in zip(parts, (5, 6, 11), strict=True))
-    return (
-        f"{row.image_size:>5}{ap50:>7}{ap:>7}{row.billion_operations:>11.2f}"
-        f"{row.single.images_per_second:>9.1f} {_format_ms(row.single):<22}"
-        f"{per_second:>8}  {batch:<26}{shares}"
+    single, batch = row.single, row.batch
+    cells = (
+        str(row.image_size),
+        *("-" if value is None else f"{value:.3f}" for value in (row.ap50, row.ap)),
+        f"{row.billion_operations:.2f}",
+        f"{single.images_per_second:.1f}",
+        _format_ms(single),
+        f"{batch.images_per_second:.1f}" if batch else "-",
+        _format_ms(batch) if batch else "too little memory",
+        *(f"{100 * getattr(single, f'{part}_share'):.1f}" for part in _STAGES),
     )
+    return _format_row(cells)
+
+
+def _format_row(cells: Sequence[str]) -> str:
+    return "  ".join(f"{cell:>{width}}" for cell, (*_, width) in zip(cells, _COLUMNS, strict=True))
 
 
 def _format_ms(timing: Timing) -> str:
@@ -107,11 +114,6 @@ def write_tables(folder: Path, setup: dict[str, Any], rows: Sequence[SizeResult]
                 table.writerows(values)
     except OSError as error:
         raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
-
-
-def empty_figure() -> "Figure":
-    """Create the figure for `draw_plot`; raise `InputError` without matplotlib."""
-    return new_figure(9.0, 4.4)
 
 
 def draw_plot(
