@@ -81,3 +81,9 @@ def test_benchmark_compares_with_a_bare_loop(boxes, capsys):
 def test_benchmark_sizes_are_checked(boxes, capsys, argv, message):
     assert main(["benchmark", str(boxes), *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_benchmark_names_an_image_that_cannot_be_read(boxes, capsys):
+    (boxes / "i5.jpg").write_bytes(b"no image")
+    assert main(["benchmark", str(boxes)]) == 2
+    assert "i5.jpg: not a readable image; list all such" in capsys.readouterr().err

@@ -1,10 +1,11 @@
 """`yolo-lightning benchmark`: measure data loading against a plain loop as the upper bound."""
 
 import argparse
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from yolo_lightning.datamodules.sampler import JointOrder
 from yolo_lightning.datamodules.transforms import DetectionAugmentation
 from yolo_lightning.datamodules.yolo_txt import YOLOText
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import read_image
+from yolo_lightning.images import UnreadableSample, read_image
 from yolo_lightning.tree.wordtree import WordTree
 
 _BATCH, _ROUNDS = 16, 7
@@ -53,8 +54,11 @@ def images_per_second(source: AnnotatedImages, image_size: int) -> dict[str, flo
     augment = DetectionAugmentation()
     order = JointOrder(len(source), 0, _BATCH, _BATCH, Fraction(0), 0)
     dataset = JointDataset(source, None, (augment, None), image_size, 0)
-    samples = [source.read(k) for k in range(len(source))]
-    paths = [source.image_path(k) for k in range(len(source))]
+    paths, annotations = [], []
+    for k in range(len(source)):
+        sample = source.read(k)
+        paths.append(source.image_path(k))
+        annotations.append((sample.boxes_xyxy_px, sample.labels, sample.difficult))
     batches = max(1, len(source) // _BATCH)
 
     def decode(step: int) -> None:
@@ -64,21 +68,13 @@ def images_per_second(source: AnnotatedImages, image_size: int) -> dict[str, flo
     def plain_loop(step: int) -> None:
         for index in order.plan(step).indices:
             image = cv2.imdecode(np.fromfile(paths[index], np.uint8), cv2.IMREAD_COLOR_RGB)
-            annotation = samples[index]
-            sample = DetectionSample(
-                np.asarray(image, np.uint8),
-                annotation.boxes_xyxy_px,
-                annotation.labels,
-                annotation.difficult,
-            )
+            sample = DetectionSample(np.asarray(image, np.uint8), *annotations[index])
             augment(sample, image_size, step)
 
     def dataset_read(step: int) -> None:
         _ = dataset[order.plan(step)]
 
-    readers: dict[str, Callable[[int], None]] = {
-        "decode": decode, "plain loop": plain_loop, "dataset": dataset_read,
-    }  # fmt: skip
+    readers = {"decode": decode, "plain loop": plain_loop, "dataset": dataset_read}
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for k in range(_ROUNDS):
         for name, read in readers.items():
@@ -106,21 +102,24 @@ def main(argv: Sequence[str]) -> None:
     """Print images per second.
 
     Raises:
-        InputError: no dataset was recognized, or an invalid size.
+        InputError: no dataset was recognized, an image cannot be read, or an invalid size.
     """
     options = _parser().parse_args(list(argv))
     if options.image_size < 32 or options.image_size % 32:
         raise InputError(f"--image-size is {options.image_size}; allowed: multiples of 32")
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", options.resized or "1x1")
+    if size is None:
+        raise InputError(f"--resized {options.resized!r}; expected a size such as 640x480")
     source = detection_source(options.dataset)
     source.bind(WordTree.from_names(sorted(source.name_counts()) or ["nothing"]))
     with tempfile.TemporaryDirectory() as scratch:
-        if options.resized:
-            width, _, height = options.resized.partition("x")
-            if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-                raise InputError(f"--resized {options.resized!r}; expected a size such as 640x480")
-            source = resized_copy(source, Path(scratch), int(width), int(height))
-            source.bind(WordTree.from_names(["object"]))
-        rates = images_per_second(source, options.image_size)
+        try:
+            if options.resized:
+                source = resized_copy(source, Path(scratch), int(size[1]), int(size[2]))
+                source.bind(WordTree.from_names(["object"]))
+            rates = images_per_second(source, options.image_size)
+        except UnreadableSample as error:
+            raise InputError(f"{error}; list all such images with check-data") from None
     print(f"{len(source)} images to {options.image_size} px, images per second on one core")
     for name, rate in rates.items():
         print(f"  {name:<12}{rate:>8.0f}")
