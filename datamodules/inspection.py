@@ -5,17 +5,17 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
-from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
-from yolo_lightning.datamodules.source import ConcatSource, Source
+from yolo_lightning.datamodules.files import AnnotatedImages, FileSource
+from yolo_lightning.datamodules.source import DetectionSource, Source
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample, read_image
 from yolo_lightning.tree.wordtree import WordTree
@@ -38,6 +38,10 @@ FAULTS = {
 }
 
 _SMALL, _MEDIUM = 32**2, 96**2
+_CHUNK = 256  # images that are checked at a time
+
+
+_no_sizes = partial(np.zeros, (0, 2))
 
 
 @dataclass
@@ -49,15 +53,11 @@ class Report:
     images: int = 0
     # number of objects, or images, by label name
     classes: Counter[str] = field(default_factory=Counter)
-    # (N, 2), (M, 2), and the size of the image of each box (M, 2)
-    sizes_wh_px: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    boxes_wh_px: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
-    boxes_of_wh_px: NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros((0, 2), np.float32)
-    )
-    # (M, 2), 0…1 of the image
-    centres_norm: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
-    objects_per_image: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    sizes_wh_px: NDArray[Any] = field(default_factory=_no_sizes)  # (N, 2), of images
+    boxes_wh_px: NDArray[Any] = field(default_factory=_no_sizes)  # (M, 2)
+    boxes_of_wh_px: NDArray[Any] = field(default_factory=_no_sizes)  # (M, 2), of their images
+    centres_norm: NDArray[Any] = field(default_factory=_no_sizes)  # (M, 2), 0…1 of the image
+    objects_per_image: NDArray[Any] = field(default_factory=partial(np.zeros, 0, np.int64))
     unreadable: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # what is repaired or skipped
     digests: dict[str, str] = field(default_factory=dict)  # hashes of the image files, by path
@@ -113,23 +113,14 @@ def _percentiles(values: NDArray[Any]) -> dict[str, float]:
     return {name: round(float(v), 3) for name, v in zip(names, points, strict=True)}
 
 
-def parts_of(source: Source) -> list[Source]:
-    """Return the sources that a source concatenates, or the source itself."""
-    return list(source.sources) if isinstance(source, ConcatSource) else [source]
-
-
-def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -> Report:
-    """Read all of a source; check its labels if there is a tree."""
-    has_boxes = hasattr(source, "shapes_wh_px")
-    report = Report(source.name, "boxes" if has_boxes else "image labels")
+def inspect(source: Source, tree: WordTree) -> Report:
+    """Bind a source to the tree, and read all of its images."""
+    report = Report(source.name, "boxes" if isinstance(source, DetectionSource) else "image labels")
     try:
-        if isinstance(source, AnnotatedImages | LabelledImages):
-            source.load_index()
-        if tree is not None:
-            source.bind(tree)
+        source.bind(tree)
     except InputError as error:
         report.problem = str(error)
-    if not isinstance(source, AnnotatedImages | LabelledImages):
+    if not isinstance(source, FileSource):
         report.generated, report.images = True, len(source)
         for counts in source.node_counts().values() if report.problem is None else ():
             report.classes.update(counts)
@@ -143,9 +134,7 @@ def inspect(source: Source, tree: WordTree | None, workers: int | None = None) -
     if isinstance(source, AnnotatedImages):
         report.objects_per_image = np.diff(index.arrays["box_offsets"])
         report.boxes_wh_px, report.boxes_of_wh_px, report.centres_norm = _boxes_of(source)
-    if not report.images and report.problem is None:
-        report.problem = f"{source.name}: contains no images"
-    _read_all(source, report, workers)
+    _read_all(source, report)
     return report
 
 
@@ -165,74 +154,48 @@ def _boxes_of(
     return boxes[:, 2:] - boxes[:, :2], sizes, centres
 
 
-class _ImageChecks(Dataset[tuple[str, int, int, str]]):
-    """Hash, width, height and fault of each image."""
-
-    def __init__(self, source: AnnotatedImages | LabelledImages) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[str, int, int, str]:
-        path = self.source.image_path(index)
-        digest = ""
-        try:
-            digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-            _, (height, width) = read_image(path)
-        except OSError as error:
-            return digest, 0, 0, f"{path}: cannot be read ({error.strerror})"
-        except UnreadableSample as error:
-            return digest, 0, 0, str(error)
-        return digest, width, height, ""
-
-
-def _read_all(
-    source: AnnotatedImages | LabelledImages, report: Report, workers: int | None
-) -> None:
-    count, index_data = len(source), source.load_index()
-    annotated = (
-        index_data.arrays["sizes_wh"].tolist()
-        if isinstance(source, AnnotatedImages) and not index_data.metadata["normalized"]
-        else []
-    )
+def _read_all(source: FileSource, report: Report) -> None:
+    """Add sizes, hashes and faults of all images to the report."""
+    index_data = source.load_index()
+    has_sizes = isinstance(source, AnnotatedImages) and not index_data.metadata["normalized"]
+    annotated = index_data.arrays["sizes_wh"].tolist() if has_sizes else []
     sizes = []
-    for index, (digest, width, height, fault) in enumerate(_read_files(source, workers)):
-        path = Path(source.image_name(index))
+    for index, (path, digest, size_wh, fault) in enumerate(_check_images(source)):
         if digest:
             report.digests[str(path)] = digest
-        if fault:
+        if size_wh is None:
             report.unreadable.append(fault)
-        else:
-            sizes.append((width, height))
-            if annotated and all(annotated[index]) and annotated[index] != [width, height]:
-                size = f"{annotated[index][0]} x {annotated[index][1]}"
-                report.faults.append(f"{path}: is {width} x {height}, but annotated as {size}")
-        if sys.stderr.isatty() and (index % 50 == 0 or index == count - 1):
-            end = "\n" if index == count - 1 else ""
-            print(f"\r{report.name}: {index + 1} of {count}", end=end, file=sys.stderr, flush=True)
+            continue
+        sizes.append(size_wh)
+        if annotated and all(annotated[index]) and annotated[index] != size_wh:
+            actual, old = (f"{width} x {height}" for width, height in (size_wh, annotated[index]))
+            report.faults.append(f"{path}: is {actual}, but annotated as {old}")
     report.sizes_wh_px = np.array(sizes, np.int64).reshape(-1, 2)
 
 
-def _read_files(
-    source: AnnotatedImages | LabelledImages, workers: int | None
-) -> Iterator[tuple[str, int, int, str]]:
-    processes = (os.cpu_count() or 1) if workers is None else workers
-    if len(source) < 64:
-        processes = 0  # starting them would take longer
-    loader = DataLoader(
-        _ImageChecks(source),
-        batch_size=16,
-        num_workers=processes,
-        collate_fn=list,
-        worker_init_fn=_one_thread,
-    )
-    for rows in loader:
-        yield from rows
+def _check_images(source: FileSource) -> Iterator[tuple[Path, str, list[int] | None, str]]:
+    """Check all images on all cores, in order, and print the progress in a terminal."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and hashing release the GIL
+        for start in range(0, len(source), _CHUNK):
+            stop = min(start + _CHUNK, len(source))
+            yield from pool.map(_check_image, map(source.image_path, range(start, stop)))
+            if sys.stderr.isatty():
+                end = "\n" if stop == len(source) else ""
+                text = f"\r{source.name}: {stop} of {len(source)}"
+                print(text, end=end, file=sys.stderr, flush=True)
 
 
-def _one_thread(worker_id: int) -> None:
-    torch.set_num_threads(1)
+def _check_image(path: Path) -> tuple[Path, str, list[int] | None, str]:
+    """Return path, hash and size_wh of an image; the size is None if there is a fault."""
+    digest = ""
+    try:
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        _, (height, width) = read_image(path)
+    except OSError as error:
+        return path, digest, None, f"{path}: cannot be read ({error.strerror})"
+    except UnreadableSample as error:
+        return path, digest, None, str(error)
+    return path, digest, [width, height], ""
 
 
 def same_files(reports: Sequence[tuple[str, Report]]) -> list[list[tuple[str, str]]]:

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.cli.commands.anchors import is_recipe
-from yolo_lightning.cli.commands.check_data.page import Part, render_page
+from yolo_lightning.cli.commands.check_data.report import PartReport, format_reports, render_page
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.combined import CombinedDataModule
-from yolo_lightning.datamodules.inspection import Report, inspect, parts_of, same_files
+from yolo_lightning.datamodules.inspection import inspect, same_files
 from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
 from yolo_lightning.errors import InputError
 from yolo_lightning.visualization.drawing import draw_batch, save_image
 from yolo_lightning.visualization.figures import LabelPlot, save_label_plot
 
 _PARTS = ("detection", "classification", "validation", "test")
-_MAX_LISTED, _MAX_CLASSES, _MAX_DRAWN = 10, 20, 12
+_MAX_DRAWN = 12  # images of a batch
 
 
 def load_datamodule(source: str, overrides: Sequence[str]) -> tuple[CombinedDataModule, Any]:
@@ -51,34 +51,30 @@ def load_datamodule(source: str, overrides: Sequence[str]) -> tuple[CombinedData
     return CombinedDataModule(tree=sorted(names) or ["no class"], **parts), None
 
 
-def inspect_parts(data: CombinedDataModule) -> list[tuple[str, Report]]:
+def inspect_parts(data: CombinedDataModule) -> list[PartReport]:
     """Inspect each source of each part of the data."""
-    reports: list[tuple[str, Report]] = []
+    reports: list[PartReport] = []
     inspected: set[int] = set()
     for part in _PARTS:
-        part_source: DetectionSource | ImageLabelSource | None = getattr(data, part)
-        if part_source is None or id(part_source) in inspected:
-            continue
-        inspected.add(id(part_source))
-        reports += [(part, inspect(source, data.tree)) for source in parts_of(part_source)]
+        whole: DetectionSource | ImageLabelSource | None = getattr(data, part)
+        if whole is not None and id(whole) not in inspected:
+            inspected.add(id(whole))
+            sources = getattr(whole, "sources", [whole])
+            reports += [(part, inspect(source, data.tree)) for source in sources]
     return reports
 
 
 def find_problems(
-    data: CombinedDataModule, reports: Sequence[tuple[str, Report]], recipe: Any = None
+    data: CombinedDataModule, reports: Sequence[PartReport], recipe: Any = None
 ) -> list[str]:
     """Return the reasons why training would not start; the test data is not needed."""
     needed = [(name, report) for name, report in reports if name != "test"]
     problems = [report.problem for _, report in needed if report.problem is not None]
     for part in ("detection", "classification"):
-        unreadable = [len(report.unreadable) for name, report in reports if name == part]
-        images = [report.images for name, report in reports if name == part]
-        if (
-            sum(images)
-            and sum(unreadable) == sum(images)
-            and not any(report.generated for name, report in reports if name == part)
-        ):
-            problems.append(f"data.{part}: none of {sum(images)} images can be decoded")
+        own = [report for name, report in reports if name == part]
+        images = sum(report.images for report in own)
+        if images and images == sum(len(report.unreadable) for report in own):
+            problems.append(f"data.{part}: none of {images} images can be decoded")
     if not problems:
         try:
             data.setup("fit")
@@ -88,49 +84,6 @@ def find_problems(
     if weights and not Path(weights).expanduser().is_file():
         problems.append(f"model.pretrained {weights!r} not found (working folder: {Path.cwd()})")
     return list(dict.fromkeys(problems))
-
-
-def format_reports(
-    reports: Sequence[tuple[str, Report]], duplicates: Sequence[Sequence[tuple[str, str]]]
-) -> str:
-    """Return the reports as text."""
-    lines = []
-    for part, report in reports:
-        plain = report.to_plain()
-        objects = sum(report.classes.values())
-        boxes = f", {objects} boxes" if report.kind == "boxes" else ""
-        lines.append(f"{part}: {report.name}: {report.images} images{boxes}")
-        if report.problem is not None:
-            lines.append(f"  {report.problem}")
-        if report.generated:
-            lines.append("  generated images; there are no files to check")
-        for title, key, unit in (
-            ("image width", "image_width_px", " px"), ("image height", "image_height_px", " px"),
-            ("box side", "box_side_px", " px"), ("relative", "box_side_relative", ""),
-            ("longer : shorter", "box_longer_to_shorter_side", ""),
-            ("objects an image", "objects_per_image", ""),
-        ):  # fmt: skip
-            if plain[key]:
-                values = "  ".join(f"{name} {value:g}" for name, value in plain[key].items())
-                lines.append(f"  {title:<18}{values}{unit}")
-        ranked = report.classes.most_common()
-        shown = ", ".join(f"{name} {count}" for name, count in ranked[:_MAX_CLASSES])
-        more = f", … {len(ranked)} in total" if len(ranked) > _MAX_CLASSES else ""
-        lines.append(f"  {'classes':<18}{shown}{more}")
-        for kind, count in report.fault_kinds().most_common():
-            lines.append(f"  {count:>6}  {kind}")
-        if report.unreadable:
-            lines.append(f"  {len(report.unreadable):>6}  images that cannot be decoded")
-        for fault in [*report.unreadable, *report.faults][:_MAX_LISTED]:
-            lines.append(f"          {fault}")
-    if duplicates:
-        across = sum(len({part for part, _ in group}) > 1 for group in duplicates)
-        lines.append(f"{len(duplicates)} duplicate images, {across} of them in several parts")
-        for group in duplicates[:_MAX_LISTED]:
-            paths = " = ".join(f"{path} ({part})" for part, path in group[:_MAX_LISTED])
-            more = f" = … {len(group)} in total" if len(group) > _MAX_LISTED else ""
-            lines.append(f"  {paths}{more}")
-    return "\n".join(lines)
 
 
 def _draw_batches(data: CombinedDataModule, folder: Path) -> list[tuple[str, Path]]:
@@ -146,7 +99,7 @@ def _draw_batches(data: CombinedDataModule, folder: Path) -> list[tuple[str, Pat
     return images
 
 
-def _plot_labels(reports: Sequence[tuple[str, Report]], folder: Path) -> dict[int, Path]:
+def _plot_labels(reports: Sequence[PartReport], folder: Path) -> dict[int, Path]:
     """Plot the labels of each source; return files by index of the report."""
     plots: dict[int, Path] = {}
     for number, (part, report) in enumerate(reports):
@@ -211,10 +164,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         plots = _plot_labels(reports, Path(scratch))
         images = _draw_batches(data, Path(scratch)) if not problems else []
-        parts = [
-            Part(part, report, plots.get(number)) for number, (part, report) in enumerate(reports)
-        ]
-        text = render_page(options.source, parts, duplicates, problems, vocabulary, images)
+        text = render_page(options.source, reports, plots, duplicates, problems, vocabulary, images)
     _write(folder / "index.html", text)
     print(f"page: {folder / 'index.html'}   report: {folder / 'report.json'}")
     if problems:
