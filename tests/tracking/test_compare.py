@@ -7,13 +7,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from yolo_lightning.cli.commands.mlflow import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.compare.plot import downsample, mean_and_std
-from yolo_lightning.tracking.compare.runs import Curve, first_difference
-from yolo_lightning.tracking.compare.tables import merge_equal_params, shorten
+from yolo_lightning.tracking.compare import (
+    downsample,
+    first_difference,
+    mean_and_std,
+    merge_equal_params,
+    shorten,
+)
 
 NAN, INF = float("nan"), float("inf")
 ALL_BUT_NAN_AND_INF = [(10, 0.2), (20, 0.5), (30, NAN), (40, INF), (50, 0.4)]
@@ -123,7 +128,7 @@ def test_equal_parameters_deleted_runs_and_parents_are_not_shown(compare):
 
 
 def test_many_different_parameters_are_listed_below_the_table(compare, monkeypatch):
-    monkeypatch.setattr("yolo_lightning.tracking.compare.tables.MAX_PARAM_COLUMNS", 1)
+    monkeypatch.setattr("yolo_lightning.tracking.compare.MAX_PARAM_COLUMNS", 1)
     text = compare("--experiment", "shapes")
     assert "  model.learning_rate  0.01 (1, 2);  0.02 (3)" in text
     assert "  seed_everything      0 (2, 3);  1 (1)" in text
@@ -216,8 +221,8 @@ def test_plots_of_runs_and_groups(compare, tmp_path):
         picture.unlink()
 
 
-def curve(*points: tuple[int, float]) -> Curve:
-    return Curve(np.array([p[0] for p in points]), np.array([p[1] for p in points]))
+def curve(*points: tuple[int, float]) -> pd.Series:
+    return pd.Series(dict(points))
 
 
 def test_mean_and_std_cover_the_steps_of_all_runs():
@@ -234,11 +239,11 @@ def test_mean_and_std_cover_the_steps_of_all_runs():
 def test_downsample_averages_neighbouring_points():
     values = np.arange(450.0)
     values[0], values[449] = NAN, INF
-    few, size = downsample(Curve(np.arange(450), values))
-    assert (size, len(few.steps)) == (3, 150)
-    assert few.values[:2].tolist() == [1.5, 4.0]  # of 1 and 2; of 3, 4 and 5
-    assert few.values[-1] == 447.5
-    assert few.steps[:2].tolist() == [1, 4]
+    few, size = downsample(pd.Series(values))
+    assert (size, len(few)) == (3, 150)
+    assert few.to_numpy()[:2].tolist() == [1.5, 4.0]  # of 1 and 2; of 3, 4 and 5
+    assert few.iloc[-1] == 447.5
+    assert few.index[:2].tolist() == [1, 4]
 
 
 def test_shorten_replaces_the_middle():

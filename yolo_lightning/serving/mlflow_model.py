@@ -32,8 +32,8 @@ from yolo_lightning.images import GREY, Image, resize_pixels
 
 REQUIREMENTS = (
     "torch", "lightning", "torchmetrics", "albumentations", "opencv-python-headless", "mlflow",
-    "omegaconf", "jsonargparse[signatures]", "faster-coco-eval", "libstb", "numpy", "pillow",
-    "psutil", "pyyaml", "scipy",
+    "omegaconf", "jsonargparse[signatures]", "faster-coco-eval", "libstb", "numpy", "pandas",
+    "pillow", "psutil", "pyyaml", "scipy",
 )  # fmt: skip
 
 IMAGE, CHECKPOINT = "image", "checkpoint"  # the input column; the name of the artifact

@@ -1,20 +1,20 @@
 """`yolo-lightning mlflow compare`: compare runs in the terminal."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from yolo_lightning.cli.commands.mlflow import check_store, store_uri
-from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.tracking.names import mask_credentials
-
-if TYPE_CHECKING:
-    from yolo_lightning.tracking.compare.runs import TrackedRun
-    from yolo_lightning.tracking.compare.tables import Table
+from yolo_lightning.errors import InputError
 
 _MAX_LABEL_PARAMS = 2
+_OPTIONS = {
+    "--experiment": "only runs of it (default: all)",
+    "--run": "name or id of a run; a parent run means its child runs (default: the newest runs)",
+    "--metric": "metric to show (default: val/AP50 and val/AP, if they exist)",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,27 +27,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--experiment",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only runs of it (default: all)",
-    )
-    add(
-        "--run", action="append", default=[], metavar="NAME",
-        help="name or id of a run; a parent run means its child runs (default: the newest runs)",
-    )  # fmt: skip
+    for name, text in _OPTIONS.items():
+        add(name, action="append", default=[], metavar="NAME", help=text)
     add("--max-runs", type=int, default=20, metavar="N", help="number of newest runs (default: 20)")
-    add(
-        "--metric", action="append", default=[], metavar="NAME",
-        help="metric to show (default: val/AP50 and val/AP, if they exist)",
-    )  # fmt: skip
-    add(
-        "--group-by",
-        metavar="NAME",
-        help="tag or parameter; show mean and standard deviation of each group",
-    )
+    text = "tag or parameter; show mean and standard deviation of each group"
+    add("--group-by", default="", metavar="NAME", help=text)
     add("--last", action="store_true", help="use last values instead of the best to group and sort")
     add("--csv", type=Path, metavar="FILE", help="write the table with all different parameters")
     add("--plot", type=Path, metavar="FILE.png", help="plot the metrics over steps")
@@ -67,36 +51,48 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--plot {str(options.plot)!r}: plots are PNG files; use a name FILE.png")
     uri = store_uri()
     check_store(uri)
-    from yolo_lightning.tracking.compare.runs import open_client, read_curve, select_metrics
-    from yolo_lightning.tracking.compare.tables import ranking_key
+    from yolo_lightning.tracking import compare
 
-    with open_client(uri) as client:
-        runs = _select_runs(client, options)
-        metrics = select_metrics(runs, options.metric)
-        for run in runs:
-            for metric in run.metrics.intersection(metrics):
-                run.curves[metric] = read_curve(client, run.run_id, metric)
+    with compare.open_client(uri) as client:
+        experiments, all_runs = compare.find_runs(client, options.experiment)
+        runs = _select_runs(all_runs, options)
+        metrics = compare.select_metrics(runs, options.metric)
+        curves = {metric: compare.read_curves(client, runs, metric) for metric in metrics}
+        table = compare.runs_table(runs, experiments, curves)
         if not options.run:  # best first
-            runs.sort(key=lambda run: ranking_key(run, metrics[0], options.last))
-        if options.group_by:
-            _show_groups(runs, metrics, options)
-        else:
-            _show_runs(client, runs, metrics, options)
+            ranking = compare.ranking_values(table, metrics[0], options.last)
+            order = ranking.sort_values(ascending="loss" in metrics[0], kind="stable").index
+            table = table.loc[order]
+        table.insert(0, "#", range(1, len(table) + 1))
+        table, lines = _show(client, runs, table, metrics, options)
+    if options.csv:
+        try:
+            options.csv.parent.mkdir(parents=True, exist_ok=True)
+            table.to_csv(options.csv, index=False)
+        except OSError as error:
+            raise InputError(f"--csv {str(options.csv)!r}: {error.strerror or error}") from None
+        print(f"table: {options.csv}")
+    if options.plot:
+        panels = {
+            metric: {label: [by_run[k] for k in ids if k in by_run] for label, ids in lines.items()}
+            for metric, by_run in curves.items()
+        }
+        compare.save_curves(panels, options.plot)
+        print(f"curves: {options.plot}")
 
 
-def _select_runs(client: Any, options: argparse.Namespace) -> list["TrackedRun"]:
+def _select_runs(all_runs: Iterator[Any], options: argparse.Namespace) -> list[Any]:
     """Return the selected runs, without those that have no metrics."""
-    from yolo_lightning.tracking.compare import runs as tracked_runs
+    from yolo_lightning.tracking import compare
+    from yolo_lightning.tracking.names import mask_credentials
 
-    experiments = tracked_runs.find_experiments(client, options.experiment)
-    all_runs = tracked_runs.search_runs(client, experiments)
     if options.run:
-        selected = tracked_runs.select_runs(all_runs, options.run)
-        runs = [run for run in selected if run.metrics]
-        if empty := [run.name for run in selected if not run.metrics]:
+        selected = compare.select_runs(list(all_runs), options.run)
+        runs = [run for run in selected if run.data.metrics]
+        if empty := [str(run.info.run_name) for run in selected if not run.data.metrics]:
             print(f"skipped runs without metrics: {', '.join(empty)}")
     else:
-        with_metrics = (run for run in all_runs if run.metrics)
+        with_metrics = (run for run in all_runs if run.data.metrics)
         runs = list(islice(with_metrics, options.max_runs))
         if next(with_metrics, None):
             print(f"the newest {len(runs)} runs; use --max-runs {2 * len(runs)} to show more")
@@ -106,93 +102,46 @@ def _select_runs(client: Any, options: argparse.Namespace) -> list["TrackedRun"]
     return runs
 
 
-def _show_runs(
-    client: Any, runs: Sequence["TrackedRun"], metrics: Sequence[str], options: argparse.Namespace
-) -> None:
-    from yolo_lightning.tracking.compare import tables
-    from yolo_lightning.tracking.compare.runs import read_batches
+def _show(
+    client: Any, runs: Sequence[Any], table: Any, metrics: list[str], options: argparse.Namespace
+) -> tuple[Any, dict[str, list[str]]]:
+    """Print the tables of runs or groups; return the full table, and run ids by label."""
+    import pandas as pd
 
-    params, _ = tables.different_params([[run] for run in runs])
-    labels, merged = tables.run_labels(runs), tables.merge_equal_params(params)
-    as_columns = len(merged) <= tables.MAX_PARAM_COLUMNS
-    table = tables.runs_table(runs, metrics, params, merged if as_columns else ())
-    print(table.to_text())
-    if not as_columns:
-        numbers = [str(k + 1) for k in range(len(runs))]
-        text = tables.params_text({name: params[name] for name in merged}, numbers)
-        print(f"\nparameters that differ, each value with the # of its runs\n{text}")
-    _show_merged(merged)
-    if len(runs) > 1:
-        batches = [read_batches(client, run.run_id) for run in runs]
-        print(f"\n{tables.batches_text(batches, labels)}")
-    in_label = merged if len(merged) <= _MAX_LABEL_PARAMS else {}
-    lines = {}
-    for k, (label, run) in enumerate(zip(labels, runs, strict=True)):
-        values = [f"{name.split('.')[-1]} {tables.shorten(params[name][k])}" for name in in_label]
-        lines["  ".join([str(k + 1), label, *values])] = [run]
-    _write(table, lines, metrics, options)
-
-
-def _show_merged(merged: Mapping[str, Sequence[str]]) -> None:
-    lines = [
-        f"changes together with {name}: {', '.join(others)}"
-        for name, others in merged.items()
-        if others
-    ]
-    if lines:
-        print("\n" + "\n".join(lines))
-
-
-def _show_groups(
-    runs: Sequence["TrackedRun"], metrics: Sequence[str], options: argparse.Namespace
-) -> None:
-    from yolo_lightning.tracking.compare import tables
+    from yolo_lightning.tracking import compare
 
     key = options.group_by
-    groups: dict[str, list[TrackedRun]] = {}
-    for run in runs:
-        groups.setdefault(run.get(key) or "-", []).append(run)
-    if list(groups) == ["-"]:
-        names = {name for run in runs for name in (*run.params, *run.tags)}
-        hint = nearest(key, sorted(names)) or "examples: recipe, experiment, model.learning_rate"
-        raise InputError(f"--group-by {key!r}: no run has a tag or parameter of this name; {hint}")
-    table = tables.groups_table(groups, key, metrics, options.last)
-    print(f"{'last' if options.last else 'best'} values of {len(runs)} runs\n{table.to_text()}")
-    between, within = tables.different_params(list(groups.values()))
-    merged = tables.merge_equal_params(between, key)
-    shown = {name: between[name] for name in merged if name != key}
-    if shown:
-        text = tables.params_text(shown, list(groups))
-        print(f"\nparameters that differ between groups\n{text}")
-    _show_merged(merged)
+    groups = compare.group_names(runs, table, key) if key else table["#"].astype(str)
+    params, within = compare.different_params(runs, groups)
+    merged = compare.merge_equal_params(params, key)
+    names = [name for name in merged if name != key]
+    as_columns = not key and len(names) <= compare.MAX_PARAM_COLUMNS
+    if key:
+        full = shown = compare.groups_table(table, groups, metrics, options.last)
+        print(f"{'last' if options.last else 'best'} values of {len(runs)} runs")
+    else:
+        columns = params.set_axis(table.index)
+        hidden = ["id", "experiment"] if table["experiment"].nunique() == 1 else ["id"]
+        full = pd.concat([table, columns], axis=1)
+        shown = table.drop(columns=hidden)
+        shown = pd.concat([shown, columns[names]], axis=1) if as_columns else shown
+    print(compare.to_text(shown))
+    if names and not as_columns:
+        which = " between groups" if key else ", each value with the # of its runs"
+        print(f"\nparameters that differ{which}\n{compare.params_text(params[names])}")
+    if together := [f"changes together with {k}: {', '.join(v)}" for k, v in merged.items() if v]:
+        print("\n" + "\n".join(together))
     if within:
         print(f"\nparameters that differ within a group: {', '.join(within)}")
-    lines = {
-        f"{key} {name}, {len(members)} run{'s' if len(members) > 1 else ''}": members
-        for name, members in groups.items()
-    }
-    _write(table, lines, metrics, options)
-
-
-def _write(
-    table: "Table",
-    lines: Mapping[str, Sequence["TrackedRun"]],
-    metrics: Sequence[str],
-    options: argparse.Namespace,
-) -> None:
-    """Write the requested files: the table, and a plot with one line per label."""
-    if options.csv:
-        table.write_csv(options.csv)
-        print(f"table: {options.csv}")
-    if options.plot:
-        from yolo_lightning.tracking.compare.plot import save_curves
-
-        panels = {
-            metric: {
-                label: [run.curves[metric] for run in runs if metric in run.curves]
-                for label, runs in lines.items()
-            }
-            for metric in metrics
-        }
-        save_curves(panels, options.plot)
-        print(f"curves: {options.plot}")
+    if not key and len(runs) > 1:
+        batches = [compare.read_batches(client, run_id) for run_id in table.index]
+        print(f"\n{compare.batches_text(batches, list(table['run']))}")
+    lines = {}
+    for name, ids in groups.groupby(groups, sort=False).groups.items():
+        label = f"{key} {name}, {len(ids)} run{'s' if len(ids) > 1 else ''}"
+        if not key:
+            in_label = params.loc[name, names if len(names) <= _MAX_LABEL_PARAMS else []]
+            values = [f"{k.split('.')[-1]} {compare.shorten(v)}" for k, v in in_label.items()]
+            label = "  ".join([name, table["run"][ids[0]], *values])
+        lines[label] = list(ids)
+    return full, lines

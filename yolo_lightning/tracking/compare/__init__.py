@@ -1,1 +1,0 @@
-"""Comparison of MLflow runs: metrics, tables and figures."""
