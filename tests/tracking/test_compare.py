@@ -12,13 +12,8 @@ import pytest
 
 from yolo_lightning.cli.commands.mlflow import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.compare import (
-    downsample,
-    first_difference,
-    mean_and_std,
-    merge_equal_params,
-    shorten,
-)
+from yolo_lightning.tracking.compare import first_difference, merge_equal_params, shorten
+from yolo_lightning.visualization.metric_curves import downsample, mean_and_std
 
 NAN, INF = float("nan"), float("inf")
 ALL_BUT_NAN_AND_INF = [(10, 0.2), (20, 0.5), (30, NAN), (40, INF), (50, 0.4)]
@@ -154,10 +149,10 @@ def test_a_parent_selects_its_children_and_an_id_selects_a_run(compare, store_fo
 
 def test_first_step_with_different_batches(compare):
     two = compare("--run", "shapes/a", "--run", "shapes/c")
-    assert "shapes/a and shapes/c: different batches, first at step 3\n" in two
+    assert "compared with those of # 1\n  different batches, first at step 3: # 2\n" in two
     # step 2 was not trained by b, and a has no step 4
     two = compare("--run", "shapes/a", "--run", "shapes/b")
-    assert "shapes/a and shapes/b: the same batches in all 3 steps that both have trained\n" in two
+    assert "the same batches in all 3 steps that both have trained: # 2\n" in two
     several = compare("--run", "sweep", "--run", "shapes/c", "--run", "fruit/e")
     assert "batches, compared with those of # 1\n" in several
     assert "the same batches in all 3 steps that both have trained: # 2\n" in several

@@ -6,7 +6,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.tracking.names import mask_credentials
-from yolo_lightning.visualization.figures import new_figure, save_figure
 
 MAX_PARAM_COLUMNS = 3
 """Up to so many parameters are columns of the table of runs; more are listed below it."""
@@ -27,12 +25,16 @@ DEFAULT_METRICS = (
     "val/AP50", "val/AP", "val/top1", "val/top5", "test/AP50", "test/AP", "test/top1", "train/loss",
 )  # fmt: skip
 """The first two of these that a run has are shown by default."""
-_MIN_ID_LENGTH, _MAX_LISTED, _MAX_VALUES, _MAX_POINTS = 6, 20, 6, 200
+_MIN_ID_LENGTH, _MAX_LISTED, _MAX_VALUES = 6, 20, 6
 
 
 @contextlib.contextmanager
 def open_client(uri: str) -> Iterator[MlflowClient]:
-    """Yield a client; a failed request in the context raises `InputError` with one line."""
+    """Yield an MLflow client of a store.
+
+    Raises:
+        InputError: a request in the context fails; one line.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -44,7 +46,13 @@ def open_client(uri: str) -> Iterator[MlflowClient]:
         raise InputError(f"{mask_credentials(uri)}: {mask_credentials(lines[0])}") from None
 
 
-def _search(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
+def _unknown_name(option: str, name: str, problem: str, existing: Sequence[str]) -> InputError:
+    listed = ", ".join(existing[:_MAX_LISTED]) + (" …" if len(existing) > _MAX_LISTED else "")
+    hint = nearest(name, existing) or f"existing: {listed}"
+    return InputError(f"{option} {name!r}: {problem}; {hint}")
+
+
+def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
     """Yield the results of all pages; each page is requested when it is needed."""
     token = None
     while token != "":
@@ -53,25 +61,33 @@ def _search(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
         token = page.token or ""
 
 
-def find_runs(
-    client: MlflowClient, experiment_names: Sequence[str]
-) -> tuple[dict[str, str], Iterator[Run]]:
-    """Return experiments, as names by id, and their runs that are not deleted, newest first."""
-    experiments = {e.experiment_id: e.name for e in _search(client.search_experiments)}
+def search_runs(client: MlflowClient, experiment_names: Sequence[str]) -> Iterator[Run]:
+    """Yield the runs of experiments, by default of all, newest first, without deleted ones.
+
+    The tag `experiment` of each run is set to the name of its experiment.
+
+    Raises:
+        InputError: no experiment has one of the names.
+    """
+    experiments = {e.experiment_id: e.name for e in _pages(client.search_experiments)}
     existing = list(experiments.values())
     for name in experiment_names:
         if name not in existing:
-            hint = nearest(name, existing) or f"existing experiments: {', '.join(existing)}"
-            raise InputError(f"--experiment {name!r}: no such experiment; {hint}")
+            raise _unknown_name("--experiment", name, "no such experiment", existing)
     ids = [key for key, name in experiments.items() if name in (experiment_names or existing)]
-    order = ["attributes.start_time DESC"]
-    return experiments, _search(client.search_runs, experiment_ids=ids, order_by=order)
+    newest_first = ["attributes.start_time DESC"]
+    for run in _pages(client.search_runs, experiment_ids=ids, order_by=newest_first):
+        run.data.tags["experiment"] = experiments[run.info.experiment_id]
+        yield run
 
 
 def select_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
     """Return runs by name, id, or the first 6 or more characters of the id.
 
     A parent without metrics is replaced by its child runs.
+
+    Raises:
+        InputError: a name matches no run.
     """
     selected: dict[str, Run] = {}
     for name in names:
@@ -79,9 +95,8 @@ def select_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
             run for run in runs if len(name) >= _MIN_ID_LENGTH and run.info.run_id.startswith(name)
         ]
         if not matches:
-            hint = nearest(name, [str(run.info.run_name) for run in runs])
-            hint = hint or "--max-runs lists the newest"
-            raise InputError(f"--run {name!r}: no such run; {hint}")
+            existing = [str(run.info.run_name) for run in runs]
+            raise _unknown_name("--run", name, "no such run", existing)
         for match in matches:
             parent = match.info.run_id
             children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
@@ -91,14 +106,16 @@ def select_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
 
 
 def select_metrics(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Return the named metrics; without names, the first two of `DEFAULT_METRICS` that exist."""
+    """Return the named metrics; without names, the first two of `DEFAULT_METRICS` that exist.
+
+    Raises:
+        InputError: no run has one of the metrics.
+    """
     metrics = {name for run in runs for name in run.data.metrics}
     existing = sorted(metrics, key=lambda name: (name.startswith("system/"), name))
     for name in names:
         if name not in existing:
-            listed = ", ".join(existing[:_MAX_LISTED])
-            hint = nearest(name, existing) or f"existing metrics: {listed} …"
-            raise InputError(f"--metric {name!r}: none of these runs has it; {hint}")
+            raise _unknown_name("--metric", name, "none of these runs has it", existing)
     default = [name for name in DEFAULT_METRICS if name in existing][:2] or existing[:1]
     return list(dict.fromkeys(names)) or default
 
@@ -115,80 +132,97 @@ def read_curves(client: MlflowClient, runs: Sequence[Run], metric: str) -> dict[
     return curves
 
 
-def _finite(values: pd.Series) -> pd.Series:
-    """Return numbers, with NaN for those that are infinite or missing."""
-    return values.astype(float).replace([np.inf, -np.inf], np.nan)
+def _lower_is_better(metric: str) -> bool:
+    return "loss" in metric
 
 
-def runs_table(
-    runs: Sequence[Run], experiments: Mapping[str, str], curves: Mapping[str, dict[str, pd.Series]]
-) -> pd.DataFrame:
-    """Return a row per run id: status, last step, and each metric's best value, its step, the last.
+def runs_table(runs: Sequence[Run], curves: Mapping[str, dict[str, pd.Series]]) -> pd.DataFrame:
+    """Return a row per run id: status, last step; best value, its step, last value of each metric.
 
-    Last values that are not finite are strings, to tell them from missing ones.
+    Last values that are not finite are text, to tell them from missing ones.
     """
-    rows, names = [], [run.info.run_name for run in runs]
+    names = [run.info.run_name or run.info.run_id[:8] for run in runs]
+    rows = []
     for run, name in zip(runs, names, strict=True):
-        run_id, status = run.info.run_id, run.info.status.lower()
-        label = f"{name} ({run_id[:8]})" if names.count(name) > 1 else name
-        row = {"run": label, "id": run_id, "experiment": experiments[run.info.experiment_id]}
+        run_id = run.info.run_id
         metrics = run.data.to_proto().metrics  # the dictionary `metrics` has no steps
         steps = [metric.step for metric in metrics if not metric.key.startswith("system/")]
-        row |= {"status": status, "last step": max(steps, default=0)}
+        row = {
+            "run": f"{name} ({run_id[:8]})" if names.count(name) > 1 else name,
+            "id": run_id,
+            "experiment": run.data.tags["experiment"],
+            "status": run.info.status.lower(),
+            "last step": max(steps, default=0),
+        }
         for metric, by_run in curves.items():
-            curve = by_run.get(run_id, pd.Series(dtype=float))
-            finite = _finite(curve).dropna().sort_values(ascending="loss" in metric, kind="stable")
-            best, step = (finite.iloc[0], finite.index[0]) if len(finite) else (None, None)
-            last = float(curve.iloc[-1]) if len(curve) else None
-            row |= {metric: best, f"{metric} best step": step}
-            row[f"{metric} last"] = last if last is None or np.isfinite(last) else str(last)
+            values = _best_and_last(by_run[run_id], metric) if run_id in by_run else [None] * 3
+            columns = (metric, f"{metric} best step", f"{metric} last")
+            row |= dict(zip(columns, values, strict=True))
         rows.append(row)
     return pd.DataFrame(rows, dtype=object).set_index("id", drop=False)
 
 
-def ranking_values(table: pd.DataFrame, metric: str, last: bool) -> pd.Series:
-    """Return each run's best (or last) value of a metric, NaN if it has no finite one."""
-    return _finite(table[f"{metric} last" if last else metric])
+def _best_and_last(curve: pd.Series, metric: str) -> list[Any]:
+    """Return the best finite value, the first step that has it, and the last value."""
+    last = curve.iloc[-1]
+    last = last if np.isfinite(last) else str(last)
+    finite = curve[np.isfinite(curve)]
+    if finite.empty:
+        return [None, None, last]
+    step = finite.idxmin() if _lower_is_better(metric) else finite.idxmax()
+    return [finite[step], step, last]
 
 
-def group_names(runs: Sequence[Run], table: pd.DataFrame, key: str) -> pd.Series:
-    """Return a tag, a parameter, or the experiment of each run, ``-`` where it has none."""
-    names_by_run = {run.info.run_id: {**run.data.params, **run.data.tags} for run in runs}
-    rows = {k: {"experiment": table.at[k, "experiment"], **v} for k, v in names_by_run.items()}
-    groups = table["id"].map(lambda run_id: rows[run_id].get(key) or "-").rename(key)
-    if (groups == "-").all():
-        names = sorted({name for row in rows.values() for name in row})
-        hint = nearest(key, names) or "examples: recipe, experiment, model.learning_rate"
-        raise InputError(f"--group-by {key!r}: no run has a tag or parameter of this name; {hint}")
-    return groups
+def ranking(table: pd.DataFrame, metric: str, last: bool) -> pd.Series:
+    """Return each run's best (or last) value of a metric, best first; NaN if it is not finite."""
+    values = table[f"{metric} last" if last else metric].astype(float)
+    finite = values.where(np.isfinite(values))
+    return finite.sort_values(ascending=_lower_is_better(metric), kind="stable")
+
+
+def group_names(runs: Sequence[Run], key: str) -> pd.Series:
+    """Return a tag or a parameter of each run id, ``-`` where it has none.
+
+    Raises:
+        InputError: no run has it.
+    """
+    values = {run.info.run_id: {**run.data.params, **run.data.tags} for run in runs}
+    existing = sorted(set().union(*values.values()), key=lambda name: (name.count("."), name))
+    if key not in existing:
+        raise _unknown_name("--group-by", key, "no run has such a tag or parameter", existing)
+    return pd.Series({k: by_name.get(key) or "-" for k, by_name in values.items()}, name=key)
 
 
 def groups_table(
     table: pd.DataFrame, groups: pd.Series, metrics: Sequence[str], last: bool
 ) -> pd.DataFrame:
-    """Return mean, standard deviation (n - 1) and range of the best (or last) values of groups."""
+    """Return one row per metric and group: mean, standard deviation (n - 1) and range of its runs.
+
+    Uses each run's best (or last) value; values that are not finite are left out.
+    """
     stats = {}
     for metric in metrics:
-        values = ranking_values(table, metric, last).groupby(groups, sort=False)
-        summary = values.agg(runs="count", mean="mean", sd="std", min="min", max="max")
-        stats[metric] = summary.sort_values("mean", ascending="loss" in metric, kind="stable")
+        by_group = ranking(table, metric, last).groupby(groups)
+        rows = by_group.agg(runs="count", mean="mean", sd="std", min="min", max="max")
+        stats[metric] = rows.sort_values("mean", ascending=_lower_is_better(metric))
     return pd.concat(stats, names=["metric"]).reset_index(allow_duplicates=True)
 
 
 def different_params(runs: Sequence[Run], groups: pd.Series) -> tuple[pd.DataFrame, list[str]]:
-    """Return parameters that differ only between groups, a row per group, or within groups."""
-    rows = {run.info.run_id: run.data.params for run in runs}
-    params = pd.DataFrame(list(rows.values()), list(rows)).sort_index(axis=1).fillna("-")
-    by_group = params.loc[groups.index].groupby(groups, sort=False)
+    """Return parameters that differ between groups, a row per group, or else within groups."""
+    params = pd.DataFrame({run.info.run_id: run.data.params for run in runs}, dtype=object)
+    by_group = params.T.sort_index(axis=1).fillna("-").groupby(groups, sort=False)
     varies = (by_group.nunique() > 1).any()
-    between = by_group.first().loc[:, ~varies]
+    between = by_group.first().loc[groups.unique(), ~varies]
     return between.loc[:, between.nunique() > 1], list(varies.index[varies])
 
 
 def merge_equal_params(params: Mapping[str, Any], preferred: str = "") -> dict[str, list[str]]:
-    """Group parameters with equal values in all runs, such as interpolated recipe values.
+    """Group parameters that have equal values in all runs, such as interpolated recipe values.
 
-    Returns the other names of each group by `preferred`, else by the name with the fewest dots.
+    Returns:
+        The other names of each group by its representative: `preferred`, else the name with the
+        fewest dots.
     """
     by_values: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(params, key=lambda name: (name != preferred, name.count("."), name)):
@@ -202,8 +236,7 @@ def params_text(params: pd.DataFrame) -> str:
     for name, values in params.items():
         by_value = owners.groupby(values).agg(", ".join)
         # numbers by size, before words
-        numbers = pd.Series(pd.to_numeric(by_value.index, errors="coerce"))
-        by_value = by_value.iloc[numbers.argsort(kind="stable")]
+        by_value = by_value.sort_index(key=_to_numbers, kind="stable")
         text = ";  ".join(f"{shorten(value)} ({names})" for value, names in by_value.items())
         if len(by_value) > _MAX_VALUES:
             first, second, last = (shorten(by_value.index[k]) for k in (0, 1, -1))
@@ -212,26 +245,31 @@ def params_text(params: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _to_numbers(texts: pd.Index) -> pd.Index:
+    return pd.to_numeric(texts, errors="coerce")
+
+
+def to_text(table: pd.DataFrame) -> str:
+    """Return aligned columns, numbers to the right; long cells are shortened."""
+    columns = []
+    for name, values in table.items():
+        title = re.sub(r".* (best step|last)$", r"\1", name)  # the metric's name is to the left
+        cells = [title, *map(_format, values)]
+        align = "<" if all(isinstance(value, str) for value in values) else ">"
+        columns.append([f"{cell:{align}{max(map(len, cells))}}" for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _format(cell: Any) -> str:
+    if isinstance(cell, float) and not np.isnan(cell):
+        return f"{cell:.4f}" if cell == 0 or 1e-3 <= abs(cell) < 100 else f"{cell:.4g}"
+    return "-" if pd.isna(cell) else shorten(str(cell))
+
+
 def shorten(text: str, max_length: int = 40) -> str:
     """Replace the middle of a long text by ``…``."""
     half = (max_length - 1) // 2
     return text if len(text) <= max_length else f"{text[: max_length - 1 - half]}…{text[-half:]}"
-
-
-def to_text(table: pd.DataFrame) -> str:
-    """Return aligned columns; long cells are shortened."""
-
-    def to_cell(value: Any) -> str:
-        if pd.isna(value):
-            return " -"
-        if isinstance(value, float):
-            return f" {value:.4f}" if value == 0 or 1e-3 <= abs(value) < 100 else f" {value:.4g}"
-        return f" {shorten(str(value))}"
-
-    titles = [re.sub(r".* (best step|last)$", r"\1", name) for name in table]
-    widths = [len(title) + 1 for title in titles]  # two spaces between columns
-    cells = table.map(to_cell)
-    return str(cells.to_string(index=False, header=titles, col_space=widths))
 
 
 def read_batches(client: MlflowClient, run_id: str) -> NDArray[np.uint32]:
@@ -252,73 +290,24 @@ def first_difference(
     return (int(differ[0]) if len(differ) else None), int(trained.sum())
 
 
-def batches_text(batches: Sequence[NDArray[np.uint32]], labels: Sequence[str]) -> str:
-    """Return at which step each run first reads other batches than the first run."""
-    recorded = [k for k, steps in enumerate(batches) if len(steps)]
+def batches_text(batches: Mapping[str, NDArray[np.uint32]]) -> str:
+    """Return at which step each run first reads other batches than the first one; by number."""
+    recorded = [number for number, steps in batches.items() if len(steps)]
+    if not recorded:
+        return "batches are not recorded for any of these runs"
     by_result: dict[str, list[str]] = {}
-    for k in recorded[1:]:
-        step, count = first_difference(batches[recorded[0]], batches[k])
-        result = f"the same batches in all {count:,} steps that both have trained"
-        result = result if count else "no step that both have trained"
-        result = result if step is None else f"different batches, first at step {step:,}"
-        by_result.setdefault(result, []).append(str(k + 1))
-    lines = [f"  {result}: # {', '.join(runs)}" for result, runs in by_result.items()]
-    if len(recorded) == 2:
-        lines = [f"{labels[recorded[0]]} and {labels[recorded[1]]}: {result}"]
-    elif lines:
-        lines.insert(0, f"batches, compared with those of # {recorded[0] + 1}")
-    if missing := [str(k + 1) for k, steps in enumerate(batches) if not len(steps)]:
-        which = f"# {', '.join(missing)}" if recorded else "any of these runs"
-        lines.append(f"batches are not recorded for {which}")
+    for number in recorded[1:]:
+        step, count = first_difference(batches[recorded[0]], batches[number])
+        if step is not None:
+            result = f"different batches, first at step {step:,}"
+        elif count:
+            result = f"the same batches in all {count:,} steps that both have trained"
+        else:
+            result = "no step that both have trained"
+        by_result.setdefault(result, []).append(number)
+    lines = [f"  {result}: # {', '.join(numbers)}" for result, numbers in by_result.items()]
+    if lines:
+        lines.insert(0, f"batches, compared with those of # {recorded[0]}")
+    if missing := [number for number in batches if number not in recorded]:
+        lines.append(f"batches are not recorded for # {', '.join(missing)}")
     return "\n".join(lines)
-
-
-def downsample(curve: pd.Series) -> tuple[pd.Series, int]:
-    """Average neighbouring points to at most 200; also return the number of points per mean.
-
-    Mean steps are rounded down. Values that are not finite become NaN, which is not drawn.
-    """
-    size = max(1, -(-len(curve) // _MAX_POINTS))
-    blocks = np.arange(len(curve)) // size
-    steps = curve.index.to_series().groupby(blocks).mean().astype(int)
-    means = _finite(curve).groupby(blocks).mean()
-    return means.set_axis(steps), size
-
-
-def mean_and_std(curves: Sequence[pd.Series]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return steps, mean and standard deviation (n - 1) over the range that all curves cover.
-
-    Curves are interpolated linearly. The standard deviation of a single curve is 0.
-    """
-    lines = pd.concat([_finite(curve).dropna() for curve in curves], axis=1).sort_index()
-    lines = lines.interpolate(method="index", limit_area="inside").dropna()
-    std = lines.std(axis=1).fillna(0)
-    return lines.index.to_numpy(), lines.mean(axis=1).to_numpy(), std.to_numpy()
-
-
-def save_curves(panels: Mapping[str, Mapping[str, Sequence[pd.Series]]], path: Path) -> None:
-    """Draw a PNG with one panel per metric: a line per run, or mean, band and lines per group.
-
-    `panels` are, for each metric, curves by label. A label has the same colour in all panels.
-    """
-    figure = new_figure(8, 3.5 * len(panels) + 0.2 * max(map(len, panels.values())))
-    grid, handles, title = figure.subplots(len(panels), squeeze=False).ravel(), {}, None
-    for axes, (metric, by_label) in zip(grid, panels.items(), strict=True):
-        max_size = 1
-        for number, (label, curves) in enumerate(by_label.items()):
-            if not curves:
-                continue
-            style = {"color": f"C{number}", "ls": ("-", "--", ":")[number // 10 % 3]}
-            means, sizes = zip(*map(downsample, curves), strict=True)
-            max_size = max(max_size, *sizes)
-            steps, mean, std = mean_and_std(means)
-            (handles[label],) = axes.plot(steps, mean, lw=2, marker=".", **style)
-            if len(curves) > 1:
-                title = "bold: mean of the runs; band: ± 1 standard deviation"
-                axes.fill_between(steps, mean - std, mean + std, color=f"C{number}", alpha=0.15)
-                for curve in means:
-                    axes.plot(curve, lw=0.7, alpha=0.4, **style)
-        axes.set_title(f"{metric}, means of {max_size} points" if max_size > 1 else metric)
-        axes.set_xlabel("step")
-    figure.legend(handles.values(), handles, loc="outside lower left", title=title)
-    save_figure(figure, path)

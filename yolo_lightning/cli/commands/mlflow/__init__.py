@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from yolo_lightning.cli.commands.doctor.connections import check_tracking
 from yolo_lightning.errors import InputError, nearest
 
 COMMANDS = {
@@ -63,8 +64,6 @@ def check_store(uri: str) -> str:
             f"no runs yet: there is no {file.name} in {file.parent}; the first training creates it."
             " Change to the folder where you started training, or set MLFLOW_TRACKING_URI"
         )
-    from yolo_lightning.cli.commands.doctor.connections import check_tracking  # imports MLflow
-
     result = check_tracking(uri)
     if result.state == "failed" and "not writable" not in result.text:  # reading is enough
         raise InputError(result.text)

@@ -1,20 +1,14 @@
 """`yolo-lightning mlflow compare`: compare runs in the terminal."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from yolo_lightning.cli.commands.mlflow import check_store, store_uri
 from yolo_lightning.errors import InputError
-
-_MAX_LABEL_PARAMS = 2
-_OPTIONS = {
-    "--experiment": "only runs of it (default: all)",
-    "--run": "name or id of a run; a parent run means its child runs (default: the newest runs)",
-    "--metric": "metric to show (default: val/AP50 and val/AP, if they exist)",
-}
+from yolo_lightning.tracking.names import mask_credentials
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,11 +21,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    for name, text in _OPTIONS.items():
-        add(name, action="append", default=[], metavar="NAME", help=text)
+    repeated: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
+    text = "name or id of a run; a parent run means its child runs (default: the newest runs)"
+    add("--experiment", help="only runs of it (default: all)", **repeated)
+    add("--run", help=text, **repeated)
     add("--max-runs", type=int, default=20, metavar="N", help="number of newest runs (default: 20)")
+    text = "metric to show (default: val/AP50 and val/AP, if they exist)"
+    add("--metric", help=text, **repeated)
     text = "tag or parameter; show mean and standard deviation of each group"
-    add("--group-by", default="", metavar="NAME", help=text)
+    add("--group-by", metavar="NAME", help=text)
     add("--last", action="store_true", help="use last values instead of the best to group and sort")
     add("--csv", type=Path, metavar="FILE", help="write the table with all different parameters")
     add("--plot", type=Path, metavar="FILE.png", help="plot the metrics over steps")
@@ -54,17 +52,17 @@ def main(argv: Sequence[str]) -> None:
     from yolo_lightning.tracking import compare
 
     with compare.open_client(uri) as client:
-        experiments, all_runs = compare.find_runs(client, options.experiment)
-        runs = _select_runs(all_runs, options)
+        runs = _select_runs(compare.search_runs(client, options.experiment), options)
         metrics = compare.select_metrics(runs, options.metric)
         curves = {metric: compare.read_curves(client, runs, metric) for metric in metrics}
-        table = compare.runs_table(runs, experiments, curves)
-        if not options.run:  # best first
-            ranking = compare.ranking_values(table, metrics[0], options.last)
-            order = ranking.sort_values(ascending="loss" in metrics[0], kind="stable").index
-            table = table.loc[order]
+        table = compare.runs_table(runs, curves)
+        if not options.run:
+            table = table.loc[compare.ranking(table, metrics[0], options.last).index]
         table.insert(0, "#", range(1, len(table) + 1))
-        table, lines = _show(client, runs, table, metrics, options)
+        if options.group_by:
+            table, labels = _show_groups(runs, table, metrics, options)
+        else:
+            table, labels = _show_runs(client, runs, table)
     if options.csv:
         try:
             options.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -73,75 +71,83 @@ def main(argv: Sequence[str]) -> None:
             raise InputError(f"--csv {str(options.csv)!r}: {error.strerror or error}") from None
         print(f"table: {options.csv}")
     if options.plot:
-        panels = {
-            metric: {label: [by_run[k] for k in ids if k in by_run] for label, ids in lines.items()}
-            for metric, by_run in curves.items()
-        }
-        compare.save_curves(panels, options.plot)
+        from yolo_lightning.visualization.metric_curves import save_curves
+
+        save_curves(curves, labels, options.plot)
         print(f"curves: {options.plot}")
 
 
-def _select_runs(all_runs: Iterator[Any], options: argparse.Namespace) -> list[Any]:
-    """Return the selected runs, without those that have no metrics."""
-    from yolo_lightning.tracking import compare
-    from yolo_lightning.tracking.names import mask_credentials
+def _select_runs(all_runs: Any, options: argparse.Namespace) -> list[Any]:
+    """Return the named runs, or the newest ones that have metrics."""
+    from yolo_lightning.tracking.compare import select_runs
 
     if options.run:
-        selected = compare.select_runs(list(all_runs), options.run)
-        runs = [run for run in selected if run.data.metrics]
-        if empty := [str(run.info.run_name) for run in selected if not run.data.metrics]:
-            print(f"skipped runs without metrics: {', '.join(empty)}")
+        runs = select_runs(list(all_runs), options.run)
     else:
         with_metrics = (run for run in all_runs if run.data.metrics)
         runs = list(islice(with_metrics, options.max_runs))
         if next(with_metrics, None):
             print(f"the newest {len(runs)} runs; use --max-runs {2 * len(runs)} to show more")
-    if not runs:
+    if not any(run.data.metrics for run in runs):
         where = f" in {', '.join(options.experiment)}" if options.experiment else ""
         raise InputError(f"no run with a metric{where} in {mask_credentials(store_uri())}")
     return runs
 
 
-def _show(
-    client: Any, runs: Sequence[Any], table: Any, metrics: list[str], options: argparse.Namespace
-) -> tuple[Any, dict[str, list[str]]]:
-    """Print the tables of runs or groups; return the full table, and run ids by label."""
+def _show_runs(client: Any, runs: Sequence[Any], table: Any) -> tuple[Any, Any]:
+    """Print a row per run; return the table with all different parameters, and plot labels."""
     import pandas as pd
 
     from yolo_lightning.tracking import compare
 
+    params, _ = compare.different_params(runs, table["id"])
+    merged = compare.merge_equal_params(params)
+    names, numbers = list(merged), table["#"].astype(str)
+    labels = numbers + "  " + table["run"]
+    shown = table.drop(columns="id")
+    if table["experiment"].nunique() == 1:
+        shown = shown.drop(columns="experiment")
+    if len(names) <= compare.MAX_PARAM_COLUMNS:
+        print(compare.to_text(pd.concat([shown, params[names]], axis=1)))
+        for name in names:
+            labels += f"  {name.split('.')[-1]} " + params[name].map(compare.shorten)
+    else:
+        print(compare.to_text(shown))
+        print("\nparameters that differ, each value with the # of its runs")
+        print(compare.params_text(params[names].set_axis(numbers)))
+    _print_merged(merged)
+    if len(runs) > 1:
+        batches = {number: compare.read_batches(client, key) for key, number in numbers.items()}
+        print(f"\n{compare.batches_text(batches)}")
+    return pd.concat([table, params], axis=1), labels
+
+
+def _show_groups(
+    runs: Sequence[Any], table: Any, metrics: Sequence[str], options: argparse.Namespace
+) -> tuple[Any, Any]:
+    """Print a row per metric and group; return this table, and plot labels."""
+    from yolo_lightning.tracking import compare
+
     key = options.group_by
-    groups = compare.group_names(runs, table, key) if key else table["#"].astype(str)
+    groups = compare.group_names(runs, key).loc[table.index]
+    summary = compare.groups_table(table, groups, metrics, options.last)
+    print(f"{'last' if options.last else 'best'} values of {len(runs)} runs")
+    print(compare.to_text(summary))
     params, within = compare.different_params(runs, groups)
     merged = compare.merge_equal_params(params, key)
     names = [name for name in merged if name != key]
-    as_columns = not key and len(names) <= compare.MAX_PARAM_COLUMNS
-    if key:
-        full = shown = compare.groups_table(table, groups, metrics, options.last)
-        print(f"{'last' if options.last else 'best'} values of {len(runs)} runs")
-    else:
-        columns = params.set_axis(table.index)
-        hidden = ["id", "experiment"] if table["experiment"].nunique() == 1 else ["id"]
-        full = pd.concat([table, columns], axis=1)
-        shown = table.drop(columns=hidden)
-        shown = pd.concat([shown, columns[names]], axis=1) if as_columns else shown
-    print(compare.to_text(shown))
-    if names and not as_columns:
-        which = " between groups" if key else ", each value with the # of its runs"
-        print(f"\nparameters that differ{which}\n{compare.params_text(params[names])}")
-    if together := [f"changes together with {k}: {', '.join(v)}" for k, v in merged.items() if v]:
-        print("\n" + "\n".join(together))
+    if names:
+        print(f"\nparameters that differ between groups\n{compare.params_text(params[names])}")
+    _print_merged(merged)
     if within:
         print(f"\nparameters that differ within a group: {', '.join(within)}")
-    if not key and len(runs) > 1:
-        batches = [compare.read_batches(client, run_id) for run_id in table.index]
-        print(f"\n{compare.batches_text(batches, list(table['run']))}")
-    lines = {}
-    for name, ids in groups.groupby(groups, sort=False).groups.items():
-        label = f"{key} {name}, {len(ids)} run{'s' if len(ids) > 1 else ''}"
-        if not key:
-            in_label = params.loc[name, names if len(names) <= _MAX_LABEL_PARAMS else []]
-            values = [f"{k.split('.')[-1]} {compare.shorten(v)}" for k, v in in_label.items()]
-            label = "  ".join([name, table["run"][ids[0]], *values])
-        lines[label] = list(ids)
-    return full, lines
+    counts = groups.map(groups.value_counts()).astype(str)
+    return summary, f"{key} " + groups + ", runs: " + counts
+
+
+def _print_merged(merged: Mapping[str, Sequence[str]]) -> None:
+    together = {name: others for name, others in merged.items() if others}
+    if together:
+        print()
+    for name, others in together.items():
+        print(f"changes together with {name}: {', '.join(others)}")
