@@ -8,8 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from importlib import metadata
-from importlib.util import find_spec
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,6 @@ _CHECKPOINT_KEYS = (
     "state_dict", "hyper_parameters", "module", "pytorch-lightning_version", "epoch", "global_step",
     "mlflow_run_id", "darknet",
 )  # fmt: skip
-_LINKED_PACKAGES = ("datamodules", "callbacks")
 _STEP_TAG = "yolo_lightning.step"
 _MLMODEL = "MLmodel"
 _MAX_EXAMPLE_PX = 640
@@ -126,19 +124,13 @@ def _silence_mlflow() -> Iterator[None]:
 
 def copy_package(target: Path) -> None:
     """Copy this package, installed or from a checkout, with all of its subpackages."""
-    compiled = shutil.ignore_patterns("__pycache__", "*.pyc")
-    source = Path(__file__).parent.parent
-
-    def ignore(folder: str, names: list[str]) -> set[str]:
-        # symbolic links in a checkout, or text files on systems without links
-        links = set(_LINKED_PACKAGES) if Path(folder) == source else set()
-        return compiled(folder, names) | links
-
-    shutil.copytree(source, target, ignore=ignore)
-    for name in _LINKED_PACKAGES:
-        spec = find_spec(f"yolo_lightning.{name}")
-        assert spec is not None
-        shutil.copytree(Path(spec.origin or "").parent, target / name, ignore=compiled)
+    # in a checkout, these are symbolic links, or text files on systems without links
+    linked = ("datamodules", "callbacks")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", *linked)
+    shutil.copytree(Path(__file__).parent.parent, target, ignore=ignore)
+    for name in linked:
+        folder = import_module(f"yolo_lightning.{name}").__path__[0]
+        shutil.copytree(folder, target / name, ignore=ignore)
 
 
 def requirements() -> list[str]:
