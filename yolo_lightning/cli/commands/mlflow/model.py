@@ -35,21 +35,25 @@ def main(argv: Sequence[str]) -> None:
         InputError: the checkpoint, the run or the store does not exist, or the folder is not empty.
     """
     options = _parser().parse_args(list(argv))
-    if options.output is not None and options.register is not None:
+    if options.output is None:
+        model_uri = _log(options.checkpoint, options.register)
+    elif options.register is not None:
         raise InputError("--register needs a run: remove --output")
-    if options.output is not None:
+    else:
         from yolo_lightning.serving.mlflow_model import save_model
 
-        save_model(options.checkpoint, options.output)
         folder = Path(options.output).expanduser()
+        save_model(options.checkpoint, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{folder}: {size / 2**20:.1f} MiB")
-        _print_usage(str(folder))
-        return
-    _log(options.checkpoint, options.register)
+        model_uri = str(folder)
+    serve = f"mlflow models serve -m {shlex.quote(model_uri)} --env-manager local --port 5001"
+    print(f"  serve: MLFLOW_DISABLE_TELEMETRY=true {serve}")
+    print(f"  load:  mlflow.pyfunc.load_model({model_uri!r})")
 
 
-def _log(checkpoint: str, registered_name: str | None) -> None:
+def _log(checkpoint: str, registered_name: str | None) -> str:
+    """Log a model to its run, and register it if it has a name; return its address."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
@@ -82,7 +86,7 @@ def _log(checkpoint: str, registered_name: str | None) -> None:
         raise InputError(
             f"run {run_id} of {checkpoint}, in {store}: {short_message(error)}"
         ) from None
-    _print_usage(model_uri)
+    return model_uri
 
 
 def run_id_of(checkpoint: str, content: dict[str, Any]) -> str:
@@ -102,9 +106,3 @@ def run_id_of(checkpoint: str, content: dict[str, Any]) -> str:
             "in the checkpoint); use --output FOLDER to write the model without a run"
         )
     return str(run_id)
-
-
-def _print_usage(model_uri: str) -> None:
-    serve = f"mlflow models serve -m {shlex.quote(model_uri)} --env-manager local --port 5001"
-    print(f"  serve: MLFLOW_DISABLE_TELEMETRY=true {serve}")
-    print(f"  load:  mlflow.pyfunc.load_model({model_uri!r})")
