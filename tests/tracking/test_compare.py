@@ -74,6 +74,7 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"recipe": "shapes"}, folder)  # fmt: skip
         add(client, fruit, "fruit/e", {**shared, "data.root": "x" * 30 + "y" * 30},
             {"val/AP50": [(7, 0.25)], "val/AP": [(7, NAN)]}, tags={"recipe": "fruit"})  # fmt: skip
+        add(client, fruit, "fruit/empty", {}, {})
         deleted = add(client, shapes, "shapes/gone", {}, {"val/AP50": [(1, 0.99)]})
         client.delete_run(deleted)
     return folder
@@ -145,6 +146,12 @@ def test_a_parent_selects_its_children_and_an_id_selects_a_run(compare, store_fo
         (run_id,) = [row["id"] for row in csv.DictReader(handle) if row["run"] == "shapes/c"]
     text = compare("--run", run_id[:8], "--run", "shapes/b")
     assert [line.split()[1] for line in text.splitlines()[1:3]] == ["shapes/c", "shapes/b"]
+
+
+def test_missing_values_differ_from_values_that_are_not_finite(compare):
+    text = compare("--run", "fruit/e", "--run", "fruit/empty", "--metric", "val/AP")
+    assert row_of(text, "fruit/e")[2:7] == ["finished", "7", "-", "-", "nan"]
+    assert row_of(text, "fruit/empty")[2:7] == ["finished", "0", "-", "-", "-"]
 
 
 def test_first_step_with_different_batches(compare):

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,13 @@ def open_client(uri: str) -> Iterator[MlflowClient]:
         raise InputError(f"{mask_credentials(uri)}: {mask_credentials(lines[0])}") from None
 
 
-def _unknown_name(option: str, name: str, problem: str, existing: Sequence[str]) -> InputError:
-    listed = ", ".join(existing[:_MAX_LISTED]) + (" …" if len(existing) > _MAX_LISTED else "")
-    hint = nearest(name, existing) or f"existing: {listed}"
-    return InputError(f"{option} {name!r}: {problem}; {hint}")
+def _check_names(option: str, names: Sequence[str], existing: Sequence[str], problem: str) -> None:
+    for name in names:
+        if name not in existing:
+            more = " …" if len(existing) > _MAX_LISTED else ""
+            hint = nearest(name, existing)
+            hint = hint or f"existing: {', '.join(existing[:_MAX_LISTED])}{more}"
+            raise InputError(f"{option} {name!r}: {problem}; {hint}")
 
 
 def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
@@ -71,9 +75,7 @@ def search_runs(client: MlflowClient, experiment_names: Sequence[str]) -> Iterat
     """
     experiments = {e.experiment_id: e.name for e in _pages(client.search_experiments)}
     existing = list(experiments.values())
-    for name in experiment_names:
-        if name not in existing:
-            raise _unknown_name("--experiment", name, "no such experiment", existing)
+    _check_names("--experiment", experiment_names, existing, "no such experiment")
     ids = [key for key, name in experiments.items() if name in (experiment_names or existing)]
     newest_first = ["attributes.start_time DESC"]
     for run in _pages(client.search_runs, experiment_ids=ids, order_by=newest_first):
@@ -96,7 +98,7 @@ def select_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
         ]
         if not matches:
             existing = [str(run.info.run_name) for run in runs]
-            raise _unknown_name("--run", name, "no such run", existing)
+            _check_names("--run", [name], existing, "no such run")
         for match in matches:
             parent = match.info.run_id
             children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
@@ -113,9 +115,7 @@ def select_metrics(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """
     metrics = {name for run in runs for name in run.data.metrics}
     existing = sorted(metrics, key=lambda name: (name.startswith("system/"), name))
-    for name in names:
-        if name not in existing:
-            raise _unknown_name("--metric", name, "none of these runs has it", existing)
+    _check_names("--metric", names, existing, "none of these runs has it")
     default = [name for name in DEFAULT_METRICS if name in existing][:2] or existing[:1]
     return list(dict.fromkeys(names)) or default
 
@@ -188,8 +188,7 @@ def group_names(runs: Sequence[Run], key: str) -> pd.Series:
     """
     values = {run.info.run_id: {**run.data.params, **run.data.tags} for run in runs}
     existing = sorted(set().union(*values.values()), key=lambda name: (name.count("."), name))
-    if key not in existing:
-        raise _unknown_name("--group-by", key, "no run has such a tag or parameter", existing)
+    _check_names("--group-by", [key], existing, "no run has a tag or parameter of this name")
     return pd.Series({k: by_name.get(key) or "-" for k, by_name in values.items()}, name=key)
 
 
@@ -236,17 +235,13 @@ def params_text(params: pd.DataFrame) -> str:
     for name, values in params.items():
         by_value = owners.groupby(values).agg(", ".join)
         # numbers by size, before words
-        by_value = by_value.sort_index(key=_to_numbers, kind="stable")
+        by_value = by_value.sort_index(key=partial(pd.to_numeric, errors="coerce"), kind="stable")
         text = ";  ".join(f"{shorten(value)} ({names})" for value, names in by_value.items())
         if len(by_value) > _MAX_VALUES:
             first, second, last = (shorten(by_value.index[k]) for k in (0, 1, -1))
             text = f"{len(by_value)} values: {first}, {second} … {last}"
         lines.append(f"  {name:<{max(map(len, params))}}  {text}")
     return "\n".join(lines)
-
-
-def _to_numbers(texts: pd.Index) -> pd.Index:
-    return pd.to_numeric(texts, errors="coerce")
 
 
 def to_text(table: pd.DataFrame) -> str:
