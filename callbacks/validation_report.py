@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.evaluation.detection import DetectionEvaluation
-from yolo_lightning.evaluation.report import ReportData, image_reader, num_images_read, write_report
+from yolo_lightning.evaluation.report import num_images_read, write_report
 from yolo_lightning.tracking.logger import run_loggers
 
 
@@ -34,8 +34,8 @@ class ValidationReport(pl.Callback):
             return
         folder = Path(trainer.default_root_dir) / "report"
         try:
-            data = ReportData.from_evaluation(evaluation, self._metadata(trainer, len(source)))
-            summary = write_report(folder, data, image_reader(source), source.image_name)
+            metadata = self._metadata(trainer, len(source))
+            summary = write_report(folder, evaluation, metadata, source)
         except Exception as error:  # a failed report must not stop training
             rank_zero_warn(f"no report of the last validation: {type(error).__name__}: {error}")
             return

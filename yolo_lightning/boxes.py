@@ -22,14 +22,24 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 def pairwise_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
     """Return IoU (…, N, M) of boxes (…, N, 4) and (…, M, 4) in the same unit; 0 for empty boxes."""
+    overlap = _intersection(first_xyxy, second_xyxy)
+    union = _area(first_xyxy)[..., :, None] + _area(second_xyxy)[..., None, :] - overlap
+    return torch.where(union > 0, overlap / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
+
+
+def pairwise_ioa(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
+    """Return the intersections over the areas of the first boxes; shapes as in `pairwise_iou`."""
+    area = _area(first_xyxy)[..., :, None]
+    return _intersection(first_xyxy, second_xyxy) / area.clamp(min=torch.finfo(area.dtype).tiny)
+
+
+def _intersection(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
     # one contiguous tensor per coordinate is several times faster than pairs of coordinates
     x1, y1, x2, y2 = first_xyxy.movedim(-1, 0).contiguous()[..., :, None]
     u1, v1, u2, v2 = second_xyxy.movedim(-1, 0).contiguous()[..., None, :]
     width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
     height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp_(min=0)
-    overlap = width * height
-    union = _area(first_xyxy)[..., :, None] + _area(second_xyxy)[..., None, :] - overlap
-    return torch.where(union > 0, overlap / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
+    return width * height
 
 
 def _area(boxes_xyxy: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation import coco, matching
 from yolo_lightning.evaluation.average_precision import BoxAveragePrecision
 from yolo_lightning.evaluation.coco import COCO_METRICS, evaluate_coco
-from yolo_lightning.evaluation.voc import VOC_METRICS, voc_average_precision
+from yolo_lightning.evaluation.voc import VOC_METRICS, evaluate_voc
 
 Box = tuple[float, float, float, float]
 A: Box = (0, 0, 10, 10)
@@ -100,7 +100,7 @@ def test_metrics_without_targets_are_undefined():
     assert set(evaluate_coco(rows(), rows()).metrics.values()) == {-1.0}
     only_difficult = rows(target(0, 0, A, flag=1))
     assert evaluate_coco(only_difficult, rows(detection(0, 0, 0.5, A))).per_class == {}
-    assert voc_average_precision(only_difficult, rows(detection(0, 0, 0.5, A))) == {}
+    assert evaluate_voc(only_difficult, rows(detection(0, 0, 0.5, A))) == {}
     missed = evaluate_coco(rows(target(0, 0, A)), rows())
     assert missed.metrics["AP"] == 0
 
@@ -108,13 +108,12 @@ def test_metrics_without_targets_are_undefined():
 # --- Pascal VOC
 
 
-@pytest.mark.parametrize(
-    ("points", "expected"), [(None, 0.5 + 0.5 * 2 / 3), (11, (6 + 5 * 2 / 3) / 11)]
-)
-def test_voc_uses_the_highest_precision_at_each_recall_and_above(points, expected):
+def test_voc_uses_the_highest_precision_at_each_recall_and_above():
     targets = rows(target(0, 0, A), target(1, 0, A))
     detections = rows(detection(0, 0, 0.9, A), detection(0, 0, 0.8, B), detection(1, 0, 0.7, A))
-    assert voc_average_precision(targets, detections, points=points)[0] == pytest.approx(expected)
+    assert evaluate_voc(targets, detections)[0] == pytest.approx(
+        {"VOC07_AP50": (6 + 5 * 2 / 3) / 11, "VOC_AP50": 0.5 + 0.5 * 2 / 3}
+    )
 
 
 def test_voc_matches_the_most_overlapped_target_even_if_already_matched():
@@ -123,7 +122,7 @@ def test_voc_matches_the_most_overlapped_target_even_if_already_matched():
     targets = rows(target(0, 0, A), target(0, 0, aside))
     detections = rows(detection(0, 0, 0.9, A), detection(0, 0, 0.8, near))
     # COCO matches the second detection to the unmatched target
-    assert voc_average_precision(targets, detections)[0] == pytest.approx(0.5)
+    assert evaluate_voc(targets, detections)[0]["VOC_AP50"] == pytest.approx(0.5)
     assert evaluate_coco(targets, detections).per_class[0]["AP50"] > 0.99
 
 
@@ -133,14 +132,15 @@ def test_voc_ignores_difficult_targets_and_crowds():
         detection(0, 0, 0.9, B), detection(0, 0, 0.85, B), detection(0, 0, 0.8, C),
         detection(0, 0, 0.7, A),
     )  # fmt: skip
-    assert voc_average_precision(targets, detections)[0] == pytest.approx(1)
+    assert evaluate_voc(targets, detections)[0]["VOC_AP50"] == pytest.approx(1)
 
 
 def test_voc_iou_threshold_is_inclusive():
     half: Box = (0, 0, 10, 5)
-    assert voc_average_precision(rows(target(0, 0, A)), rows(detection(0, 0, 1, half)))[0] == 1
-    less = rows(detection(0, 0, 1, (0, 0, 10, 4.99)))
-    assert voc_average_precision(rows(target(0, 0, A)), less)[0] == 0
+    less: Box = (0, 0, 10, 4.99)
+    for box, expected in ((half, 1), (less, 0)):
+        found = evaluate_voc(rows(target(0, 0, A)), rows(detection(0, 0, 1, box)))
+        assert found == {0: dict.fromkeys(VOC_METRICS, expected)}
 
 
 def match_one_by_one(targets: Any, detections: Any, threshold: float) -> list[tuple[int, int]]:
@@ -178,11 +178,11 @@ def test_voc_hits_equal_matching_one_by_one(monkeypatch, max_pairs):
     detections[:, 2], detections[:, 3] = rng.integers(0, 20, 300) / 20, 0  # many scores are equal
     expected = match_one_by_one(targets, detections, 0.5)
     assert {hit for _, hit in expected} == {-1, 0, 1}
-    for label, precision in voc_average_precision(targets, detections).items():
+    for label, found in evaluate_voc(targets, detections).items():
         hits = np.array([hit for node, hit in expected if node == label and hit >= 0])
         true, count = np.cumsum(hits), np.sum((targets[:, 1] == label) & (targets[:, 3] == 0))
         best = [(true / np.arange(1, len(true) + 1))[k:].max() for k in np.flatnonzero(hits)]
-        assert precision == pytest.approx(sum(best) / count)
+        assert found["VOC_AP50"] == pytest.approx(sum(best) / count)
 
 
 # --- the metric
@@ -372,7 +372,7 @@ def test_voc_metrics_equal_published_ones(real_data):
     folder = real_data / "eval_cases/test_case_1"
     targets, detections = boxes(folder / "gts"), boxes(folder / "dets")
     ious = (0.1, 0.3, 0.5, 0.75)
-    eleven_points = [voc_average_precision(targets, detections, iou, 11)[0] for iou in ious]
-    every_point = [voc_average_precision(targets, detections, iou)[0] for iou in ious]
+    found = [evaluate_voc(targets, detections, iou)[0] for iou in ious]
+    eleven_points, every_point = ([row[name] for row in found] for name in VOC_METRICS)
     assert eleven_points == pytest.approx([1 / 3, 0.2683982683, 0.0303030303, 0], abs=1e-6)
     assert every_point == pytest.approx([0.3371980676, 0.2456866804, 0.0222222222, 0], abs=1e-6)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.helpers.detections import (
-    BOX,
     CAT,
     DOG,
     FAR,
@@ -22,7 +21,6 @@ from yolo_lightning.evaluation.curves import (
     CONFIDENCES,
     RECALLS,
     compute_curves,
-    match_detections,
     mean_precision,
 )
 from yolo_lightning.evaluation.error_analysis import (
@@ -34,7 +32,7 @@ from yolo_lightning.evaluation.error_analysis import (
     match_predictions,
     one_label_per_box,
 )
-from yolo_lightning.evaluation.matching import empty_table
+from yolo_lightning.evaluation.matching import empty_table, match_detections
 from yolo_lightning.tree.wordtree import WordTree
 
 TREE = WordTree(
@@ -151,17 +149,18 @@ def test_the_lower_scoring_of_two_detections_is_a_duplicate():
     found = errors_by_kind([target(CAT)], [detection(CAT, 0.5), detection(CAT, 0.7, HALF)])
     ((kind, (one,)),) = found.items()
     assert kind == one.kind == "duplicate"
-    assert one.score == 0.5
-    assert one.box_xyxy_orig_px == one.target_xyxy_orig_px == BOX
+    assert one.detection.tolist() == detection(CAT, 0.5)
+    assert one.target.tolist() == target(CAT)
     assert one.iou == 1
-    assert one.label == one.target_label == CAT
 
 
 def test_a_classification_error_is_not_also_a_missed_target():
     found = errors_by_kind([target(CAT, image=7)], [detection(DOG, 0.9, HALF, image=7)])
     ((kind, (one,)),) = found.items()
     assert kind == "classification"
-    assert (one.image, one.label, one.target_label, one.score, one.iou) == (7, DOG, CAT, 0.9, 0.5)
+    assert (one.image, one.iou) == (7, 0.5)
+    assert one.detection.tolist() == detection(DOG, 0.9, HALF, image=7)
+    assert one.target.tolist() == target(CAT, image=7)
 
 
 def test_a_localization_error_covers_only_a_target_of_its_class():
@@ -170,11 +169,11 @@ def test_a_localization_error_covers_only_a_target_of_its_class():
     assert found["localization"][0].iou == pytest.approx(1 / 3)
     found = errors_by_kind([target(CAT)], [detection(DOG, 0.9, THIRD)])
     assert list(found) == ["localization", "missed"]
-    assert found["localization"][0].target_label == CAT
+    assert found["localization"][0].target.tolist() == target(CAT)
     # a target of its class has priority over one with a higher IoU
     tenth = (28.0, 10.0, 48.0, 30.0)  # IoU with THIRD 12/28
     found = errors_by_kind([target(DOG), target(CAT, tenth)], [detection(DOG, 0.9, THIRD)])
-    assert found["localization"][0].target_label == DOG
+    assert found["localization"][0].target.tolist() == target(DOG)
 
 
 def test_background_detections_and_missed_targets():
@@ -182,12 +181,13 @@ def test_background_detections_and_missed_targets():
         [target(CAT)], [detection(CAT, 0.4, FAR), detection(CAT, 0.2), detection(PIG, 0.9, image=3)]
     )
     assert {kind: len(each) for kind, each in found.items()} == {"background": 2, "missed": 1}
-    assert [one.score for one in found["background"]] == [0.9, 0.4]  # by descending score
-    assert found["background"][1].target_xyxy_orig_px is None
+    scores = [one.detection[2] for one in found["background"]]
+    assert scores == [0.9, 0.4]  # by descending score
+    assert found["background"][1].target is None
     assert found["background"][1].iou == 0
     (missed,) = found["missed"]
-    assert (missed.box_xyxy_orig_px, missed.label, missed.score) == (None, None, None)
-    assert missed.target_xyxy_orig_px == BOX
+    assert missed.detection is None
+    assert missed.target.tolist() == target(CAT)
 
 
 def test_missed_targets_are_sorted_by_area():

@@ -7,6 +7,7 @@ import math
 import sqlite3
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.average_precision import COCO_METRICS, evaluate_coco
+from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import (
     confusion_matrix,
     find_errors,
@@ -30,7 +32,7 @@ from yolo_lightning.evaluation.error_analysis import (
 )
 from yolo_lightning.evaluation.matching import empty_table
 from yolo_lightning.evaluation.plots import draw_error_grid, draw_error_tile, plot_confusion_matrix
-from yolo_lightning.evaluation.report import ReportData, ReportOptions, write_report
+from yolo_lightning.evaluation.report import ReportOptions, write_report
 from yolo_lightning.evaluation.tables import unique_names
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.images import UnreadableSample
@@ -55,17 +57,41 @@ def no_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
-def read_image(index):
-    """Return a grey image at half of its original size, of a different grey for each index."""
-    return np.full((100, 150, 3), 40 * index, np.uint8), (0.5, 0.5)
+class Images:
+    """Images by index."""
+
+    def __init__(self, *images: np.ndarray, size_hw_orig: tuple[int, int]) -> None:
+        self.images, self.size_hw_orig = images, size_hw_orig
+
+    def read(self, index):
+        return SimpleNamespace(image=self.images[index], size_hw_orig=self.size_hw_orig)
+
+    def image_name(self, index):
+        return f"photos/{index}.jpg"
 
 
-def report_data(targets=TARGETS, detections=DETECTIONS, tree=FLAT):
-    result = evaluate_coco(targets, detections)
-    per_class = {tree.keys[node]: row for node, row in result.per_class.items()}
-    metrics = {k: v for k, v in result.metrics.items() if v >= 0} | {"AP50_boxed": math.nan}
-    metadata = {"recipe": "r.yaml", "checkpoint": "runs/a.ckpt", "images": 4, "image_size": 96}
-    return ReportData(tree, targets, detections, metrics, per_class, {}, metadata)
+class NoImages(Images):
+    """Images that cannot be read."""
+
+    def read(self, index):
+        raise UnreadableSample("gone")
+
+
+# decoded at half of their size, each of a different grey
+SOURCE = Images(
+    *(np.full((100, 150, 3), 40 * index, np.uint8) for index in range(4)), size_hw_orig=(200, 300)
+)
+METADATA = {"recipe": "r.yaml", "checkpoint": "runs/a.ckpt", "images": 4, "image_size": 96}
+
+
+def evaluated(targets=TARGETS, detections=DETECTIONS, tree=FLAT):
+    """Return an evaluation with the given boxes as its results."""
+    evaluation, scores = DetectionEvaluation(tree), evaluate_coco(targets, detections)
+    evaluation.targets, evaluation.detections = targets, detections
+    evaluation.per_class = {tree.keys[node]: row for node, row in scores.per_class.items()}
+    evaluation.metrics = {k: v for k, v in scores.metrics.items() if v >= 0}
+    evaluation.metrics["AP50_boxed"] = math.nan
+    return evaluation
 
 
 def rows_of(path):
@@ -74,7 +100,7 @@ def rows_of(path):
 
 def test_a_report_has_metrics_tables_and_images(tmp_path):
     folder = tmp_path / "deep/report"
-    lines = write_report(folder, report_data(), read_image, lambda k: f"photos/{k}.jpg")
+    lines = write_report(folder, evaluated(), METADATA, SOURCE)
     assert {file.name for file in folder.iterdir()} == IMAGES | TABLES
     assert lines == [
         "best mean F1 0.167 at confidence 0.9",
@@ -101,7 +127,7 @@ def test_a_report_has_metrics_tables_and_images(tmp_path):
 
 
 def test_content_of_the_tables(tmp_path, no_matplotlib):
-    write_report(tmp_path, report_data(), read_image, lambda k: f"photos/{k}.jpg")
+    write_report(tmp_path, evaluated(), METADATA, SOURCE)
     cat, dog, pig = rows_of(tmp_path / "per_class.csv")
     assert list(cat) == [
         "key", "name", "objects", "AP", "AP50", "AP75", "precision", "recall", "f1",
@@ -136,18 +162,18 @@ def test_options_set_level_and_confidence(tmp_path, no_matplotlib):
         table(target(1), target(2, FAR)),
         table(detection(2, 0.4), detection(2, 0.6, FAR)),
     )
-    data = report_data(targets, detections, tree)
-    write_report(tmp_path, data, read_image, options=ReportOptions(level=1, confidence=0.5))
+    report = evaluated(targets, detections, tree), METADATA, SOURCE
+    write_report(tmp_path, *report, ReportOptions(level=1, confidence=0.5))
     lines = (tmp_path / "confusion.csv").read_text().splitlines()
     assert lines == ["target,pet,missed", "pet,1,1", "background,0,0"]
-    write_report(tmp_path, data, read_image, options=ReportOptions(level=1))
+    write_report(tmp_path, *report, ReportOptions(level=1))
     assert (tmp_path / "confusion.csv").read_text().splitlines()[1] == "pet,2,0"
     with pytest.raises(InputError, match="report.level is 3; allowed: 1 … 2"):
-        write_report(tmp_path, data, read_image, options=ReportOptions(level=3))
+        write_report(tmp_path, *report, ReportOptions(level=3))
 
 
 def test_without_matplotlib_plots_are_skipped_with_a_message(tmp_path, no_matplotlib):
-    lines = write_report(tmp_path, report_data(), read_image)
+    lines = write_report(tmp_path, evaluated(), METADATA, SOURCE)
     assert {file.name for file in tmp_path.iterdir()} == TABLES | {"errors.jpg"}
     assert lines[-1] == (
         "skipped precision_recall.png, confidence.png, confusion.png: "
@@ -165,7 +191,7 @@ def test_without_matplotlib_plots_are_skipped_with_a_message(tmp_path, no_matplo
     ids=["nothing", "no targets", "no detections"],
 )
 def test_metrics_of_empty_tables_are_undefined(tmp_path, targets, detections, files):
-    lines = write_report(tmp_path, report_data(targets, detections), read_image)
+    lines = write_report(tmp_path, evaluated(targets, detections), METADATA, SOURCE)
     assert {file.name for file in tmp_path.iterdir()} == files
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["best_f1"] is None
@@ -183,7 +209,7 @@ def test_tiles_show_the_enlarged_crop_with_both_boxes():
     (one,) = find_errors(match_predictions(*pair, FLAT))["classification"]
     image = np.full((120, 160, 3), 90, np.uint8)
     image[20:60, 20:60] = 200, 30, 30
-    shown = np.array(draw_error_tile(one, lambda k: (image, (1.0, 1.0))))
+    shown = np.array(draw_error_tile(one, Images(image, image, size_hw_orig=(120, 160))))
     # the crop is 1.5 times as large as the box
     side = shown.shape[0]
     first = round((20 - 10) / 60 * side)
@@ -193,7 +219,8 @@ def test_tiles_show_the_enlarged_crop_with_both_boxes():
     assert tuple(shown[side // 2, first]) == orange
     assert tuple(shown[side // 2, first + 3]) == green  # the line of the target is wider
     # an image decoded at half of its size gives the same crop
-    halved = np.array(draw_error_tile(one, lambda k: (image[::2, ::2].copy(), (0.5, 0.5))))
+    half = image[::2, ::2].copy()
+    halved = np.array(draw_error_tile(one, Images(half, half, size_hw_orig=(120, 160))))
     assert tuple(halved[side // 2, first]) == orange
     assert np.abs(halved.astype(int) - shown).mean() < 2
 
@@ -202,25 +229,20 @@ def test_tiles_of_small_and_unreadable_images_are_padded_with_grey():
     (one,) = find_errors(
         match_predictions(table(target(CAT, (0, 0, 40, 10))), empty_table(), FLAT)
     )["missed"]
-    shown = np.array(
-        draw_error_tile(one, lambda k: (np.full((10, 40, 3), 7, np.uint8), (1.0, 1.0)))
-    )
+    source = Images(np.full((10, 40, 3), 7, np.uint8), size_hw_orig=(10, 40))
+    shown = np.array(draw_error_tile(one, source))
     middle = shown.shape[0] // 2
     assert shown[middle, middle].tolist() == [7, 7, 7]
     assert shown[5, middle].tolist() == shown[-5, middle].tolist() == [228, 228, 228]
-
-    def broken(index):
-        raise UnreadableSample("gone")
-
-    assert set(np.array(draw_error_tile(one, broken)).reshape(-1).tolist()) == {228}
+    unread = draw_error_tile(one, NoImages(size_hw_orig=(10, 40)))
+    assert set(np.array(unread).reshape(-1).tolist()) == {228}
 
 
 def test_the_grid_has_a_row_of_tiles_for_each_kind_that_occurs():
     sizes = []
     for targets, detections in ((TARGETS, DETECTIONS), (table(target(CAT)), empty_table())):
         found = find_errors(match_predictions(targets, detections, FLAT))
-        image = Image.open(io.BytesIO(draw_error_grid(found, unique_names(FLAT), read_image, 0.25)))
-        sizes.append(image.size)
+        sizes.append(draw_error_grid(found, unique_names(FLAT), SOURCE, 0.25).size)
     (width, tall), (same_width, low) = sizes
     assert width == same_width
     assert tall - low == 4 * 220  # tile, caption and gap
@@ -231,7 +253,11 @@ def test_the_plot_of_the_matrix_grows_with_the_number_of_classes(count):
     tree = WordTree.from_names([f"class {k}" for k in range(count)])
     rows = [target(k, image=k) for k in range(count)]
     matrix = confusion_matrix(match_predictions(table(*rows), empty_table(), tree), tree)
-    image = Image.open(io.BytesIO(plot_confusion_matrix(matrix, unique_names(tree), "Confusion")))
+    file = io.BytesIO()
+    plot_confusion_matrix(matrix, unique_names(tree), "Confusion").savefig(
+        file, bbox_inches="tight"
+    )
+    image = Image.open(file)
     pixels = np.array(image.convert("RGB"))
     dark = (pixels[..., 2] > 90) & (pixels[..., 0] < 40)  # the column of missed targets
     assert 300 < image.size[1] < 3000

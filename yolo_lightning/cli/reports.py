@@ -11,13 +11,7 @@ from yolo_lightning.cli import runs
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import check_level
-from yolo_lightning.evaluation.report import (
-    ReportData,
-    ReportOptions,
-    image_reader,
-    num_images_read,
-    write_report,
-)
+from yolo_lightning.evaluation.report import ReportOptions, num_images_read, write_report
 from yolo_lightning.tracking.logger import run_loggers
 from yolo_lightning.tree.seen_classes import seen_nodes
 
@@ -48,9 +42,9 @@ def save_report(cli: LightningCLI, evaluation: DetectionEvaluation, recipes: Seq
     """Write the report of `validate` or `test`, print its folder, and log it to the MLflow run."""
     options = _options(cli)
     source = cli.datamodule.test if cli.subcommand == "test" else cli.datamodule.validation
-    data = ReportData.from_evaluation(evaluation, _metadata(cli, len(source), recipes))
     folder = Path(options.folder) if options.folder else _new_folder(cli, recipes)
-    lines = write_report(folder, data, image_reader(source), source.image_name, options)
+    metadata = _metadata(cli, len(source), recipes)
+    lines = write_report(folder, evaluation, metadata, source, options)
     print("\n".join(["", *lines, f"report: {folder}"]))
     for logger in run_loggers(cli.trainer):
         logger.log_artifacts(folder, folder.name)

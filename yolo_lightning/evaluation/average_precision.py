@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from torchmetrics import Metric
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation.coco import COCO_METRICS, evaluate_coco
+from yolo_lightning.evaluation.coco import COCO_METRICS, Scores, evaluate_coco
 from yolo_lightning.evaluation.matching import (
     AREA,
     BOX,
@@ -24,7 +24,7 @@ from yolo_lightning.evaluation.matching import (
     Table,
     empty_table,
 )
-from yolo_lightning.evaluation.voc import VOC_METRICS, voc_metrics
+from yolo_lightning.evaluation.voc import VOC_METRICS, evaluate_voc
 
 __all__ = ["COCO_METRICS", "VOC_METRICS", "BoxAveragePrecision", "evaluate_coco"]
 
@@ -38,9 +38,6 @@ _ENTRY = NUM_COLUMNS
 without an id and images with equal ids."""
 _entries = itertools.count()
 _ENTRIES_PER_RANK = 2**40
-
-Scores = tuple[dict[str, float], dict[int, dict[str, float]]]
-"""Metrics over all classes, by name, and the metrics of each class, by node."""
 
 
 class BoxAveragePrecision(Metric):
@@ -96,7 +93,7 @@ class BoxAveragePrecision(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return `results` as scalars, equal on every rank."""
         synced = self._is_synced  # then rank 0 holds the rows of all ranks
-        scores: list[Scores] = [({}, {})]
+        scores = [Scores({}, {})]
         self.tables = empty_table(), empty_table()
         if not synced or distributed.get_rank(self.process_group) == 0:
             self.tables = _merge(self.targets, self.detections)
@@ -109,12 +106,13 @@ class BoxAveragePrecision(Metric):
 
 def evaluate_tables(targets: Table, detections: Table) -> Scores:
     """Return `results` and `per_class` of `BoxAveragePrecision`."""
-    coco, voc = evaluate_coco(targets, detections), voc_metrics(targets, detections)
+    coco, voc = evaluate_coco(targets, detections), evaluate_voc(targets, detections)
     means = {
         name: float(np.mean([row[name] for row in voc.values()])) if voc else -1.0
         for name in VOC_METRICS
     }
-    return coco.metrics | means, {node: row | voc[node] for node, row in coco.per_class.items()}
+    per_class = {node: row | voc[node] for node, row in coco.per_class.items()}
+    return Scores(coco.metrics | means, per_class)
 
 
 def _check(preds: Sequence[Mapping[str, Tensor]], target: Sequence[Mapping[str, Any]]) -> None:

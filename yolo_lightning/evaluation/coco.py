@@ -2,8 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,12 @@ from yolo_lightning.evaluation.matching import (
     LABEL,
     SCORE,
     Table,
-    best_overlaps,
+    overlaps_difficult,
 )
 
 _MAX_AREA = 1e10
 _MAX_DETECTIONS = (1, 10, 100)
-_MAX_ROWS, _DIFFICULT_IOU = 50_000, 0.5
+_MAX_ROWS = 50_000  # boxes evaluated at once, which bounds the memory
 _AREAS = {
     "all": (0, _MAX_AREA),
     "small": (0, 32**2),
@@ -38,24 +37,24 @@ COCO_METRICS = (
 and 100 detections per image, and by size."""
 
 
-@dataclass
-class COCOResult:
-    """Metrics by name, and AP, AP50, AP75 of every class that has a target; -1 if undefined."""
+class Scores(NamedTuple):
+    """Metrics over all classes, -1 if undefined, and the metrics of every class with a target."""
 
     metrics: dict[str, float]
     per_class: dict[int, dict[str, float]]
 
 
-def evaluate_coco(targets: Table, detections: Table) -> COCOResult:
-    """Evaluate boxes as COCO does, over the classes that have a target.
+def evaluate_coco(targets: Table, detections: Table) -> Scores:
+    """Return `COCO_METRICS` over the classes that have a target, and AP, AP50, AP75 of each.
 
     Difficult targets are ignored as in Pascal VOC at an IoU of 0.5: they are no misses, and
     detections that overlap one of them most are no false positives.
     """
     classes = sorted({int(label) for label in targets[targets[:, FLAG] == 0, LABEL]})
     if not classes:
-        return COCOResult(dict.fromkeys(COCO_METRICS, -1.0), {})
-    targets, detections = _without_difficult(targets, detections)
+        return Scores(dict.fromkeys(COCO_METRICS, -1.0), {})
+    detections = detections[~overlaps_difficult(targets, detections)]
+    targets = targets[targets[:, FLAG] != DIFFICULT]
     gc_enabled = gc.isenabled()
     gc.disable()  # hundreds of thousands of annotations without reference cycles
     try:
@@ -83,15 +82,7 @@ def evaluate_coco(targets: Table, detections: Table) -> COCOResult:
         }
         for k, label in enumerate(classes)
     }
-    return COCOResult(dict(zip(COCO_METRICS, values, strict=True)), per_class)
-
-
-def _without_difficult(targets: Table, detections: Table) -> tuple[Table, Table]:
-    difficult = targets[:, FLAG] == DIFFICULT
-    if not difficult.any():
-        return targets, detections
-    best, ious = best_overlaps(targets, detections)
-    return targets[~difficult], detections[~(difficult[best] & (ious >= _DIFFICULT_IOU))]
+    return Scores(dict(zip(COCO_METRICS, values, strict=True)), per_class)
 
 
 def _class_parts(classes: list[int], targets: Table, detections: Table) -> Iterator[list[int]]:

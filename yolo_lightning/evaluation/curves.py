@@ -1,27 +1,12 @@
-"""Matching of detections to targets, and precision, recall and F1 over confidence."""
+"""Precision, recall and F1 over confidence, of detections matched as COCO does."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from yolo_lightning.evaluation.matching import (
-    BOX,
-    CROWD,
-    DIFFICULT,
-    FLAG,
-    IMAGE,
-    LABEL,
-    SCORE,
-    Table,
-)
+from yolo_lightning.evaluation.matching import FLAG, LABEL, SCORE, Rows, Table, match_detections
 
-Rows = NDArray[np.int64]
-
-MATCH_IOU = 0.5  # IoU at and above which a detection matches a target
-
-_MAX_CLASSES = 1e7
 CONFIDENCES: Table = np.arange(201) / 200
 RECALLS: Table = np.linspace(0, 1, 101)
 
@@ -50,29 +35,57 @@ class Curves:
 def compute_curves(targets: Table, detections: Table) -> Curves:
     """Return the curves; difficult targets and crowds are ignored, as in `evaluate_coco`."""
     matched, ignored = match_detections(targets, detections)
-    counted = targets[targets[:, FLAG] == 0]
-    nodes, num_targets = np.unique(counted[:, LABEL].astype(np.int64), return_counts=True)
-    precision_at_recall = np.zeros((len(nodes), len(RECALLS)))
-    precision, recall, f1 = np.zeros((3, len(nodes), len(CONFIDENCES)))
-    for k, (node, count) in enumerate(zip(nodes.tolist(), num_targets.tolist(), strict=True)):
-        rows = np.flatnonzero((detections[:, LABEL] == node) & ~ignored)
-        rows = rows[np.argsort(-detections[rows, SCORE], kind="stable")]
-        true_positives = np.concatenate([[0], np.cumsum(matched[rows] >= 0)])
-        predicted = np.arange(len(true_positives))
-        precision_at_recall[k] = _interpolated_precision(
-            true_positives[1:] / count, true_positives[1:] / predicted[1:]
-        )
-        # number of detections with at least each confidence
-        n = np.searchsorted(-detections[rows, SCORE], -CONFIDENCES, side="right")
-        precision[k] = np.where(predicted[n] > 0, true_positives[n] / predicted[n].clip(1), np.nan)
-        recall[k] = true_positives[n] / count
-        f1[k] = 2 * true_positives[n] / (predicted[n] + count)
-    return Curves(nodes, num_targets, precision_at_recall, precision, recall, f1)
+    nodes, num_targets = count_targets(targets)
+    curves = Curves(
+        nodes,
+        num_targets,
+        np.zeros((len(nodes), len(RECALLS))),
+        *np.zeros((3, len(nodes), len(CONFIDENCES))),
+    )
+    ranked = rank_by_class(detections, np.where(ignored, -1, matched >= 0), nodes)
+    for k, (count, (scores, hits)) in enumerate(zip(num_targets.tolist(), ranked, strict=True)):
+        curves.precision_at_recall[k] = precision_at(RECALLS, *precision_recall(hits, count))
+        # number of detections with at least each confidence, and of true positives among them
+        predicted = np.searchsorted(-scores, -CONFIDENCES, side="right")
+        true_positives = np.append(0, np.cumsum(hits))[predicted]
+        has_any = predicted > 0
+        curves.precision[k] = np.where(has_any, true_positives / predicted.clip(1), np.nan)
+        curves.recall[k] = true_positives / count
+        curves.f1[k] = 2 * true_positives / (predicted + count)
+    return curves
 
 
-def _interpolated_precision(recall: Table, precision: Table) -> Table:
-    highest = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    return np.asarray(highest[np.searchsorted(recall, RECALLS, side="left")])
+def count_targets(targets: Table) -> tuple[Rows, Rows]:
+    """Return classes, ascending, and their targets without difficult ones and crowds, (L,) each."""
+    counted = targets[targets[:, FLAG] == 0, LABEL].astype(np.int64)
+    return np.unique(counted, return_counts=True)
+
+
+def rank_by_class(detections: Table, hits: Rows, nodes: Rows) -> Iterator[tuple[Table, Rows]]:
+    """Yield scores and hits of the detections of each class, by descending score.
+
+    `hits`, int64 (M,), are 1 for true positives, 0 for false positives, -1 for ignored detections,
+    which are left out.
+    """
+    order = np.lexsort((-detections[:, SCORE], detections[:, LABEL]))
+    order = order[hits[order] >= 0]
+    labels = detections[order, LABEL]
+    for first, last in zip(
+        np.searchsorted(labels, nodes), np.searchsorted(labels, nodes, "right"), strict=True
+    ):
+        yield detections[order[first:last], SCORE], hits[order[first:last]]
+
+
+def precision_recall(hits: Rows, num_targets: int) -> tuple[Table, Table]:
+    """Return recall, and the highest precision at this recall and above, after each detection."""
+    true_positives = np.cumsum(hits)
+    precision = true_positives / np.arange(1, len(hits) + 1)
+    return true_positives / num_targets, np.maximum.accumulate(precision[::-1])[::-1]
+
+
+def precision_at(points: Table, recall: Table, precision: Table) -> Table:
+    """Return the highest precision at recalls; 0 at those that are not reached."""
+    return np.append(precision, 0.0)[np.searchsorted(recall, points)]
 
 
 def mean_precision(precision: Table) -> Table:
@@ -81,63 +94,3 @@ def mean_precision(precision: Table) -> Table:
     count = defined.sum(axis=0)
     total = np.where(defined, precision, 0.0).sum(axis=0)
     return np.where(count > 0, total / count.clip(1), np.nan)
-
-
-def match_detections(
-    targets: Table, detections: Table, iou_threshold: float = MATCH_IOU
-) -> tuple[Rows, NDArray[np.bool_]]:
-    """Match detections to targets of their class as COCO does.
-
-    By descending score, each is matched to the unmatched target that it overlaps most. Returns the
-    row of that target or -1, int64 (M,), and the ignored detections, bool (M,): those that overlap
-    a difficult target most, by 0.5 or more, and unmatched ones inside a crowd.
-    """
-    matched = np.full(len(detections), -1, dtype=np.int64)
-    ignored = np.zeros(len(detections), dtype=np.bool_)
-    # one key per image and class
-    keys = [table[:, [IMAGE, LABEL]] @ [_MAX_CLASSES, 1.0] for table in (targets, detections)]
-    for target_rows, detection_rows in group_rows(*keys):
-        rows = detection_rows[np.argsort(-detections[detection_rows, SCORE], kind="stable")]
-        flags = targets[target_rows, FLAG]
-        iou, ioa = pairwise_iou_and_ioa(detections[rows], targets[target_rows])
-        free = flags == 0
-        on_difficult = overlaps_difficult(iou, flags)
-        matchable = (iou >= iou_threshold)[:, free].any(axis=1) & ~on_difficult
-        for row in np.flatnonzero(matchable).tolist():
-            best = int(np.where(free, iou[row], -1.0).argmax())
-            if free[best] and iou[row, best] >= iou_threshold:
-                matched[rows[row]], free[best] = target_rows[best], False
-        in_crowd = (ioa[:, flags == CROWD] >= iou_threshold).any(axis=1)
-        ignored[rows] = on_difficult | (in_crowd & (matched[rows] < 0))
-    return matched, ignored
-
-
-def overlaps_difficult(iou: Table, flags: Table) -> NDArray[np.bool_]:
-    """Return bool (M,), whether each detection overlaps a difficult target most, by 0.5 or more."""
-    difficult = (flags[iou.argmax(axis=1)] == DIFFICULT) & (iou.max(axis=1) >= MATCH_IOU)
-    return np.asarray(difficult, dtype=np.bool_)
-
-
-def group_rows(first: Table, second: Table) -> Iterator[tuple[Rows, Rows]]:
-    """Yield the rows of two tables for each key in both, given their keys (N,) and (M,)."""
-    orders = [np.argsort(keys, kind="stable") for keys in (first, second)]
-    shared = np.intersect1d(first, second)
-    bounds = [
-        np.searchsorted(keys[order], shared, side=side).tolist()
-        for keys, order in zip((first, second), orders, strict=True)
-        for side in ("left", "right")
-    ]
-    for a, b, c, d in zip(*bounds, strict=True):
-        yield orders[0][a:b], orders[1][c:d]
-
-
-def pairwise_iou_and_ioa(detections: Table, targets: Table) -> tuple[Table, Table]:
-    """Return IoU, and intersection over the area of the detection, both (M, N), 0…1."""
-    first, second = detections[:, None, BOX], targets[None, :, BOX]
-    low = np.maximum(first[..., :2], second[..., :2])
-    high = np.minimum(first[..., 2:], second[..., 2:])
-    intersection = (high - low).clip(0).prod(axis=-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).clip(0).prod(axis=-1) for boxes in (first, second)]
-    tiny = np.finfo(np.float64).tiny
-    union = areas[0] + areas[1] - intersection
-    return intersection / union.clip(tiny), intersection / areas[0].clip(tiny)

@@ -18,9 +18,8 @@ from yolo_lightning.evaluation.average_precision import (
     VOC_METRICS,
     BoxAveragePrecision,
 )
-from yolo_lightning.evaluation.curves import MATCH_IOU
+from yolo_lightning.evaluation.matching import MATCH_IOU, empty_table
 from yolo_lightning.evaluation.error_analysis import collapse_to_level
-from yolo_lightning.evaluation.matching import empty_table
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.tree.wordtree import WordTree
 

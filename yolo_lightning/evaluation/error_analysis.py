@@ -5,24 +5,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation.curves import (
+from yolo_lightning.evaluation.matching import (
+    FLAG,
+    IMAGE,
+    IMAGE_ONLY,
+    LABEL,
     MATCH_IOU,
+    SCORE,
     Rows,
-    group_rows,
+    Table,
+    best_overlaps,
     match_detections,
+    match_in_order,
+    overlapping_pairs,
     overlaps_difficult,
-    pairwise_iou_and_ioa,
 )
-from yolo_lightning.evaluation.matching import BOX, FLAG, IMAGE, LABEL, SCORE, Table
 from yolo_lightning.tree.wordtree import WordTree
-
-Box = tuple[float, float, float, float]
 
 BACKGROUND_IOU, DUPLICATE_LABEL_IOU = 0.1, 0.95
 """IoU below which a detection is on background, and above which two are labels of one box."""
 
 ERROR_KINDS = ("classification", "localization", "duplicate", "background", "missed")
-_CLASSIFICATION, _LOCALIZATION, _DUPLICATE, _BACKGROUND, _MISSED = range(len(ERROR_KINDS))
 
 
 @dataclass
@@ -49,30 +52,16 @@ def match_predictions(
     """
     predicted = one_label_per_box(detections[detections[:, SCORE] >= confidence], tree)
     matched, ignored = match_detections(targets, predicted)
-    unmatched_images = np.where(matched < 0, predicted[:, IMAGE], -1.0)
-    for target_rows, rows in group_rows(targets[:, IMAGE], unmatched_images):
-        iou, _ = pairwise_iou_and_ioa(predicted[rows], targets[target_rows])
-        ignored[rows] |= overlaps_difficult(iou, targets[target_rows, FLAG])
+    unmatched = np.flatnonzero(matched < 0)
+    ignored[unmatched] |= overlaps_difficult(targets, predicted[unmatched], IMAGE_ONLY)
     counted = targets[:, FLAG] == 0
     new_index = np.append(np.cumsum(counted) - 1, -1)  # the last one is for unmatched, -1
     targets, predicted = targets[counted], predicted[~ignored]
     matched = new_index[matched[~ignored]]
-    return Matches(targets, predicted, matched, _match_remaining(targets, predicted, matched))
-
-
-def _match_remaining(targets: Table, detections: Table, matched: Rows) -> Rows:
-    confused = np.full_like(matched, -1)
-    is_free = np.ones(len(targets), dtype=np.bool_)
-    is_free[matched[matched >= 0]] = False
-    target_images = np.where(is_free, targets[:, IMAGE], -1.0)
-    detection_images = np.where(matched < 0, detections[:, IMAGE], -2.0)
-    for target_rows, rows in group_rows(target_images, detection_images):
-        iou, _ = pairwise_iou_and_ioa(detections[rows], targets[target_rows])
-        while iou.max() >= MATCH_IOU:
-            row, column = divmod(int(iou.argmax()), iou.shape[1])
-            confused[rows[row]] = target_rows[column]
-            iou[row], iou[:, column] = -1.0, -1.0
-    return confused
+    pairs = overlapping_pairs(targets, predicted, MATCH_IOU, IMAGE_ONLY)
+    is_free = (matched[pairs.detections] < 0) & ~np.isin(pairs.targets, matched)
+    confused = match_in_order(pairs.select(is_free), len(predicted))
+    return Matches(targets, predicted, matched, confused)
 
 
 def one_label_per_box(detections: Table, tree: WordTree) -> Table:
@@ -81,30 +70,20 @@ def one_label_per_box(detections: Table, tree: WordTree) -> Table:
     Among boxes with an IoU above 0.95 the highest-scoring label is kept, or a descendant of it
     with at least half of its score, that is a conditional probability of at least 0.5.
     """
-    paths, kept = tree.paths.numpy(), []
-    keys = detections[:, IMAGE]
-    for _, rows in group_rows(np.unique(keys), keys):
-        rows = rows[np.argsort(-detections[rows, SCORE], kind="stable")]
-        iou, _ = pairwise_iou_and_ioa(detections[rows], detections[rows])
-        remaining = np.ones(len(rows), dtype=np.bool_)
-        for first in range(len(rows)):
-            if not remaining[first]:
-                continue
-            is_same = (iou[first] > DUPLICATE_LABEL_IOU) | (np.arange(len(rows)) == first)
-            same_box = rows[remaining & is_same]
-            remaining &= ~np.isin(rows, same_box)
-            kept.append(_most_specific(detections, same_box, paths))
-    return detections[np.array(kept, dtype=np.int64)]
-
-
-def _most_specific(detections: Table, rows: Rows, paths: Rows) -> int:
-    labels, scores = detections[rows, LABEL].astype(np.int64), detections[rows, SCORE]
-    best = 0
-    for row in range(1, len(rows)):  # scores descend, so descendants come after ancestors
-        is_descendant = labels[best] in paths[labels[row], 1:]
-        if is_descendant and scores[row] >= 0.5 * scores[best]:
-            best = row
-    return int(rows[best])
+    detections = detections[np.lexsort((-detections[:, SCORE], detections[:, IMAGE]))]
+    pairs = overlapping_pairs(detections, detections, DUPLICATE_LABEL_IOU, IMAGE_ONLY)
+    pairs = pairs.select((pairs.iou > DUPLICATE_LABEL_IOU) & (pairs.detections < pairs.targets))
+    by_score = np.lexsort((pairs.targets, pairs.detections))
+    paths, labels, scores = tree.paths.numpy(), detections[:, LABEL], detections[:, SCORE]
+    best, is_other_label = np.arange(len(detections)), np.zeros(len(detections), dtype=np.bool_)
+    for first, other in np.column_stack([pairs.detections, pairs.targets])[by_score].tolist():
+        if is_other_label[first] or is_other_label[other]:
+            continue
+        is_other_label[other] = True
+        is_descendant = labels[best[first]] in paths[int(labels[other]), 1:]
+        if is_descendant and scores[other] >= 0.5 * scores[best[first]]:
+            best[first] = other
+    return detections[best[~is_other_label]]
 
 
 @dataclass
@@ -166,13 +145,9 @@ class DetectionError:
 
     kind: str  # one of ERROR_KINDS
     image: int  # index in the source
-    # of the detection; None for a missed target
-    box_xyxy_orig_px: Box | None
-    label: int | None
-    score: float | None
-    # of the missed target, or of the one that the detection overlaps by an IoU of 0.1 or more
-    target_xyxy_orig_px: Box | None
-    target_label: int | None
+    detection: Table | None  # (8,), see `matching`; None for a missed target
+    # (8,), the missed target, or the one that the detection overlaps by an IoU of 0.1 or more
+    target: Table | None
     iou: float  # 0 without a detection or a target
 
 
@@ -188,58 +163,28 @@ def find_errors(matches: Matches) -> dict[str, list[DetectionError]]:
     Source: TIDE (Bolya et al., ECCV 2020). Deviation: TIDE has a kind of its own for detections
     that overlap only targets of other classes, by less than 0.5.
     """
-    targets, predicted = matches.targets, matches.detections
-    kinds, nearest, ious = _unmatched_kinds(matches)
-    unmatched = np.flatnonzero(matches.matched < 0)
+    targets = matches.targets
+    predicted = matches.detections[matches.matched < 0]
+    predicted = predicted[np.argsort(-predicted[:, SCORE], kind="stable")]
+    best, best_iou = best_overlaps(targets, predicted, BACKGROUND_IOU, IMAGE_ONLY)
+    best_of_class, class_iou = best_overlaps(targets, predicted, BACKGROUND_IOU)
+    use_class = (best_iou < MATCH_IOU) & (best_of_class >= 0)
+    nearest = np.where(use_class, best_of_class, best)
+    ious = np.where(use_class, class_iou, best_iou)
+    has_match = best_iou >= MATCH_IOU
+    is_same_class = best == best_of_class
+    kinds = np.select(
+        [has_match & is_same_class, has_match, nearest >= 0],
+        ["duplicate", "classification", "localization"],
+        "background",
+    ).tolist()
     errors: dict[str, list[DetectionError]] = {kind: [] for kind in ERROR_KINDS}
-    for row in unmatched[np.argsort(-predicted[unmatched, SCORE], kind="stable")].tolist():
-        target = targets[nearest[row]] if nearest[row] >= 0 else None
-        kind = ERROR_KINDS[kinds[row]]
-        errors[kind].append(_error(kind, predicted[row], target, float(ious[row])))
-    rows = unmatched[nearest[unmatched] >= 0]
-    same_label = targets[nearest[rows], LABEL] == predicted[rows, LABEL]
-    covered = nearest[rows[(kinds[rows] == _CLASSIFICATION) | same_label]]
+    for kind, row, target, iou in zip(kinds, predicted, nearest, ious.tolist(), strict=True):
+        target_row = targets[target] if target >= 0 else None
+        errors[kind].append(DetectionError(kind, int(row[IMAGE]), row, target_row, iou))
+    covered = nearest[(has_match & ~is_same_class) | (nearest == best_of_class)]
     missed = np.setdiff1d(np.arange(len(targets)), np.concatenate([matches.matched, covered]))
     areas = (targets[missed, 6:8] - targets[missed, 4:6]).prod(axis=1)
-    for row in missed[np.argsort(-areas, kind="stable")].tolist():
-        kind = ERROR_KINDS[_MISSED]
-        errors[kind].append(_error(kind, None, targets[row], 0.0))
+    for row in targets[missed[np.argsort(-areas, kind="stable")]]:
+        errors["missed"].append(DetectionError("missed", int(row[IMAGE]), None, row, 0.0))
     return errors
-
-
-def _error(kind: str, detection: Table | None, target: Table | None, iou: float) -> DetectionError:
-    present = detection if detection is not None else target
-    assert present is not None, "an error has a detection or a target"
-    box, target_box = (None if row is None else _box(row) for row in (detection, target))
-    label, target_label = (None if row is None else int(row[LABEL]) for row in (detection, target))
-    score = None if detection is None else float(detection[SCORE])
-    image = int(present[IMAGE])
-    return DetectionError(kind, image, box, label, score, target_box, target_label, iou)
-
-
-def _box(row: Table) -> Box:
-    x1, y1, x2, y2 = row[BOX].tolist()
-    return x1, y1, x2, y2
-
-
-def _unmatched_kinds(matches: Matches) -> tuple[Rows, Rows, Table]:
-    targets, predicted = matches.targets, matches.detections
-    kinds = np.full(len(predicted), _BACKGROUND)
-    nearest, ious = np.full(len(predicted), -1), np.zeros(len(predicted))
-    images = np.where(matches.matched < 0, predicted[:, IMAGE], -1.0)
-    for target_rows, rows in group_rows(targets[:, IMAGE], images):
-        iou, _ = pairwise_iou_and_ioa(predicted[rows], targets[target_rows])
-        same_class = predicted[rows, None, LABEL] == targets[None, target_rows, LABEL]
-        each = np.arange(len(rows))
-        class_iou = np.where(same_class, iou, -1.0)
-        best, best_of_class = iou.argmax(axis=1), class_iou.argmax(axis=1)
-        overlaps = iou[each, best] >= MATCH_IOU
-        near_class = class_iou[each, best_of_class] >= BACKGROUND_IOU
-        chosen = np.where(~overlaps & near_class, best_of_class, best)
-        chosen_iou = iou[each, chosen]
-        near = chosen_iou >= BACKGROUND_IOU
-        overlap_kinds = np.where(same_class[each, best], _DUPLICATE, _CLASSIFICATION)
-        kinds[rows] = np.where(overlaps, overlap_kinds, np.where(near, _LOCALIZATION, _BACKGROUND))
-        nearest[rows] = np.where(near, target_rows[chosen], -1)
-        ious[rows] = np.where(near, chosen_iou, 0.0)
-    return kinds, nearest, ious

@@ -1,8 +1,7 @@
 """Plots of a report: curves, the confusion matrix, and images of the worst errors."""
 
-import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cv2
 import numpy as np
@@ -11,17 +10,13 @@ from PIL import ImageDraw, ImageFont
 
 from yolo_lightning.evaluation.curves import CONFIDENCES, RECALLS, Curves, mean_precision
 from yolo_lightning.evaluation.error_analysis import ConfusionMatrix, DetectionError
-from yolo_lightning.evaluation.matching import Table
-from yolo_lightning.images import Image, UnreadableSample
+from yolo_lightning.evaluation.matching import BOX, LABEL, SCORE, Table
+from yolo_lightning.images import UnreadableSample
 from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-ReadImage = Callable[[int], tuple[Image, tuple[float, float]]]
-"""Returns an image by its index in the source, uint8 RGB (H, W, 3), and its scale along x and y
-relative to the original image."""
 
 _MEAN_COLOUR = "#202020"
 _MAX_NAMED_CLASSES, _MAX_NAME_LENGTH = 12, 24
@@ -31,7 +26,7 @@ _MIN_SIDE, _MAX_SIDE = 2.2, 24.0
 # classes up to which a confusion matrix has numbers in its cells, lines between them, and names
 _MAX_NUMBERS, _MAX_LINES, _MAX_LABELS = 16, 90, 230
 
-COLUMNS = 6
+_COLUMNS = 6
 # px
 _TILE, _GAP, _MARGIN, _TITLE_HEIGHT, _CAPTION_HEIGHT = 172, 10, 18, 34, 38
 _GREEN, _ORANGE, _GREY, _BLACK = (24, 160, 70), (245, 110, 0), (110, 110, 110), (25, 25, 25)
@@ -45,8 +40,8 @@ _DESCRIPTIONS = {
 }
 
 
-def plot_precision_recall(curves: Curves, names: Mapping[int, str]) -> bytes:
-    """Return a PNG of precision over recall, one line per class and their mean in bold."""
+def plot_precision_recall(curves: Curves, names: Mapping[int, str]) -> "Figure":
+    """Plot precision over recall, one line per class and their mean in bold."""
     figure = new_figure(8.2, 5.2)
     axes = figure.add_subplot()
     ap50 = curves.precision_at_recall.mean(axis=1)
@@ -58,11 +53,11 @@ def plot_precision_recall(curves: Curves, names: Mapping[int, str]) -> bytes:
     )
     axes.set(xlabel="recall", ylabel="precision", title="Precision over recall, IoU 0.5")
     _add_legend(figure, axes, "AP50")
-    return _to_png(figure)
+    return figure
 
 
-def plot_confidence(curves: Curves, names: Mapping[int, str]) -> bytes:
-    """Return a PNG of F1 and precision over confidence, lines as in `plot_precision_recall`."""
+def plot_confidence(curves: Curves, names: Mapping[int, str]) -> "Figure":
+    """Plot F1 and precision over confidence, lines as in `plot_precision_recall`."""
     figure = new_figure(11.5, 4.6)
     left, right = figure.subplots(1, 2)
     order = _by_ap50(curves)
@@ -82,7 +77,7 @@ def plot_confidence(curves: Curves, names: Mapping[int, str]) -> bytes:
         axes.set(xlabel="confidence")
         axes.set_title(title, fontsize=11)
     _add_legend(figure, right, "")
-    return _to_png(figure)
+    return figure
 
 
 def _by_ap50(curves: Curves) -> list[int]:
@@ -120,8 +115,10 @@ def _add_legend(figure: "Figure", axes: "Axes", title: str) -> None:
         handle.set_alpha(1.0)
 
 
-def plot_confusion_matrix(matrix: ConfusionMatrix, names: Mapping[int, str], title: str) -> bytes:
-    """Return a PNG of the confusion matrix, normalized by row, background last."""
+def plot_confusion_matrix(
+    matrix: ConfusionMatrix, names: Mapping[int, str], title: str
+) -> "Figure":
+    """Plot the confusion matrix, normalized by row, background last."""
     count = len(matrix.counts)
     side = count * min(_MAX_CELL, max(_MIN_CELL, _MATRIX_WIDTH / count))
     side = max(_MIN_SIDE, min(_MAX_SIDE, side))
@@ -147,7 +144,7 @@ def plot_confusion_matrix(matrix: ConfusionMatrix, names: Mapping[int, str], tit
     bar = figure.colorbar(image, ax=axes, shrink=min(0.8, 4 / side), pad=0.02)
     bar.set_ticks([0, 0.05, 0.2, 0.5, 1], labels=["0 %", "5 %", "20 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
-    return _to_png(figure)
+    return figure
 
 
 def _label_cells(
@@ -175,20 +172,24 @@ def _short(name: str) -> str:
     return name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 1] + "…"
 
 
-def _to_png(figure: "Figure") -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.1)
-    return file.getvalue()
+class ImageSource(Protocol):
+    """A source of images by index."""
+
+    def read(self, index: int) -> Any:
+        """Return a sample with `image`, uint8 RGB (H, W, 3), and `size_hw_orig`, px."""
+
+    def image_name(self, index: int) -> str:
+        """Return the file of an image."""
 
 
 def draw_error_grid(
     errors: Mapping[str, Sequence[DetectionError]],
     names: Mapping[int, str],
-    read_image: ReadImage,
+    source: ImageSource,
     confidence: float,
-) -> bytes:
-    """Return a JPEG of the worst errors, one row per kind; unreadable images stay grey."""
-    width = 2 * _MARGIN + COLUMNS * _TILE + (COLUMNS - 1) * _GAP
+) -> Pillow.Image:
+    """Draw the worst errors, one row per kind; unreadable images stay grey."""
+    width = 2 * _MARGIN + _COLUMNS * _TILE + (_COLUMNS - 1) * _GAP
     row_height = _TILE + _CAPTION_HEIGHT + _GAP
     heights = [_TITLE_HEIGHT + (row_height if group else 0) for group in errors.values()]
     height = _TITLE_HEIGHT + _MARGIN + sum(heights) + _MARGIN
@@ -201,14 +202,12 @@ def draw_error_grid(
         draw.text((_MARGIN, top), title, _BLACK, _font(19))
         start = _MARGIN + draw.textlength(title, _font(19)) + 12
         draw.text((start, top + 4), _DESCRIPTIONS[kind], _GREY, _font(14))
-        for column, error in enumerate(group[:COLUMNS]):
+        for column, error in enumerate(group[:_COLUMNS]):
             left, tile_top = _MARGIN + column * (_TILE + _GAP), top + _TITLE_HEIGHT - 4
-            canvas.paste(draw_error_tile(error, read_image), (left, tile_top))
+            canvas.paste(draw_error_tile(error, source), (left, tile_top))
             _draw_caption(draw, (left, tile_top + _TILE + 2), error, names)
         top += row
-    file = io.BytesIO()
-    canvas.save(file, format="JPEG", quality=88)
-    return file.getvalue()
+    return canvas
 
 
 def _draw_header(draw: "ImageDraw.ImageDraw", width: int, title: str) -> None:
@@ -228,18 +227,17 @@ def _draw_caption(
     error: DetectionError,
     names: Mapping[int, str],
 ) -> None:
-    target = "" if error.target_label is None else names[error.target_label]
-    other_class = "" if error.label == error.target_label else f", target: {target}"
+    target = "" if error.target is None else names[int(error.target[LABEL])]
+    name, score = target, ""
+    if error.detection is not None:
+        name, score = names[int(error.detection[LABEL])], f" {error.detection[SCORE]:.2f}"
     second_line = {
         "classification": f"target: {target}",
-        "localization": f"IoU {error.iou:.2f}{other_class}",
+        "localization": f"IoU {error.iou:.2f}" + ("" if name == target else f", target: {target}"),
         "duplicate": "already detected",
         "background": "no target",
         "missed": "not detected",
     }[error.kind]
-    name, score = target, ""
-    if error.label is not None:
-        name, score = names[error.label], f" {error.score:.2f}"
     x, y = left_top
     room = _TILE - draw.textlength(score, _font(14))
     draw.text((x, y), _shorten(draw, name, 14, room) + score, _BLACK, _font(14))
@@ -258,27 +256,24 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def draw_error_tile(error: DetectionError, read_image: ReadImage) -> Pillow.Image:
+def draw_error_tile(error: DetectionError, source: ImageSource) -> Pillow.Image:
     """Return the enlarged part of an image around an error, with the boxes."""
     tile = Pillow.new("RGB", (_TILE, _TILE), _LIGHT_GREY)
     try:
-        pixels, scale_xy = read_image(error.image)
+        sample = source.read(error.image)
     except UnreadableSample:
         return tile
+    size_wh, size_wh_orig = sample.image.shape[1::-1], sample.size_hw_orig[::-1]
     boxes = [
-        (np.array(box) * [*scale_xy, *scale_xy], colour, line_width)
-        for box, colour, line_width in (
-            (error.target_xyxy_orig_px, _GREEN, 4),
-            (error.box_xyxy_orig_px, _ORANGE, 3),
-        )
-        if box is not None
+        (row[BOX] * np.tile(np.divide(size_wh, size_wh_orig), 2), colour, line_width)
+        for row, colour, line_width in ((error.target, _GREEN, 4), (error.detection, _ORANGE, 3))
+        if row is not None
     ]
     low = np.min([box[:2] for box, *_ in boxes], axis=0)
     high = np.max([box[2:] for box, *_ in boxes], axis=0)
-    size = np.array([pixels.shape[1], pixels.shape[0]])
-    side = int(min(max(_CROP_SCALE * (high - low).max(), _MIN_CROP), size.max()))
-    start = ((low + high - side) / 2).astype(int).clip(0, (size - side).clip(0))
-    crop = pixels[start[1] : start[1] + side, start[0] : start[0] + side]
+    side = int(min(max(_CROP_SCALE * (high - low).max(), _MIN_CROP), max(size_wh)))
+    start = ((low + high - side) / 2).astype(int).clip(0, (np.array(size_wh) - side).clip(0))
+    crop = sample.image[start[1] : start[1] + side, start[0] : start[0] + side]
     scale = _TILE / side
     height, width = (max(1, round(length * scale)) for length in crop.shape[:2])
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC

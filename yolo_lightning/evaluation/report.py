@@ -2,19 +2,20 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning
+import numpy as np
 import torch
 
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.evaluation.average_precision import COCO_METRICS
-from yolo_lightning.evaluation.curves import CONFIDENCES, MATCH_IOU, Curves, compute_curves
+from yolo_lightning.evaluation.curves import CONFIDENCES, Curves, compute_curves
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import (
     ConfusionMatrix,
@@ -24,53 +25,24 @@ from yolo_lightning.evaluation.error_analysis import (
     find_errors,
     match_predictions,
 )
-from yolo_lightning.evaluation.matching import Table
+from yolo_lightning.evaluation.matching import MATCH_IOU, Table
 from yolo_lightning.evaluation.plots import (
-    ReadImage,
+    ImageSource,
     draw_error_grid,
     plot_confidence,
     plot_confusion_matrix,
     plot_precision_recall,
 )
 from yolo_lightning.evaluation.tables import (
-    class_table,
-    confusion_table,
-    error_table,
     unique_names,
+    write_class_table,
+    write_confusion_table,
+    write_error_table,
 )
-from yolo_lightning.images import Image
-from yolo_lightning.tree.wordtree import WordTree
 from yolo_lightning.version import __version__
 
-_CURVE_METRICS = ("precision", "recall", "f1")
-
-
-@dataclass
-class ReportData:
-    """The results that a report is made from; see `DetectionEvaluation`."""
-
-    tree: WordTree
-    targets: Table
-    detections: Table
-    metrics: Mapping[str, float]
-    per_class: Mapping[str, Mapping[str, float]]
-    per_coarse_class: Mapping[str, Mapping[str, float]]
-    metadata: Mapping[str, Any]  # checkpoint, recipe, image size and number of images
-
-    @classmethod
-    def from_evaluation(
-        cls, evaluation: DetectionEvaluation, metadata: Mapping[str, Any]
-    ) -> "ReportData":
-        """Return the results of the last `compute` of an evaluation."""
-        return cls(
-            evaluation.tree,
-            evaluation.targets,
-            evaluation.detections,
-            evaluation.metrics,
-            evaluation.per_class,
-            evaluation.per_coarse_class,
-            metadata,
-        )
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def num_images_read(
@@ -125,75 +97,103 @@ def check_report_options(args: Sequence[str]) -> None:
 
 def write_report(
     folder: Path,
-    data: ReportData,
-    read_image: ReadImage,
-    image_name: Callable[[int], str] = str,
+    evaluation: DetectionEvaluation,
+    metadata: Mapping[str, Any],
+    source: ImageSource,
     options: ReportOptions | None = None,
 ) -> list[str]:
     """Write the files of a report and return a summary, as lines.
 
     ``per_class.csv``, ``confusion.csv``, ``errors.csv``, ``precision_recall.png``,
     ``confidence.png``, ``confusion.png``, ``errors.jpg``, and last ``metrics.json``. Plots without
-    data or without matplotlib are skipped, which the summary mentions. `image_name` returns the
-    file of an image by its index; `read_image` may raise `UnreadableSample`.
+    data or without matplotlib are skipped, which the summary mentions.
+
+    Args:
+        folder: to write to; created if it does not exist.
+        evaluation: the results of its last `compute` are written.
+        metadata: added to ``metrics.json``: checkpoint, recipe, image size and number of images.
+        source: the images that were evaluated.
+        options: of the report.
 
     Raises:
         InputError: the tree has no such level, or the folder cannot be written.
     """
     options = options or ReportOptions()
-    names = unique_names(data.tree)
-    curves = compute_curves(data.targets, data.detections)
-    matches = match_predictions(data.targets, data.detections, data.tree, options.confidence)
-    matrix = confusion_matrix(matches, data.tree, options.level)
+    names = unique_names(evaluation.tree)
+    targets, detections = evaluation.targets, evaluation.detections
+    curves = compute_curves(targets, detections)
+    matches = match_predictions(targets, detections, evaluation.tree, options.confidence)
+    matrix = confusion_matrix(matches, evaluation.tree, options.level)
     errors = find_errors(matches)
+    values = {**metadata, **_results(evaluation, curves, matches, errors, options)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = _class_rows(data, curves)
-        _write_text(folder / "per_class.csv", class_table(rows))
-        _write_text(folder / "confusion.csv", confusion_table(matrix, names))
-        _write_text(folder / "errors.csv", error_table(errors, names, image_name))
+        write_class_table(folder / "per_class.csv", values["per_class"])
+        write_confusion_table(folder / "confusion.csv", matrix, names)
+        write_error_table(folder / "errors.csv", errors, names, source.image_name)
         skipped = _write_plots(folder, curves, matrix, names, options)
         if any(errors.values()):
-            grid = draw_error_grid(errors, names, read_image, options.confidence)
-            _write(folder / "errors.jpg", grid)
-        values = _to_plain(data, rows, curves, matches, errors, options)
+            grid = draw_error_grid(errors, names, source, options.confidence)
+            grid.save(folder / "errors.jpg", quality=88)
         text = json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
-        _write_text(folder / "metrics.json", text + "\n")
+        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
-    return [*_summary(curves, errors, options.confidence), *skipped]
+    counts = ", ".join(f"{kind} {len(group)}" for kind, group in errors.items())
+    lines = [f"errors at confidence {options.confidence:g}: {counts}", *skipped]
+    if best := values["best_f1"]:
+        lines.insert(0, f"best mean F1 {best['f1']:.3f} at confidence {best['confidence']:g}")
+    return lines
 
 
-class ImageSource(Protocol):
-    """A source of images by index."""
-
-    def read(self, index: int) -> Any:
-        """Return a sample with `image`, uint8 RGB (H, W, 3), and `size_hw_orig`, px."""
-
-
-def image_reader(source: ImageSource) -> ReadImage:
-    """Return a function that reads the images of a source for `write_report`."""
-
-    def read(index: int) -> tuple[Image, tuple[float, float]]:
-        sample = source.read(index)
-        (height, width), (height_orig, width_orig) = sample.image.shape[:2], sample.size_hw_orig
-        return sample.image, (width / width_orig, height / height_orig)
-
-    return read
-
-
-def _class_rows(data: ReportData, curves: Curves) -> dict[str, dict[str, Any]]:
-    keys = [data.tree.keys[node] for node in curves.nodes.tolist()]
-    rows: dict[str, dict[str, Any]] = {}
-    names = dict(zip(data.tree.keys, data.tree.names, strict=True))
-    for key in dict.fromkeys([*keys, *data.per_class]):
-        rows[key] = {"name": names[key], "objects": 0, **data.per_class.get(key, {})}
+def _results(
+    evaluation: DetectionEvaluation,
+    curves: Curves,
+    matches: Matches,
+    errors: Mapping[str, Sequence[DetectionError]],
+    options: ReportOptions,
+) -> dict[str, Any]:
+    """Return the content of ``metrics.json`` without the metadata; values may be NaN."""
+    names = dict(zip(evaluation.tree.keys, evaluation.tree.names, strict=True))
+    at_best: dict[str, Table] = {}
+    best_f1: dict[str, float] | None = None
+    if (best := curves.best_index) is not None:
+        at_best = {
+            metric: getattr(curves, metric)[:, best] for metric in ("precision", "recall", "f1")
+        }
+        best_f1 = {"confidence": round(float(CONFIDENCES[best]), 3)}
+        best_f1 |= {metric: float(v[~np.isnan(v)].mean()) for metric, v in at_best.items()}
+    keys = [evaluation.tree.keys[node] for node in curves.nodes.tolist()]
+    per_class: dict[str, dict[str, Any]] = {
+        key: {"name": names[key], "objects": 0, **evaluation.per_class.get(key, {})}
+        for key in dict.fromkeys([*keys, *evaluation.per_class])
+    }
     for k, key in enumerate(keys):
-        rows[key]["objects"] = int(curves.num_targets[k])
-        if curves.best_index is not None:
-            for metric in _CURVE_METRICS:
-                rows[key][metric] = float(getattr(curves, metric)[k, curves.best_index])
-    return rows
+        per_class[key]["objects"] = int(curves.num_targets[k])
+        per_class[key] |= {metric: float(values[k]) for metric, values in at_best.items()}
+    return {
+        "objects": len(matches.targets),
+        "versions": {
+            "yolo-lightning": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+        },
+        "metrics": dict.fromkeys(COCO_METRICS) | evaluation.metrics,
+        "best_f1": best_f1,
+        "errors": {
+            "confidence": options.confidence,
+            "iou": MATCH_IOU,
+            "detections": len(matches.detections),
+            "true_positives": int((matches.matched >= 0).sum()),
+            **{kind: len(group) for kind, group in errors.items()},
+        },
+        "confusion": {"confidence": options.confidence, "level": options.level},
+        "per_class": per_class,
+        "per_coarse_class": {
+            key: {"name": names[key], **row} for key, row in evaluation.per_coarse_class.items()
+        },
+    }
 
 
 def _write_plots(
@@ -204,77 +204,21 @@ def _write_plots(
     options: ReportOptions,
 ) -> list[str]:
     """Write the plots that have data; return messages about skipped ones."""
-    plots: dict[str, Callable[[], bytes]] = {}
+    plots: dict[str, Callable[[], Figure]] = {}
     if len(curves.nodes):
-        plots["precision_recall.png"] = lambda: plot_precision_recall(curves, names)
-        plots["confidence.png"] = lambda: plot_confidence(curves, names)
+        plots["precision_recall.png"] = partial(plot_precision_recall, curves, names)
+        plots["confidence.png"] = partial(plot_confidence, curves, names)
     if len(matrix.nodes):
         level = f", level {options.level} of the tree" if options.level else ""
         title = f"Confusion matrix at confidence {options.confidence:g}{level}, % of each row"
-        plots["confusion.png"] = lambda: plot_confusion_matrix(matrix, names, title)
+        plots["confusion.png"] = partial(plot_confusion_matrix, matrix, names, title)
     messages = [] if len(curves.nodes) else ["no targets: no curves"]
     try:
         for file, plot in plots.items():
-            _write(folder / file, plot())
+            plot().savefig(folder / file, bbox_inches="tight", pad_inches=0.1)
     except InputError as error:  # no matplotlib
         messages.append(f"skipped {', '.join(plots)}: {error}")
     return messages
-
-
-def _to_plain(
-    data: ReportData,
-    rows: Mapping[str, Mapping[str, Any]],
-    curves: Curves,
-    matches: Matches,
-    errors: Mapping[str, Sequence[DetectionError]],
-    options: ReportOptions,
-) -> dict[str, Any]:
-    names = dict(zip(data.tree.keys, data.tree.names, strict=True))
-    coarse = {key: {"name": names[key], **row} for key, row in data.per_coarse_class.items()}
-    return {
-        **data.metadata,
-        "objects": len(matches.targets),
-        "versions": {
-            "yolo-lightning": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-        },
-        "metrics": dict.fromkeys(COCO_METRICS) | dict(data.metrics),
-        "best_f1": _best_f1(curves),
-        "errors": {
-            "confidence": options.confidence,
-            "iou": MATCH_IOU,
-            "detections": len(matches.detections),
-            "true_positives": int((matches.matched >= 0).sum()),
-            **{kind: len(group) for kind, group in errors.items()},
-        },
-        "confusion": {"confidence": options.confidence, "level": options.level},
-        "per_class": rows,
-        "per_coarse_class": coarse,
-    }
-
-
-def _best_f1(curves: Curves) -> dict[str, float] | None:
-    if curves.best_index is None:
-        return None
-    means = {m: float(_mean(getattr(curves, m)[:, curves.best_index])) for m in _CURVE_METRICS}
-    return {"confidence": round(float(CONFIDENCES[curves.best_index]), 3), **means}
-
-
-def _mean(values: Table) -> float:
-    defined = values[values == values]
-    return float(defined.mean()) if defined.size else math.nan
-
-
-def _summary(
-    curves: Curves, errors: Mapping[str, Sequence[DetectionError]], confidence: float
-) -> list[str]:
-    counts = ", ".join(f"{kind} {len(group)}" for kind, group in errors.items())
-    lines = [f"errors at confidence {confidence:g}: {counts}"]
-    if best := _best_f1(curves):
-        lines.insert(0, f"best mean F1 {best['f1']:.3f} at confidence {best['confidence']:g}")
-    return lines
 
 
 def _without_nan(value: Any) -> Any:
@@ -286,13 +230,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write(path, text.encode("utf-8"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
