@@ -391,29 +391,24 @@ class DetectorModule(pl.LightningModule):
         """Add detections and targets to the metrics."""
         size_hw, evaluation = batch.images.shape[-2:], self.evaluation
         targets: list[Tensor] = []
-        fine: list[Detections] = []
-        coarse: list[Detections] = []
-        levels = [(fine, evaluation.nodes)]
-        if evaluation.has_coarse_level:
-            levels.append((coarse, evaluation.coarse_nodes))
         by_level: list[list[Detections]] = [[] for _ in evaluation.levels]
-        levels += zip(by_level, (nodes for *_, nodes in evaluation.levels), strict=True)
+        most_specific: list[tuple[Detections, Tensor]] = []
         images = self._candidates(batch.images, SCORE_THRESHOLD)
         for k, (image, size) in enumerate(zip(images, batch.sizes_hw_orig.tolist(), strict=True)):
             boxes = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
             targets.append(self._original_px(boxes, size, size_hw))
             probs = self._probs(image)
-            for detections, nodes in levels:
+            for detections, level in zip(by_level, evaluation.levels, strict=True):
                 detections.append(
-                    self._detect_nodes(image, probs, size, size_hw, nodes, SCORE_THRESHOLD)
+                    self._detect_nodes(image, probs, size, size_hw, level.nodes, SCORE_THRESHOLD)
                 )
             if evaluation.is_hierarchical:
                 labelled, rows = self._detect_most_specific(
                     image, size, size_hw, PREDICTION_SCORE_THRESHOLD, 0.5
                 )
                 leaves, _ = self.tree.most_specific_nodes(image.logits[rows], 0.0)
-                evaluation.update_tree_accuracy(batch, k, targets[k], labelled, leaves)
-        evaluation.update(batch, targets, fine, coarse, by_level)
+                most_specific.append((labelled, leaves))
+        evaluation.update(batch, targets, by_level, most_specific)
 
     def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Add detections and targets to the metrics."""

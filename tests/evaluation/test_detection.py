@@ -46,13 +46,15 @@ def make_evaluation(nodes: list[int], boxed: list[int]) -> DetectionEvaluation:
 def add(evaluation: DetectionEvaluation, boxes: list[list[float]], labels: list[int], fine, coarse):
     batch = detection_batch(torch.zeros(1, len(labels), 4), torch.tensor([labels]))
     batch.sample_ids += len(evaluation.fine.targets)  # a new image each time
-    evaluation.update(batch, [torch.tensor(boxes)], [fine], [coarse] if coarse else [])
+    by_level = [[one] for one in (fine, coarse) if one is not None]
+    by_level += [[detections()] for _ in evaluation.levels[len(by_level) :]]
+    evaluation.update(batch, [torch.tensor(boxes)], by_level)
 
 
 def test_fine_targets_with_coarse_training_boxes():
     evaluation = make_evaluation([2, 3, 4], boxed=[0, 1])
-    assert evaluation.has_coarse_level
-    assert evaluation.coarse_nodes.tolist() == [0, 1]
+    assert evaluation.coarse is not None
+    assert evaluation.coarse.nodes.tolist() == [0, 1]
     # a correct Bengal, a Manx predicted as Bengal, a pug with a score that is too low
     add(
         evaluation,
@@ -89,14 +91,16 @@ def test_fine_targets_with_coarse_training_boxes():
 
 def test_average_precision_at_each_level_of_the_tree():
     evaluation = make_evaluation([2, 3, 4], boxed=[2, 3, 4])
-    ((level, ancestors, classes),) = evaluation.levels
-    assert (level, ancestors.tolist(), classes.tolist()) == (1, [0, 1, 0, 0, 1], [0, 1])
+    fine_level, level = evaluation.levels
+    assert (fine_level.suffix, fine_level.nodes.tolist()) == ("", [2, 3, 4])
+    assert (level.suffix, level.nodes.tolist()) == ("_level1", [0, 1])
+    assert level.labels.tolist() == [0, 1, 0, 0, 1]
     # a Manx predicted as Bengal is a cat at level 1; a pug is predicted as cat
     for label, score in ((3, 0.9), (2, 0.8), (4, 0.7)):
         batch = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[label]]))
         batch.sample_ids += len(evaluation.fine.targets)
         fine, coarse = detections((HERE, 2, score)), detections((HERE, 0, score))
-        evaluation.update(batch, [torch.tensor([HERE])], [fine], [], [[coarse]])
+        evaluation.update(batch, [torch.tensor([HERE])], [[fine], [coarse]])
     means = evaluation.compute(torch.ones(5, dtype=torch.bool))
     # Bengal 1/2, a false positive first; Manx and pug 0
     assert means["AP50"] == pytest.approx(1 / 6)
@@ -105,7 +109,8 @@ def test_average_precision_at_each_level_of_the_tree():
     deep = WordTree([("0", "-", "0"), *((str(k), str(k - 1), str(k)) for k in range(1, 9))])
     chain = DetectionEvaluation(deep)
     chain.reset(torch.tensor([8]), torch.arange(9))
-    assert [number for number, *_ in chain.levels] == [1, 2, 3, 4]  # no more than four
+    # no more than four
+    assert [one.suffix for one in chain.levels] == ["", *(f"_level{k}" for k in range(1, 5))]
 
 
 def test_a_coarse_misclassification_does_not_count_as_detected():
@@ -123,7 +128,7 @@ def test_a_coarse_misclassification_does_not_count_as_detected():
 
 def test_without_a_coarse_level():
     evaluation = make_evaluation([0, 1], boxed=[0, 1])
-    assert not evaluation.has_coarse_level
+    assert evaluation.coarse is None
     add(evaluation, [HERE], [0], detections((HERE, 0, 0.9)), None)
     means = evaluation.compute(torch.tensor([True, True, False, False, False]))
     group_means = {"AP50", "AP", "AP50_boxed", "AP_boxed"}
@@ -176,7 +181,7 @@ def test_targets_and_detections_are_available_as_tables():
     batch.crowd[1, 1] = True
     batch.areas_orig_px2[1] = torch.tensor([30.0, 0.0])
     fine = [detections((HERE, 0, 0.5)), detections((THERE, 1, 0.25), (HERE, 0, 0.125))]
-    evaluation.update(batch, [torch.tensor([HERE]), torch.tensor([THERE, HERE])], fine, [])
+    evaluation.update(batch, [torch.tensor([HERE]), torch.tensor([THERE, HERE])], [fine])
     evaluation.compute(torch.ones(5, dtype=torch.bool))
     assert evaluation.targets.tolist() == [
         [7, 0, 0, 0, *HERE], [8, 1, 30, 1, *THERE], [8, 0, 0, 2, *HERE],
@@ -205,7 +210,7 @@ def test_areas_of_outlines_determine_the_size_of_an_object(tmp_path):
     evaluation = DetectionEvaluation(FRUIT)
     evaluation.reset(torch.tensor([1]), torch.arange(2))
     boxes = torch.tensor([[0.0, 0, 200, 200], [1.0, 199, 201, 399]])
-    evaluation.update(batch, [boxes], [detections((boxes[0].tolist(), 1, 0.9))], [])
+    evaluation.update(batch, [boxes], [[detections((boxes[0].tolist(), 1, 0.9))]])
     means = evaluation.compute(torch.ones(2, dtype=torch.bool))
     assert means["AP_small"] == pytest.approx(1)
     assert means["AP_large"] == 0
@@ -220,9 +225,9 @@ def test_padding_does_not_count():
     evaluation = make_evaluation([2, 3], boxed=[0])
     batch = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[2]]))
     batch.sample_ids[:] = -1
-    evaluation.update(
-        batch, [torch.tensor([HERE])], [detections((HERE, 2, 0.9))], [detections((HERE, 0, 0.9))]
-    )
+    coarse = detections((HERE, 0, 0.9))
+    by_level = [[detections((HERE, 2, 0.9))], [coarse], [coarse]]
+    evaluation.update(batch, [torch.tensor([HERE])], by_level)
     means = evaluation.compute(torch.zeros(5, dtype=torch.bool))
     assert means["name_accuracy"] != means["name_accuracy"]  # nothing was detected: NaN
     assert evaluation.per_class == {}
@@ -232,27 +237,24 @@ def test_kinds_of_labels_of_detected_objects():
     evaluation = make_evaluation([2, 3, 4], boxed=[0, 1])
     # (label, predicted, leaf): right, only cat, Manx instead of Bengal, pug
     cases = [(2, 2, 2), (2, 0, 2), (2, 3, 3), (2, 4, 4)]
+
+    def update(labels, boxes, predicted, leaves, **flags):
+        batch = detection_batch(torch.zeros(1, len(labels), 4), torch.tensor([labels]))
+        for name, value in flags.items():
+            getattr(batch, name)[:] = value
+        none = [[detections()] for _ in evaluation.levels]
+        specific = [(predicted, torch.tensor(leaves, dtype=torch.long))]
+        evaluation.update(batch, [torch.tensor(boxes)], none, specific)
+
     for number, (label, predicted, leaf) in enumerate(cases):
-        batch = detection_batch(torch.zeros(1, 2, 4), torch.tensor([[label, -1]]))
-        batch.sample_ids += number
         # the second box overlaps the target too, with a lower score; the third one does not
         preds = detections((HERE, predicted, 0.9), (HERE, 2, 0.5), (THERE, 4, 0.4))
-        leaves = torch.tensor([leaf, 2, 4])
-        evaluation.update_tree_accuracy(batch, 0, torch.tensor([HERE]), preds, leaves)
-    missed = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[3]]))
-    evaluation.update_tree_accuracy(
-        missed, 0, torch.tensor([THERE]), detections((HERE, 3, 0.9)), torch.tensor([3])
-    )
-    padding = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[3]]))
-    padding.sample_ids[:] = -1
-    evaluation.update_tree_accuracy(
-        padding, 0, torch.tensor([HERE]), detections((HERE, 3, 0.9)), torch.tensor([3])
-    )
-    difficult = detection_batch(torch.zeros(1, 1, 4), torch.tensor([[3]]))
-    difficult.difficult[:] = True
-    evaluation.update_tree_accuracy(
-        difficult, 0, torch.tensor([HERE]), detections((HERE, 3, 0.9)), torch.tensor([3])
-    )
+        update([label, -1], [HERE], preds, [leaf, 2, 4], sample_ids=number)
+    found = detections((HERE, 3, 0.9))
+    update([3], [THERE], found, [3])  # missed
+    update([3], [HERE], detections(), [])
+    update([3], [HERE], found, [3], sample_ids=-1)  # padding
+    update([3], [HERE], found, [3], difficult=True)
     means = evaluation.compute(torch.zeros(5, dtype=torch.bool))
     kinds = ("right", "not_specific_enough", "wrong_leaf", "wrong_branch")
     assert [means[kind] for kind in kinds] == [0.25] * 4

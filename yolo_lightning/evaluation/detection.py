@@ -1,12 +1,14 @@
 """Detection metrics: average precision at several levels of the tree, and label accuracy."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchmetrics import Metric
 
 from yolo_lightning.batches import DetectionBatch
@@ -18,8 +20,8 @@ from yolo_lightning.evaluation.average_precision import (
     VOC_METRICS,
     BoxAveragePrecision,
 )
-from yolo_lightning.evaluation.matching import MATCH_IOU, empty_table
 from yolo_lightning.evaluation.error_analysis import collapse_to_level
+from yolo_lightning.evaluation.matching import MATCH_IOU, empty_table
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -56,22 +58,31 @@ class NameAccuracy(Metric):
         target_labels: Tensor,
     ) -> None:
         """Add one image: detections, the coarse label of each node (K,), and targets (M,)."""
-        for box, label in zip(targets_xyxy_orig_px, target_labels.tolist(), strict=True):
-            overlaps = pairwise_iou(box[None], coarse.boxes_xyxy_orig_px)[0] >= MATCH_IOU
-            same = coarse.labels == coarse_labels[label]
-            if not bool((overlaps & same & (coarse.scores >= PREDICTION_SCORE_THRESHOLD)).any()):
-                continue
-            overlaps = pairwise_iou(box[None], fine.boxes_xyxy_orig_px)[0] >= MATCH_IOU
-            same = coarse_labels[fine.labels] == coarse_labels[label]
-            rows = (overlaps & same).nonzero().flatten()
-            self.detected[label] += 1
-            # detections are sorted by descending score: the first one labels the object
-            self.correct[label] += float(len(rows) > 0 and int(fine.labels[rows[0]]) == label)
+        expected = coarse_labels[target_labels][:, None]
+        is_valid = (coarse.labels == expected) & (coarse.scores >= PREDICTION_SCORE_THRESHOLD)
+        detected = _first_overlapping(targets_xyxy_orig_px, coarse, is_valid) >= 0
+        first = _first_overlapping(
+            targets_xyxy_orig_px, fine, coarse_labels[fine.labels] == expected
+        )
+        fine_labels = functional.pad(fine.labels, (0, 1), value=-1)[first]
+        correct = target_labels[detected & (fine_labels == target_labels)]
+        self.detected += torch.bincount(target_labels[detected], minlength=len(self.detected))
+        self.correct += torch.bincount(correct, minlength=len(self.correct))
 
     def compute(self) -> dict[int, tuple[int, int]]:
         """Return ``{node: (objects detected, of these labelled correctly)}``."""
         nodes = self.detected.nonzero().flatten().tolist()
         return {node: (int(self.detected[node]), int(self.correct[node])) for node in nodes}
+
+
+@dataclass
+class Level:
+    """Classes of the tree under which detections are evaluated."""
+
+    suffix: str  # of the names of its metrics, empty for the classes of the targets
+    nodes: Tensor  # int64 (L,), the classes
+    labels: Tensor  # int64 (K,), the label at this level of each node
+    precision: BoxAveragePrecision = field(default_factory=BoxAveragePrecision)
 
 
 class DetectionEvaluation(nn.Module):
@@ -86,13 +97,12 @@ class DetectionEvaluation(nn.Module):
     def __init__(self, tree: WordTree) -> None:
         super().__init__()
         self.tree = tree
-        self.fine, self.coarse = BoxAveragePrecision(), BoxAveragePrecision()
+        self.fine = BoxAveragePrecision()
         self.name_accuracy, self.tree_accuracy = NameAccuracy(len(tree)), TreeAccuracy(tree)
         self.is_hierarchical = tree.paths.shape[1] > 1
-        self.by_level = nn.ModuleList(BoxAveragePrecision() for _ in range(MAX_LEVELS))
-        # levels, from the top, whose classes differ from those of the next level: number, ancestor
-        # of each node (K,), classes (L,)
-        self.levels: list[tuple[int, Tensor, Tensor]] = []
+        # the classes of the targets, the coarse level if it differs, and then those of the tree
+        self.levels: list[Level] = []
+        self.coarse: Level | None = None
         self.seen_classes: Tensor | None = None  # bool (K,), replaces the classes with boxes
         self.metrics: dict[str, float] = {}
         self.tree_metrics: dict[str, float] = {}
@@ -107,21 +117,22 @@ class DetectionEvaluation(nn.Module):
         `boxed_ancestors`, int64 (K,), holds each node's deepest ancestor or self on the path to a
         class of the training boxes, or -1.
         """
-        for metric in self._metrics:
-            metric.reset()
-        self.nodes = nodes
-        self.levels = self._distinct_levels(nodes)
         itself = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
-        self.coarse_labels = torch.where(boxed_ancestors >= 0, boxed_ancestors, itself)
-        self.coarse_nodes = self.coarse_labels[nodes].unique()
-        self.has_coarse_level = not torch.equal(self.coarse_nodes, nodes.sort().values)
+        coarse_labels = torch.where(boxed_ancestors >= 0, boxed_ancestors, itself)
+        coarse = Level("_coarse", coarse_labels[nodes].unique(), coarse_labels)
+        self.coarse = None if torch.equal(coarse.nodes, nodes.sort().values) else coarse
+        self.levels = [Level("", nodes, itself, self.fine)]
+        self.levels += [coarse] if self.coarse else []
+        self.levels += self._distinct_levels(nodes)
+        self._reset_metrics()
 
-    @property
-    def _metrics(self) -> list[Metric]:
-        levels = [metric for metric in self.by_level if isinstance(metric, Metric)]
-        return [self.fine, self.coarse, self.name_accuracy, self.tree_accuracy, *levels]
+    def _reset_metrics(self) -> None:
+        metrics: list[Metric] = [level.precision for level in self.levels]
+        for metric in (*metrics, self.name_accuracy, self.tree_accuracy):
+            metric.reset()
 
-    def _distinct_levels(self, nodes: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    def _distinct_levels(self, nodes: Tensor) -> list[Level]:
+        """Return the levels, from the top, whose classes differ from those of the next level."""
         all_nodes = np.arange(len(self.tree))
         levels, next_classes = [], nodes.sort().values
         for level in range(self.tree.paths.shape[1] - 1, 0, -1):
@@ -129,7 +140,7 @@ class DetectionEvaluation(nn.Module):
             ancestors = torch.from_numpy(collapsed).to(nodes.device)
             classes = ancestors[nodes].unique()
             if not torch.equal(classes, next_classes):
-                levels.append((level, ancestors, classes))
+                levels.append(Level(f"_level{level}", classes, ancestors))
             next_classes = classes
         return levels[::-1][:MAX_LEVELS]
 
@@ -137,55 +148,34 @@ class DetectionEvaluation(nn.Module):
         self,
         batch: DetectionBatch,
         targets_xyxy_orig_px: Sequence[Tensor],
-        fine: Sequence[Detections],
-        coarse: Sequence[Detections],
-        by_level: Sequence[Sequence[Detections]] = (),
+        detections: Sequence[Sequence[Detections]],
+        most_specific: Sequence[tuple[Detections, Tensor]] = (),
     ) -> None:
         """Add a batch; the sample id -1 is padding.
 
-        Detections of each image are `fine` under the classes of the targets, `coarse` under coarse
-        labels (empty without a coarse level), and `by_level` under the classes of each of `levels`.
+        `detections` are, for each of `levels`, those of each image under the classes of the level.
+        `most_specific` are, for each image, detections with one label per box, and the end of each
+        box's most probable path, int64 (N,); they are needed only in a tree with several levels.
         """
         targets = _to_targets(batch, targets_xyxy_orig_px)
-        self.fine.update([_to_preds(one) for one in fine], targets)
-        for metric, (_, ancestors, _), detections in zip(
-            self.by_level, self.levels, by_level, strict=False
-        ):
-            collapsed = [{**target, "labels": ancestors[target["labels"]]} for target in targets]
-            metric.update([_to_preds(one) for one in detections], collapsed)  # type: ignore[operator]
-        if not coarse:
-            return
-        collapsed = [{**one, "labels": self.coarse_labels[one["labels"]]} for one in targets]
-        self.coarse.update([_to_preds(one) for one in coarse], collapsed)
-        for target, coarse_one, fine_one in zip(targets, coarse, fine, strict=True):
-            if target["image_id"] != PADDING:
-                counted = ~target["difficult"]
-                boxes, labels = target["boxes"][counted], target["labels"][counted]
-                self.name_accuracy.update(coarse_one, fine_one, self.coarse_labels, boxes, labels)
-
-    def update_tree_accuracy(
-        self,
-        batch: DetectionBatch,
-        k: int,
-        targets_xyxy_orig_px: Tensor,
-        predicted: Detections,
-        leaves: Tensor,
-    ) -> None:
-        """Add the detected objects of image k to the accuracy along the tree.
-
-        `predicted` has one label per box; `leaves`, int64 (N,), ends each box's most probable path.
-        """
-        if int(batch.sample_ids[k]) < 0 or not len(predicted.labels):
-            return
-        real = batch.labels[k] >= 0
-        counted = ~batch.difficult[k][real]
-        labels = batch.labels[k][real][counted]
-        iou = pairwise_iou(targets_xyxy_orig_px[counted], predicted.boxes_xyxy_orig_px)
-        overlaps = iou >= MATCH_IOU
-        detected = overlaps.any(dim=1)
-        # boxes are sorted by descending score: the first one labels the object
-        first = overlaps.int().argmax(dim=1)[detected]
-        self.tree_accuracy.update(predicted.labels[first], leaves[first], labels[detected])
+        for level, of_images in zip(self.levels, detections, strict=True):
+            level.precision.update(
+                [_to_preds(one) for one in of_images],
+                [{**target, "labels": level.labels[target["labels"]]} for target in targets],
+            )
+        for k, target in enumerate(targets):
+            if target["image_id"] == PADDING:
+                continue
+            counted = ~target["difficult"]
+            boxes, labels = target["boxes"][counted], target["labels"][counted]
+            if self.coarse:
+                fine, coarse = detections[0][k], detections[1][k]
+                self.name_accuracy.update(coarse, fine, self.coarse.labels, boxes, labels)
+            if most_specific:
+                predicted, leaves = most_specific[k]
+                first = _first_overlapping(boxes, predicted)
+                labels, first = labels[first >= 0], first[first >= 0]
+                self.tree_accuracy.update(predicted.labels[first], leaves[first], labels)
 
     def compute(self, boxed: Tensor) -> dict[str, float]:
         """Return the mean metrics, 0…1, and update `per_class`.
@@ -197,41 +187,28 @@ class DetectionEvaluation(nn.Module):
         and the kinds of `TreeAccuracy`. Groups without classes are left out, except the first two.
         `boxed`, bool (K,), are the classes of the training boxes.
         """
-        self.fine.compute()
-        name_counts: dict[int, tuple[int, int]] = {}
-        fine, coarse = self.fine.per_class, {}
-        if self.has_coarse_level:
-            self.coarse.compute()
-            name_counts, coarse = self.name_accuracy.compute(), self.coarse.per_class
+        for level in self.levels:
+            level.precision.compute()
+        name_counts = self.name_accuracy.compute() if self.coarse else {}
         tree_metrics = self.tree_accuracy.compute() if self.is_hierarchical else {}
         self.tree_metrics = tree_metrics if any(tree_metrics.values()) else {}  # no detections
+        self._reset_metrics()
         self.targets, self.detections = self.fine.tables
-        level_means = self._level_means()
-        for metric in self._metrics:
-            metric.reset()
-        self.per_class = {self.tree.keys[node]: dict(row) for node, row in fine.items()}
-        self.per_coarse_class = {self.tree.keys[node]: dict(row) for node, row in coarse.items()}
+        keys, coarse = self.tree.keys, self.coarse.precision.per_class if self.coarse else {}
+        self.per_class = {keys[node]: dict(row) for node, row in self.fine.per_class.items()}
+        self.per_coarse_class = {keys[node]: dict(row) for node, row in coarse.items()}
         for node, (detected, correct) in name_counts.items():
-            row = self.per_class.setdefault(self.tree.keys[node], {})
-            row["detected"], row["correct"] = detected, correct
-        metrics = self._group_means(fine, boxed)
-        if coarse:
-            metrics |= _means(list(coarse.values()), "_coarse")
-        if self.has_coarse_level:
+            self.per_class.setdefault(keys[node], {}).update(detected=detected, correct=correct)
+        metrics = self._group_means(self.fine.per_class, boxed)
+        for level in self.levels[1:]:
+            metrics |= _means(level.precision.per_class.values(), level.suffix)
+        if self.coarse:
             detected, correct = (sum(pair[k] for pair in name_counts.values()) for k in (0, 1))
             metrics["name_accuracy"] = correct / detected if detected else math.nan
         # without the means above, and without -1, which means undefined
         others = {k: v for k, v in self.fine.results.items() if k not in metrics and v >= 0}
-        self.metrics = metrics | level_means | others | self.tree_metrics
+        self.metrics = metrics | others | self.tree_metrics
         return self.metrics
-
-    def _level_means(self) -> dict[str, float]:
-        means: dict[str, float] = {}
-        for metric, (level, _, _) in zip(self.by_level, self.levels, strict=False):
-            assert isinstance(metric, BoxAveragePrecision)
-            metric.compute()
-            means |= _means(list(metric.per_class.values()), f"_level{level}")
-        return means
 
     def _group_means(self, fine: dict[int, dict[str, float]], boxed: Tensor) -> dict[str, float]:
         seen = (boxed if self.seen_classes is None else self.seen_classes).cpu()
@@ -257,16 +234,18 @@ class DetectionEvaluation(nn.Module):
         names = dict(zip(self.tree.keys, self.tree.names, strict=True))
         keys = [*self.per_class, *self.per_coarse_class]
         width = max([12, *(len(names[key]) for key in keys)]) + 2
-        header = f"{'class':<{width}}{'AP50':>8}{'AP':>8}"
-        lines = [header + (f"{'detected':>10}{'correct':>10}" if self.has_coarse_level else "")]
-        for key, row in self.per_class.items():
-            cells = [f"{row[m]:>8.3f}" if m in row else " " * 8 for m in ("AP50", "AP")]
-            cells += [f"{row[m]:>10.0f}" if m in row else "" for m in ("detected", "correct")]
-            lines.append(f"{names[key]:<{width}}" + "".join(cells))
-        if self.has_coarse_level:
+        counts = ("detected", "correct") if self.coarse else ()
+        lines = [f"{'class':<{width}}{'AP50':>8}{'AP':>8}" + "".join(f"{c:>10}" for c in counts)]
+
+        def line(name: str, row: Mapping[str, float]) -> str:
+            cells = [f"{row[m]:>8.3f}" for m in ("AP50", "AP")]
+            cells += [f"{row[m]:>10.0f}" for m in counts if m in row]
+            return f"{name:<{width}}" + "".join(cells)
+
+        lines += [line(names[key], row) for key, row in self.per_class.items()]
+        if self.coarse:
             lines.append("at the level of the training boxes:")
-        for key, row in self.per_coarse_class.items():
-            lines.append(f"  {names[key]:<{width - 2}}{row['AP50']:>8.3f}{row['AP']:>8.3f}")
+        lines += [line(f"  {names[key]}", row) for key, row in self.per_coarse_class.items()]
         for suffix, title in _GROUPS.items() if self._group_sizes.get("_unboxed") else ():
             if self._group_sizes.get(suffix):
                 values = _format({m: self.metrics[m + suffix] for m in ("AP50", "AP")})
@@ -280,7 +259,22 @@ class DetectionEvaluation(nn.Module):
         return "\n".join(lines)
 
 
-def _means(rows: Sequence[dict[str, float]], suffix: str) -> dict[str, float]:
+def _first_overlapping(
+    targets_xyxy_px: Tensor, detections: Detections, is_valid: Tensor | None = None
+) -> Tensor:
+    """Return the highest-scoring detection that overlaps each target (M,), or -1.
+
+    `is_valid`, bool (M, N), are the detections that count for each target.
+    """
+    overlaps = pairwise_iou(targets_xyxy_px, detections.boxes_xyxy_orig_px) >= MATCH_IOU
+    if is_valid is not None:
+        overlaps &= is_valid
+    # detections are sorted by descending score; a last column of True stands for none
+    first = functional.pad(overlaps.int(), (0, 1), value=1).argmax(dim=1)
+    return torch.where(first < len(detections.labels), first, -1)
+
+
+def _means(rows: Collection[dict[str, float]], suffix: str) -> dict[str, float]:
     """Return AP50 and AP; NaN without rows, so that a callback can still monitor them."""
     return {
         metric + suffix: sum(row[metric] for row in rows) / len(rows) if rows else math.nan
