@@ -126,6 +126,21 @@ def test_a_coarse_misclassification_does_not_count_as_detected():
     assert "detected" not in evaluation.per_class["bengal"]
 
 
+def test_a_class_that_has_only_crowds_has_no_average_precision():
+    evaluation = make_evaluation([2, 3], boxed=[0])
+    batch = detection_batch(torch.zeros(1, 2, 4), torch.tensor([[2, 3]]))
+    batch.crowd[0, 1] = True
+    by_level = [[detections((HERE, 2, 0.9), (THERE, 3, 0.8))]]
+    by_level += [[detections((HERE, 0, 0.9), (THERE, 0, 0.8))] for _ in evaluation.levels[1:]]
+    evaluation.update(batch, [torch.tensor([HERE, THERE])], by_level)
+    evaluation.compute(torch.zeros(5, dtype=torch.bool))
+    assert evaluation.per_class["manx"] == {"detected": 1, "correct": 1}
+    blank = " " * 16
+    assert f"Bengal           1.000   1.000         1         1\nManx          {blank}" in (
+        evaluation.table()
+    )
+
+
 def test_without_a_coarse_level():
     evaluation = make_evaluation([0, 1], boxed=[0, 1])
     assert evaluation.coarse is None

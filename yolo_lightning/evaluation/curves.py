@@ -90,7 +90,5 @@ def precision_at(points: Table, recall: Table, precision: Table) -> Table:
 
 def mean_precision(precision: Table) -> Table:
     """Return the mean over the classes that have detections, (201,); NaN where none has."""
-    defined = ~np.isnan(precision)
-    count = defined.sum(axis=0)
-    total = np.where(defined, precision, 0.0).sum(axis=0)
-    return np.where(count > 0, total / count.clip(1), np.nan)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.nansum(precision, axis=0) / (~np.isnan(precision)).sum(axis=0))

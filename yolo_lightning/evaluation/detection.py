@@ -159,10 +159,12 @@ class DetectionEvaluation(nn.Module):
         """
         targets = _to_targets(batch, targets_xyxy_orig_px)
         for level, of_images in zip(self.levels, detections, strict=True):
-            level.precision.update(
-                [_to_preds(one) for one in of_images],
-                [{**target, "labels": level.labels[target["labels"]]} for target in targets],
-            )
+            preds = [
+                {"boxes": one.boxes_xyxy_orig_px, "labels": one.labels, "scores": one.scores}
+                for one in of_images
+            ]
+            at_level = [{**one, "labels": level.labels[one["labels"]]} for one in targets]
+            level.precision.update(preds, at_level)
         for k, target in enumerate(targets):
             if target["image_id"] == PADDING:
                 continue
@@ -238,7 +240,8 @@ class DetectionEvaluation(nn.Module):
         lines = [f"{'class':<{width}}{'AP50':>8}{'AP':>8}" + "".join(f"{c:>10}" for c in counts)]
 
         def line(name: str, row: Mapping[str, float]) -> str:
-            cells = [f"{row[m]:>8.3f}" for m in ("AP50", "AP")]
+            # a class that has only crowds has no average precision
+            cells = [f"{row[m]:>8.3f}" if m in row else " " * 8 for m in ("AP50", "AP")]
             cells += [f"{row[m]:>10.0f}" for m in counts if m in row]
             return f"{name:<{width}}" + "".join(cells)
 
@@ -285,14 +288,6 @@ def _means(rows: Collection[dict[str, float]], suffix: str) -> dict[str, float]:
 def _format(metrics: Mapping[str, float], names: Sequence[str] | None = None) -> str:
     values = [f"{k} {v:.3f}" for k, v in metrics.items() if names is None or k in names]
     return ", ".join(values) or "none, no targets"
-
-
-def _to_preds(detections: Detections) -> dict[str, Tensor]:
-    return {
-        "boxes": detections.boxes_xyxy_orig_px,
-        "labels": detections.labels,
-        "scores": detections.scores,
-    }
 
 
 def _to_targets(
