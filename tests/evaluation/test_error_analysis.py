@@ -16,7 +16,7 @@ from tests.helpers.detections import (
     target,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation.average_precision import evaluate_coco
+from yolo_lightning.evaluation.coco import evaluate_coco
 from yolo_lightning.evaluation.curves import (
     CONFIDENCES,
     RECALLS,

@@ -23,7 +23,7 @@ from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli.main import main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation.average_precision import COCO_METRICS, evaluate_coco
+from yolo_lightning.evaluation.coco import COCO_METRICS, evaluate_coco
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import (
     confusion_matrix,

@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from torchmetrics import Metric
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.evaluation.coco import COCO_METRICS, Scores, evaluate_coco
+from yolo_lightning.evaluation.coco import Scores, evaluate_coco
 from yolo_lightning.evaluation.matching import (
     AREA,
     BOX,
@@ -26,16 +26,14 @@ from yolo_lightning.evaluation.matching import (
 )
 from yolo_lightning.evaluation.voc import VOC_METRICS, evaluate_voc
 
-__all__ = ["COCO_METRICS", "VOC_METRICS", "BoxAveragePrecision", "evaluate_coco"]
-
 MAX_DETECTIONS = 100
 PADDING = -1  # image id of padding, which gives all ranks equally many images
 
 _OPTIONAL = ("iscrowd", "difficult", "area")
 _NO_ID = -2
+# a column after those of `matching`: a number for each image of each update, which separates images
+# without an id and images with equal ids
 _ENTRY = NUM_COLUMNS
-"""Column after those of `matching`: a number for each image of each update, which separates images
-without an id and images with equal ids."""
 _entries = itertools.count()
 _ENTRIES_PER_RANK = 2**40
 

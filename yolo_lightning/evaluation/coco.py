@@ -115,7 +115,9 @@ def _precision_recall(
     areas = targets[:, AREA]  # COCO uses the areas of the outlines
     ground_truth = COCO({**header, "annotations": _annotations(targets, areas)})
     results = COCO({**header, "annotations": _annotations(detections, np.zeros(len(detections)))})
-    evaluation = COCOeval_faster(ground_truth, results, iouType="bbox", print_function=_no_print)
+    evaluation = COCOeval_faster(
+        ground_truth, results, iouType="bbox", print_function=lambda *_: None
+    )
     evaluation.params.catIds = classes
     evaluation.params.areaRng = [list(bounds) for bounds in _AREAS.values()]
     evaluation.params.areaRngLbl = list(_AREAS)
@@ -129,10 +131,6 @@ def _mean(values: NDArray[np.float64]) -> float:
     """Return the mean without COCO's -1 of classes that have no target of a size."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else -1.0
-
-
-def _no_print(*_: object) -> None:
-    pass
 
 
 def _annotations(rows: Table, areas: NDArray[np.float64]) -> list[dict[str, Any]]:

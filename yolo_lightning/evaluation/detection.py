@@ -14,15 +14,12 @@ from torchmetrics import Metric
 from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.boxes import pairwise_iou
 from yolo_lightning.detections import Detections
-from yolo_lightning.evaluation.average_precision import (
-    COCO_METRICS,
-    PADDING,
-    VOC_METRICS,
-    BoxAveragePrecision,
-)
+from yolo_lightning.evaluation.average_precision import PADDING, BoxAveragePrecision
+from yolo_lightning.evaluation.coco import COCO_METRICS
 from yolo_lightning.evaluation.error_analysis import collapse_to_level
 from yolo_lightning.evaluation.matching import MATCH_IOU, empty_table
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
+from yolo_lightning.evaluation.voc import VOC_METRICS
 from yolo_lightning.tree.wordtree import WordTree
 
 PREDICTION_SCORE_THRESHOLD = 0.25

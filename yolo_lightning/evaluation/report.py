@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.evaluation.average_precision import COCO_METRICS
+from yolo_lightning.evaluation.coco import COCO_METRICS
 from yolo_lightning.evaluation.curves import CONFIDENCES, Curves, compute_curves
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import (
