@@ -23,6 +23,7 @@ from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.explain import picture as explain_picture
 from yolo_lightning.explain.analysis import TERMS, explain_boxes, explain_label, path_to
+from yolo_lightning.explain.text import label_lines
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.losses import LossSettings, assign_objects, select_boxes, yolo9000_loss
 from yolo_lightning.models.head import HeadOutput
@@ -216,7 +217,8 @@ def test_without_a_boxed_ancestor_the_highest_objectness_is_selected():
         raw, "boxed_ancestor", no_ancestors, objectness_rule="darknet"
     )
     assert explanation.node is None
-    assert explanation.objectness_target is None
+    assert explanation.ranked_by == "objectness"
+    assert label_lines(explanation)[-1].endswith("without a loss (loss.objectness_rule)")
     for one in explanation.candidates:
         assert one.score == pytest.approx(one.box.objectness)
     assert explanation.candidates[0].box.objectness == pytest.approx(
@@ -229,7 +231,7 @@ def test_only_boxes_above_the_minimum_objectness_are_candidates_for_the_largest(
     raw[0, [4, 15]] = -5.0
     raw[0, 4, 1, 1] = raw[0, 15, 0, 2] = 3.0
     explanation, *_ = explain_raw_label(raw, "largest", torch.arange(6))
-    assert explanation.any_above_min
+    assert explanation.ranked_by == "area"
     assert {(one.box.anchor, one.box.row, one.box.column) for one in explanation.candidates} == {
         (0, 1, 1), (1, 0, 2),
     }  # fmt: skip
@@ -386,28 +388,34 @@ def test_texts_of_a_crowded_figure_lie_inside_it_and_do_not_overlap(
 
     figures: list[Any] = []
     monkeypatch.setattr(
-        explain_picture._Page, "save", lambda self, path: figures.append(self.figure)
+        explain_picture, "save_figure", lambda figure, *args, **kwargs: figures.append(figure)
     )
     explain(4, "--data.detection.objects", "[14,16]", "--data.detection.radii", "[0.05,0.1]")
     explain(4, "--data.detection.objects", "[0,0]")
     explain(4, "--source", "classification")
-    crowded, empty, _ = figures
-    assert any("smaller objects" in text.get_text() for text in crowded.texts)
-    assert any("no objects" in text.get_text() for text in empty.texts)
+    long_names = WordTree.from_names(["a name " * 20, "W" * 150])
+    found = explain_raw_boxes(raw_head(2), [[0.5, 0.5, 0.3, 0.3]], [1], long_names)[0]
+    explain_picture.save_boxes(workplace / "a.png", "folder/$x_1$/" * 20, found)
+    crowded, empty, *_ = figures
+    assert any("smaller objects" in text.get_text() for text in crowded.axes[1].texts)
+    assert "no objects" in empty.axes[0].get_xlabel()
     for figure in figures:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
-        boxes += [legend.get_window_extent() for legend in figure.legends]
-        for box in boxes:
+        image, panel = figure.axes
+        titles = [image._left_title, image.xaxis.label, *(tile.title for tile in image.child_axes)]
+        texts = [text for text in (*panel.texts, *titles) if text.get_text()]
+        boxes = [item.get_window_extent() for item in (*texts, image.get_legend())]
+        assert len(boxes) > 8
+        tiles = [axes.get_window_extent() for axes in (image, *image.child_axes)]
+        for box in (*boxes, *tiles):
             assert box.x0 >= 0
             assert box.y0 >= 0
             assert box.x1 <= figure.bbox.x1
             assert box.y1 <= figure.bbox.y1
-        for one, other in itertools.combinations(boxes, 2):
+        for one, other in itertools.combinations([*boxes, *tiles], 2):
             assert not one.overlaps(other), (one, other)
-        corners = [axes.get_window_extent() for axes in figure.axes]
-        assert not any(box.overlaps(axes) for box in boxes for axes in corners)
+    assert len(crowded.axes[0].child_axes) == explain_picture.MAX_OBJECTS
 
 
 def test_without_matplotlib_the_terms_are_printed_before_the_error(

@@ -1,7 +1,8 @@
 """Explanation of the loss of one image: responsible boxes, targets, and terms."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -11,12 +12,9 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou, shape_iou
 from yolo_lightning.losses import (
     LARGEST_MIN_OBJECTNESS,
-    Assignment,
     BoxSelection,
     LossSettings,
     assign_objects,
-    loss_coord,
-    loss_obj,
     select_boxes,
     yolo9000_loss,
 )
@@ -24,12 +22,13 @@ from yolo_lightning.models.head import HeadOutput, decode_boxes
 from yolo_lightning.tree.wordtree import WordTree
 
 TERMS = ("loss_coord", "loss_obj", "loss_noobj", "loss_class", "loss_anchor_prior")
+OBJECT_TERMS = ("loss_coord", "loss_obj", "loss_class")
 MAX_CANDIDATES, MAX_FALSE_POSITIVES = 5, 3
 FALSE_POSITIVE_OBJECTNESS = 0.3
 """Objectness above which a box without an object is listed: an error, or a missing label."""
 
 Corners = tuple[float, float, float, float]
-"""x1, y1, x2, y2, 0…1 of the network input."""
+"""x1, y1, x2, y2, in 0…1 of the network input."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ObjectExplanation:
     objectness_target: float
     path: tuple[PathNode, ...]
     terms: Mapping[str, float]  # its part of the terms of the image; empty if overridden
-    overridden_by: int | None  # index of a later object with the same box, which alone counts
+    overridden_by: int | None = None  # a later object with the same box, which alone counts
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,26 @@ class FalsePositive:
 
 
 @dataclass(frozen=True)
-class BoxLossExplanation:
-    """The loss of an image with boxes; `terms` as in `yolo9000_loss`."""
+class LossExplanation:
+    """What the explanations of all images have in common."""
 
-    grid_hw: tuple[int, int]
-    anchors_wh_norm: tuple[tuple[float, float], ...]
+    batch: DetectionBatch | ClassificationBatch  # of this image alone
+    settings: LossSettings
+    grid: int  # cells per side
+    anchors_wh_norm: Sequence[tuple[float, float]]
+    terms: Mapping[str, float]  # as in `yolo9000_loss`
+
+    @property
+    def image_size(self) -> int:
+        """Side of the network input, px."""
+        return self.batch.images.shape[-1]
+
+
+@dataclass(frozen=True)
+class BoxLossExplanation(LossExplanation):
+    """The loss of an image with boxes."""
+
     objects: tuple[ObjectExplanation, ...]
-    terms: Mapping[str, float]
     num_negatives: int  # boxes with a no-object loss
     num_ignored: int  # boxes without an object, with too high an IoU for a no-object loss
     false_positives: tuple[FalsePositive, ...]  # the negatives with the highest objectness
@@ -97,51 +109,29 @@ class Candidate:
     box: PredictedBox
     prob_node: float  # P(node that the rule uses), 1 if it uses none
     prob_label: float  # P(image label)
-    score: float  # by which the rule ranks
+    score: float  # area, product or objectness, by which the rule ranks
 
 
 @dataclass(frozen=True)
-class LabelLossExplanation:
-    """The loss of an image with an image label; `terms` as in `yolo9000_loss`."""
+class LabelLossExplanation(LossExplanation):
+    """The loss of an image with an image label."""
 
-    grid_hw: tuple[int, int]
-    anchors_wh_norm: tuple[tuple[float, float], ...]
     name: str
-    rule: BoxSelection
     node: str | None  # name of the node that the rule uses
-    any_above_min: bool  # whether any objectness is high enough for the rule `largest`
+    ranked_by: str  # "area", "objectness", or "product": objectness x P(node)
     candidates: tuple[Candidate, ...]  # the selected box, then the next best
     other_rules: Mapping[BoxSelection, PredictedBox]  # the boxes that they would select
-    objectness_target: float | None  # lower bound for the selected box; None without such a loss
     path: tuple[PathNode, ...]  # at the selected box
-    terms: Mapping[str, float]
-    num_negatives: int  # boxes with a no-object loss
 
 
-class _DecodedBoxes:
-    """All boxes of one image: `xyxy_norm` (A, G, 4), `objectness` (A, G)."""
-
-    def __init__(self, output: HeadOutput, anchors_wh_cell: Tensor) -> None:
-        logits = output.box_logits.float()
-        self.grid_hw = (logits.shape[-2], logits.shape[-1])
-        decoded = decode_boxes(logits, anchors_wh_cell).flatten(3)[0]  # (A, 4, G)
-        self.xyxy_norm = cxcywh_to_xyxy(decoded.transpose(1, 2))
-        self.objectness = logits[0, :, 4].sigmoid().flatten(1)
-        grid_wh = anchors_wh_cell.new_tensor([self.grid_hw[1], self.grid_hw[0]])
-        self.anchors_wh_norm = anchors_wh_cell / grid_wh
-
-    def box(self, anchor: int, cell: int) -> PredictedBox:
-        row, column = divmod(cell, self.grid_hw[1])
-        objectness = float(self.objectness[anchor, cell])
-        return PredictedBox(anchor, row, column, _corners(self.xyxy_norm[anchor, cell]), objectness)
-
-    def anchors(self) -> tuple[tuple[float, float], ...]:
-        return tuple((float(w), float(h)) for w, h in self.anchors_wh_norm)
+def width_height(xyxy: Corners) -> tuple[float, float]:
+    """Return width and height of a box."""
+    return xyxy[2] - xyxy[0], xyxy[3] - xyxy[1]
 
 
-def _corners(xyxy: Tensor) -> Corners:
-    x1, y1, x2, y2 = xyxy.tolist()
-    return x1, y1, x2, y2
+def area(xyxy: Corners) -> float:
+    """Return the area of a box."""
+    return math.prod(width_height(xyxy))
 
 
 def path_to(logits: Tensor, label: int, tree: WordTree) -> tuple[PathNode, ...]:
@@ -157,6 +147,25 @@ def path_to(logits: Tensor, label: int, tree: WordTree) -> tuple[PathNode, ...]:
     return tuple(path)
 
 
+def _decode(output: HeadOutput, anchors_wh_cell: Tensor) -> list[PredictedBox]:
+    """Return the boxes of an image, by anchor, row and column; their index is used below."""
+    logits = output.box_logits.float()
+    grid = logits.shape[-1]
+    boxes = decode_boxes(logits, anchors_wh_cell).flatten(3).transpose(2, 3).reshape(-1, 4)
+    objectness = logits[0, :, 4].sigmoid().flatten().tolist()
+    return [
+        PredictedBox(k // grid**2, k // grid % grid, k % grid, tuple(xyxy), objectness[k])
+        for k, xyxy in enumerate(cxcywh_to_xyxy(boxes).tolist())
+    ]
+
+
+def _class_logits(output: HeadOutput, boxes: Sequence[int]) -> Tensor:
+    """Return class logits (M, K) of boxes given by index."""
+    index, cells = torch.tensor(boxes), output.box_logits.shape[-1] ** 2
+    logits = output.class_logits.gather_boxes(0 * index, index // cells, index % cells)
+    return logits.float()
+
+
 @torch.no_grad()
 def explain_boxes(
     output: HeadOutput,
@@ -166,99 +175,55 @@ def explain_boxes(
     settings: LossSettings,
 ) -> BoxLossExplanation:
     """Explain the loss of a batch of one image with boxes; anchors are float (A, 2), in cells."""
-    boxes = _DecodedBoxes(output, anchors_wh_cell)
-    no_ancestors = torch.full((len(tree),), -1)
-    terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, no_ancestors, settings)
-    assignments = _assign_each(batch, anchors_wh_cell, boxes.grid_hw)
-    keys = [(int(one.anchor), int(one.cell)) for one in assignments]
-    last_object = {key: k for k, key in enumerate(keys)}  # of equals, the last one counts
-    without_object = torch.ones_like(boxes.objectness, dtype=torch.bool)
-    for key in keys:
-        without_object[key] = False
-    targets = cxcywh_to_xyxy(batch.boxes_cxcywh_norm[0, batch.labels[0] >= 0])
-    # (A, G); a zero box allows images without objects
-    iou = pairwise_iou(boxes.xyxy_norm, torch.cat([targets, targets.new_zeros(1, 4)])).amax(dim=2)
-    near = iou > settings.ignore_iou
-    return BoxLossExplanation(
-        boxes.grid_hw,
-        boxes.anchors(),
-        tuple(
-            _explain_object(
-                output, assignment, boxes, anchors_wh_cell, tree, settings,
-                None if last_object[key] == k else last_object[key],
+
+    def terms_of(batch: DetectionBatch) -> dict[str, float]:
+        no_ancestors = torch.full((len(tree),), -1)
+        terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, no_ancestors, settings)
+        return {name: float(value) for name, value in terms.items()}
+
+    boxes, grid = _decode(output, anchors_wh_cell), output.box_logits.shape[-1]
+    anchors_wh_norm = anchors_wh_cell / grid
+    slots = (batch.labels[0] >= 0).nonzero().flatten()
+    targets = cxcywh_to_xyxy(batch.boxes_cxcywh_norm[0, slots])
+    ious = pairwise_iou(torch.tensor([box.xyxy_norm for box in boxes]), targets).tolist()
+    objects, responsible = list[ObjectExplanation](), list[int]()
+    for k, slot in enumerate(slots.tolist()):
+        # the box and the loss of an object do not depend on the other objects
+        cxcywh, labels = batch.boxes_cxcywh_norm[:, [slot]], batch.labels[:, [slot]]
+        found = assign_objects(cxcywh, labels, anchors_wh_cell, (grid, grid))
+        terms = terms_of(replace(batch, boxes_cxcywh_norm=cxcywh, labels=labels))
+        index, label = int(found.anchor * grid**2 + found.cell), int(labels)
+        responsible.append(index)
+        objects.append(
+            ObjectExplanation(
+                name=tree.names[label],
+                target_xyxy_norm=tuple(targets[k].tolist()),
+                box=boxes[index],
+                shape_ious=tuple(shape_iou(cxcywh[0, :, 2:], anchors_wh_norm)[0].tolist()),
+                iou=ious[index][k],
+                objectness_target=ious[index][k] if settings.rescore else 1.0,
+                path=path_to(_class_logits(output, [index])[0], label, tree),
+                terms={name: terms[name] for name in OBJECT_TERMS},
             )
-            for k, (assignment, key) in enumerate(zip(assignments, keys, strict=True))
-        ),
-        {name: float(value) for name, value in terms.items()},
-        int((without_object & ~near).sum()),
-        int((without_object & near).sum()),
-        _false_positives(boxes, without_object & ~near, iou, settings.noobj_scale),
-    )  # fmt: skip
-
-
-def _assign_each(
-    batch: DetectionBatch, anchors_wh_cell: Tensor, grid_hw: tuple[int, int]
-) -> list[Assignment]:
-    """Return the assignment of each object without the other objects."""
-    indices = (batch.labels[0] >= 0).nonzero().flatten().tolist()
-    boxes, labels = batch.boxes_cxcywh_norm, batch.labels
-    return [
-        assign_objects(boxes[:, k : k + 1], labels[:, k : k + 1], anchors_wh_cell, grid_hw)
-        for k in indices
+        )
+    last_object = {index: k for k, index in enumerate(responsible)}  # which alone counts
+    for k, index in enumerate(responsible):
+        if last_object[index] != k:
+            objects[k] = replace(objects[k], terms={}, overridden_by=last_object[index])
+    negatives = [
+        FalsePositive(box, max_iou, 0.5 * settings.noobj_scale * box.objectness**2)
+        for k, box in enumerate(boxes)
+        if k not in last_object and (max_iou := max(ious[k], default=0.0)) <= settings.ignore_iou
     ]
-
-
-def _explain_object(
-    output: HeadOutput,
-    assignment: Assignment,
-    boxes: _DecodedBoxes,
-    anchors_wh_cell: Tensor,
-    tree: WordTree,
-    settings: LossSettings,
-    overridden_by: int | None,
-) -> ObjectExplanation:
-    box_logits, label = output.box_logits.float(), int(assignment.labels)
-    target = cxcywh_to_xyxy(assignment.boxes_cxcywh_norm)
-    iou = pairwise_iou(boxes.xyxy_norm[assignment.anchor, assignment.cell], target)[0]  # (1,)
-    objectness_target = iou if settings.rescore else torch.ones_like(iou)
-    logits = output.class_logits.gather_boxes(
-        assignment.image, assignment.anchor, assignment.cell
-    ).float()
-    coord = loss_coord(box_logits, assignment, anchors_wh_cell)
-    obj = loss_obj(box_logits[:, :, 4], assignment, objectness_target)
-    class_loss = tree.path_loss(logits, assignment.labels).sum()
-    terms = {
-        "loss_coord": settings.coord_scale * float(coord),
-        "loss_obj": settings.obj_scale * float(obj),
-        "loss_class": settings.class_scale * float(class_loss),
-    }
-    shape_ious = shape_iou(assignment.boxes_cxcywh_norm[:, 2:], boxes.anchors_wh_norm)[0]
-    return ObjectExplanation(
-        tree.names[label],
-        _corners(target[0]),
-        boxes.box(int(assignment.anchor), int(assignment.cell)),
-        tuple(shape_ious.tolist()),
-        float(iou),
-        float(objectness_target),
-        path_to(logits[0], label, tree),
-        terms if overridden_by is None else {},
-        overridden_by,
-    )
-
-
-def _false_positives(
-    boxes: _DecodedBoxes, is_negative: Tensor, iou: Tensor, scale: float
-) -> tuple[FalsePositive, ...]:
-    objectness = boxes.objectness * is_negative
-    values, indices = objectness.flatten().topk(min(MAX_FALSE_POSITIVES, objectness.numel()))
-    found = [
-        (value, divmod(index, objectness.shape[1]))
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-        if value > FALSE_POSITIVE_OBJECTNESS
-    ]
-    return tuple(
-        FalsePositive(boxes.box(*key), float(iou[key]), scale * 0.5 * value**2)
-        for value, key in found
+    false_positives = [one for one in negatives if one.box.objectness > FALSE_POSITIVE_OBJECTNESS]
+    false_positives.sort(key=lambda one: -one.box.objectness)
+    common = (batch, settings, grid, anchors_wh_norm.tolist(), terms_of(batch))
+    return BoxLossExplanation(
+        *common,
+        objects=tuple(objects),
+        num_negatives=len(negatives),
+        num_ignored=len(boxes) - len(last_object) - len(negatives),
+        false_positives=tuple(false_positives[:MAX_FALSE_POSITIVES]),
     )
 
 
@@ -276,70 +241,36 @@ def explain_label(
     `boxed_ancestors`, int64 (K,), holds each node's deepest ancestor or self on the path to a class
     with boxes, or -1.
     """
-    boxes, label = _DecodedBoxes(output, anchors_wh_cell), int(batch.labels)
-    rule = settings.box_selection
-    terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
-    selected: dict[BoxSelection, tuple[int, int]] = {}
+    boxes, grid = _decode(output, anchors_wh_cell), output.box_logits.shape[-1]
+    label, rule = int(batch.labels), settings.box_selection
+    selected: dict[BoxSelection, int] = {}
     for name in get_args(BoxSelection):
-        anchor, cell = select_boxes(
-            output, batch.labels, anchors_wh_cell, tree, boxed_ancestors, name
-        )
-        selected[name] = int(anchor), int(cell)
+        found = select_boxes(output, batch.labels, anchors_wh_cell, tree, boxed_ancestors, name)
+        selected[name] = int(found[0] * grid**2 + found[1])
+    first = selected.pop(rule)
     node = {"boxed_ancestor": int(boxed_ancestors[label]), "label": label}.get(rule, -1)
-    logits = _class_logits(output, torch.tensor([selected[rule]]))[0]
+    logits = _class_logits(output, range(len(boxes)))
+    probs = tree.log_probs(logits).double().exp()  # (A * G, K)
+    prob_node = probs[:, node] if node >= 0 else torch.ones(len(boxes))
+    objectness = torch.tensor([box.objectness for box in boxes])
+    scores, ranked_by = objectness * prob_node, "objectness" if node < 0 else "product"
+    if rule == "largest" and boxes[first].objectness > LARGEST_MIN_OBJECTNESS:
+        areas = torch.tensor([area(box.xyxy_norm) for box in boxes]).clamp(max=1)
+        scores, ranked_by = areas * (objectness > LARGEST_MIN_OBJECTNESS), "area"
+    others = [k for k in scores.argsort(descending=True).tolist() if k != first and scores[k] > 0]
+    candidates = [
+        Candidate(boxes[k], float(prob_node[k]), float(probs[k, label]), float(scores[k]))
+        for k in (first, *others[: MAX_CANDIDATES - 1])
+    ]
+    terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
+    values = {name: float(value) for name, value in terms.items()}
+    common = (batch, settings, grid, (anchors_wh_cell / grid).tolist(), values)
     return LabelLossExplanation(
-        boxes.grid_hw,
-        boxes.anchors(),
-        tree.names[label],
-        rule,
-        tree.names[node] if node >= 0 else None,
-        bool((boxes.objectness > LARGEST_MIN_OBJECTNESS).any()),
-        _candidates(output, boxes, tree, label, node, rule, selected[rule]),
-        {name: boxes.box(*key) for name, key in selected.items() if name != rule},
-        0.3 if settings.objectness_rule == "paper" else None,
-        path_to(logits, label, tree),
-        {name: float(value) for name, value in terms.items()},
-        boxes.objectness.numel() - 1,
-    )
-
-
-def _class_logits(output: HeadOutput, keys: Tensor) -> Tensor:
-    """Return class logits (M, K) of boxes of one image, given anchor and cell, int64 (M, 2)."""
-    image = torch.zeros_like(keys[:, 0])
-    return output.class_logits.gather_boxes(image, keys[:, 0], keys[:, 1]).float()
-
-
-def _candidates(
-    output: HeadOutput,
-    boxes: _DecodedBoxes,
-    tree: WordTree,
-    label: int,
-    node: int,
-    rule: BoxSelection,
-    selected: tuple[int, int],
-) -> tuple[Candidate, ...]:
-    """Return the selected box and the next best by the score of the rule."""
-    objectness = boxes.objectness
-    keys = torch.ones_like(objectness).nonzero()  # (A * G, 2)
-    log_probs = tree.log_probs(_class_logits(output, keys))  # (A * G, K)
-    prob_label = log_probs[:, label].view_as(objectness).exp()
-    log_prob_node = log_probs[:, node].view_as(objectness) if node >= 0 else 0 * objectness
-    if rule == "largest":
-        size = boxes.xyxy_norm[..., 2:] - boxes.xyxy_norm[..., :2]
-        is_allowed = objectness > LARGEST_MIN_OBJECTNESS
-        area = size.prod(dim=-1).clamp(max=1) * is_allowed
-        log_score = (area if bool(is_allowed.any()) else objectness).log()
-    else:
-        log_score = objectness.log() + log_prob_node
-    order = log_score.flatten().argsort(descending=True)
-    ranked = keys[order[log_score.flatten()[order].isfinite()]].tolist()
-    best = [selected, *((anchor, cell) for anchor, cell in ranked if (anchor, cell) != selected)]
-    return tuple(
-        Candidate(
-            boxes.box(*key),
-            float(log_prob_node[key].exp()),
-            float(prob_label[key]),
-            float(log_score[key].exp()),
-        )
-        for key in best[:MAX_CANDIDATES]
+        *common,
+        name=tree.names[label],
+        node=tree.names[node] if node >= 0 else None,
+        ranked_by=ranked_by,
+        candidates=tuple(candidates),
+        other_rules={name: boxes[k] for name, k in selected.items()},
+        path=path_to(logits[first], label, tree),
     )

@@ -1,16 +1,16 @@
 """Text output of `yolo-lightning explain`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from yolo_lightning.explain.analysis import (
     TERMS,
     BoxLossExplanation,
     LabelLossExplanation,
-    ObjectExplanation,
     PathNode,
     PredictedBox,
+    width_height,
 )
-from yolo_lightning.losses import LossSettings
+from yolo_lightning.losses import PAPER_MIN_OBJECTNESS
 
 _MAX_NAME, _MAX_HEADING = 24, 16
 
@@ -29,145 +29,132 @@ def _path(path: Sequence[PathNode]) -> str:
     return " · ".join(parts) + product
 
 
-def object_lines(
-    number: int, item: ObjectExplanation, anchor_wh_px: tuple[float, float]
-) -> list[str]:
-    """Return the explanation of an object, its number (from 1) and name first."""
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [[row[0].ljust(widths[0]), *row[1:]] for row in rows]
+    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
+
+
+def terms_table(explanation: BoxLossExplanation | LabelLossExplanation) -> list[str]:
+    """Return a table of all terms: a header, a row per object, other boxes, and the image."""
+    total, others = explanation.terms, ["loss_noobj"]
+    if isinstance(explanation, BoxLossExplanation):
+        rows = [(f"{k + 1} {item.name}", item.terms) for k, item in enumerate(explanation.objects)]
+        others.append("loss_anchor_prior")
+    else:
+        rows = [("selected box", {term: total[term] for term in ("loss_obj", "loss_class")})]
+    rows += [("other boxes", {term: total[term] for term in others}), ("image", total)]
+    cells = [["", *TERMS, "loss"]]
+    for name, terms in rows:
+        values = [f"{terms[term]:.4f}" if term in terms else "" for term in TERMS]
+        cells.append([name[:_MAX_NAME], *values, f"{sum(terms.values()):.4f}"])
+    return _table(cells)
+
+
+def object_lines(explanation: BoxLossExplanation, k: int) -> list[str]:
+    """Return the explanation of object k, its number (from 1) and name first."""
+    item = explanation.objects[k]
+    w, h = (explanation.image_size * side for side in explanation.anchors_wh_norm[item.box.anchor])
     best, *others = sorted(item.shape_ious, reverse=True)
     second_best = f", next {others[0]:.2f}" if others else ""
-    is_overridden = item.overridden_by is not None
-    target = "" if is_overridden else f", target {item.objectness_target:.2f}"
-    lines = [
-        f"{number}  {item.name}",
-        f"{_location(item.box)}: {anchor_wh_px[0]:.0f} x {anchor_wh_px[1]:.0f} px, "
-        f"shape IoU {best:.2f}{second_best}",
-        f"decoded box: IoU {item.iou:.2f}; objectness {item.box.objectness:.2f}{target}",
-        f"path: {_path(item.path)}",
+    if item.overridden_by is None:
+        terms = ", ".join(f"{name[5:]} {value:.4f}" for name, value in item.terms.items())
+        loss = f"loss {sum(item.terms.values()):.4f}: {terms}"
+        target = f", target {item.objectness_target:.2f}"
+    else:
+        loss, target = f"no loss: object {item.overridden_by + 1} has the same box", ""
+    return [
+        f"{k + 1}  {item.name}",
+        f"   {_location(item.box)}: {w:.0f} x {h:.0f} px, shape IoU {best:.2f}{second_best}",
+        f"   decoded box: IoU {item.iou:.2f}; objectness {item.box.objectness:.2f}{target}",
+        f"   path: {_path(item.path)}",
+        f"   {loss}",
     ]
-    if item.overridden_by is not None:
-        return [*lines, f"no loss: object {item.overridden_by + 1} has the same box"]
-    terms = ", ".join(f"{name[5:]} {value:.4f}" for name, value in item.terms.items())
-    return [*lines, f"loss {sum(item.terms.values()):.4f}: {terms}"]
 
 
-def _terms_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> list[str]:
-    """Return a table of terms and their sums, with a header."""
-    width = max(len(name[:_MAX_NAME]) for name, _ in rows)
-    widths = {term: max(12, len(term) + 2) for term in TERMS}
-    lines = [" " * width + "".join(f"{term:>{w}}" for term, w in widths.items()) + f"{'loss':>10}"]
-    for name, terms in rows:
-        cells = "".join(
-            f"{terms[term]:>{w}.4f}" if term in terms else " " * w for term, w in widths.items()
-        )
-        lines.append(f"{name[:_MAX_NAME]:<{width}}{cells}{sum(terms.values()):>10.4f}")
-    return lines
-
-
-def boxes_summary(
-    explanation: BoxLossExplanation, settings: LossSettings, row_per_object: bool
-) -> list[str]:
-    """Return the loss of boxes without an object, and a table of all terms.
-
-    Without `row_per_object` the table has one row with the sum over the objects.
-    """
-    objects, total = explanation.objects, explanation.terms
-    lines = [
+def other_boxes_lines(explanation: BoxLossExplanation) -> list[str]:
+    """Return the loss of boxes without an object."""
+    limit, images_seen = explanation.settings.anchor_prior_images, explanation.batch.images_seen
+    prior = f"on, at image {images_seen:,} of the first {limit:,}"
+    if images_seen >= limit:
+        prior = f"off after the first {limit:,} images"
+    return [
+        f"loss_anchor_prior: {prior if limit else 'off, loss.anchor_prior_images is 0'}",
         f"{explanation.num_negatives} boxes without an object have a loss_noobj; "
-        f"{explanation.num_ignored} more have none, with an IoU above {settings.ignore_iou:g} "
-        "with a target",
+        f"{explanation.num_ignored} more have none, with an IoU above "
+        f"{explanation.settings.ignore_iou:g} with a target",
         *(
             f"no object: {_location(one.box)}: objectness {one.box.objectness:.2f}, "
             f"IoU {one.iou:.2f} with the nearest target, loss {one.loss:.4f}"
             for one in explanation.false_positives
         ),
     ]
-    rows = [(f"{k + 1} {item.name}", item.terms) for k, item in enumerate(objects)]
-    if not row_per_object:
-        names = ("loss_coord", "loss_obj", "loss_class")
-        sums = {term: sum(item.terms.get(term, 0.0) for item in objects) for term in names}
-        rows = [("objects", sums)]
-    others = {term: total[term] for term in ("loss_noobj", "loss_anchor_prior")}
-    return [*lines, "", *_terms_table([*rows, ("other boxes", others), ("image", total)])]
 
 
 def _reason(explanation: LabelLossExplanation) -> str:
-    name, node = explanation.name, explanation.node
-    if explanation.rule == "largest":
-        if explanation.any_above_min:
-            return "the largest of the boxes with an objectness above 0.3"
-        return "the highest objectness, since none is above 0.3"
+    """Return why the first candidate is selected."""
+    name, node, rule = explanation.name, explanation.node, explanation.settings.box_selection
+    if explanation.ranked_by == "area":
+        return "the largest of the boxes with an objectness above 0.3"
     if node is None:
-        return f"the highest objectness, since {name} has no ancestor with boxes"
-    best = f"the highest objectness x P({node})"
-    if explanation.rule == "label":
-        return best
-    if node == name:
-        return f"{best}; {node} itself has boxes"
-    return f"{best}; {node} is the deepest ancestor of {name} with boxes"
+        cause = "none is above 0.3" if rule == "largest" else f"{name} has no ancestor with boxes"
+        return f"the highest objectness, since {cause}"
+    boxed = f"is the deepest ancestor of {name} with boxes" if node != name else "itself has boxes"
+    cause = "" if rule == "label" else f"; {node} {boxed}"
+    return f"the highest objectness x P({node}){cause}"
 
 
 def label_lines(explanation: LabelLossExplanation) -> list[str]:
     """Return the explanation of an image label, its name first."""
-    first = explanation.candidates[0].box
-    if explanation.objectness_target is None:
+    first, settings = explanation.candidates[0].box, explanation.settings
+    if settings.objectness_rule != "paper":
         target = "without a loss (loss.objectness_rule)"
-    elif first.objectness < explanation.objectness_target:
-        target = f"below the target of {explanation.objectness_target:g}"
+    elif first.objectness < PAPER_MIN_OBJECTNESS:
+        target = f"below the target of {PAPER_MIN_OBJECTNESS:g}"
     else:
-        target = f"not below the target of {explanation.objectness_target:g}, so without a loss"
+        target = f"not below the target of {PAPER_MIN_OBJECTNESS:g}, so without a loss"
     others = [
         f"{rule}: {'the same' if box == first else _location(box)}"
         for rule, box in explanation.other_rules.items()
     ]
     return [
         explanation.name,
-        f"box_selection {explanation.rule}: {_reason(explanation)}",
+        f"box_selection {settings.box_selection}: {_reason(explanation)}",
         f"other rules: {'; '.join(others)}",
         f"path at the selected box: {_path(explanation.path)}",
         f"objectness of the selected box: {first.objectness:.2f}, {target}",
     ]
 
 
-def candidates_table(explanation: LabelLossExplanation, size: int) -> list[str]:
-    """Return a table of the best boxes by the rule, with a header; `size` is the input's, px."""
-    candidates = explanation.candidates
-    columns = [("objectness", [one.box.objectness for one in candidates])]
-    if explanation.rule == "largest" and explanation.any_above_min:
-        columns.append(("area", [one.score for one in candidates]))
-    elif explanation.node is not None:
-        columns.append((_prob(explanation.node), [one.prob_node for one in candidates]))
-        columns.append(("product", [one.score for one in candidates]))
-    if explanation.rule != "label":
-        columns.append((_prob(explanation.name), [one.prob_label for one in candidates]))
-    lines = [f"{'':<3}{'row':>3}{'column':>8}{'anchor':>8}{'w x h px':>12}"]
-    for k, one in enumerate(candidates):
-        box, (x1, y1, x2, y2) = one.box, one.box.xyxy_norm
-        box_size = f"{(x2 - x1) * size:.0f} x {(y2 - y1) * size:.0f}"
-        lines.append(f"{k + 1:<3}{box.row:>3}{box.column:>8}{box.anchor:>8}{box_size:>12}")
-    for name, values in columns:
-        cells = [name, *(f"{value:.4f}" for value in values)]
-        width = max(map(len, cells)) + 2
-        lines = [f"{line}{cell:>{width}}" for line, cell in zip(lines, cells, strict=True)]
-    return lines
-
-
 def _prob(name: str) -> str:
     return f"P({name})" if len(name) <= _MAX_HEADING else f"P({name[: _MAX_HEADING - 1]}…)"
 
 
-def label_summary(explanation: LabelLossExplanation) -> list[str]:
-    """Return a table of all terms."""
-    total = explanation.terms
-    selected = {term: total[term] for term in ("loss_obj", "loss_class")}
-    others = {"loss_noobj": total["loss_noobj"]}
-    return _terms_table([("selected box", selected), ("other boxes", others), ("image", total)])
+def candidates_table(explanation: LabelLossExplanation) -> list[str]:
+    """Return a table of the best boxes by the rule, with a header."""
+    heading, rows = ["", "row", "column", "anchor", "w x h px"], []
+    for number, one in enumerate(explanation.candidates, start=1):
+        w, h = (explanation.image_size * side for side in width_height(one.box.xyxy_norm))
+        values = [("objectness", one.box.objectness)]
+        if explanation.ranked_by == "area":
+            values.append(("area", one.score))
+        elif explanation.node is not None:
+            values += [(_prob(explanation.node), one.prob_node), ("product", one.score)]
+        if explanation.settings.box_selection != "label":
+            values.append((_prob(explanation.name), one.prob_label))
+        location = map(str, (number, one.box.row, one.box.column, one.box.anchor))
+        rows.append([*location, f"{w:.0f} x {h:.0f}", *(f"{value:.4f}" for _, value in values)])
+    return _table([[*heading, *(name for name, _ in values)], *rows])
 
 
-def anchor_prior_line(images_seen: int, settings: LossSettings) -> str:
-    """Return whether `loss_anchor_prior` applies after a number of training images."""
-    limit = settings.anchor_prior_images
-    if not limit:
-        return "loss_anchor_prior: off, loss.anchor_prior_images is 0"
-    if images_seen >= limit:
-        return f"loss_anchor_prior: off after the first {limit:,} images"
-    return f"loss_anchor_prior: on, at image {images_seen:,} of the first {limit:,}"
+def boxes_text(explanation: BoxLossExplanation) -> str:
+    """Return the explanation of an image with boxes."""
+    lines = [line for k in range(len(explanation.objects)) for line in object_lines(explanation, k)]
+    return "\n".join([*lines, *other_boxes_lines(explanation), "", *terms_table(explanation)])
+
+
+def label_text(explanation: LabelLossExplanation) -> str:
+    """Return the explanation of an image with a label."""
+    tables = [*candidates_table(explanation), "", *terms_table(explanation)]
+    return "\n".join([*label_lines(explanation), "", *tables])

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from yolo_lightning.datamodules.combined import CombinedDataModule
     from yolo_lightning.datamodules.source import ImageLabelSource
     from yolo_lightning.detector import DetectorModule
-    from yolo_lightning.explain.picture import View
     from yolo_lightning.losses import LossSettings
-    from yolo_lightning.models.head import HeadOutput
 
 SOURCES = ("detection", "classification", "validation", "test")
 FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
@@ -32,26 +30,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("recipe", help="RECIPE.yaml, or the resolved.yaml of a run")
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="CKPT",
-        help="of a detector with the classes of the recipe",
-    )
+    add("--checkpoint", required=True, metavar="CKPT", help="detector with the recipe's classes")
     add("--image", required=True, type=int, metavar="N", help="index of the image, from 0")
-    add(
-        "--source",
-        choices=SOURCES,
-        help="of the image, in the data of the recipe (detection, or classification without boxes)",
+    of_source = (
+        "of the image, in the data of the recipe (detection, or classification without boxes)"
     )
+    add("--source", choices=SOURCES, help=of_source)
     add("--image-size", type=int, metavar="PX", help="network input (data.image_size)")
-    add(
-        "--images-seen",
-        type=int,
-        metavar="N",
-        help="training images so far, which determine whether loss_anchor_prior applies (those of "
-        "the checkpoint, or enough to switch it off)",
+    of_images = (
+        "training images so far, which determine whether loss_anchor_prior applies (those of the "
+        "checkpoint, or enough to switch it off)"
     )
+    add("--images-seen", type=int, metavar="N", help=of_images)
     add("--output", metavar="FILE", help="figure (explain-SOURCE-N.png)")
     return parser
 
@@ -66,7 +56,7 @@ def read_image(
     """
     import torch
 
-    from yolo_lightning.batches import ClassificationBatch, collate_detection
+    from yolo_lightning.batches import ClassificationBatch, collate_detection, stack_images
     from yolo_lightning.datamodules.source import DetectionSource
     from yolo_lightning.datamodules.transforms import fit_sample
     from yolo_lightning.images import UnreadableSample, fit
@@ -80,18 +70,17 @@ def read_image(
         raise InputError(
             f"--image is {index}; data.{name} has {len(source)} images: 0 … {len(source) - 1}"
         )
+    file_name = source.image_name(index)
     try:
         if isinstance(source, DetectionSource):
             sample = source.read(index, size)
             sample = sample.select(~sample.difficult)  # as in training
-            batch = collate_detection([fit_sample(sample, size, data.resize)])
-            return batch, source.image_name(index)
+            return collate_detection([fit_sample(sample, size, data.resize)]), file_name
         image, node = source.read(index, size)
     except UnreadableSample as error:
         raise InputError(str(error)) from None
-    fitted = torch.from_numpy(fit(image, (size, size))[0]).permute(2, 0, 1)[None]
-    label = torch.tensor([node])
-    return ClassificationBatch(fitted, torch.tensor([index]), label), source.image_name(index)
+    fitted = stack_images([fit(image, (size, size))[0]])
+    return ClassificationBatch(fitted, torch.tensor([index]), torch.tensor([node])), file_name
 
 
 def images_seen(checkpoint: Mapping[str, Any], data: "CombinedDataModule") -> int | None:
@@ -134,14 +123,6 @@ def load_detector(options: argparse.Namespace, cli: Any) -> "tuple[DetectorModul
     return module, module.loss if loss is None else LossSettings(**loss.as_dict())
 
 
-def _boxed_ancestors(module: "DetectorModule", data: "CombinedDataModule") -> Any:
-    """Return the ancestors with boxes in the checkpoint, or else in the recipe."""
-    if not bool(module.boxed.any()) and data.detection is not None:
-        data.detection.bind(data.tree)
-        module.boxed[data.boxed_nodes] = True
-    return module.boxed_ancestors()
-
-
 def main(argv: Sequence[str]) -> None:
     """Print and draw the loss of an image.
 
@@ -155,22 +136,18 @@ def main(argv: Sequence[str]) -> None:
         )
     if options.images_seen is not None and options.images_seen < 0:
         raise InputError(f"--images-seen is {options.images_seen}; allowed: 0 or more")
-    _run(options, overrides)
-
-
-def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     import torch
 
     from yolo_lightning.batches import DetectionBatch, unit_range
     from yolo_lightning.checkpoints.validation import read_checkpoint
     from yolo_lightning.cli.data import DataCLI
-    from yolo_lightning.explain.picture import View
+    from yolo_lightning.explain import analysis, picture, text
 
     cli = DataCLI([options.recipe, *overrides])
     data = cli.datamodule
     module, settings = load_detector(options, cli)
+    tree, anchors, stride = module.tree, module.network.anchors_wh_cell, module.network.stride
     size = data.image_size if options.image_size is None else options.image_size
-    stride = module.network.stride
     if size < stride or size % stride:
         raise InputError(f"--image-size is {size}; allowed: multiples of {stride}")
     name = options.source or ("detection" if data.detection is not None else "classification")
@@ -180,62 +157,20 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         num_images = images_seen(read_checkpoint(options.checkpoint), data)
     batch.images_seen = settings.anchor_prior_images if num_images is None else num_images
     path = Path(options.output or f"explain-{name}-{options.image}.png")
-    view = View(
-        batch.images[0].permute(1, 2, 0).numpy(), f"{name} {options.image}: {file_name}", path
-    )
-    print(f"{view.title}, {size} x {size} px")
+    title = f"{name} {options.image}: {file_name}"
+    print(f"{title}, {size} x {size} px")
     with torch.no_grad():
         output = module.network(unit_range(batch.images))
     if isinstance(batch, DetectionBatch):
-        _explain_boxes(view, output, batch, module, settings)
+        boxes = analysis.explain_boxes(output, batch, anchors, tree, settings)
+        print(text.boxes_text(boxes))
+        picture.save_boxes(path, title, boxes)
     else:
-        _explain_label(view, output, batch, module, _boxed_ancestors(module, data), settings)
+        if not bool(module.boxed.any()) and data.detection is not None:
+            data.detection.bind(data.tree)
+            module.boxed[data.boxed_nodes] = True
+        ancestors = module.boxed_ancestors()
+        label = analysis.explain_label(output, batch, anchors, tree, ancestors, settings)
+        print(text.label_text(label))
+        picture.save_label(path, title, label)
     print(f"figure: {shlex.quote(str(path))}")
-
-
-def _explain_boxes(
-    view: "View",
-    output: "HeadOutput",
-    batch: "DetectionBatch",
-    module: "DetectorModule",
-    settings: "LossSettings",
-) -> None:
-    from yolo_lightning.explain.analysis import explain_boxes
-    from yolo_lightning.explain.picture import save_boxes
-    from yolo_lightning.explain.text import anchor_prior_line, boxes_summary, object_lines
-
-    anchors = module.network.anchors_wh_cell
-    explanation = explain_boxes(output, batch, anchors, module.tree, settings)
-    size = len(view.image)
-    anchors_wh_px = [(w * size, h * size) for w, h in explanation.anchors_wh_norm]
-    texts = [
-        object_lines(k + 1, item, anchors_wh_px[item.box.anchor])
-        for k, item in enumerate(explanation.objects)
-    ]
-    prior_line = anchor_prior_line(batch.images_seen, settings)
-    for name, *lines in texts:
-        print("\n".join([name, *(f"   {line}" for line in lines)]))
-    summary = boxes_summary(explanation, settings, row_per_object=True)
-    print("\n".join([prior_line, *summary]))
-    summary = boxes_summary(explanation, settings, row_per_object=False)
-    save_boxes(view, explanation, texts, [prior_line, *summary])
-
-
-def _explain_label(
-    view: "View",
-    output: "HeadOutput",
-    batch: "ClassificationBatch",
-    module: "DetectorModule",
-    boxed_ancestors: Any,
-    settings: "LossSettings",
-) -> None:
-    from yolo_lightning.explain.analysis import explain_label
-    from yolo_lightning.explain.picture import save_label
-    from yolo_lightning.explain.text import candidates_table, label_lines, label_summary
-
-    anchors = module.network.anchors_wh_cell
-    explanation = explain_label(output, batch, anchors, module.tree, boxed_ancestors, settings)
-    lines, table = label_lines(explanation), candidates_table(explanation, len(view.image))
-    summary = label_summary(explanation)
-    print("\n".join([*lines, "", *table, "", *summary]))
-    save_label(view, explanation, lines, table, summary)
