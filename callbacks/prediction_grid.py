@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Image, UnreadableSample
+from yolo_lightning.images import Image, UnreadableSample, fit
 from yolo_lightning.tracking.logger import run_loggers
 from yolo_lightning.visualization.drawing import draw_boxes, make_grid
 
-_TILE, _COLUMNS, _GREY = 320, 4, 228
+_TILE, _COLUMNS = 320, 4
 _GREEN, _ORANGE, _WHITE = (24, 160, 70), (245, 110, 0), (255, 255, 255)
 _FONT, _TEXT_SCALE, _DASH = cv2.FONT_HERSHEY_SIMPLEX, 0.4, 6
 _BATCH_SIZE = 4
@@ -93,21 +93,19 @@ class PredictionGrid(pl.Callback):
                 logger.log_image("predictions", image, step)
 
     def _draw(self, trainer: pl.Trainer, module: Any, source: Any) -> Image | None:
-        indices = evenly_spaced(self.images, len(source))
+        samples = _read_samples(
+            source, evenly_spaced(self.images, len(source)), max(_TILE, *module.input_size_hw())
+        )
         tiles: list[Image] = []
-        for start in range(0, len(indices), _BATCH_SIZE):
-            samples = _read_samples(
-                source, indices[start : start + _BATCH_SIZE], module.input_size_hw()
-            )
-            if not samples:
-                continue
-            fitted, sizes_hw = zip(*(module.preprocess(one.image) for one in samples), strict=True)
+        for start in range(0, len(samples), _BATCH_SIZE):
+            batch = samples[start : start + _BATCH_SIZE]
+            fitted, sizes_hw = zip(*(module.preprocess(one.image) for one in batch), strict=True)
             images = torch.stack(fitted).to(module.device)
             with trainer.precision_plugin.val_step_context():
                 predictions = module.detect_most_specific(
                     images, torch.tensor(sizes_hw), self.score_threshold
                 )
-            for sample, predicted in zip(samples, predictions, strict=True):
+            for sample, predicted in zip(batch, predictions, strict=True):
                 names = [module.tree.names[label] for label in sample.labels.tolist()]
                 detections = predicted.to_list(module.tree)
                 tiles.append(draw_tile(sample.image, sample.boxes_xyxy_px, names, detections))
@@ -118,11 +116,12 @@ class PredictionGrid(pl.Callback):
         return make_grid(tiles, min(_COLUMNS, len(tiles)), legend) if tiles else None
 
 
-def _read_samples(source: Any, indices: list[int], size_hw: tuple[int, int]) -> list[Any]:
+def _read_samples(source: Any, indices: list[int], min_side: int) -> list[Any]:
+    """Return the readable ones of some samples, without difficult objects."""
     samples = []
     for index in indices:
         with contextlib.suppress(UnreadableSample):
-            sample = source.read(index, max(_TILE, *size_hw))
+            sample = source.read(index, min_side)
             samples.append(sample.select(~sample.difficult))
     return samples
 
@@ -140,22 +139,14 @@ def draw_tile(
     detections: list[Detection],
 ) -> Image:
     """Return an image fitted into a square, with its targets and detections, in px of `image`."""
-    height, width = image.shape[:2]
-    scale = _TILE / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (_TILE - size[0]) // 2, (_TILE - size[1]) // 2
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    canvas = np.full((_TILE, _TILE, 3), _GREY, np.uint8)
-    canvas[top : top + size[1], left : left + size[0]] = cv2.resize(
-        image, size, interpolation=method
-    )
-    offset = np.array([left, top, left, top])
+    canvas, scale_xy, margin_xy = fit(image, (_TILE, _TILE))
+    canvas, scale, offset = canvas.copy(), np.array([*scale_xy] * 2), np.array([*margin_xy] * 2)
     targets = np.round(targets_xyxy_px * scale + offset).clip(0, _TILE - 1).astype(int).tolist()
     for corners in targets:
         _draw_dashed_box(canvas, corners)
     boxes = np.array([one.box_xyxy_orig_px for one in detections], np.float32).reshape(-1, 4)
-    captions = [f"{one.name} {one.score:.2f}" for one in detections]
     boxes = (boxes * scale + offset).astype(np.float32)
+    captions = [f"{one.name} {one.score:.2f}" for one in detections]
     drawn = draw_boxes(canvas, boxes, captions, [_ORANGE] * len(detections))
     for corners, name in zip(targets, names, strict=True):  # last, on top of all lines
         _draw_name(drawn, corners, name)
@@ -165,12 +156,10 @@ def draw_tile(
 def _draw_dashed_box(canvas: Image, corners: list[int]) -> None:
     x1, y1, x2, y2 = corners
     cv2.rectangle(canvas, (x1, y1), (x2, y2), _WHITE, 1)
-    for x in range(x1, x2, 2 * _DASH):
-        for y in (y1, y2):
-            cv2.line(canvas, (x, y), (min(x + _DASH, x2), y), _GREEN, 1)
-    for y in range(y1, y2, 2 * _DASH):
-        for x in (x1, x2):
-            cv2.line(canvas, (x, y), (x, min(y + _DASH, y2)), _GREEN, 1)
+    columns = [x for x in range(x1, x2 + 1) if (x - x1) % (2 * _DASH) <= _DASH]
+    rows = [y for y in range(y1, y2 + 1) if (y - y1) % (2 * _DASH) <= _DASH]
+    canvas[np.ix_([y1, y2], columns)] = _GREEN
+    canvas[np.ix_(rows, [x1, x2])] = _GREEN
 
 
 def _draw_name(canvas: Image, corners: list[int], name: str) -> None:

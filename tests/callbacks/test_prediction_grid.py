@@ -24,7 +24,7 @@ from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample
 
-GREEN, ORANGE, GREY = (24, 160, 70), (245, 110, 0), (228, 228, 228)
+GREEN, ORANGE, GREY = (24, 160, 70), (245, 110, 0), (127, 127, 127)
 
 
 class RecordingSource(ShapesDetection):

@@ -46,8 +46,7 @@ def save_elbow_plot(curves: Mapping[str, ElbowCurve], num_anchors: int, path: Pa
     """
     figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
-    for edge in ("top", "right"):
-        axes.spines[edge].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=TEXT)
     max_anchors = max(len(curve.average_ious) for curve in curves.values())
     axes.axvline(num_anchors, color=LINE, linewidth=8, alpha=0.6, zorder=0)
@@ -61,8 +60,7 @@ def save_elbow_plot(curves: Mapping[str, ElbowCurve], num_anchors: int, path: Pa
         axes.plot(9, 100 * curve.hand_picked, "D", color=colour, mfc="white", ms=7, zorder=3)
     axes.plot([], [], "D", color=TEXT, mfc="white", ms=7, label="9 hand-picked anchors")
     axes.set_xticks(range(1, max(max_anchors, 9) + 1))
-    axes.set_xlabel("anchors")
-    axes.set_ylabel("average IoU with the closest anchor, %")
+    axes.set(xlabel="anchors", ylabel="average IoU with the closest anchor, %")
     axes.grid(color=LINE, linewidth=0.6)
     axes.legend(loc="lower right", frameon=True, facecolor="white", edgecolor="none")
     save_figure(figure, path)
@@ -97,28 +95,37 @@ class LabelPlot:
 
 def save_label_plot(labels: LabelPlot, path: Path) -> None:
     """Plot class frequencies, image sizes, and the sizes, centres and counts of boxes, as PNG."""
-    has_boxes = len(labels.boxes_wh_norm) > 0
-    figure = new_figure(12.0 if has_boxes else 8.0, 6.4 if has_boxes else 3.2)
-    panels = figure.subplots(2, 3).ravel() if has_boxes else figure.subplots(1, 2).ravel()
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=TEXT, labelsize=8)
+    from matplotlib.colors import PowerNorm
+
+    boxes, num_panels = labels.boxes_wh_norm, (2, 3) if len(labels.boxes_wh_norm) else (1, 2)
+    figure = new_figure(4.0 * num_panels[1], 3.2 * num_panels[0])
+    panels = figure.subplots(*num_panels).ravel()
     _draw_classes(panels[0], labels.classes)
-    _scatter(panels[1], labels.sizes_wh_px, "image sizes, px", "width", "height")
-    if has_boxes:
-        _density(panels[2], labels.centres_norm, "centres of boxes")
-        panels[2].invert_yaxis()
-        _density(panels[3], labels.boxes_wh_norm, "box sizes, relative to the image")
-        panels[3].set_xlabel("width", fontsize=8, color=TEXT)
-        panels[3].set_ylabel("height", fontsize=8, color=TEXT)
-        aspect = np.log2(labels.boxes_wh_norm[:, 0] / labels.boxes_wh_norm[:, 1].clip(1e-6))
+    panels[1].scatter(*labels.sizes_wh_px.T, s=8, alpha=0.3, color=COLOURS[0], linewidths=0)
+    panels[1].set(title="image sizes, px", xlabel="width", ylabel="height")
+    panels[1].set(xlim=(0, None), ylim=(0, None))
+    if len(boxes):
+        for axes, values_norm in ((panels[2], labels.centres_norm), (panels[3], boxes)):
+            limits = ((0, 1), (0, 1))
+            axes.hist2d(*values_norm.T, bins=40, range=limits, cmap="Blues", norm=PowerNorm(0.5))
+            axes.set_aspect("equal")
+        panels[2].set(title="centres of boxes", ylim=(1, 0))
+        panels[3].set(title="box sizes, relative to the image", xlabel="width", ylabel="height")
+        aspect = np.log2(boxes[:, 0] / boxes[:, 1].clip(1e-6))
         panels[4].hist(aspect.clip(-3, 3), bins=40, color=COLOURS[0])
         panels[4].set_xticks(range(-3, 4), ["1:8", "1:4", "1:2", "1:1", "2:1", "4:1", "8:1"])
-        panels[4].set_title("aspect of boxes, width to height", fontsize=10, color=TEXT)
+        panels[4].set_title("aspect of boxes, width to height")
         counts = np.bincount(labels.objects_per_image)
         panels[5].bar(range(len(counts)), counts, color=COLOURS[0])
         panels[5].xaxis.get_major_locator().set_params(integer=True)
-        panels[5].set_title("objects in an image", fontsize=10, color=TEXT)
+        panels[5].set_title("objects in an image")
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=TEXT, labelsize=8)
+        axes.title.set(fontsize=10, color=TEXT)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set(fontsize=8, color=TEXT)
+    panels[0].tick_params(axis="x", labelsize=7)  # names of classes
     save_figure(figure, path)
 
 
@@ -126,29 +133,11 @@ def _draw_classes(axes: "Axes", classes: Mapping[str, int]) -> None:
     ranked = sorted(classes.items(), key=lambda item: -item[1])
     shown = ranked[:_MAX_BARS]
     axes.bar(range(len(shown)), [count for _, count in shown], color=COLOURS[0])
-    title = "classes" if len(shown) == len(ranked) else f"{len(shown)} of {len(ranked)} classes"
-    axes.set_title(title, fontsize=10, color=TEXT)
-    axes.set_xticks(range(len(shown)), [name[:18] for name, _ in shown], rotation=90, fontsize=7)
-    if len(shown) <= _FEW_BARS:
-        axes.set_xticks(range(len(shown)), [name[:18] for name, _ in shown], rotation=0)
-
-
-def _scatter(axes: "Axes", values: NDArray[Any], title: str, x: str, y: str) -> None:
-    axes.scatter(values[:, 0], values[:, 1], s=8, alpha=0.3, color=COLOURS[0], linewidths=0)
-    axes.set_title(title, fontsize=10, color=TEXT)
-    axes.set_xlabel(x, fontsize=8, color=TEXT)
-    axes.set_ylabel(y, fontsize=8, color=TEXT)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-
-
-def _density(axes: "Axes", values_norm: NDArray[Any], title: str) -> None:
-    bins = np.linspace(0, 1, 41)
-    counts, _, _ = np.histogram2d(values_norm[:, 0], values_norm[:, 1], bins=(bins, bins))
-    axes.imshow(
-        np.sqrt(counts.T), origin="lower", extent=(0, 1, 0, 1), cmap="Blues", aspect="equal"
+    axes.set_title(
+        "classes" if len(shown) == len(ranked) else f"{len(shown)} of {len(ranked)} classes"
     )
-    axes.set_title(title, fontsize=10, color=TEXT)
+    rotation = 0 if len(shown) <= _FEW_BARS else 90
+    axes.set_xticks(range(len(shown)), [name[:18] for name, _ in shown], rotation=rotation)
 
 
 def _draw_anchors(axes: "Axes", name: str, plot: AnchorPlot) -> None:

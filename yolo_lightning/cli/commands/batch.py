@@ -41,19 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Other options after the recipe override its values, such as --data.seed 1.",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", help="path of a recipe, or of a run's resolved.yaml")
-    parser.add_argument(
-        "--step", type=int, default=0, help="number of the batch, from 0 (default: 0)"
-    )
-    parser.add_argument("--rank", type=int, default=0, help="rank of the process (default: 0)")
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        help="number of processes (default: the recipe's devices x num_nodes)",
-    )
-    parser.add_argument(
-        "--output", help="image file to write (default: outputs/batch/RECIPE-STEP-RANK.png)"
-    )
+    add = parser.add_argument
+    add("recipe", help="path of a recipe, or of a run's resolved.yaml")
+    add("--step", type=int, default=0, help="number of the batch, from 0 (default: 0)")
+    add("--rank", type=int, default=0, help="rank of the process (default: 0)")
+    processes = "number of processes (default: the recipe's devices x num_nodes)"
+    add("--world-size", type=int, help=processes)
+    add("--output", help="image file to write (default: outputs/batch/RECIPE-STEP-RANK.png)")
     return parser
 
 

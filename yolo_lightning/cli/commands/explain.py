@@ -32,16 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", help="RECIPE.yaml, or the resolved.yaml of a run")
     add("--checkpoint", required=True, metavar="CKPT", help="detector with the recipe's classes")
     add("--image", required=True, type=int, metavar="N", help="index of the image, from 0")
-    of_source = (
-        "of the image, in the data of the recipe (detection, or classification without boxes)"
-    )
-    add("--source", choices=SOURCES, help=of_source)
+    defaults = "(detection, or classification without boxes)"
+    add("--source", choices=SOURCES, help=f"of the image, in the data of the recipe {defaults}")
     add("--image-size", type=int, metavar="PX", help="network input (data.image_size)")
-    of_images = (
-        "training images so far, which determine whether loss_anchor_prior applies (those of the "
-        "checkpoint, or enough to switch it off)"
-    )
-    add("--images-seen", type=int, metavar="N", help=of_images)
+    defaults = "(those of the checkpoint, or enough to switch loss_anchor_prior off)"
+    add("--images-seen", type=int, metavar="N", help=f"training images so far {defaults}")
     add("--output", metavar="FILE", help="figure (explain-SOURCE-N.png)")
     return parser
 
