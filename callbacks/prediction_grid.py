@@ -16,12 +16,11 @@ from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, UnreadableSample, fit
 from yolo_lightning.tracking.logger import run_loggers
-from yolo_lightning.visualization.drawing import draw_boxes, make_grid
+from yolo_lightning.visualization.drawing import draw_boxes, draw_caption, make_grid
 
 _TILE, _COLUMNS = 320, 4
 _GREEN, _ORANGE, _WHITE = (24, 160, 70), (245, 110, 0), (255, 255, 255)
-_FONT, _TEXT_SCALE, _DASH = cv2.FONT_HERSHEY_SIMPLEX, 0.4, 6
-_BATCH_SIZE = 4
+_DASH, _BATCH_SIZE = 6, 4
 
 
 class PredictionGrid(pl.Callback):
@@ -148,8 +147,8 @@ def draw_tile(
     boxes = (boxes * scale + offset).astype(np.float32)
     captions = [f"{one.name} {one.score:.2f}" for one in detections]
     drawn = draw_boxes(canvas, boxes, captions, [_ORANGE] * len(detections))
-    for corners, name in zip(targets, names, strict=True):  # last, on top of all lines
-        _draw_name(drawn, corners, name)
+    for (x1, _, _, y2), name in zip(targets, names, strict=True):  # last, on top of all lines
+        draw_caption(drawn, name, (x1, y2), _GREEN)
     return drawn
 
 
@@ -160,11 +159,3 @@ def _draw_dashed_box(canvas: Image, corners: list[int]) -> None:
     rows = [y for y in range(y1, y2 + 1) if (y - y1) % (2 * _DASH) <= _DASH]
     canvas[np.ix_([y1, y2], columns)] = _GREEN
     canvas[np.ix_(rows, [x1, x2])] = _GREEN
-
-
-def _draw_name(canvas: Image, corners: list[int], name: str) -> None:
-    x1, _, _, y2 = corners
-    (width, height), _ = cv2.getTextSize(name, _FONT, _TEXT_SCALE, 1)
-    left = max(0, min(x1, _TILE - width - 2))
-    cv2.rectangle(canvas, (left, y2 - height - 4), (left + width + 2, y2), _GREEN, -1)
-    cv2.putText(canvas, name, (left + 1, y2 - 2), _FONT, _TEXT_SCALE, _WHITE, 1, cv2.LINE_AA)

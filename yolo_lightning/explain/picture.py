@@ -12,7 +12,6 @@ from yolo_lightning.explain.analysis import (
     Corners,
     LabelLossExplanation,
     LossExplanation,
-    ObjectExplanation,
     PredictedBox,
     area,
     width_height,
@@ -121,23 +120,19 @@ def _draw_badge(axes: "Axes", xyxy: Corners, label: str, colour: str) -> None:
     axes.text(*(free or places)[0], label, ha="center", va="center_baseline", **style)
 
 
-def _draw_tile(
-    axes: "Axes", item: ObjectExplanation, anchors: Sequence[tuple[float, float]], colour: str,
-    number: int,
-) -> None:  # fmt: skip
-    """Draw the target of an object and all anchors below the image, centred."""
-    row, column = divmod(len(axes.child_axes), _TILES_PER_ROW)
+def _draw_tile(axes: "Axes", explanation: BoxLossExplanation, k: int, colour: str) -> None:
+    """Draw the target of object k and all anchors below the image, centred."""
+    item, (row, column) = explanation.objects[k], divmod(len(axes.child_axes), _TILES_PER_ROW)
     tile = axes.inset_axes((0.2 * column, -0.31 - 0.21 * row, 0.17, 0.17))
-    target = width_height(item.target_xyxy_norm)
-    for anchor, wh in enumerate(anchors):
-        _draw_box(
-            tile, _around(0, 0, *wh), colour, 2.0 if anchor == item.box.anchor else 0.9, _DOTTED
-        )
-    _draw_box(tile, _around(0, 0, *target), colour, 2.0)
-    limit = 0.53 * max(*target, *(side for wh in anchors for side in wh))
-    tile.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+    for anchor, wh in enumerate(explanation.anchors_wh_norm):
+        width = 2.0 if anchor == item.box.anchor else 0.9
+        _draw_box(tile, _around(0, 0, *wh), colour, width, _DOTTED)
+    _draw_box(tile, _around(0, 0, *width_height(item.target_xyxy_norm)), colour, 2.0)
+    tile.set_aspect("equal", adjustable="datalim")
+    tile.autoscale_view()
+    tile.set(xticks=[], yticks=[])
     tile.spines[:].set_color(LINE)
-    tile.set_title(f"{number}", color=colour, fontsize=8, weight="bold", pad=2)
+    tile.set_title(str(k + 1), color=colour, fontsize=8, weight="bold", pad=2)
 
 
 def save_boxes(path: Path, title: str, explanation: BoxLossExplanation) -> None:
@@ -154,7 +149,7 @@ def save_boxes(path: Path, title: str, explanation: BoxLossExplanation) -> None:
         _draw_box(axes, item.box.xyxy_norm, "white", 1.4, _DASHED, colour, "responsible box")
         _draw_responsible(axes, explanation, item.box, colour, draw_all)
         _draw_badge(axes, item.target_xyxy_norm, str(k + 1), colour)
-        _draw_tile(axes, item, explanation.anchors_wh_norm, colour, k + 1)
+        _draw_tile(axes, explanation, k, colour)
         name, *lines = text.object_lines(explanation, k)
         _write(panel, [name], colour, "bold")
         _write(panel, [*lines, ""])

@@ -49,9 +49,7 @@ def draw_boxes(
     for (x1, y1, x2, y2), colour in zip(corners.tolist(), colours, strict=True):
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thickness, cv2.LINE_AA)
     for (x1, y1, _, _), caption, colour in zip(corners.tolist(), captions, colours, strict=True):
-        width, height = _text_size(caption, line_scale)
-        left = max(0, min(x1, size[0] - width))
-        _draw_caption(canvas, caption, (left, max(0, y1 - height)), colour, line_scale)
+        draw_caption(canvas, caption, (x1, y1), colour, line_scale)
     return canvas
 
 
@@ -65,7 +63,7 @@ def draw_detections(image: Image, detections: Sequence[Detection]) -> Image:
 
 def draw_text(image: Image, text: str) -> None:
     """Draw text into the upper left corner of an image, in place."""
-    _draw_caption(image, text, (0, 0), (255, 255, 255), _line_scale(image))
+    draw_caption(image, text, (0, 0), (255, 255, 255), _line_scale(image))
 
 
 def draw_batch(
@@ -86,7 +84,7 @@ def draw_batch(
         colours = [_COLOURS[label % len(_COLOURS)] for label in labels]
         canvas = draw_boxes(image, boxes, [names[label] for label in labels], colours, scale)
         if isinstance(batch, ClassificationBatch):
-            _draw_caption(canvas, names[int(batch.labels[k])], (2, 2), (255, 255, 255))
+            draw_caption(canvas, names[int(batch.labels[k])], (2, 2), (255, 255, 255))
         drawn.append(canvas)
     return make_grid(drawn, min(6, len(drawn)))
 
@@ -95,22 +93,19 @@ def _line_scale(image: Image) -> float:
     return max(1.0, float(min(image.shape[:2])) / _REFERENCE_SIDE)
 
 
-def _text_size(text: str, scale: float) -> tuple[int, int]:
-    """Return width and height of a caption with its background, px."""
-    (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE * scale, round(scale))
-    return width + round(4 * scale), height + round(5 * scale)
-
-
-def _draw_caption(
-    canvas: Image, text: str, left_top: tuple[int, int], colour: Colour, scale: float = 1.0
+def draw_caption(
+    canvas: Image, text: str, left_bottom: tuple[int, int], colour: Colour, scale: float = 1.0
 ) -> None:
-    width, height = _text_size(text, scale)
-    left, top = left_top
+    """Draw text on a background above a point, moved into the image, in place."""
+    font = (_FONT, _FONT_SCALE * scale)
+    (width, height), _ = cv2.getTextSize(text, *font, round(scale))
+    width, height = width + round(4 * scale), height + round(5 * scale)
+    left = max(0, min(left_bottom[0], canvas.shape[1] - width))
+    top = max(0, left_bottom[1] - height)
     cv2.rectangle(canvas, (left, top), (left + width, top + height), colour, -1)
     text_colour = (255, 255, 255) if sum(colour) < 380 else (0, 0, 0)
     start = (left + round(2 * scale), top + height - round(4 * scale))
-    font_scale = _FONT_SCALE * scale
-    cv2.putText(canvas, text, start, _FONT, font_scale, text_colour, round(scale), cv2.LINE_AA)
+    cv2.putText(canvas, text, start, *font, text_colour, round(scale), cv2.LINE_AA)
 
 
 def make_grid(images: Sequence[Image], columns: int, legend: str = "") -> Image:
