@@ -15,8 +15,9 @@ from yolo_lightning.losses import (
     BoxSelection,
     LossSettings,
     assign_objects,
+    classification_loss,
+    detection_loss,
     select_boxes,
-    yolo9000_loss,
 )
 from yolo_lightning.models.head import HeadOutput, decode_boxes
 from yolo_lightning.tree.wordtree import WordTree
@@ -166,6 +167,37 @@ def _class_logits(output: HeadOutput, boxes: Sequence[int]) -> Tensor:
     return logits.float()
 
 
+def _to_floats(terms: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in terms.items()}
+
+
+def _explain_object(
+    output: HeadOutput,
+    batch: DetectionBatch,
+    anchors_wh_cell: Tensor,
+    tree: WordTree,
+    settings: LossSettings,
+    boxes: Sequence[PredictedBox],
+) -> ObjectExplanation:
+    """Return the loss of the only object of a batch, among the boxes of the image."""
+    grid, target = output.box_logits.shape[-1], batch.boxes_cxcywh_norm
+    found = assign_objects(target, batch.labels, anchors_wh_cell, (grid, grid))
+    index, label = int(found.anchor * grid**2 + found.cell), int(batch.labels)
+    target_xyxy = cxcywh_to_xyxy(target[0])
+    iou = float(pairwise_iou(torch.tensor([boxes[index].xyxy_norm]), target_xyxy))
+    terms = _to_floats(detection_loss(output, batch, anchors_wh_cell, tree, settings))
+    return ObjectExplanation(
+        name=tree.names[label],
+        target_xyxy_norm=tuple(target_xyxy[0].tolist()),
+        box=boxes[index],
+        shape_ious=tuple(shape_iou(target[0, :, 2:], anchors_wh_cell / grid)[0].tolist()),
+        iou=iou,
+        objectness_target=iou if settings.rescore else 1.0,
+        path=path_to(_class_logits(output, [index])[0], label, tree),
+        terms={name: terms[name] for name in OBJECT_TERMS},
+    )
+
+
 @torch.no_grad()
 def explain_boxes(
     output: HeadOutput,
@@ -175,49 +207,30 @@ def explain_boxes(
     settings: LossSettings,
 ) -> BoxLossExplanation:
     """Explain the loss of a batch of one image with boxes; anchors are float (A, 2), in cells."""
-
-    def terms_of(batch: DetectionBatch) -> dict[str, float]:
-        no_ancestors = torch.full((len(tree),), -1)
-        terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, no_ancestors, settings)
-        return {name: float(value) for name, value in terms.items()}
-
-    boxes, grid = _decode(output, anchors_wh_cell), output.box_logits.shape[-1]
-    anchors_wh_norm = anchors_wh_cell / grid
-    slots = (batch.labels[0] >= 0).nonzero().flatten()
+    boxes = _decode(output, anchors_wh_cell)
+    slots, objects = (batch.labels[0] >= 0).nonzero().flatten().tolist(), []
+    for slot in slots:
+        # the box and the loss of an object do not depend on the other objects
+        target, label = batch.boxes_cxcywh_norm[:, [slot]], batch.labels[:, [slot]]
+        alone = replace(batch, boxes_cxcywh_norm=target, labels=label)
+        objects.append(_explain_object(output, alone, anchors_wh_cell, tree, settings, boxes))
+    last_object = {item.box: k for k, item in enumerate(objects)}  # which alone counts
+    for k, item in enumerate(objects):
+        if last_object[item.box] != k:
+            objects[k] = replace(item, terms={}, overridden_by=last_object[item.box])
     targets = cxcywh_to_xyxy(batch.boxes_cxcywh_norm[0, slots])
     ious = pairwise_iou(torch.tensor([box.xyxy_norm for box in boxes]), targets).tolist()
-    objects, responsible = list[ObjectExplanation](), list[int]()
-    for k, slot in enumerate(slots.tolist()):
-        # the box and the loss of an object do not depend on the other objects
-        cxcywh, labels = batch.boxes_cxcywh_norm[:, [slot]], batch.labels[:, [slot]]
-        found = assign_objects(cxcywh, labels, anchors_wh_cell, (grid, grid))
-        terms = terms_of(replace(batch, boxes_cxcywh_norm=cxcywh, labels=labels))
-        index, label = int(found.anchor * grid**2 + found.cell), int(labels)
-        responsible.append(index)
-        objects.append(
-            ObjectExplanation(
-                name=tree.names[label],
-                target_xyxy_norm=tuple(targets[k].tolist()),
-                box=boxes[index],
-                shape_ious=tuple(shape_iou(cxcywh[0, :, 2:], anchors_wh_norm)[0].tolist()),
-                iou=ious[index][k],
-                objectness_target=ious[index][k] if settings.rescore else 1.0,
-                path=path_to(_class_logits(output, [index])[0], label, tree),
-                terms={name: terms[name] for name in OBJECT_TERMS},
-            )
-        )
-    last_object = {index: k for k, index in enumerate(responsible)}  # which alone counts
-    for k, index in enumerate(responsible):
-        if last_object[index] != k:
-            objects[k] = replace(objects[k], terms={}, overridden_by=last_object[index])
+    max_ious = [max(row, default=0.0) for row in ious]
     negatives = [
         FalsePositive(box, max_iou, 0.5 * settings.noobj_scale * box.objectness**2)
-        for k, box in enumerate(boxes)
-        if k not in last_object and (max_iou := max(ious[k], default=0.0)) <= settings.ignore_iou
+        for box, max_iou in zip(boxes, max_ious, strict=True)
+        if box not in last_object and max_iou <= settings.ignore_iou
     ]
     false_positives = [one for one in negatives if one.box.objectness > FALSE_POSITIVE_OBJECTNESS]
     false_positives.sort(key=lambda one: -one.box.objectness)
-    common = (batch, settings, grid, anchors_wh_norm.tolist(), terms_of(batch))
+    terms = _to_floats(detection_loss(output, batch, anchors_wh_cell, tree, settings))
+    grid = output.box_logits.shape[-1]
+    common = (batch, settings, grid, (anchors_wh_cell / grid).tolist(), terms)
     return BoxLossExplanation(
         *common,
         objects=tuple(objects),
@@ -262,9 +275,10 @@ def explain_label(
         Candidate(boxes[k], float(prob_node[k]), float(probs[k, label]), float(scores[k]))
         for k in (first, *others[: MAX_CANDIDATES - 1])
     ]
-    terms = yolo9000_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
-    values = {name: float(value) for name, value in terms.items()}
-    common = (batch, settings, grid, (anchors_wh_cell / grid).tolist(), values)
+    terms = _to_floats(
+        classification_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
+    )
+    common = (batch, settings, grid, (anchors_wh_cell / grid).tolist(), terms)
     return LabelLossExplanation(
         *common,
         name=tree.names[label],
