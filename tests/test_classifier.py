@@ -380,7 +380,7 @@ def test_classify_prints_the_path_or_the_leaves_of_a_tree(tmp_path, capsys, monk
     ("argv", "message"),
     [
         (["gone.ckpt", "a.png"], "checkpoint 'gone.ckpt' not found"),
-        (["m.ckpt", "gone.png"], "'gone.png': no such file or folder"),
+        (["m.ckpt", "gone.png"], "file or folder 'gone.png' not found"),
         (["m.ckpt", "empty"], "holds no images"),
         (["a.png", "a.png"], "not a checkpoint of this program"),
         (["m.ckpt", "a.png", "--top", "0"], "--top is 0; allowed: 1 or more"),

@@ -154,7 +154,7 @@ def test_a_dataset_without_a_recipe_is_checked_with_its_own_names(folder, capsys
     assert main(["check-data", "boxes", "--output", "there"]) == 0
     assert (folder / "there/index.html").is_file()
     assert main(["check-data", "nothing"]) == 2
-    assert "'nothing': no such recipe or dataset" in capsys.readouterr().err
+    assert "recipe or dataset 'nothing' not found" in capsys.readouterr().err
     (folder / "empty").mkdir()
     assert main(["check-data", "empty"]) == 2
     assert "no images with boxes recognised" in capsys.readouterr().err

@@ -324,10 +324,10 @@ def test_a_file_names_seen_classes_by_key_or_name(tmp_path):
     write(file, "# nothing yet\n")
     with pytest.raises(InputError, match=r"seen\.txt: contains no classes"):
         seen_nodes(TREE, str(file))
-    with pytest.raises(InputError, match="'nowhere.txt' of classes with boxes not found"):
+    with pytest.raises(InputError, match="list of seen classes 'nowhere.txt' not found"):
         seen_nodes(TREE, "nowhere.txt")
     with pytest.raises(InputError, match="did you mean 'imagenet_det_44'"):
         seen_nodes(TREE, "imagenet_det_4")
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not readable as UTF-8"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         seen_nodes(TREE, str(file))

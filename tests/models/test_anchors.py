@@ -398,7 +398,7 @@ def test_stretched_images_stretch_their_boxes(place, write_voc, capsys):
         (["recipe.yaml", "--restarts", "0"], "--restarts is 0"),
         (["recipe.yaml", "--seed", "-1"], "--seed is -1"),
         (["recipe.yaml", "--image-size", "100"], "--image-size is 100"),
-        (["nowhere.yaml"], "no such recipe or dataset"),
+        (["nowhere.yaml"], "recipe or dataset 'nowhere.yaml' not found"),
         (["recipe.yaml", "voc", "--write"], "one recipe; given: recipe.yaml, voc"),
         (["voc", "--write"], "one recipe; given: voc"),
         (["recipes/classify_imagenet_224.yaml", "--write"], "no such key to write to"),

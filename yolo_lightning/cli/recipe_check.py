@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_file
 
 MODULES = ("yolo_lightning", "lightning.pytorch", "torch.optim")
 OPTION = "--allow-module"
@@ -143,10 +143,7 @@ def is_dotted_name(text: str) -> bool:
 
 def _read_text(path: str | Path) -> str:
     """Read a file, up to the size limit of a recipe."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"recipe {str(path)!r} not found (working folder: {Path.cwd()})")
-    with file.open("rb") as stream:
+    with require_file(path, "recipe").open("rb") as stream:
         content = stream.read(_BYTES + 1)
     if len(content) > _BYTES:
         raise InputError(f"recipe {str(path)!r} is larger than {_BYTES >> 20} MiB")

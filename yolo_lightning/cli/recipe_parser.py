@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning.cli.launch import recipe_paths
 from yolo_lightning.cli.recipe_errors import readable_message
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, read_text
 
 _NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
 
@@ -58,13 +58,7 @@ def recipe_files(args: Sequence[str]) -> list[str]:
     """
     files = recipe_paths(args)
     for file in files:
-        if not Path(file).is_file():
-            raise InputError(f"recipe {file!r} not found (working folder: {Path.cwd()})")
-        try:
-            is_empty = not Path(file).read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"recipe {file!r} is not UTF-8 text ({error})") from None
-        if is_empty:
+        if not read_text(file, "recipe").strip():
             raise InputError(f"recipe {file!r} is empty")
     return files
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from yolo_lightning.boxes import letterbox_geometry
 from yolo_lightning.classifier import ClassifierModule
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_path
 from yolo_lightning.images import IMAGE_SUFFIXES, UnreadableSample
 from yolo_lightning.images import read_image as decode
 
@@ -70,16 +70,14 @@ def resize_image(image: Tensor, size_hw: tuple[int, int], resize: str) -> Tensor
 def find_images(locations: Sequence[str]) -> Iterator[Path]:
     """Yield image files; folders are searched recursively, and must hold an image."""
     for location in locations:
-        path = Path(location).expanduser()
+        path = require_path(location)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not files:
                 raise InputError(f"{location!r}: holds no images {IMAGE_SUFFIXES}")
             yield from files
-        elif path.is_file():
-            yield path
         else:
-            raise InputError(f"{location!r}: no such file or folder (working folder: {Path.cwd()})")
+            yield path
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, nearest, read_text
 from yolo_lightning.tree.wordtree import WordTree
 
 IMAGENET_DET_44 = "imagenet_det_44"
@@ -58,22 +58,13 @@ def seen_nodes(tree: WordTree, classes: str | Sequence[str]) -> Tensor:
 
 
 def _read_classes(path: str) -> list[tuple[str, str]]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        hint = nearest(path, [IMAGENET_DET_44])
-        raise InputError(
-            f"file {path!r} of classes with boxes not found (working folder: {Path.cwd()}); "
-            f"{hint or f'allowed: a file with one class per line, or {IMAGENET_DET_44}'}"
-        )
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as UTF-8 text ({error})") from None
+    allowed = f"allowed: a file with one class per line, or {IMAGENET_DET_44}"
+    text = read_text(path, "list of seen classes", nearest(path, [IMAGENET_DET_44]) or allowed)
     entries = [
-        (line.partition("\t")[0].strip(), f"{file}:{number}")
-        for number, line in enumerate(lines, start=1)
+        (line.partition("\t")[0].strip(), f"{path}:{number}")
+        for number, line in enumerate(text.splitlines(), start=1)
         if line.strip() and not line.startswith("#")
     ]
     if not entries:
-        raise InputError(f"{file}: contains no classes; expected one per line")
+        raise InputError(f"{path}: contains no classes; expected one per line")
     return entries

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, nearest, read_text
 from yolo_lightning.tree.tables import TreeTables
 
 MAX_LEVELS = 200
@@ -95,21 +95,14 @@ class WordTree:
         Raises:
             InputError: the file is missing or a line is malformed; names file and line.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise InputError(f"tree file {str(path)!r} not found (working folder: {Path.cwd()})")
         rows, numbers = [], []
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}: not UTF-8 text ({error})") from None
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(path, "tree file").splitlines(), start=1):
             if not line.strip() or line.startswith("#"):
                 continue
             parts = line.split("\t")
             if len(parts) != 3 or not all(part.strip() for part in parts):
                 raise InputError(
-                    f"{file}:{number}: expected three tab-separated fields "
+                    f"{path}:{number}: expected three tab-separated fields "
                     f"(key, parent's key or '-', name), found {line!r}"
                 )
             rows.append([part.strip() for part in parts])

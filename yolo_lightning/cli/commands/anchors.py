@@ -1,8 +1,6 @@
 """`yolo-lightning anchors`: cluster the boxes of a dataset into anchors."""
 
 import argparse
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_path, write_atomically
 from yolo_lightning.models.anchors import (
     CELL_PX,
     MAX_CLUSTERS,
@@ -104,9 +102,7 @@ def is_recipe(source: str) -> bool:
     Raises:
         InputError: the path does not exist, or is an invalid YAML file.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise InputError(f"{source!r}: no such recipe or dataset (working folder: {Path.cwd()})")
+    path = require_path(source, "recipe or dataset")
     if path.suffix not in (".yaml", ".yml") or path.is_dir():
         return False
     return _find_node(_parse_yaml(_read_text(path), path), ("data", "class_path")) is not None
@@ -157,13 +153,7 @@ def write_anchors(path: Path, values: Sequence[Sequence[float]]) -> None:
         column = start - text.rfind("\n", 0, start) - 1
         line_break = "\r\n" if "\r\n" in text else "\n"
         new_text = (line_break + " " * column).join(f"- {pair}" for pair in pairs)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_bytes((text[:start] + new_text + text[end:]).encode())
-        shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    write_atomically(path, text[:start] + new_text + text[end:])
 
 
 def _anchors_span(text: str, path: Path) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """The command `yolo-lightning wordtree`: build, print or plot a tree of classes."""
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from yolo_lightning.darknet.files import (
     write_names,
     write_tree,
 )
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, nearest, write_atomically
 from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import load_reviewed_labels
 from yolo_lightning.tree.wordnet import is_wnid
@@ -36,17 +35,14 @@ def write(tree: WordTree, output: str) -> None:
         InputError: the output cannot be written.
     """
     path = Path(output)
+    if path.suffix != ".tree":
+        write_atomically(path, f"# Key, key of its parent or -, name.\n{tree.to_text()}")
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".tree":
-            order = darknet_order(tree)
-            write_tree(path, tree, order)
-            write_names(path.with_suffix(".names"), (tree.names[node] for node in order))
-            return
-        temporary = path.with_name(path.name + ".tmp")
-        head = "# Key, key of its parent or -, name."
-        temporary.write_text(f"{head}\n{tree.to_text()}", encoding="utf-8")
-        os.replace(temporary, path)
+        order = darknet_order(tree)
+        write_tree(path, tree, order)
+        write_names(path.with_suffix(".names"), (tree.names[node] for node in order))
     except OSError as error:
         raise InputError(f"--output {output!r}: {error.strerror}") from None
 

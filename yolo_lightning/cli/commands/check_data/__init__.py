@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from yolo_lightning.datamodules.autodetect import detection_source, held_out, la
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.datamodules.inspection import inspect, same_files
 from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, not_found, write_atomically
 from yolo_lightning.visualization.drawing import draw_batch, save_image
 from yolo_lightning.visualization.figures import LabelPlot, save_label_plot
 
@@ -82,7 +81,7 @@ def find_problems(
             problems.append(str(error))
     weights = recipe.model.init_args.get("pretrained") if recipe is not None else None
     if weights and not Path(weights).expanduser().is_file():
-        problems.append(f"model.pretrained {weights!r} not found (working folder: {Path.cwd()})")
+        problems.append(str(not_found(weights, "model.pretrained")))
     return list(dict.fromkeys(problems))
 
 
@@ -160,18 +159,13 @@ def main(argv: Sequence[str]) -> None:
         "classes": data.vocabulary_table() if vocabulary else [],
         "same_files": [[list(pair) for pair in group] for group in duplicates],
     }
-    _write(folder / "report.json", json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    report = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / "report.json", report.encode(errors="replace"))
     with tempfile.TemporaryDirectory() as scratch:
         plots = _plot_labels(reports, Path(scratch))
         images = _draw_batches(data, Path(scratch)) if not problems else []
         text = render_page(options.source, reports, plots, duplicates, problems, vocabulary, images)
-    _write(folder / "index.html", text)
+    write_atomically(folder / "index.html", text.encode(errors="replace"))
     print(f"page: {folder / 'index.html'}   report: {folder / 'report.json'}")
     if problems:
         raise InputError("training would not start:\n  " + "\n  ".join(problems))
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".part")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, file)

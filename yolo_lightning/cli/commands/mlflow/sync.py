@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_folder
 
 if TYPE_CHECKING:
     from yolo_lightning.tracking.journal import Journal
@@ -28,9 +28,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folder", help="a run folder, or a folder with several of them")
     parser.add_argument("--store", help="upload to this store instead of the one of the training")
     options = parser.parse_args(argv)
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise InputError(f"folder {options.folder!r} not found (working folder: {Path.cwd()})")
+    folder = require_folder(options.folder, "folder")
 
     from yolo_lightning.cli.recipe import silence_libraries
     from yolo_lightning.tracking.journal import find_journals
