@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from yolo_lightning.datamodules.annotations import AnnotationArrays, Annotations, build_index
-from yolo_lightning.datamodules.files import (
-    AnnotatedImages,
-    FolderListing,
-    require_file,
-    require_folder,
-    resolve_inside,
-)
+from yolo_lightning.datamodules.annotations import Annotations
+from yolo_lightning.datamodules.dataset_files import require_file, require_folder, resolve_inside
+from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import InputError
 
@@ -46,159 +40,107 @@ class COCOJson(AnnotatedImages):
         self.name = f"COCO {annotations}"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        self._file = require_file(self.annotations, "COCO annotations").absolute()
-        images = (
-            require_folder(self.images, "COCO images").absolute() if self.images is not None else ""
-        )
-        return self._file.parent, {
-            "file": self._file.name,
-            "images": str(images),
-            "outside": self.allow_outside,
-        }
+        file = require_file(self.annotations, "COCO annotations")
+        images = "" if self.images is None else str(require_folder(self.images, "COCO images"))
+        return file.parent, {"file": file.name, "images": images, "outside": self.allow_outside}
 
-    def _parse(self) -> Index:
+    def _parse(self, root: Path) -> Index:
+        file = root / Path(self.annotations).name
         collecting = gc.isenabled()
         gc.disable()  # millions of objects are created and none is freed: collecting is wasted time
         try:
-            return self._build_index(_load_json(self._file))
-        except TypeError as error:  # a list or a dict where an id belongs
-            raise InputError(f"{self._file}: not a COCO annotation file ({error})") from None
+            return self._build_index(file, json.loads(file.read_bytes()))
+        except InputError:
+            raise
+        # values of other types than expected, or a structure without the three lists
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{file}: not a COCO annotation file ({error!r})") from None
         finally:
             if collecting:
                 gc.enable()
 
-    def _build_index(self, data: dict[str, Any]) -> Index:
-        listing = FolderListing()
+    def _build_index(self, file: Path, data: Any) -> Index:
+        categories = {item["id"]: str(item["name"]) for item in data["categories"]}
+        images, items = data["images"], data["annotations"]
         root = (
-            Path(self.images).expanduser().absolute()
-            if self.images is not None
-            else _find_image_folder(self._file, data, listing)
+            _find_image_folder(file, images)
+            if self.images is None
+            else require_folder(self.images, "COCO images")
         )
-        faults: list[str] = []
-        images, image_numbers = self._valid_images(data, root, listing, faults)
-        category_names = {item["id"]: str(item["name"]) for item in data["categories"]}
-        items = self._valid_annotations(data, image_numbers, category_names, faults)
         annotations = Annotations(
-            root, lambda image, number: f"{self._file}: annotation {number} ({images[image][0]})"
+            root, lambda image, number: f"{file}: annotation {number} ({annotations.paths[image]})"
         )
-        annotations.faults = faults
-        # categories of the same name are one class
-        unique_names = dict.fromkeys(category_names.values())
-        annotations.names = {name: number for number, name in enumerate(unique_names)}
-        annotations.origins = [str(self._file)] * len(unique_names)
-        classes = {key: annotations.names[name] for key, name in category_names.items()}
-        item_images = np.array([image_numbers[item["image_id"]] for item in items], np.int64)
-        order = np.argsort(item_images, kind="stable")
-        arrays = AnnotationArrays(
-            [name for name, _, _ in images],
-            np.array([size for _, *size in images], np.int32).reshape(-1, 2),
-            item_images[order],
-            _corners(items)[order],
-            np.array([classes[item["category_id"]] for item in items], np.int32)[order],
-            np.array([_int64(item.get("id")) for item in items], np.int64)[order],
-            np.zeros(len(items), np.bool_),
-            np.array([bool(item.get("iscrowd")) for item in items], np.bool_)[order],
-            np.array([_area(item.get("area")) for item in items], np.float32)[order],
-        )
-        return build_index(arrays, annotations, [self._file, *listing.folders])
+        annotations.watched.append(file)
+        for name in categories.values():  # categories of the same name are one class
+            annotations.add_class(name, str(file))
+        rows = self._add_images(file, images, annotations)
+        for item in items:
+            location, image = f"{file}: annotation {item.get('id')}", item.get("image_id")
+            category = item.get("category_id")
+            if image not in rows:
+                annotations.faults.append(f"{location} belongs to no image ({image!r}), skipped")
+                continue
+            row = rows[image]
+            if row is None:
+                continue  # its image is missing, which is reported already
+            if category not in categories:
+                annotations.faults.append(
+                    f"{location} has the unknown category {category}, skipped"
+                )
+                continue
+            annotations.add_box(
+                row, _corners(item.get("bbox")), categories[category], _int64(item.get("id")),
+                crowd=bool(item.get("iscrowd")), area_px2=_area(item.get("area")),
+            )  # fmt: skip
+        return annotations.build_index()
 
-    def _valid_annotations(
-        self,
-        data: dict[str, Any],
-        image_numbers: dict[Any, int],
-        categories: dict[Any, str],
-        faults: list[str],
-    ) -> list[dict[str, Any]]:
-        of_images = [item for item in data["annotations"] if item.get("image_id") in image_numbers]
-        if len(of_images) < len(data["annotations"]):
-            listed = {item.get("id") for item in data["images"]}
-            faults += [
-                f"{self._file}: annotation {item.get('id')} belongs to no image "
-                f"({item.get('image_id')!r}), skipped"
-                for item in data["annotations"]
-                if item.get("image_id") not in listed
-            ]
-        valid = [item for item in of_images if item.get("category_id") in categories]
-        if len(valid) < len(of_images):
-            faults += [
-                f"{self._file}: annotation {item.get('id')} has the unknown category "
-                f"{item.get('category_id')}, skipped"
-                for item in of_images
-                if item.get("category_id") not in categories
-            ]
-        return valid
-
-    def _valid_images(
-        self, data: dict[str, Any], root: Path, listing: FolderListing, faults: list[str]
-    ) -> tuple[list[tuple[str, int, int]], dict[Any, int]]:
-        """Return (path, width, height) of the images that exist, and their numbers by id."""
-        images: list[tuple[str, int, int]] = []
-        numbers: dict[Any, int] = {}
-        for item in data["images"]:
-            location = f"{self._file}: image {item.get('id')}"
-            name = item.get("file_name")
+    def _add_images(
+        self, file: Path, items: list[dict[str, Any]], annotations: Annotations
+    ) -> dict[Any, int | None]:
+        """Add the images that exist; return numbers by id, None for those that are missing."""
+        rows: dict[Any, int | None] = {}
+        for item in items:
+            location, name = f"{file}: image {item.get('id')}", item.get("file_name")
             if not isinstance(name, str) or "id" not in item:
-                faults.append(f"{location} has no id or no file_name, skipped")
+                annotations.faults.append(f"{location} has no id or no file_name, skipped")
+                rows.setdefault(item.get("id"), None)
                 continue
-            if item["id"] in numbers:
-                faults.append(f"{location} is listed twice, one skipped")
+            if rows.get(item["id"]) is not None:
+                annotations.faults.append(f"{location} is listed twice, one skipped")
                 continue
-            path = resolve_inside(name, root, self.allow_outside, location)
-            if not listing.exists(root / path):
-                faults.append(f"{location}: {root / path} is missing, skipped")
-                continue
-            numbers[item["id"]] = len(images)
-            images.append((path, _length(item.get("width")), _length(item.get("height"))))
-        return images, numbers
+            path = resolve_inside(name, annotations.root, self.allow_outside, location)
+            if annotations.exists(annotations.root / path):
+                size_wh = _length(item.get("width")), _length(item.get("height"))
+                rows[item["id"]] = annotations.add_image(path, size_wh)
+            else:
+                missing = annotations.root / path
+                annotations.faults.append(f"{location}: {missing} is missing, skipped")
+                rows[item["id"]] = None
+        return rows
 
 
-def _find_image_folder(file: Path, data: dict[str, Any], listing: FolderListing) -> Path:
+def _find_image_folder(file: Path, items: list[dict[str, Any]]) -> Path:
     name = file.stem.removeprefix("instances_")
     parent = file.parent.parent
     folders = [file.parent, file.parent / "images", parent / name, parent / "images" / name,
                parent / "images", parent]  # fmt: skip
-    names = [item.get("file_name") for item in data["images"][:20]]
+    names = [n for n in (item.get("file_name") for item in items[:20]) if isinstance(n, str)]
     # an absolute path exists whatever the folder: use such names only if there are no others
-    names = [n for n in names if isinstance(n, str) and not os.path.isabs(n)] or names
+    names = [name for name in names if not os.path.isabs(name)] or names
     for folder in folders:
-        if any(isinstance(name, str) and listing.exists(folder / name) for name in names):
+        if any(os.path.exists(folder / name) for name in names):
             return folder
     searched = ", ".join(str(folder) for folder in folders)
     raise InputError(f"{file}: its images are in none of {searched}; set their folder: images: …")
 
 
-def _load_json(file: Path) -> dict[str, Any]:
+def _corners(box: Any) -> list[float]:
+    """Return x1, y1, x2, y2 in px; NaN if the box is not four numbers."""
     try:
-        data = json.loads(file.read_bytes())
-        valid = all(
-            isinstance(item, dict)
-            for name in ("images", "annotations", "categories")
-            for item in data[name]
-        )
-        if not valid or not all("id" in c and "name" in c for c in data["categories"]):
-            raise TypeError("lists of images, annotations and categories with id and name expected")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: not a COCO annotation file ({error!r})") from None
-    return data  # type: ignore[no-any-return]
-
-
-def _corners(items: list[dict[str, Any]]) -> NDArray[np.float32]:
-    """Return boxes (N, 4) as corners, px; NaN if a box is not four numbers."""
-    values = [item.get("bbox") for item in items]
-    try:
-        boxes = np.array(values, np.float64).reshape(len(values), 4)
-    except (TypeError, ValueError):
-        boxes = np.array([_four_floats(box) for box in values], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes.astype(np.float32)
-
-
-def _four_floats(box: Any) -> list[float]:
-    try:
-        values = [float(v) for v in box]
-    except (TypeError, ValueError):
-        values = []
-    return values if len(values) == 4 else [np.nan] * 4
+        x, y, width, height = (float(value) for value in box)
+    except (TypeError, ValueError, OverflowError):
+        return [np.nan] * 4
+    return [x, y, x + width, y + height]
 
 
 def _int64(value: Any) -> int:
@@ -214,12 +156,9 @@ def _length(value: Any) -> int:
     return value if isinstance(value, int) and 0 < value < 2**31 else 0
 
 
-def is_coco(path: str | os.PathLike[str]) -> bool:
+def is_coco(file: Path) -> bool:
     """Return whether a file has the keys of COCO annotations."""
-    file = Path(path)
-    if file.suffix != ".json" or not file.is_file():
-        return False
     try:
         return {"images", "annotations", "categories"} <= set(json.loads(file.read_bytes()))
-    except (ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -1,9 +1,8 @@
-"""Sources whose images are files: paths, folder listings, and reading by index."""
+"""Sources whose images are files: an index of their annotations, and reading by number."""
 
-import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import time_ns
 from typing import Any
@@ -15,107 +14,11 @@ from yolo_lightning.batches import DetectionSample
 from yolo_lightning.datamodules.index import Index, cache_file, load_fresh, save
 from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource, Source, digest
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Header, Image, is_image, read_header, read_image
+from yolo_lightning.images import Header, Image, read_header, read_image
 from yolo_lightning.tree.wordtree import WordTree
 
-
-def require_folder(path: str | Path, description: str) -> Path:
-    """Return a folder; raise `InputError` if it is missing."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise InputError(
-            f"{description}: folder {str(path)!r} not found (working folder: {Path.cwd()})"
-        )
-    return folder
-
-
-def require_file(path: str | Path, description: str) -> Path:
-    """Return a file; raise `InputError` if it is missing."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(
-            f"{description}: file {str(path)!r} not found (working folder: {Path.cwd()})"
-        )
-    return file
-
-
-def is_below(path: str | Path, folder: Path) -> bool:
-    """Return whether a path lies below a folder; symbolic links are not followed."""
-    return os.path.normpath(path).startswith(os.path.join(os.path.normpath(folder), ""))
-
-
-def resolve_inside(path: str, root: Path, allow_outside: bool, location: str) -> str:
-    """Return an annotated path relative to the dataset's folder, or absolute if outside it.
-
-    Raises:
-        InputError: the path leads out of the folder and `allow_outside` is false.
-    """
-    # symbolic links are not followed: those in the dataset's folder belong to the dataset
-    if ".." not in path and not os.path.isabs(path):
-        return path
-    absolute = os.path.normpath(os.path.join(root, path))
-    if is_below(absolute, root):
-        return os.path.relpath(absolute, os.path.normpath(root))
-    if allow_outside:
-        return absolute
-    raise InputError(
-        f"{location}: path {path!r} leaves the dataset's folder {str(root)!r}; to allow this, set "
-        "allow_outside: true"
-    )
-
-
-def iter_images(folder: Path, watched: list[Path]) -> Iterator[Path]:
-    """Yield the images in a folder and below it; append every folder listed to `watched`."""
-    # follow links to folders once; skip hidden files and folders
-    visited: set[str] = set()
-    start = os.path.realpath(folder)
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited or (real != start and start.startswith(os.path.join(real, ""))):
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        watched.append(Path(parent))
-        for name in sorted(names):
-            if not name.startswith(".") and is_image(Path(name)):
-                yield Path(parent) / name
-
-
-class FolderListing:
-    """Names of files by folder; each folder is listed once."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, dict[str, None]] = {}
-        self._images: dict[str, dict[str, str]] = {}
-
-    def names(self, folder: Path) -> dict[str, None]:
-        """Return the names in a folder, ascending, as keys; none if it cannot be listed."""
-        key = str(folder)
-        if key not in self._names:
-            try:
-                self._names[key] = dict.fromkeys(sorted(os.listdir(folder)))
-            except OSError:
-                self._names[key] = {}
-        return self._names[key]
-
-    def exists(self, path: Path) -> bool:
-        """Return whether a file exists."""
-        return path.name in self.names(path.parent)
-
-    def find_image(self, folder: Path, stem: str) -> str | None:
-        """Return the name of an image given without its suffix; .jpg is preferred."""
-        key = str(folder)
-        if key not in self._images:
-            images = [name for name in self.names(folder) if is_image(Path(name))]
-            images.sort(key=lambda name: not name.endswith(".jpg"))
-            self._images[key] = {os.path.splitext(name)[0]: name for name in reversed(images)}
-        return self._images[key].get(stem)
-
-    @property
-    def folders(self) -> list[Path]:
-        """The folders listed so far."""
-        return [Path(folder) for folder in self._names]
+# paths and modification times of the dataset's files, which say whether a cached index is fresh
+CACHE_ARRAYS = {"watched", "watched_offsets", "stamps"}
 
 
 class FileSource(Source):
@@ -131,8 +34,8 @@ class FileSource(Source):
         """Return the dataset's folder, and the options that its index depends on."""
 
     @abstractmethod
-    def _parse(self) -> Index:
-        """Parse the dataset."""
+    def _parse(self, root: Path) -> Index:
+        """Parse the dataset in this folder."""
 
     def load_index(self) -> Index:
         """Return the index: from the cache if it is fresh, else by parsing. Needs no tree."""
@@ -142,7 +45,7 @@ class FileSource(Source):
             self._index = load_fresh(file) if file is not None else None
             if self._index is None:
                 parsing_since_ns = time_ns()
-                index = self._parse()
+                index = self._parse(root)
                 self._index = save(index, file, parsing_since_ns) if file is not None else index
         return self._index
 
@@ -180,7 +83,8 @@ class FileSource(Source):
     def fingerprint(self) -> str:
         """Return a hash of file names, labels and boxes; no image is read."""
         index = self.load_index()
-        arrays = (part for name in sorted(index.arrays) for part in (name, index.arrays[name]))
+        content = sorted(index.arrays.keys() - CACHE_ARRAYS)
+        arrays = (part for name in content for part in (name, index.arrays[name]))
         return digest(list(index.metadata["names"]), *arrays)
 
     def image_path(self, index: int) -> Path:

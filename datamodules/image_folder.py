@@ -1,20 +1,17 @@
 """Image labels from one folder per class, or from a table of paths and labels."""
 
 import csv
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.datamodules.annotations import build_label_index
-from yolo_lightning.datamodules.files import (
-    FolderListing,
-    LabelledImages,
-    iter_images,
+from yolo_lightning.datamodules.annotations import ImageLabels
+from yolo_lightning.datamodules.dataset_files import (
     require_file,
     require_folder,
     resolve_inside,
+    visible_folders,
 )
+from yolo_lightning.datamodules.files import LabelledImages
 from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import IMAGE_SUFFIXES
@@ -38,25 +35,15 @@ class ImageFolder(LabelledImages):
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
         return require_folder(self.root, "image folder"), {}
 
-    def _parse(self) -> Index:
-        root = require_folder(self.root, "image folder").absolute()
-        folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-        if not folders:
+    def _parse(self, root: Path) -> Index:
+        if not visible_folders(root):
             raise InputError(f"image folder: {self.root!r} contains no class folders")
-        images: list[str] = []
-        labels: list[str] = []
-        faults: list[str] = []
-        watched: list[Path] = [root]
-        for folder in folders:
-            files = list(iter_images(folder, watched))
-            if not files:
-                faults.append(f"{folder}: no images")
-            images.extend(os.path.relpath(file, root) for file in files)
-            labels.extend([folder.name] * len(files))
-        if not images:
+        labels = ImageLabels(root)
+        labels.watched.append(root)
+        labels.add_class_folders(root)
+        if not len(labels):
             raise InputError(f"image folder: {self.root!r} contains no images {IMAGE_SUFFIXES}")
-        origins = {name: f"image folder {root / name}" for name in dict.fromkeys(labels)}
-        return build_label_index(root, images, labels, origins, faults, watched)
+        return labels.build_index()
 
 
 class LabelCSV(LabelledImages):
@@ -81,48 +68,33 @@ class LabelCSV(LabelledImages):
         self.name = f"table {file}"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        file = require_file(self.file, "table of labels").absolute()
+        file = require_file(self.file, "table of labels")
         root = str(Path(self.root).expanduser().absolute()) if self.root is not None else None
         return file.parent, {"file": file.name, "root": root, "outside": self.allow_outside}
 
-    def _parse(self) -> Index:
-        file = require_file(self.file, "table of labels").absolute()
-        root = require_folder(self.root or file.parent, "folder of images").absolute()
-        images: list[str] = []
-        labels: list[str] = []
-        origins: dict[str, str] = {}
-        faults: list[str] = []
-        listing = FolderListing()
-        for number, (path, label) in _read_rows(file):
-            location = f"{file}:{number}"
-            image = resolve_inside(path, root, self.allow_outside, location)
-            if not listing.exists(root / image):
-                # tables of competitions omit the suffix
-                name = listing.find_image((root / image).parent, Path(image).name)
-                image = image if name is None else str(Path(image).with_name(name))
-            if not listing.exists(root / image):
-                faults.append(f"{location}: {image} is missing, skipped")
+    def _parse(self, root: Path) -> Index:
+        file = require_file(self.file, "table of labels")
+        labels = ImageLabels(require_folder(self.root or root, "folder of images"))
+        lines = labels.read_lines(file)
+        delimiter = next((d for d in ("\t", ";") if d in "".join(lines[:1])), ",")
+        for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):
+            cells = [cell.strip() for cell in row]
+            if not cells or (number == 1 and cells[0].lower() in _HEADERS):
                 continue
-            origins.setdefault(label, location)
-            images.append(image)
-            labels.append(label)
-        watched = [file, *listing.folders]
-        return build_label_index(root, images, labels, origins, faults, watched)
+            if len(cells) < 2 or not all(cells[:2]):
+                raise InputError(
+                    f"{file}:{number}: expected path{delimiter}label; found {delimiter.join(row)!r}"
+                )
+            self._add(labels, cells[0], cells[1], f"{file}:{number}")
+        return labels.build_index()
 
-
-def _read_rows(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yield line numbers, and paths with their labels."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text ({error})") from None
-    first = lines[0] if lines else ""
-    delimiter = next((d for d in ("\t", ";") if d in first), ",")
-    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):
-        if not row or (number == 1 and row[0].strip().lower() in _HEADERS):
-            continue
-        if len(row) < 2 or not row[0].strip() or not row[1].strip():
-            raise InputError(
-                f"{file}:{number}: expected path{delimiter}label; found {delimiter.join(row)!r}"
-            )
-        yield number, (row[0].strip(), row[1].strip())
+    def _add(self, labels: ImageLabels, path: str, label: str, location: str) -> None:
+        image = resolve_inside(path, labels.root, self.allow_outside, location)
+        if not labels.exists(labels.root / image):
+            # tables of competitions omit the suffix
+            name = labels.find_image((labels.root / image).parent, Path(image).name)
+            if name is None:
+                labels.faults.append(f"{location}: {image} is missing, skipped")
+                return
+            image = str(Path(image).with_name(name))
+        labels.add(image, label, location)

@@ -1,13 +1,13 @@
 """ImageNet's image labels, in the folders of its unpacked archives."""
 
 import csv
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.datamodules.annotations import build_label_index
-from yolo_lightning.datamodules.files import LabelledImages, iter_images, require_folder
+from yolo_lightning.datamodules.annotations import ImageLabels
+from yolo_lightning.datamodules.dataset_files import missing_split, require_folder, visible_folders
+from yolo_lightning.datamodules.files import LabelledImages
 from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import is_image
@@ -49,65 +49,48 @@ class ImageNet(LabelledImages):
         labels = Path(self.labels).expanduser().absolute() if self.labels is not None else None
         return root, {"split": self.split, "labels": str(labels)}
 
-    def _parse(self) -> Index:
-        root = require_folder(self.root, "ImageNet").absolute()
+    def _parse(self, root: Path) -> Index:
         candidates = [root / self.split, root / "Data" / "CLS-LOC" / self.split]
         folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
         if folder is None:
-            folders = (f.name for f in root.iterdir() if f.is_dir() and f.name[:1] != ".")
-            choices = ", ".join(sorted(folders))
-            raise InputError(f"ImageNet {self.root!r}: no split {self.split!r}; found: {choices}")
-        watched = [root, folder]
-        names = sorted(name for name in os.listdir(folder) if is_image(Path(name)))
-        faults: list[str] = []
+            choices = [folder.name for folder in visible_folders(root)]
+            raise missing_split(self.name, self.split, choices)
+        labels = ImageLabels(root)
+        labels.watched.append(root)
+        names = [name for name in labels.names(folder) if is_image(Path(name))]
         if names:
-            file, wnids = self._read_labels(root, names, faults)
-            watched += [file, file.parent / _META]
-            images = [str((folder / name).relative_to(root)) for name in names if name in wnids]
-            labels = [wnids[name] for name in names if name in wnids]
-            origins = dict.fromkeys(labels, str(file))
+            self._add_listed(labels, folder, names)
         else:
-            images, labels = [], []
-            subfolders = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[:1] != ".")
-            for subfolder in subfolders:
-                files = [str(file.relative_to(root)) for file in iter_images(subfolder, watched)]
-                if not files:
-                    faults.append(f"{subfolder}: no images")
-                images.extend(files)
-                labels.extend([subfolder.name] * len(files))
-            origins = {label: str(folder / label) for label in dict.fromkeys(labels)}
-        return build_label_index(root, images, labels, origins, faults, watched)
+            labels.add_class_folders(folder)
+        return labels.build_index()
 
-    def _read_labels(
-        self, root: Path, names: list[str], faults: list[str]
-    ) -> tuple[Path, dict[str, str]]:
-        """Return the file with the labels of these images, and the wnid of each image."""
-        file = self._find_label_file(root)
+    def _add_listed(self, labels: ImageLabels, folder: Path, names: list[str]) -> None:
+        """Add the images of one folder, whose labels are in a file."""
+        file = self._find_label_file(labels.root)
+        lines = [line for line in labels.read_lines(file) if line.strip()]
         if file.suffix == ".csv":
-            rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
-            by_stem = {
-                Path(row[0]).stem: row[1].split()[0]
-                for row in rows
-                if len(row) > 1 and row[1].strip()
-            }
+            rows = [row for row in csv.reader(lines) if len(row) > 1 and row[1].strip()]
+            wnids = {Path(row[0]).stem: row[1].split()[0] for row in rows}
         else:
-            lines = [line.split()[-1] for line in _read_lines(file)]
+            ordered = [line.split()[-1] for line in lines]
             if file.name == _DEVKIT:
-                wnids = _read_devkit_wnids(file.parent / _META)
-                lines = [wnids.get(line, "") for line in lines]
+                labels.watched.append(file.parent / _META)
+                by_number = _read_devkit_wnids(file.parent / _META)
+                ordered = [by_number.get(number, "") for number in ordered]
             numbers = [_NUMBER.search(Path(name).stem) for name in names]
             ranks = [int(n.group(1)) - 1 if n else k for k, n in enumerate(numbers)]
-            if max(ranks) >= len(lines):
+            if max(ranks) >= len(ordered):
                 raise InputError(
-                    f"{file}: {len(lines)} labels for {max(ranks) + 1} images in the split "
+                    f"{file}: {len(ordered)} labels for {max(ranks) + 1} images in the split "
                     f"{self.split!r}"
                 )
-            pairs = zip(names, ranks, strict=True)
-            by_stem = {Path(name).stem: lines[rank] for name, rank in pairs}
-        wnid_by_name = {name: by_stem.get(Path(name).stem, "") for name in names}
-        unlabelled = [name for name, wnid in wnid_by_name.items() if not wnid]
-        faults += [f"{file}: no label for {name}, skipped" for name in unlabelled]
-        return file, {name: wnid for name, wnid in wnid_by_name.items() if wnid}
+            wnids = {Path(n).stem: ordered[rank] for n, rank in zip(names, ranks, strict=True)}
+        for name in names:
+            wnid = wnids.get(Path(name).stem)
+            if wnid:
+                labels.add(str((folder / name).relative_to(labels.root)), wnid, str(file))
+            else:
+                labels.faults.append(f"{file}: no label for {name}, skipped")
 
     def _find_label_file(self, root: Path) -> Path:
         file_names = (_KAGGLE, *_SYNSETS, _DEVKIT)
@@ -124,10 +107,6 @@ class ImageNet(LabelledImages):
             f"ImageNet {self.root!r}: the images of {self.split!r} lie in one folder, and none of "
             f"{', '.join(file_names)} is below {str(start)!r}; set labels: PATH"
         )
-
-
-def _read_lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _read_devkit_wnids(meta: Path) -> dict[str, str]:

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.annotations import Annotations
-from yolo_lightning.datamodules.files import AnnotatedImages, FolderListing, require_folder
+from yolo_lightning.datamodules.dataset_files import missing_split, require_folder, visible_folders
+from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import is_image
 
 _ANNOTATION_FOLDERS = ("Annotations", "annotations")
 _IMAGE_FOLDERS = ("JPEGImages", "images")
+
+XMLFiles = list[tuple[Path, Path]]  # XML files, and the folders of their images
 
 
 class _XMLSource(AnnotatedImages):
@@ -24,29 +27,26 @@ class _XMLSource(AnnotatedImages):
     one_based = True  # pixels count from 1, and boxes include their last pixel, as in VOC
 
     @abstractmethod
-    def _list_files(
-        self, listing: FolderListing, faults: list[str], image_sets: list[Path]
-    ) -> list[tuple[Path, Path]]:
-        """Return XML files and the folders of their images; append to `faults` and `image_sets`."""
+    def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
+        """Return the XML files of the split."""
 
-    def _parse(self) -> Index:
-        root, listing = self._cache_key()[0].absolute(), FolderListing()
+    def _parse(self, root: Path) -> Index:
         files: list[Path] = []
         annotations = Annotations(root, lambda image, number: f"{files[image]}: object {number}")
-        image_sets: list[Path] = []
-        pairs = self._list_files(listing, annotations.faults, image_sets)
-        for file, folder in pairs:
-            document = _parse_xml(file, annotations.faults)
-            if document is None:
+        for file, folder in self._list_files(root, annotations):
+            annotations.watched.append(file)
+            try:
+                document = ET.parse(file).getroot()
+            except (ET.ParseError, OSError, ValueError) as error:
+                annotations.faults.append(f"{file}: not readable XML ({error}), skipped")
                 continue
-            image = _find_image(file, folder, document, listing)
+            image = _find_image(file, folder, document, annotations)
             if image is None:
                 annotations.faults.append(f"{file}: its image is missing, skipped")
                 continue
             files.append(file)
-            self._add(annotations, document, str(image), file)
-        watched = [*image_sets, *(file for file, _ in pairs), *listing.folders]
-        return annotations.build_index(watched)
+            self._add(annotations, document, str(image.relative_to(root)), file)
+        return annotations.build_index()
 
     def _add(self, annotations: Annotations, document: ET.Element, image: str, file: Path) -> None:
         width, height = (_to_int(document.findtext(f"size/{side}")) for side in ("width", "height"))
@@ -54,14 +54,14 @@ class _XMLSource(AnnotatedImages):
             annotations.faults.append(
                 f"{file}: gives the size as {width} x {height}, the size of the image file is used"
             )
-        annotations.add_image(image, (width, height) if width and height else (0, 0))
+        row = annotations.add_image(image, (width, height) if width and height else (0, 0))
         for number, item in enumerate(document.iter("object"), start=1):
             name = item.findtext("name", "").strip()
             if not name:
                 annotations.faults.append(f"{file}: object {number} has no name, skipped")
                 continue
             difficult = item.findtext("difficult", "0").strip() == "1"
-            annotations.add_box(_parse_box(item, self.one_based), name, number, difficult)
+            annotations.add_box(row, _parse_box(item, self.one_based), name, number, difficult)
 
 
 class VOCFolder(_XMLSource):
@@ -92,50 +92,35 @@ class VOCFolder(_XMLSource):
         root = require_folder(self.root, "VOC folder")
         return root, {"split": self.split, "years": self.years}
 
-    def _list_files(
-        self, listing: FolderListing, faults: list[str], image_sets: list[Path]
-    ) -> list[tuple[Path, Path]]:
-        root = require_folder(self.root, "VOC folder").absolute()
-        if self.years is None:
-            years = sorted(f.name for f in root.glob("VOC[0-9]*") if (f / "Annotations").is_dir())
-            if years:
-                raise InputError(
-                    f"VOC folder {self.root!r} contains {', '.join(years)}: use one of them as "
-                    f"root, or set years: [{years[0].removeprefix('VOC')}, …]"
-                )
-            return self._list_folder(root, listing, faults, image_sets)
-        files = []
-        for year in self.years:
-            folder = require_folder(root / f"VOC{year}", "VOC year")
-            files += self._list_folder(folder, listing, faults, image_sets)
-        return files
+    def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
+        if self.years is not None:
+            folders = [require_folder(root / f"VOC{year}", "VOC year") for year in self.years]
+            return [pair for folder in folders for pair in self._list_folder(folder, annotations)]
+        years = voc_years(root)
+        if years:
+            raise InputError(
+                f"VOC folder {self.root!r} contains {', '.join(f'VOC{year}' for year in years)}: "
+                f"use one of them as root, or set years: [{years[0]}, …]"
+            )
+        return self._list_folder(root, annotations)
 
-    def _list_folder(
-        self, root: Path, listing: FolderListing, faults: list[str], image_sets: list[Path]
-    ) -> list[tuple[Path, Path]]:
-        sets = root / "ImageSets" / "Main"
-        names: list[str] | None = None
+    def _list_folder(self, root: Path, annotations: Annotations) -> XMLFiles:
+        sets, names = root / "ImageSets" / "Main", None
         if self.split is not None and (sets / f"{self.split}.txt").is_file():
-            listing.names(sets)
-            image_sets.append(sets / f"{self.split}.txt")
-            names = _read_image_set(sets / f"{self.split}.txt")
+            names = _read_image_set(sets / f"{self.split}.txt", annotations)
         elif self.split is not None:
             if not (root / self.split).is_dir():
-                choices = sorted(f.stem for f in sets.glob("*.txt")) if sets.is_dir() else []
-                folders = (f.name for f in root.iterdir() if f.is_dir())
-                choices += sorted(name for name in folders if not name.startswith("."))
-                raise InputError(
-                    f"VOC folder {self.root!r}: no split {self.split!r}; "
-                    f"found: {', '.join(choices)}"
-                )
+                choices = sorted(f.stem for f in sets.glob("*.txt"))
+                choices += [folder.name for folder in visible_folders(root)]
+                raise missing_split(self.name, self.split, choices)
             root = root / self.split
         xml_folder = next((root / n for n in _ANNOTATION_FOLDERS if (root / n).is_dir()), root)
         images = next((root / n for n in _IMAGE_FOLDERS if (root / n).is_dir()), xml_folder)
-        entries = listing.names(xml_folder)
         if names is None:
-            names = [name.removesuffix(".xml") for name in entries if name.endswith(".xml")]
-        files = [xml_folder / f"{name}.xml" for name in names]
-        return [(file, images) for file in _existing(files, listing, faults)]
+            files = [xml_folder / n for n in annotations.names(xml_folder) if n.endswith(".xml")]
+        else:
+            files = _listed_files(xml_folder, names, annotations)
+        return [(file, images) for file in files]
 
 
 class ILSVRCDetection(_XMLSource):
@@ -165,67 +150,51 @@ class ILSVRCDetection(_XMLSource):
         root = require_folder(self.root, "ILSVRC folder")
         return root, {"split": self.split, "challenge": self.challenge}
 
-    def _list_files(
-        self, listing: FolderListing, faults: list[str], image_sets: list[Path]
-    ) -> list[tuple[Path, Path]]:
-        root = require_folder(self.root, "ILSVRC folder").absolute()
+    def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
         xml_folder = root / "Annotations" / self.challenge
-        data = root / "Data" / self.challenge
         image_set = root / "ImageSets" / self.challenge / f"{self.split}.txt"
         if (xml_folder / self.split).is_dir():
-            split_folder = xml_folder / self.split
-            subfolders = sorted(f for f in split_folder.rglob("*") if f.is_dir())
-            files = sorted(
-                folder / name
-                for folder in (split_folder, *subfolders)
-                for name in listing.names(folder)
-                if name.endswith(".xml")
-            )
+            files = [f for f in annotations.walk(xml_folder / self.split) if f.suffix == ".xml"]
+            files.sort()
         elif image_set.is_file():
-            listing.names(image_set.parent)
-            image_sets.append(image_set)
-            split = self.split.partition("_")[0]
-            names = _read_image_set(image_set)
-            files = [xml_folder / split / f"{name}.xml" for name in names]
-            files = _existing(files, listing, faults)
+            folder = xml_folder / self.split.partition("_")[0]
+            files = _listed_files(folder, _read_image_set(image_set, annotations), annotations)
         else:
-            choices = sorted(f.name for f in xml_folder.iterdir()) if xml_folder.is_dir() else []
-            raise InputError(
-                f"ILSVRC folder {self.root!r}: no split {self.split!r} in Annotations/"
-                f"{self.challenge} or ImageSets/{self.challenge}; found: {', '.join(choices)}"
-            )
+            where = f" in Annotations/{self.challenge} or ImageSets/{self.challenge}"
+            choices = [folder.name for folder in visible_folders(xml_folder)]
+            raise missing_split(self.name, self.split, choices, where)
+        data = root / "Data" / self.challenge
         return [(file, data / file.parent.relative_to(xml_folder)) for file in files]
 
 
-def _read_image_set(file: Path) -> list[str]:
+def voc_years(root: Path) -> list[int]:
+    """Return the years of the folders such as ``VOC2007`` in a folder, ascending."""
+    names = [f.name for f in root.glob("VOC[0-9]*") if (f / "Annotations").is_dir()]
+    return sorted(int(name[3:]) for name in names if name[3:].isdecimal())
+
+
+def _read_image_set(file: Path, annotations: Annotations) -> list[str]:
     """Return the names in an image set, the first word of each line."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [line.split()[0] for line in lines if line.strip()]
+    return [line.split()[0] for line in annotations.read_lines(file) if line.strip()]
 
 
-def _existing(files: list[Path], listing: FolderListing, faults: list[str]) -> list[Path]:
-    missing = {file for file in files if not listing.exists(file)}
-    faults += [f"{file}: listed but missing, skipped" for file in files if file in missing]
+def _listed_files(folder: Path, names: list[str], annotations: Annotations) -> list[Path]:
+    """Return the XML files that exist, and report the others."""
+    files = [folder / f"{name}.xml" for name in names]
+    missing = {file for file in files if not annotations.exists(file)}
+    annotations.faults += [f"{f}: listed but missing, skipped" for f in files if f in missing]
     return [file for file in files if file not in missing]
 
 
-def _parse_xml(file: Path, faults: list[str]) -> ET.Element | None:
-    try:
-        return ET.parse(file).getroot()
-    except (ET.ParseError, OSError, ValueError) as error:
-        faults.append(f"{file}: not readable XML ({error}), skipped")
-        return None
-
-
 def _find_image(
-    file: Path, folder: Path, document: ET.Element, listing: FolderListing
+    file: Path, folder: Path, document: ET.Element, annotations: Annotations
 ) -> Path | None:
     """Return the image of the XML file's own name, else the one named in the file."""
-    name = listing.find_image(folder, file.stem)
+    name = annotations.find_image(folder, file.stem)
     if name is not None:
         return folder / name
     named = folder / Path(document.findtext("filename", "").replace("\\", "/")).name
-    return named if is_image(named) and listing.exists(named) else None
+    return named if is_image(named) and annotations.exists(named) else None
 
 
 def _to_int(text: str | None) -> int:

@@ -103,7 +103,7 @@ def test_second_load_does_not_parse(tmp_path, monkeypatch, kind):
     first = make().load_index()
     source = make()
 
-    def parse(self: Any) -> None:
+    def parse(self: Any, root: Path) -> None:
         raise AssertionError("parsed again")
 
     monkeypatch.setattr(type(source), "_parse", parse)
@@ -116,9 +116,9 @@ def test_second_load_does_not_parse(tmp_path, monkeypatch, kind):
 def count_parses(monkeypatch: pytest.MonkeyPatch, source: Any) -> list[str]:
     parse, found = type(source)._parse, []
 
-    def counted(self: Any) -> Any:
+    def counted(self: Any, root: Path) -> Any:
         found.append(self.name)
-        return parse(self)
+        return parse(self, root)
 
     monkeypatch.setattr(type(source), "_parse", counted)
     return found
@@ -226,6 +226,24 @@ def test_each_set_of_options_has_its_own_index(tmp_path, write_voc):
     root = str(tmp_path / "VOC2007")
     for split, name in (("train", "2007_a"), ("val", "2007_b"), ("train", "2007_a")):
         assert VOCFolder(root, split).image_path(0).stem == name
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_fingerprint_depends_on_the_content_alone(tmp_path, monkeypatch, kind):
+    here = SOURCES[kind](tmp_path / "here")()
+    there = SOURCES[kind](tmp_path / "there")()
+    assert here.fingerprint() == there.fingerprint()
+    monkeypatch.setenv(index.CACHE_VARIABLE, str(write(tmp_path / "no folder", "") / "below"))
+    assert SOURCES[kind](tmp_path / "uncached")().fingerprint() == here.fingerprint()
+
+
+def test_fingerprint_changes_with_labels_and_boxes(tmp_path):
+    make = build_yolo(tmp_path)
+    found = [make().fingerprint()]
+    for old, new in (("0 0.078125", "1 0.078125"), ("0.15625", "0.16625")):
+        rewrite(tmp_path / "labels/a.txt", old, new)
+        found.append(make().fingerprint())
+    assert len(set(found)) == 3
 
 
 # --- the cache
