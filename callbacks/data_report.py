@@ -17,10 +17,6 @@ class DataReport(pl.Callback):
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
 
-    def _collect(self, batch: Any) -> None:
-        if isinstance(batch, DetectionBatch | ClassificationBatch):
-            self.faults.update(batch.faults)
-
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -28,33 +24,14 @@ class DataReport(pl.Callback):
         outputs: Any,
         batch: Any,
         batch_idx: int,
-    ) -> None:
-        """Collect the faults of a batch."""
-        self._collect(batch)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Collect the faults of a batch."""
-        self._collect(batch)
+        if isinstance(batch, DetectionBatch | ClassificationBatch):
+            self.faults.update(batch.faults)
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect the faults of a batch."""
-        self._collect(batch)
+    on_validation_batch_end = on_train_batch_end
+    on_test_batch_end = on_train_batch_end
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what each class learns from."""
@@ -63,19 +40,7 @@ class DataReport(pl.Callback):
             print(report())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the faults."""
-        self._report(trainer)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the faults."""
-        self._report(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the report after `validate`, but not for validation during `fit`."""
-        if trainer.state.fn == "validate":
-            self._report(trainer)
-
-    def _report(self, trainer: pl.Trainer) -> None:
+        """Print the faults, those of all ranks."""
         faults = Counter(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
         by_rank: list[Counter[str] | None] = [self.faults]
         if dist.is_available() and dist.is_initialized():
@@ -90,3 +55,10 @@ class DataReport(pl.Callback):
             if len(faults) > _MAX_SHOWN:
                 print(f"  … and {len(faults) - _MAX_SHOWN} more")
         self.faults.clear()
+
+    on_test_end = on_fit_end
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the faults after `validate`, but not for validation during `fit`."""
+        if trainer.state.fn == "validate":
+            self.on_fit_end(trainer, pl_module)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from yolo_lightning.batches import (
     stack_images,
 )
 from yolo_lightning.datamodules.sampler import BatchPlan
-from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
+from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource, Source
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
@@ -27,15 +27,6 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, Resize, UnreadableSample, fit
 
 Batch = DetectionBatch | ClassificationBatch
-Item = TypeVar("Item", covariant=True)
-
-
-class _Readable(Protocol[Item]):
-    def __len__(self) -> int: ...
-
-    def read(self, index: int, min_side: int | None = None) -> Item: ...
-
-
 _GOLDEN_RATIO = 0.618
 _MAX_REPORTED = 20
 
@@ -74,11 +65,9 @@ class JointDataset(Dataset[Batch]):
 
     def _read_sample(self, index: int, pass_number: int, faults: list[str]) -> DetectionSample:
         """Return an augmented sample without its difficult objects."""
-        source, augmentation = self.detection, self.detection_augmentation
-        assert source is not None, "a plan without a detection source has no detection batches"
-        size = self.canvas_size
-        min_side = augmentation.required_side(size) if augmentation is not None else size
-        sample = _read_or_replace(source, index, min_side, faults)
+        augmentation, size = self.detection_augmentation, self.canvas_size
+        min_side = size if augmentation is None else augmentation.required_side(size)
+        sample: DetectionSample = _read_or_replace(self.detection, index, min_side, faults)
         sample = sample.select(~sample.difficult)
         if augmentation is None:
             return fit_sample(sample, size, self.resize)
@@ -86,11 +75,9 @@ class JointDataset(Dataset[Batch]):
 
     def _read_image(self, index: int, pass_number: int, faults: list[str]) -> tuple[Image, int]:
         """Return an augmented image and its node."""
-        source, augmentation = self.classification, self.classification_augmentation
-        assert source is not None, "a plan without a classification source has no label batches"
-        size = self.canvas_size
-        min_side = augmentation.required_side(size) if augmentation is not None else size
-        image, node = _read_or_replace(source, index, min_side, faults)
+        augmentation, size = self.classification_augmentation, self.canvas_size
+        min_side = size if augmentation is None else augmentation.required_side(size)
+        image, node = _read_or_replace(self.classification, index, min_side, faults)
         if augmentation is None:
             return fit(image, (size, size))[0], node
         return augmentation(image, size, _seed(self.seed, 1, pass_number, index)), node
@@ -106,24 +93,12 @@ class EvaluationDataset(Dataset[Batch]):
 
     def __getitem__(self, positions: list[int]) -> DetectionBatch:
         """Return the images at these positions; positions beyond the end give padding."""
-        samples, sizes, ids, faults = [], [], [], []
-        for position in positions:
-            index = position % len(self.source)
-            try:
-                sample = self.source.read(index, self.image_size)
-            except UnreadableSample as error:
-                # evaluation never replaces an image by another one
-                faults.append(f"{error}; left out of the evaluation")
-                blank = np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
-                boxes, no_labels = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
-                sample = DetectionSample(blank, boxes, no_labels, np.zeros(0, dtype=np.bool_))
-                position = len(self.source)
-            sizes.append(sample.size_hw_orig)
-            ids.append(position if position < len(self.source) else -1)
-            samples.append(fit_sample(sample, self.image_size, self.resize))
-        batch = collate_detection(samples)
-        batch.sizes_hw_orig, batch.sample_ids = torch.tensor(sizes), torch.tensor(ids)
-        batch.faults = [*batch.faults, *faults]
+        boxes, no_labels = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
+        blank = DetectionSample(_blank(self.image_size), boxes, no_labels, np.zeros(0, np.bool_))
+        samples, ids, faults = _read_or_blank(self.source, positions, self.image_size, blank)
+        batch = collate_detection([fit_sample(s, self.image_size, self.resize) for s in samples])
+        batch.sizes_hw_orig = torch.tensor([sample.size_hw_orig for sample in samples])
+        batch.sample_ids, batch.faults = torch.tensor(ids), [*batch.faults, *faults]
         return batch
 
 
@@ -135,20 +110,11 @@ class LabelEvaluationDataset(Dataset[Batch]):
 
     def __getitem__(self, positions: list[int]) -> ClassificationBatch:
         """Return the images at these positions; positions beyond the end give padding."""
-        images, labels, ids, faults = [], [], [], []
-        for position in positions:
-            try:
-                image, node = self.source.read(position % len(self.source), self.image_size)
-            except UnreadableSample as error:
-                faults.append(f"{error}; left out of the evaluation")
-                image, node = np.zeros((self.image_size, self.image_size, 3), np.uint8), 0
-                position = len(self.source)
-            images.append(centre_crop(image, self.image_size))
-            labels.append(node)
-            ids.append(position if position < len(self.source) else -1)
-        return ClassificationBatch(
-            stack_images(images), torch.tensor(ids), torch.tensor(labels), faults=faults
-        )
+        blank = _blank(self.image_size), 0
+        pairs, ids, faults = _read_or_blank(self.source, positions, self.image_size, blank)
+        images, labels = zip(*pairs, strict=True)
+        crops = stack_images([centre_crop(image, self.image_size) for image in images])
+        return ClassificationBatch(crops, torch.tensor(ids), torch.tensor(labels), faults=faults)
 
 
 class EvaluationSampler(Sampler[list[int]]):
@@ -171,8 +137,30 @@ def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def _read_or_replace(source: _Readable[Item], index: int, min_side: int, faults: list[str]) -> Item:
+def _blank(size: int) -> Image:
+    return np.zeros((size, size, 3), dtype=np.uint8)
+
+
+def _read_or_blank(
+    source: Source, positions: list[int], min_side: int, blank: Any
+) -> tuple[list[Any], list[int], list[str]]:
+    """Return samples, ids and faults; an unreadable image becomes `blank`, with the id -1."""
+    # evaluation never replaces an image by another one
+    samples, ids, faults = [], [], []
+    for position in positions:
+        try:
+            samples.append(source.read(position % len(source), min_side))
+            ids.append(position if position < len(source) else -1)
+        except UnreadableSample as error:
+            samples.append(blank)
+            ids.append(-1)
+            faults.append(f"{error}; left out of the evaluation")
+    return samples, ids, faults
+
+
+def _read_or_replace(source: Source | None, index: int, min_side: int, faults: list[str]) -> Any:
     """Return a sample, or another one if it cannot be read; report to `faults`."""
+    assert source is not None, "a plan without a source has no batches of its kind"
     # replace from far away: neighbours are often of one class and unreadable together
     size, stride = len(source), 0
     for attempt in range(size):

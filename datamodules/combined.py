@@ -22,6 +22,7 @@ from yolo_lightning.datamodules.source import (
     ConcatImageLabelSource,
     DetectionSource,
     ImageLabelSource,
+    check_option,
 )
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
@@ -112,31 +113,21 @@ class CombinedDataModule(pl.LightningDataModule):
         self.classification = _concat(classification)
         self.validation = _concat(validation)
         self.test = self.validation if test is None else _concat(test)
-        self.batch_sizes = (detection_batch_size, classification_batch_size)
-        ratio = classification_batches_per_detection_batch
-        for name, value in (
-            ("image_size", image_size),
-            ("canvas_size", canvas_size or image_size),
-        ):
-            if value <= 0 or value % 32:
-                raise InputError(f"data.{name} is {value}; allowed: positive multiples of 32")
-        if num_workers < 0:
-            raise InputError(f"data.num_workers is {num_workers}; allowed: 0 or more")
-        for name, value in (
-            ("detection_batch_size", detection_batch_size),
-            ("classification_batch_size", classification_batch_size),
-            ("steps_per_epoch", steps_per_epoch or 1),
-        ):
-            if value < 1:
-                raise InputError(f"data.{name} is {value}; allowed: 1 or more")
-        if ratio < 0:
-            raise InputError(
-                f"data.classification_batches_per_detection_batch is {ratio}; allowed: 0 or more"
-            )
-        self.ratio = Fraction(ratio).limit_denominator(1000)
-        if classification is None:
-            self.ratio = Fraction(0)
         self.image_size, self.canvas_size = image_size, canvas_size or image_size
+        for name, size in (("image_size", image_size), ("canvas_size", self.canvas_size)):
+            valid = size > 0 and size % 32 == 0
+            check_option(f"data.{name}", size, valid, "positive multiples of 32")
+        ratio = classification_batches_per_detection_batch
+        for name, value, minimum in (
+            ("num_workers", num_workers, 0),
+            ("detection_batch_size", detection_batch_size, 1),
+            ("classification_batch_size", classification_batch_size, 1),
+            ("steps_per_epoch", steps_per_epoch or 1, 1),
+            ("classification_batches_per_detection_batch", ratio, 0),
+        ):
+            check_option(f"data.{name}", value, value >= minimum, f"{minimum} or more")
+        self.ratio = Fraction(ratio if classification is not None else 0).limit_denominator(1000)
+        self.batch_sizes = (detection_batch_size, classification_batch_size)
         self.steps_per_epoch, self.resize = steps_per_epoch, resize
         self.augmentations = (detection_augmentation, classification_augmentation)
         self.num_workers, self.seed = num_workers, seed
@@ -173,25 +164,28 @@ class CombinedDataModule(pl.LightningDataModule):
         """Return one row per class with its labels, from boxes and from images."""
         return vocabulary_table(self.tree, *self._counts())
 
+    @property
+    def _trained_labels(self) -> ImageLabelSource | None:
+        """The classification source, unless no batch is taken from it."""
+        return self.classification if self.ratio or self.detection is None else None
+
     def _counts(self) -> tuple[Counts, Counts]:
         """Return the training boxes and training image labels, by node and name."""
-        uses_labels = self.ratio or self.detection is None
-        boxes = self.detection.node_counts() if self.detection is not None else {}
-        labels = self.classification if uses_labels else None
-        return boxes, labels.node_counts() if labels is not None else {}
+        boxes, labels = self.detection, self._trained_labels
+        return boxes.node_counts() if boxes else {}, labels.node_counts() if labels else {}
 
     def inputs(self) -> list[dict[str, Any]]:
         """Return one entry per bound source; ``labelled`` counts objects or images with a label."""
-        uses_labels = self.ratio or self.detection is None
+        evaluated = "image labels" if self.detection is None else "boxes"
         entries = [
             ("training", "boxes", self.detection),
-            ("training", "image labels", self.classification if uses_labels else None),
-            ("validation", "boxes" if self.detection is not None else "", self.validation),
+            ("training", "image labels", self._trained_labels),
+            ("validation", evaluated, self.validation),
         ]
         return [
             {
                 "use": use,
-                "holds": holds or "image labels",
+                "holds": holds,
                 "name": source.name,
                 "fingerprint": source.fingerprint(),
                 "images": len(source),
@@ -211,10 +205,9 @@ class CombinedDataModule(pl.LightningDataModule):
     @property
     def order(self) -> JointOrder:
         """The samples of each step."""
-        uses_labels = self.ratio or self.detection is None
         return JointOrder(
-            len(self.detection) if self.detection is not None else 0,
-            len(self.classification) if self.classification is not None and uses_labels else 0,
+            len(self.detection or ()),
+            len(self._trained_labels or ()),
             *self.batch_sizes,
             self.ratio,
             self.seed,
@@ -223,7 +216,7 @@ class CombinedDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> "ResumableLoader":
         """Return the loader of training batches."""
         trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rank, world_size = self._rank_and_world_size
         if trainer and world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError(
                 "trainer.use_distributed_sampler must be false: the data's own sampler gives each "
@@ -237,16 +230,17 @@ class CombinedDataModule(pl.LightningDataModule):
 
         def steps_trained() -> int:
             # `processed` counts trained batches over all epochs, also after resuming
-            if trainer is None:
-                return 0
-            return int(
-                trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]["processed"]
-            )
+            progress = trainer.fit_loop.epoch_loop.batch_progress.state_dict() if trainer else None
+            return int(progress["total"]["processed"]) if progress else 0
 
         order = self.order
         steps = self.steps_per_epoch or order.steps_per_pass
         sampler = AlternatingBatchSampler(order, steps, steps_trained, rank, world_size)
         return ResumableLoader(self._training_dataset(), sampler, self.num_workers)
+
+    @property
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Return the batch of a rank at a step, counted since training began.
@@ -283,17 +277,14 @@ class CombinedDataModule(pl.LightningDataModule):
     ) -> "ResumableLoader | list[Any]":
         if source is None:
             return []
-        rank, world = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
-        has_boxes = isinstance(source, DetectionSource)
-        share = max(1, self.batch_sizes[0 if has_boxes else 1] // world)
-        dataset: Dataset[Batch] = (
-            EvaluationDataset(source, self.image_size, self.resize)
-            if isinstance(source, DetectionSource)
-            else LabelEvaluationDataset(source, self.image_size)
-        )
-        sampler = EvaluationSampler(len(source), share, rank, world)
+        rank, world_size = self._rank_and_world_size
+        if isinstance(source, DetectionSource):
+            dataset: Dataset[Batch] = EvaluationDataset(source, self.image_size, self.resize)
+        else:
+            dataset = LabelEvaluationDataset(source, self.image_size)
+        batch_size = self.batch_sizes[0 if isinstance(source, DetectionSource) else 1]
+        share = max(1, batch_size // world_size)
+        sampler = EvaluationSampler(len(source), share, rank, world_size)
         return ResumableLoader(dataset, sampler, self.num_workers)
 
 

@@ -2,14 +2,20 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from yolo_lightning.batches import DetectionSample
-from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource, digest
+from yolo_lightning.datamodules.source import (
+    DetectionSource,
+    ImageLabelSource,
+    Source,
+    check_option,
+    digest,
+)
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.images import Image
 from yolo_lightning.tree.wordtree import WordTree
@@ -22,9 +28,7 @@ _COLOURS = (30, 225)
 _SHIFT = 4  # fractional bits of the coordinates given to the rasteriser
 
 
-def _polar(
-    angles: Sequence[float] | NDArray[np.float64], radii: float | Sequence[float] = 1.0
-) -> Outline:
+def _polar(angles: Sequence[float] | NDArray[np.float64], radii: Sequence[float] = (1,)) -> Outline:
     radians = np.deg2rad(np.asarray(angles, dtype=float))
     circle: Outline = np.stack([np.cos(radians), np.sin(radians)], axis=1)
     return circle * np.reshape(np.asarray(radii, dtype=float), (-1, 1))
@@ -34,10 +38,8 @@ def _star(points: int, inner: float) -> Outline:
     return _polar(np.arange(2 * points) * 180 / points - 90, [1.0, inner] * points)
 
 
-def _cross(arm: float, low: float) -> Outline:
-    """Return an upright cross with beams 2 * arm wide; the lower beam ends at `low`."""
-    bar = -0.3 if low > 1 else 0.0  # height of the transverse beam
-    half = 0.7 if low > 1 else 1.0
+def _cross(arm: float, half: float, bar: float) -> Outline:
+    """Return an upright cross with beams 2 * arm wide, and a transverse beam at height `bar`."""
     corners = [
         (-arm, -1), (arm, -1), (arm, bar - arm), (half, bar - arm), (half, bar + arm),
         (arm, bar + arm), (arm, 1), (-arm, 1), (-arm, bar + arm), (-half, bar + arm),
@@ -46,15 +48,13 @@ def _cross(arm: float, low: float) -> Outline:
     return np.array(corners, dtype=float)
 
 
-_ARC = np.linspace(0, 360, 48, endpoint=False)
-_HALF = np.linspace(0, 180, 25)
-
-
-def _crescent() -> Outline:
-    outer = _polar(np.linspace(60, 300, 32))
-    inner = _polar(np.linspace(285, 75, 32)) * 0.75 + [0.38, 0.0]
-    return np.concatenate([outer, inner]) + [0.2, 0.0]
-
+_CIRCLE = _polar(np.linspace(0, 360, 48, endpoint=False))
+_CRESCENT = np.concatenate(
+    [
+        _polar(np.linspace(60, 300, 32)),
+        _polar(np.linspace(285, 75, 32)) * 0.75 + [0.38, 0.0],
+    ]
+)
 
 # WordNet 3.0 synset and outlines by class name; a point inside two outlines is outside
 SHAPES: dict[str, tuple[str, list[Outline]]] = {
@@ -62,19 +62,18 @@ SHAPES: dict[str, tuple[str, list[Outline]]] = {
     "equilateral triangle": ("n13879947", [_polar([-90, 30, 150])]),
     "square": ("n13878634", [_polar([45, 135, 225, 315])]),
     "rhombus": ("n13882961", [_polar([0, 90, 180, 270], [0.5, 1.0, 0.5, 1.0])]),
-    "circle": ("n13873502", [_polar(_ARC, 0.9)]),
-    "semicircle": ("n13874251", [_polar(_HALF + 180) + [0.0, 0.42]]),
+    "circle": ("n13873502", [_CIRCLE * 0.9]),
+    "semicircle": ("n13874251", [_polar(np.linspace(0, 180, 25) + 180) + [0.0, 0.42]]),
     "pentagram": ("n13882008", [_star(5, 0.382)]),
     "hexagram": ("n13880811", [_star(6, 0.577)]),
-    "Greek cross": ("n03457578", [_cross(0.3, 1.0)]),
-    "Latin cross": ("n03646695", [_cross(0.2, 1.4)]),
-    "ring": ("n13875392", [_polar(_ARC, 0.9), _polar(_ARC, 0.5)]),
-    "crescent": ("n13896217", [_crescent()]),
+    "Greek cross": ("n03457578", [_cross(0.3, half=1.0, bar=0.0)]),
+    "Latin cross": ("n03646695", [_cross(0.2, half=0.7, bar=-0.3)]),
+    "ring": ("n13875392", [_CIRCLE * 0.9, _CIRCLE * 0.5]),
+    "crescent": ("n13896217", [_CRESCENT + [0.2, 0.0]]),
 }
 
 
-@dataclass
-class _DrawnShape:
+class _DrawnShape(NamedTuple):
     name: str
     mask: Image  # coverage, uint8 (H, W)
     box_xyxy_px: NDArray[np.float32]
@@ -147,39 +146,53 @@ def _fill(rng: np.random.Generator, image: NDArray[np.float32], new: _DrawnShape
     region = (slice(max(0, y1), y2), slice(max(0, x1), x2))
     mask, background = new.mask[region], image[region]
     mean_colour = np.array(cv2.mean(background, mask)[:3])
-    filling = _texture(rng, max(mask.shape), _contrasting_colour(rng, mean_colour))
+    colour = rng.uniform(*_COLOURS, 3)
+    while np.abs(colour - mean_colour).max() < 50:  # levels, in at least one channel
+        colour = rng.uniform(*_COLOURS, 3)
+    filling = _texture(rng, max(mask.shape), colour)
     alpha = (mask.astype(np.float32) / 255)[:, :, None]
     background += alpha * (filling[: mask.shape[0], : mask.shape[1]] - background)
 
 
-def _contrasting_colour(
-    rng: np.random.Generator, other: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return a colour that differs from `other` by 50 levels or more in some channel."""
-    while True:
-        colour = rng.uniform(*_COLOURS, 3)
-        if np.abs(colour - other).max() >= 50:
-            return np.asarray(colour)
+class _Shapes(Source):
+    """Options and labels of both sources of shapes."""
+
+    name = "shapes"
+
+    def __init__(
+        self,
+        length: int,
+        classes: list[str] | None,
+        radii: tuple[float, float],
+        image_size: int,
+        seed: int,
+    ) -> None:
+        check_option("shapes: length", length, length >= 1, "1 or more")
+        check_option("shapes: image_size", image_size, image_size >= 16, "16 or more")
+        valid = 0.02 <= radii[0] <= radii[1] <= 0.45
+        check_option("shapes: radii", radii, valid, "ascending, 0.02 … 0.45")
+        for name in classes or ():
+            if name not in SHAPES:
+                hint = nearest(name, SHAPES) or f"allowed: {', '.join(SHAPES)}"
+                raise InputError(f"shapes: class {name!r} cannot be drawn; {hint}")
+        self.length, self.classes, self.seed = length, list(classes or SHAPES), seed
+        self.radii, self.image_size = radii, image_size
+        self._arguments: tuple[object, ...] = (length, self.classes, radii, image_size, seed)
+
+    def bind(self, tree: WordTree) -> None:
+        """Map each shape's synset to its node."""
+        self._nodes = {name: tree.find_node(SHAPES[name][0], "shapes") for name in self.classes}
+
+    def __len__(self) -> int:
+        """Return the number of different images."""
+        return self.length
+
+    def fingerprint(self) -> str:
+        """Return a hash of the arguments."""
+        return digest(*self._arguments)
 
 
-def _check_options(length: int, radii: tuple[float, float], image_size: int) -> None:
-    if length < 1 or image_size < 16:
-        raise InputError(
-            f"shapes: length {length}, image_size {image_size}; allowed: 1, 16 or more"
-        )
-    if not 0.02 <= radii[0] <= radii[1] <= 0.45:
-        raise InputError(f"shapes: radii are {radii}; allowed: ascending, 0.02 … 0.45")
-
-
-def _check_classes(classes: Sequence[str] | None) -> list[str]:
-    for name in classes or ():
-        if name not in SHAPES:
-            hint = nearest(name, SHAPES) or f"allowed: {', '.join(SHAPES)}"
-            raise InputError(f"shapes: class {name!r} cannot be drawn; {hint}")
-    return list(classes or SHAPES)
-
-
-class ShapesDetection(DetectionSource):
+class ShapesDetection(_Shapes, DetectionSource):
     """Images with several shapes and their boxes, generated when read.
 
     Args:
@@ -191,7 +204,7 @@ class ShapesDetection(DetectionSource):
         seed: image i depends on (seed, i) alone.
 
     Raises:
-        InputError: an unknown class.
+        InputError: an unknown class, or a value out of range.
     """
 
     def __init__(
@@ -203,32 +216,16 @@ class ShapesDetection(DetectionSource):
         image_size: int = 128,
         seed: int = 0,
     ) -> None:
-        _check_options(length, radii, image_size)
-        if not 0 <= objects[0] <= objects[1]:
-            raise InputError(f"shapes: objects are {objects}; allowed: ascending, 0 or more")
-        self.length, self.classes, self.seed = length, _check_classes(classes), seed
-        self.objects, self.radii, self.image_size = objects, radii, image_size
-        self.faults: list[str] = []
-        self.name = "shapes"
-
-    def bind(self, tree: WordTree) -> None:
-        """Map each shape's synset to its node."""
-        self._nodes = {name: tree.find_node(SHAPES[name][0], "shapes") for name in self.classes}
-
-    def __len__(self) -> int:
-        """Return the number of different images."""
-        return self.length
+        super().__init__(length, classes, radii, image_size, seed)
+        valid = 0 <= objects[0] <= objects[1]
+        check_option("shapes: objects", objects, valid, "ascending, 0 or more")
+        self.objects = objects
+        self._arguments = (length, self.classes, objects, radii, image_size, seed)
 
     def node_counts(self) -> dict[int, Counter[str]]:
         """Return the expected number of objects of each class."""
         count = self.length * sum(self.objects) // 2 // len(self.classes)
         return {node: Counter({name: count}) for name, node in self._nodes.items()}
-
-    def fingerprint(self) -> str:
-        """Return a hash of the arguments."""
-        return digest(
-            self.length, self.classes, self.objects, self.radii, self.image_size, self.seed
-        )
 
     def read(self, index: int, min_side: int | None = None) -> DetectionSample:
         """Generate one sample."""
@@ -244,7 +241,7 @@ class ShapesDetection(DetectionSource):
         )
 
 
-class ShapesImageLabels(ImageLabelSource):
+class ShapesImageLabels(_Shapes, ImageLabelSource):
     """Images with one shape each and its label, generated when read; see `ShapesDetection`."""
 
     def __init__(
@@ -255,35 +252,19 @@ class ShapesImageLabels(ImageLabelSource):
         image_size: int = 128,
         seed: int = 0,
     ) -> None:
-        _check_options(length, radii, image_size)
-        self.length, self.classes, self.seed = length, _check_classes(classes), seed
-        self.radii, self.image_size = radii, image_size
-        self.faults: list[str] = []
-        self.name = "shapes"
-
-    def bind(self, tree: WordTree) -> None:
-        """Map each shape's synset to its node."""
-        self._nodes = [tree.find_node(SHAPES[name][0], "shapes") for name in self.classes]
-
-    def __len__(self) -> int:
-        """Return the number of different images."""
-        return self.length
+        super().__init__(length, classes, radii, image_size, seed)
 
     def node_counts(self) -> dict[int, Counter[str]]:
         """Return the number of images of each class."""
         count, rest = divmod(self.length, len(self.classes))
         return {
             node: Counter({name: count + (k < rest)})
-            for k, (name, node) in enumerate(zip(self.classes, self._nodes, strict=True))
+            for k, (name, node) in enumerate(self._nodes.items())
         }
-
-    def fingerprint(self) -> str:
-        """Return a hash of the arguments."""
-        return digest(self.length, self.classes, self.radii, self.image_size, self.seed)
 
     def read(self, index: int, min_side: int | None = None) -> tuple[Image, int]:
         """Generate one sample."""
         rng = np.random.default_rng((self.seed, 1, index))
-        number = index % len(self.classes)
-        image, _ = _draw_shapes(rng, [self.classes[number]], self.image_size, self.radii)
-        return image, self._nodes[number]
+        name = self.classes[index % len(self.classes)]
+        image, _ = _draw_shapes(rng, [name], self.image_size, self.radii)
+        return image, self._nodes[name]

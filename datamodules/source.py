@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,12 @@ from yolo_lightning.images import Image
 from yolo_lightning.tree.wordtree import WordTree
 
 _SHAPE_SAMPLES = 500
+
+
+def check_option(name: str, value: object, valid: bool, allowed: str) -> None:
+    """Raise `InputError` if the value of an option is not valid."""
+    if not valid:
+        raise InputError(f"{name} is {value}; allowed: {allowed}")
 
 
 class Source(ABC):
@@ -36,6 +42,10 @@ class Source(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of images."""
+
+    @abstractmethod
+    def read(self, index: int, min_side: int | None = None) -> Any:
+        """Return a sample; see `DetectionSource` and `ImageLabelSource`."""
 
     @abstractmethod
     def node_counts(self) -> dict[int, Counter[str]]:
@@ -92,19 +102,15 @@ class ImageLabelSource(Source):
         """Return one image and its node; see `DetectionSource.read`."""
 
 
-S = TypeVar("S", DetectionSource, ImageLabelSource)
-
-
-class ConcatSource(Generic[S]):
+class ConcatSource(Source):
     """Sources of one kind, one after the other."""
 
     name = "several sources"
 
-    def __init__(self, sources: Sequence[S]) -> None:
+    def __init__(self, sources: Sequence[Source]) -> None:
         if not sources:
             raise InputError("a list of sources is empty; name at least one")
-        self.sources: list[S] = list(sources)
-        self.faults: Sequence[str] = []
+        self.sources: list[Any] = list(sources)
 
     def bind(self, tree: WordTree) -> None:
         """Bind every source."""
@@ -129,7 +135,7 @@ class ConcatSource(Generic[S]):
         """Return a hash of the sources' fingerprints."""
         return digest(*(source.fingerprint() for source in self.sources))
 
-    def _locate(self, index: int) -> tuple[S, int]:
+    def _locate(self, index: int) -> tuple[Any, int]:
         """Return the source of an image, and its index there."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.sources[number], index - int(self._ends[number - 1] if number else 0)
@@ -137,16 +143,16 @@ class ConcatSource(Generic[S]):
     def image_name(self, index: int) -> str:
         """Return the name that the image's own source gives it."""
         source, inner_index = self._locate(index)
-        return source.image_name(inner_index)
+        return str(source.image_name(inner_index))
 
-
-class ConcatDetectionSource(ConcatSource[DetectionSource], DetectionSource):
-    """Detection sources, one after the other."""
-
-    def read(self, index: int, min_side: int | None = None) -> DetectionSample:
-        """Return one sample; see `DetectionSource.read`."""
+    def read(self, index: int, min_side: int | None = None) -> Any:
+        """Return a sample of the image's own source."""
         source, inner_index = self._locate(index)
         return source.read(inner_index, min_side)
+
+
+class ConcatDetectionSource(ConcatSource, DetectionSource):
+    """Detection sources, one after the other."""
 
     def shapes_wh_px(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return those of all sources; see `DetectionSource.shapes_wh_px`."""
@@ -154,13 +160,8 @@ class ConcatDetectionSource(ConcatSource[DetectionSource], DetectionSource):
         return np.concatenate(boxes), np.concatenate(images)
 
 
-class ConcatImageLabelSource(ConcatSource[ImageLabelSource], ImageLabelSource):
+class ConcatImageLabelSource(ConcatSource, ImageLabelSource):
     """Image-label sources, one after the other."""
-
-    def read(self, index: int, min_side: int | None = None) -> tuple[Image, int]:
-        """Return one image and its node; see `DetectionSource.read`."""
-        source, inner_index = self._locate(index)
-        return source.read(inner_index, min_side)
 
 
 def digest(*parts: object) -> str:

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolo_lightning.batches import DetectionSample
-from yolo_lightning.errors import InputError
+from yolo_lightning.datamodules.source import check_option
 from yolo_lightning.images import GREY, Image, Resize, fit, resize_pixels
 
 _MIN_VISIBLE, _PLACED_SIZES = 0.2, (0.25, 2.0)
-
 
 Geometry = Literal["crop", "place"]
 
@@ -69,31 +68,30 @@ def crop_window(
     return replace(sample.select(np.asarray(keep)), image=canvas, boxes_xyxy_px=boxes_xyxy_px)
 
 
-class _ColourJitter:
-    """Random hue, saturation and exposure.
+def _check(name: str, value: object, valid: bool, allowed: str) -> None:
+    check_option(f"augmentation: {name}", value, valid, allowed)
+
+
+def _flip_and_colour(
+    flip: float, hue: float, saturation: float, exposure: float
+) -> list[A.BasicTransform]:
+    """Return a random horizontal flip, and random hue, saturation and exposure.
 
     Deviation: factors are uniform between a factor's inverse and itself; the original program draws
     one above 1 and inverts it half of the time. Saturation mixes with grey instead of using HSV.
     """
-
-    def __init__(self, hue: float, saturation: float, exposure: float) -> None:
-        for name, factor in (("saturation", saturation), ("exposure", exposure)):
-            if factor < 1:
-                raise InputError(f"augmentation: {name} is {factor}; allowed: 1 (none) or more")
-        if not 0 <= hue <= 0.5:
-            raise InputError(f"augmentation: hue is {hue}; allowed: 0 (none) … 0.5")
-        self.transform = A.ColorJitter(
-            brightness=(1 / exposure, exposure),
-            contrast=(1, 1),
-            saturation=(1 / saturation, saturation),
-            hue=(-hue, hue),
-            p=float(hue > 0 or saturation > 1 or exposure > 1),
-        )
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise InputError(f"augmentation: {name} is {value}; allowed: 0 … 1")
+    _check("flip", flip, 0 <= flip <= 1, "0 … 1")
+    _check("saturation", saturation, saturation >= 1, "1 (none) or more")
+    _check("exposure", exposure, exposure >= 1, "1 (none) or more")
+    _check("hue", hue, 0 <= hue <= 0.5, "0 (none) … 0.5")
+    colour = A.ColorJitter(
+        brightness=(1 / exposure, exposure),
+        contrast=(1, 1),
+        saturation=(1 / saturation, saturation),
+        hue=(-hue, hue),
+        p=float(hue > 0 or saturation > 1 or exposure > 1),
+    )
+    return [A.HorizontalFlip(p=flip), colour]
 
 
 class DetectionAugmentation:
@@ -124,20 +122,14 @@ class DetectionAugmentation:
         exposure: float = 1.5,
         geometry: Geometry = "crop",
     ) -> None:
-        _check_probability("flip", flip)
         limit = 0.5 if geometry == "crop" else 1.0  # at 0.5, opposite sides could meet
-        if not 0 <= jitter < limit:
-            raise InputError(
-                f"augmentation: jitter is {jitter}; allowed: 0 (none) up to below {limit}"
-            )
-        if geometry not in get_args(Geometry):
-            raise InputError(
-                f"augmentation: geometry is {geometry!r}; allowed: {', '.join(get_args(Geometry))}"
-            )
+        _check("jitter", jitter, 0 <= jitter < limit, f"0 (none) up to below {limit}")
+        geometries = get_args(Geometry)
+        _check("geometry", repr(geometry), geometry in geometries, ", ".join(geometries))
         self._jitter, self._geometry = jitter, geometry
         self._zoom = _PLACED_SIZES[1] if geometry == "place" else 1 / (1 - 2 * jitter)
         self._pipeline = A.Compose(
-            [A.HorizontalFlip(p=flip), _ColourJitter(hue, saturation, exposure).transform],
+            _flip_and_colour(flip, hue, saturation, exposure),
             bbox_params=A.BboxParams("pascal_voc", ["row"], clip=True),
             seed=0,
         )
@@ -212,16 +204,10 @@ class ClassificationAugmentation:
         exposure: float = 1.33,
     ) -> None:
         low, high = shorter_side
-        if not 0 < low <= high:
-            raise InputError(
-                f"augmentation: shorter_side is {list(shorter_side)}; allowed: two lengths in px, "
-                "the smaller one first"
-            )
-        _check_probability("flip", flip)
-        if not 0 <= degrees <= 180:
-            raise InputError(f"augmentation: degrees is {degrees}; allowed: 0 (none) … 180")
-        if not 0 < aspect <= 1:
-            raise InputError(f"augmentation: aspect is {aspect}; allowed: above 0 up to 1 (none)")
+        lengths = "two lengths in px, the smaller one first"
+        _check("shorter_side", list(shorter_side), 0 < low <= high, lengths)
+        _check("degrees", degrees, 0 <= degrees <= 180, "0 (none) … 180")
+        _check("aspect", aspect, 0 < aspect <= 1, "above 0 up to 1 (none)")
         self._longest = high
         self._scale = A.SmallestMaxSize(list(range(low, high + 1)), area_for_downscale="image")
         self._rotate = A.Affine(
@@ -230,7 +216,7 @@ class ClassificationAugmentation:
             fill=GREY,
             p=float(degrees > 0 or aspect < 1),
         )
-        self._rest = (A.HorizontalFlip(p=flip), _ColourJitter(hue, saturation, exposure).transform)
+        self._rest = _flip_and_colour(flip, hue, saturation, exposure)
         self._pipelines: dict[int, A.Compose] = {}
 
     def required_side(self, size: int) -> int:
