@@ -28,6 +28,18 @@ def require_file(path: str | Path, description: str) -> Path:
     return require_path(path, f"{description}: file", Path.is_file)
 
 
+def read_text(file: Path) -> str:
+    """Return a UTF-8 text without its byte order mark.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable ({error})") from None
+
+
 def visible_folders(folder: Path) -> list[Path]:
     """Return the folders in a folder that are not hidden, by name; none if it does not exist."""
     entries = folder.iterdir() if folder.is_dir() else ()
@@ -112,13 +124,6 @@ class DatasetFiles:
             yield from (Path(parent) / name for name in sorted(names) if name[:1] != ".")
 
     def read_lines(self, file: Path) -> list[str]:
-        """Return the lines of a UTF-8 text, with or without a byte order mark.
-
-        Raises:
-            InputError: the file cannot be read, or is not UTF-8.
-        """
+        """Return the lines of a text; see `read_text`."""
         self.watched.append(file)
-        try:
-            return file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: not readable ({error})") from None
+        return read_text(file).splitlines()

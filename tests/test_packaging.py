@@ -91,6 +91,7 @@ def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
     assert "yolo_lightning/tree/data/wordnet_licence.txt" in names
     assert "yolo_lightning/tree/data/reviewed_labels.tsv" in names
     assert "yolo_lightning/tree/data/imagenet_det_seen.tsv" in names
+    assert "yolo_lightning/cli/commands/recipe_template.yaml" in names
     code = (
         "import yolo_lightning.datamodules as d, yolo_lightning.callbacks as c; "
         "from yolo_lightning import CombinedDataModule, DetectorModule, WordTree; print(d.__file__)"

@@ -5,6 +5,7 @@ import json
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,7 @@ from yolo_lightning.datamodules.autodetect import (
     detection_source,
     label_source,
 )
+from yolo_lightning.datamodules.dataset_files import read_text, require_file, require_path
 from yolo_lightning.errors import InputError
 from yolo_lightning.tree.build import ENTITY, build_tree, is_below
 from yolo_lightning.tree.labels import resolve_labels
@@ -54,16 +56,14 @@ def count_labels(dataset: str) -> Counter[str]:
 
 def _count_folder_labels(dataset: str) -> Counter[str]:
     """Count the labels of images with boxes or, if the folder has none, of images with labels."""
-    try:
-        return detection_source(dataset).name_counts()
-    except AmbiguousLayout:
-        raise
-    except InputError:
-        pass
-    try:
-        return label_source(dataset).name_counts()
-    except InputError:
-        return Counter()
+    for open_source in (detection_source, label_source):
+        try:
+            return open_source(dataset).name_counts()
+        except AmbiguousLayout:
+            raise
+        except InputError:
+            continue
+    return Counter()
 
 
 def _count_xml_labels(folder: Path) -> Counter[str]:
@@ -96,7 +96,7 @@ def read_hierarchy(file: str) -> dict[str, str]:
     Raises:
         InputError: missing, malformed, or a class with two parents; names the line.
     """
-    path = Path(file).expanduser()
+    path = require_file(file, "hierarchy")
     parents: dict[str, str] = {}
     lines: dict[str, int] = {}
     for line, child, parent in _read_pairs(path):
@@ -111,8 +111,14 @@ def read_hierarchy(file: str) -> dict[str, str]:
         parents[child], lines[child] = parent, line
     if not parents:
         raise InputError(f"{path}: contains no classes; expected lines such as bengal: cat")
-    for start in parents:
-        _check_cycle(start, parents, lines, path)
+    try:
+        TopologicalSorter({child: [parent] for child, parent in parents.items()}).prepare()
+    except CycleError as error:
+        chain = error.args[1][::-1]
+        raise InputError(
+            f"{path}:{max(lines[name] for name in chain)}: a cycle of parents: "
+            f"{' under '.join(chain)}; give one of them another parent, or - for the top"
+        ) from None
     return parents
 
 
@@ -120,48 +126,31 @@ def _format_parent(parent: str) -> str:
     return "the top" if parent == "-" else repr(parent)
 
 
-def _check_cycle(
-    start: str, parents: Mapping[str, str], lines: Mapping[str, int], path: Path
-) -> None:
-    chain = [start]
-    while chain[-1] in parents:
-        chain.append(parents[chain[-1]])
-        if chain[-1] in chain[:-1]:
-            last = max(lines[name] for name in chain)
-            raise InputError(
-                f"{path}:{last}: a cycle of parents: {' under '.join(chain)}; give one of them "
-                "another parent, or - for the top"
-            )
-
-
 def _read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield line, child and parent of a hierarchy."""
-    text = _read_text(path, "hierarchy")
-    if path.suffix != ".csv":
-        for line, child, parent in _nested_pairs(_compose_yaml(text, path), "-", path, 0):
-            yield line, child.strip(), parent.strip() or "-"
-        return
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-        if not row or row[0].startswith("#") or [c.strip() for c in row] == ["child", "parent"]:
+    if path.suffix == ".csv":
+        pairs = _read_csv(path, "child", "parent")
+    else:
+        pairs = _nested_pairs(_compose_yaml(path), "-", path, 0)
+    for line, child, parent in pairs:
+        yield line, child.strip(), parent.strip() or "-"
+
+
+def _read_csv(path: Path, first: str, second: str) -> Iterator[tuple[int, str, str]]:
+    """Yield line and both cells of a table; comments and a header with these names are skipped."""
+    for line, row in enumerate(csv.reader(read_text(path).splitlines()), start=1):
+        cells = [cell.strip() for cell in row]
+        if not cells or cells[0].startswith("#") or cells == [first, second]:
             continue
-        if len(row) != 2:
-            raise InputError(f"{path}:{number}: expected child,parent; found {','.join(row)!r}")
-        yield number, row[0].strip(), row[1].strip() or "-"
+        if len(cells) != 2:
+            raise InputError(f"{path}:{line}: expected {first},{second}; found {','.join(row)!r}")
+        yield line, cells[0], cells[1]
 
 
-def _read_text(path: Path, description: str) -> str:
-    if not path.is_file():
-        raise InputError(f"{description} {str(path)!r} not found (working folder: {Path.cwd()})")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def _compose_yaml(text: str, path: Path) -> yaml.Node | None:
+def _compose_yaml(path: Path) -> yaml.Node | None:
     """Return YAML as nodes, which have line numbers and keep duplicate keys."""
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(read_text(path), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{path}:{line}: not YAML ({error.problem})") from None
@@ -205,31 +194,21 @@ def read_mapping(file: str) -> dict[str, str]:
     Raises:
         InputError: missing, malformed, or a name with two meanings; names the line.
     """
-    path = Path(file).expanduser()
-    text = _read_text(path, "mapping")
-    rows: list[tuple[int, str, str]] = []
-    if path.suffix == ".csv":
-        for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-            if row and not row[0].startswith("#"):
-                if len(row) != 2:
-                    raise InputError(
-                        f"{path}:{number}: expected name,meaning; found {','.join(row)!r}"
-                    )
-                rows.append((number, row[0], row[1]))
-    else:
-        top = _compose_yaml(text, path)
+    path = require_file(file, "mapping")
+    rows: Iterable[tuple[int, str, str]] = _read_csv(path, "name", "meaning")
+    if path.suffix != ".csv":
+        top = _compose_yaml(path)
         pairs = top.value if isinstance(top, yaml.MappingNode) else []
         if not pairs or not all(isinstance(value, yaml.ScalarNode) for _, value in pairs):
             raise InputError(f"{path}: expected lines such as mouse: n03793489")
-        rows = [(key.start_mark.line + 1, str(key.value), str(v.value)) for key, v in pairs]
+        rows = ((key.start_mark.line + 1, str(key.value), value.value) for key, value in pairs)
     meanings: dict[str, str] = {}
-    for number, name, meaning in ((n, a.strip(), b.strip()) for n, a, b in rows):
-        if meanings.get(name, meaning) != meaning:
+    for line, name, meaning in ((line, a.strip(), b.strip()) for line, a, b in rows):
+        if meanings.setdefault(name, meaning) != meaning:
             raise InputError(
-                f"{path}:{number}: {name!r} already has the meaning {meanings[name]!r}; remove one "
+                f"{path}:{line}: {name!r} already has the meaning {meanings[name]!r}; remove one "
                 "line"
             )
-        meanings[name] = meaning
     return meanings
 
 
@@ -290,9 +269,9 @@ def top_labels(counts_path: str, number: int) -> list[str]:
     Raises:
         InputError: neither of these, or an invalid line; names the line.
     """
-    path = Path(counts_path).expanduser()
     if number < 1:
         raise InputError(f"--top is {number}; allowed: 1 or more")
+    path = require_path(counts_path, "counts of images:")
     if path.is_dir():
         counts = label_source(counts_path).name_counts()
         bad = next((name for name in counts if not is_wnid(name)), None)
@@ -300,16 +279,8 @@ def top_labels(counts_path: str, number: int) -> list[str]:
             raise InputError(f"{path}: folder {bad!r} is not a wnid")
     else:
         counts = Counter()
-        for line, row in enumerate(csv.reader(_read_lines(path)), start=1):
-            if not row or row == ["wnid", "count"]:
-                continue
-            if len(row) != 2 or not is_wnid(row[0].strip()) or not row[1].strip().isdigit():
-                raise InputError(f"{path}:{line}: expected wnid,count; found {','.join(row)!r}")
-            counts[row[0].strip()] += int(row[1])
+        for line, wnid, count in _read_csv(path, "wnid", "count"):
+            if not is_wnid(wnid) or not count.isdigit():
+                raise InputError(f"{path}:{line}: expected wnid,count; found '{wnid},{count}'")
+            counts[wnid] += int(count)
     return sorted(counts, key=lambda wnid: (-counts[wnid], wnid))[:number]
-
-
-def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise InputError(f"{str(path)!r}: no such file or folder (working folder: {Path.cwd()})")
-    return path.read_text(encoding="utf-8").splitlines()

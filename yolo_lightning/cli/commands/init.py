@@ -1,20 +1,19 @@
 """`yolo-lightning init`: write a recipe for your own datasets."""
 
 import argparse
-import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
-from yolo_lightning.cli.commands.recipe_template import ANCHORS, Datasets, recipe_text
+from yolo_lightning.cli.commands.recipe_template import ANCHORS, Source, recipe_text
 from yolo_lightning.cli.commands.wordtree import write
 from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, read_mapping
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
-from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
+from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.images import UnreadableSample
@@ -26,20 +25,22 @@ from yolo_lightning.tree.wordtree import WordTree
 _IMAGES_READ, _MAX_SHOWN = 64, 10
 
 
-def _open_datasets(options: argparse.Namespace) -> Datasets:
-    """Open the datasets, and print a summary of each."""
-    detection = detection_source(options.detection)
-    parts = held_out(options.detection, detection)
+def _open_sources(options: argparse.Namespace) -> dict[str, Any]:
+    """Open the datasets, and print a summary of each; return sources by their part in the data."""
+    training = detection_source(options.detection)
+    parts: dict[str, Any] = {"detection": training, "classification": None, "validation": None}
+    parts |= held_out(options.detection, training)
+    if options.classification:
+        parts["classification"] = label_source(options.classification)
     if options.validation:
         parts["validation"] = detection_source(options.validation)
-    classification = label_source(options.classification) if options.classification else None
-    datasets = Datasets(detection, classification, parts.get("validation"), parts.get("test"))
-    for source in datasets.sources():
+    sources = {part: source for part, source in parts.items() if source is not None}
+    for source in sources.values():
         _print_summary(source)
-    return datasets
+    return sources
 
 
-def _print_summary(source: AnnotatedImages | LabelledImages) -> None:
+def _print_summary(source: Source) -> None:
     """Print the classes and faults of a source; reject one without images or labels."""
     names, faults = source.name_counts(), list(source.load_index().metadata["faults"])
     if not len(source) or not sum(names.values()):
@@ -61,10 +62,10 @@ def _print_summary(source: AnnotatedImages | LabelledImages) -> None:
         print(f"  … and {len(faults) - _MAX_SHOWN} more repaired or skipped")
 
 
-def _tree(options: argparse.Namespace, datasets: Datasets) -> WordTree:
+def _tree(options: argparse.Namespace, sources: Iterable[Source]) -> WordTree:
     """Build the tree of all class names."""
     names: dict[str, list[str]] = {}
-    for source in datasets.sources():
+    for source in sources:
         used = [name for name, count in source.name_counts().items() if count]
         names.setdefault(source.name, []).extend(used)
     if options.flat:
@@ -83,20 +84,23 @@ def _tree(options: argparse.Namespace, datasets: Datasets) -> WordTree:
 
 def _network(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the network, those of the pretrained checkpoint if there is one."""
-    values: dict[str, Any] = {"backbone": options.backbone, "anchor_prior_images": 3200}
     path, pretrained = options.pretrained, {}
     if path is not None:
         if not Path(path).expanduser().is_file():
             raise InputError(f"--pretrained {path!r} not found (working folder: {Path.cwd()})")
         if is_checkpoint(path):
             pretrained = read_checkpoint(path)["hyper_parameters"]
-    values["backbone"] = pretrained.get("backbone", options.backbone)
-    values["head_channels"] = 1024 if values["backbone"] == "darknet19" else 128
-    values |= {"passthrough_channels": 64, "reorg": "space_to_depth"}
+    backbone = pretrained.get("backbone", options.backbone)
+    values = {
+        "backbone": backbone,
+        "head_channels": 1024 if backbone == "darknet19" else 128,
+        "passthrough_channels": 64,
+        "reorg": "space_to_depth",
+        "anchor_prior_images": 3200,
+    }
     if "anchors_wh_cell" in pretrained:  # a detector keeps its head and anchors
         names = ("head_channels", "passthrough_channels", "reorg", "anchors_wh_cell")
-        values |= {name: pretrained[name] for name in names}
-        values["anchor_prior_images"] = 0
+        values |= {name: pretrained[name] for name in names} | {"anchor_prior_images": 0}
     return values
 
 
@@ -153,19 +157,16 @@ def main(argv: Sequence[str]) -> None:
     """
     options = _parser().parse_args(list(argv))
     _check_options(options)
-    datasets = _open_datasets(options)
-    tree = _tree(options, datasets)
-    for source in datasets.sources():
+    sources = _open_sources(options)
+    tree = _tree(options, sources.values())
+    for source in sources.values():
         source.bind(tree)
-    boxes = datasets.detection.node_counts()
-    images = datasets.classification.node_counts() if datasets.classification is not None else {}
-    print(vocabulary_report(tree, boxes, images))
+    boxes, labels = sources["detection"], sources.get("classification")
+    print(vocabulary_report(tree, boxes.node_counts(), labels.node_counts() if labels else {}))
     command = shlex.join(["yolo-lightning", "init", *argv])
-    text = recipe_text(options, datasets, _network(options), command)
+    text = recipe_text(options, sources, _network(options), command)
     output = Path(options.output)
     write(tree, str(output.with_suffix(".tsv")))
-    temporary = output.with_name(output.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, output)
+    output.write_text(text, encoding="utf-8")
     print(f"{output.with_suffix('.tsv')}: {len(tree)} classes")
     print(f"{output}: train with: yolo-lightning fit --config {shlex.quote(str(output))}")
