@@ -1,12 +1,11 @@
 """Datasets whose items are whole batches: read, augment, collate."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from yolo_lightning.batches import (
     ClassificationBatch,
@@ -117,20 +116,13 @@ class LabelEvaluationDataset(Dataset[Batch]):
         return ClassificationBatch(crops, torch.tensor(ids), torch.tensor(labels), faults=faults)
 
 
-class EvaluationSampler(Sampler[list[int]]):
-    """Batches of positions 0…size - 1 for one rank; every rank gets equally many."""
-
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        share = -(-size // world_size)
-        positions = range(rank * share, (rank + 1) * share)
-        self._batches = [list(positions[k : k + batch_size]) for k in range(0, share, batch_size)]
-
-    def __len__(self) -> int:
-        """Return the number of batches of this rank."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+def evaluation_batches(
+    size: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """Return the batches of positions 0…size - 1 of one rank; every rank gets equally many."""
+    share = -(-size // world_size)
+    positions = range(rank * share, (rank + 1) * share)
+    return [list(positions[k : k + batch_size]) for k in range(0, share, batch_size)]
 
 
 def _seed(*key: int) -> int:

@@ -1,20 +1,21 @@
 """The datamodule: detection and classification batches in one alternating, stateless order."""
 
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from yolo_lightning import signals
 from yolo_lightning.datamodules.batching import (
     Batch,
     EvaluationDataset,
-    EvaluationSampler,
     JointDataset,
     LabelEvaluationDataset,
+    evaluation_batches,
 )
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrder
 from yolo_lightning.datamodules.source import (
@@ -277,15 +278,16 @@ class CombinedDataModule(pl.LightningDataModule):
     ) -> "ResumableLoader | list[Any]":
         if source is None:
             return []
-        rank, world_size = self._rank_and_world_size
         if isinstance(source, DetectionSource):
             dataset: Dataset[Batch] = EvaluationDataset(source, self.image_size, self.resize)
+            batch_size = self.batch_sizes[0]
         else:
             dataset = LabelEvaluationDataset(source, self.image_size)
-        batch_size = self.batch_sizes[0 if isinstance(source, DetectionSource) else 1]
+            batch_size = self.batch_sizes[1]
+        rank, world_size = self._rank_and_world_size
         share = max(1, batch_size // world_size)
-        sampler = EvaluationSampler(len(source), share, rank, world_size)
-        return ResumableLoader(dataset, sampler, self.num_workers)
+        batches = evaluation_batches(len(source), share, rank, world_size)
+        return ResumableLoader(dataset, batches, self.num_workers)
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -293,7 +295,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     # Lightning warns about resuming within an epoch unless a loader has a state
 
-    def __init__(self, dataset: Dataset[Batch], sampler: Sampler[Any], num_workers: int) -> None:
+    def __init__(self, dataset: Dataset[Batch], sampler: Iterable[Any], num_workers: int) -> None:
         super().__init__(
             dataset,
             batch_size=None,

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from time import time_ns
 from typing import Any
@@ -14,7 +13,7 @@ from yolo_lightning.batches import DetectionSample
 from yolo_lightning.datamodules.index import Index, cache_file, load_fresh, save
 from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource, Source, digest
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Header, Image, read_header, read_image
+from yolo_lightning.images import Image, read_image
 from yolo_lightning.tree.wordtree import WordTree
 
 # paths and modification times of the dataset's files, which say whether a cached index is fresh
@@ -56,14 +55,26 @@ class FileSource(Source):
         if not len(self):
             hint = f": {self.faults[0]}" if self.faults else ""
             raise InputError(f"{self.name}: contains no images{hint}")
-        counts, names = self.name_counts(), metadata["names"]
-        origins = dict(zip(names, metadata["origins"], strict=True))
-        used = {name: origins[name] for name in names if counts[name]}
-        node_by_name = map_names_to_nodes(used, self.mapping, tree)
-        self._nodes = np.array([node_by_name.get(name, -1) for name in names], dtype=np.int64)
+        counts, errors = self.name_counts(), []
+        self._nodes = np.full(len(counts), -1, dtype=np.int64)
         self._node_counts: dict[int, Counter[str]] = {}
-        for name, node in node_by_name.items():
+        for number, (name, origin) in enumerate(
+            zip(metadata["names"], metadata["origins"], strict=True)
+        ):
+            if not counts[name]:
+                continue
+            try:
+                node = tree.find_node(self.mapping.get(name, name), origin)
+            except InputError as error:
+                errors.append(str(error))
+                continue
+            self._nodes[number] = node
             self._node_counts.setdefault(node, Counter())[name] += counts[name]
+        if errors:
+            raise InputError(
+                "\n  ".join(errors) + "\n  add the missing labels to the tree, or map them to its "
+                "nodes: mapping: {label: node} on the source"
+            )
 
     def name_counts(self) -> Counter[str]:
         """Return the number of objects, or images, by label name. Needs no tree."""
@@ -97,10 +108,6 @@ class FileSource(Source):
     def image_name(self, index: int) -> str:
         """Return the path of an image."""
         return str(self.image_path(index))
-
-    def read_header(self, index: int) -> Header:
-        """Return size and format of an image without decoding it."""
-        return read_header(self.image_path(index))
 
 
 class AnnotatedImages(FileSource, DetectionSource):
@@ -160,26 +167,3 @@ class LabelledImages(FileSource, ImageLabelSource):
         """Return one image and its node."""
         image, _ = read_image(self.image_path(index), min_side)
         return image, int(self._nodes[self.load_index().arrays["classes"][index]])
-
-
-def map_names_to_nodes(
-    origins: Mapping[str, str], mapping: Mapping[str, str], tree: WordTree
-) -> dict[str, int]:
-    """Return the node of each label name; `origins` says where each name first occurs.
-
-    Raises:
-        InputError: names that are not in the tree, all of them in one message.
-    """
-    nodes: dict[str, int] = {}
-    errors: list[str] = []
-    for name, origin in origins.items():
-        try:
-            nodes[name] = tree.find_node(mapping.get(name, name), origin)
-        except InputError as error:
-            errors.append(str(error))
-    if errors:
-        raise InputError(
-            "\n  ".join(errors) + "\n  add the missing labels to the tree, or map them to its "
-            "nodes: mapping: {label: node} on the source"
-        )
-    return nodes

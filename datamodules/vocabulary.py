@@ -12,18 +12,13 @@ _MAX_NAMES = 8
 
 def vocabulary_report(tree: WordTree, boxes: Counts, images: Counts) -> str:
     """Return a report: counts of classes by what they learn from, merged names, coarser labels."""
-    both = boxes.keys() & images.keys()
-    labelled = boxes.keys() | images.keys()
+    both, labelled = boxes.keys() & images.keys(), boxes.keys() | images.keys()
     only_below = len(_labelled_ancestors(tree, boxes, images) - labelled)
-    unlabelled = len(tree) - len(labelled) - only_below
-    counts = [
-        f"{len(boxes.keys() - both)} from boxes",
-        f"{len(images.keys() - both)} from image labels",
-        f"{len(both)} from both",
-        f"{only_below} from descendants",
-        f"{unlabelled} from nothing",
+    lines = [
+        f"Classes: {len(tree)}; they learn {len(boxes.keys() - both)} from boxes, "
+        f"{len(images.keys() - both)} from image labels, {len(both)} from both, {only_below} from "
+        f"descendants, {len(tree) - len(labelled) - only_below} from nothing"
     ]
-    lines = [f"Classes: {len(tree)}; they learn {', '.join(counts)}"]
     lines += _summary("from both", (tree.names[node] for node in sorted(both)))
     lines += _summary("merged names", _merged_names(tree, boxes, images))
     if boxes and images:
@@ -89,7 +84,7 @@ def _coarser_labels(tree: WordTree, coarse: Counts, fine: Counts) -> Iterable[st
 
 def _without_boxed_ancestor(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
     """Yield image labels of which neither the class nor an ancestor has boxes."""
-    boxed = {node for label in boxes for node in tree.paths[label].tolist()}
+    boxed = {node for label in boxes for node in tree.paths[label].tolist() if node >= 0}
     for node in sorted(images):
-        if not boxed & {k for k in tree.paths[node].tolist() if k >= 0}:
+        if boxed.isdisjoint(tree.paths[node].tolist()):
             yield tree.names[node]

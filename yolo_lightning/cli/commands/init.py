@@ -16,7 +16,7 @@ from yolo_lightning.datamodules.autodetect import detection_source, held_out, la
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.images import UnreadableSample
+from yolo_lightning.images import UnreadableSample, read_header
 from yolo_lightning.models.backbones import BACKBONES
 from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import load_reviewed_labels
@@ -49,7 +49,7 @@ def _print_summary(source: Source) -> None:
     indices = np.linspace(0, len(source) - 1, min(_IMAGES_READ, len(source))).astype(int)
     for index in indices.tolist():
         try:
-            _ = source.read_header(index)
+            read_header(source.image_path(index))
         except UnreadableSample as error:
             faults.append(str(error))
     unit = "boxes" if isinstance(source, AnnotatedImages) else "images"
