@@ -121,6 +121,7 @@ def test_wrong_annotated_size_drops_no_object(tmp_path, write_voc):
         ([1, 1, float("inf"), 9], [], "has no usable box, skipped"),
         ([1, 1, 9], [], "has no usable box, skipped"),
         ([1, 1, "wide", 9], [], "has no usable box, skipped"),
+        ([1, 1, 10**400, 9], [], "has no usable box, skipped"),
         (None, [], "has no usable box, skipped"),
         ([], [], "has no usable box, skipped"),
         ([5, 5, 0, 10], [], "has no area, skipped"),

@@ -272,6 +272,37 @@ def test_yolo_names_with_string_keys(tmp_path):
     assert source.read(0).labels.tolist() == [0]
 
 
+def test_yolo_texts_with_byte_order_marks_and_carriage_returns(tmp_path):
+    texts = {"classes.txt": "banana\napple\n", "train.txt": "images/a.jpg\n"}
+    write_layout(tmp_path, {**texts, "images/a.jpg": "labels/a.txt"})
+    for name in (*texts, "labels/a.txt"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    source = bind_source(YOLOText(str(tmp_path / "train.txt")))
+    assert source.read(0).labels.tolist() == [0]
+    assert source.faults == []
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "train.txt"])
+def test_yolo_lists_that_are_not_text_raise(tmp_path, name):
+    lists = {"classes.txt": "banana\napple\n", "train.txt": "images/a.jpg\n"}
+    write_layout(tmp_path, {**lists, "images/a.jpg": "labels/a.txt"})
+    (tmp_path / name).write_bytes(b"caf\xe9\n")
+    with pytest.raises(InputError, match=f"{name}: not readable .*utf-8"):
+        YOLOText(str(tmp_path / "train.txt")).bind(FRUIT)
+
+
+def test_yolo_folders_may_be_links_and_hidden_files_are_skipped(tmp_path):
+    write_layout(tmp_path / "far", {"a.jpg": "a.txt"})
+    write(tmp_path / "set/data.yaml", f"train: images\n{NAMES}")
+    write(tmp_path / "set/images/._b.jpg", "no image")
+    (tmp_path / "set/images/linked").symlink_to(tmp_path / "far")
+    write(tmp_path / "set/labels/linked/a.txt", "1 0.5 0.5 0.5 0.5\n")
+    source = bind_source(YOLOText(str(tmp_path / "set/data.yaml")))
+    assert paths_of(source, tmp_path) == ["set/images/linked/a.jpg"]
+    assert source.read(0).labels.tolist() == [0]
+
+
 def test_missing_split_of_a_yolo_folder_raises(tmp_path):
     for split in ("train", "val"):
         write_layout(tmp_path, {f"images/{split}/a.jpg": f"labels/{split}/a.txt"})

@@ -229,6 +229,8 @@ def test_build_accepts_coco_names_wnids_and_hierarchies(workdir):
     (workdir / "h.yaml").write_text(nested)
     expected = [("thing", "-", "thing"), ("car", "thing", "car"), ("cup", "thing", "cup")]
     assert build_rows("--hierarchy", "h.csv") == build_rows("--hierarchy", "h.yaml") == expected
+    (workdir / "h.csv").write_bytes(b"\xef\xbb\xbf" + (workdir / "h.csv").read_bytes())
+    assert build_rows("--hierarchy", "h.csv") == expected
     (workdir / "l.yaml").write_text("thing: [car, cup]\n")
     assert build_rows("--hierarchy", "l.yaml") == expected
 
