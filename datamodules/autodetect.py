@@ -9,7 +9,7 @@ from yolo_lightning.datamodules.image_folder import ImageFolder, LabelCSV
 from yolo_lightning.datamodules.imagenet import ImageNet
 from yolo_lightning.datamodules.voc import ILSVRCDetection, VOCFolder, voc_years
 from yolo_lightning.datamodules.yolo_txt import YOLOText
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_path
 from yolo_lightning.images import is_image
 
 DETECTION_LAYOUTS = (
@@ -31,7 +31,7 @@ def detection_source(path: str, split: str | None = None) -> AnnotatedImages:
     Raises:
         InputError: the path is missing, or its layout is unknown.
     """
-    root, train = _require(path), split or "train"
+    root, train = require_path(path), split or "train"
     source: AnnotatedImages | None = None
     if root.suffix == ".json" and root.is_file():
         source = COCOJson(path)
@@ -106,7 +106,7 @@ def label_source(path: str) -> LabelledImages:
     Raises:
         InputError: the path is missing, or its layout is unknown.
     """
-    root = _require(path)
+    root = require_path(path)
     if root.is_file():
         if root.suffix in (".csv", ".tsv"):
             return LabelCSV(path)
@@ -117,10 +117,3 @@ def label_source(path: str) -> LabelledImages:
     elif any(any(map(is_image, DatasetFiles(root).walk(f))) for f in visible_folders(root)):
         return ImageFolder(path)
     raise InputError(f"{path}: no images with labels recognised; known: {LABEL_LAYOUTS}")
-
-
-def _require(path: str) -> Path:
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise InputError(f"{path!r}: no such file or folder (working folder: {Path.cwd()})")
-    return root

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.annotations import Annotations
-from yolo_lightning.datamodules.dataset_files import require_file, require_folder, resolve_inside
+from yolo_lightning.datamodules.dataset_files import resolve_inside
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_file, require_folder
 
 
 class COCOJson(AnnotatedImages):
@@ -40,8 +40,8 @@ class COCOJson(AnnotatedImages):
         self.name = f"COCO {annotations}"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        file = require_file(self.annotations, "COCO annotations")
-        images = "" if self.images is None else str(require_folder(self.images, "COCO images"))
+        file = require_file(self.annotations, "COCO annotations").absolute()
+        images = self.images and str(require_folder(self.images, "COCO images").absolute())
         return file.parent, {"file": file.name, "images": images, "outside": self.allow_outside}
 
     def _parse(self, root: Path) -> Index:
@@ -65,7 +65,7 @@ class COCOJson(AnnotatedImages):
         root = (
             _find_image_folder(file, images)
             if self.images is None
-            else require_folder(self.images, "COCO images")
+            else require_folder(self.images, "COCO images").absolute()
         )
         annotations = Annotations(
             root, lambda image, number: f"{file}: annotation {number} ({annotations.paths[image]})"

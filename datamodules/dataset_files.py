@@ -1,43 +1,11 @@
 """Files of a dataset while it is parsed: paths, folder listings, texts, and what went wrong."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, read_text
 from yolo_lightning.images import is_image
-
-
-def require_path(
-    path: str | Path, description: str, exists: Callable[[Path], bool] = Path.exists
-) -> Path:
-    """Return an existing path as an absolute one; raise `InputError` if it is missing."""
-    absolute = Path(path).expanduser().absolute()
-    if not exists(absolute):
-        raise InputError(f"{description} {str(path)!r} not found (working folder: {Path.cwd()})")
-    return absolute
-
-
-def require_folder(path: str | Path, description: str) -> Path:
-    """Return an existing folder as an absolute path; raise `InputError` if it is missing."""
-    return require_path(path, f"{description}: folder", Path.is_dir)
-
-
-def require_file(path: str | Path, description: str) -> Path:
-    """Return an existing file as an absolute path; raise `InputError` if it is missing."""
-    return require_path(path, f"{description}: file", Path.is_file)
-
-
-def read_text(file: Path) -> str:
-    """Return a UTF-8 text without its byte order mark.
-
-    Raises:
-        InputError: the file cannot be read, or is not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable ({error})") from None
 
 
 def visible_folders(folder: Path) -> list[Path]:

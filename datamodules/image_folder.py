@@ -5,15 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from yolo_lightning.datamodules.annotations import ImageLabels
-from yolo_lightning.datamodules.dataset_files import (
-    require_file,
-    require_folder,
-    resolve_inside,
-    visible_folders,
-)
+from yolo_lightning.datamodules.dataset_files import resolve_inside, visible_folders
 from yolo_lightning.datamodules.files import LabelledImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_file, require_folder
 from yolo_lightning.images import IMAGE_SUFFIXES
 
 _HEADERS = ("path", "image", "file", "filename", "file_name", "image_path", "imageid")
@@ -33,7 +28,7 @@ class ImageFolder(LabelledImages):
         self.name = f"image folder {root}"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        return require_folder(self.root, "image folder"), {}
+        return require_folder(self.root, "image folder").absolute(), {}
 
     def _parse(self, root: Path) -> Index:
         if not visible_folders(root):
@@ -68,13 +63,13 @@ class LabelCSV(LabelledImages):
         self.name = f"table {file}"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        file = require_file(self.file, "table of labels")
+        file = require_file(self.file, "table of labels").absolute()
         root = str(Path(self.root).expanduser().absolute()) if self.root is not None else None
         return file.parent, {"file": file.name, "root": root, "outside": self.allow_outside}
 
     def _parse(self, root: Path) -> Index:
-        file = require_file(self.file, "table of labels")
-        labels = ImageLabels(require_folder(self.root or root, "folder of images"))
+        file = require_file(self.file, "table of labels").absolute()
+        labels = ImageLabels(require_folder(self.root or root, "folder of images").absolute())
         lines = labels.read_lines(file)
         delimiter = next((d for d in ("\t", ";") if d in "".join(lines[:1])), ",")
         for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):

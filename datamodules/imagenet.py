@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from yolo_lightning.datamodules.annotations import ImageLabels
-from yolo_lightning.datamodules.dataset_files import missing_split, require_folder, visible_folders
+from yolo_lightning.datamodules.dataset_files import missing_split, visible_folders
 from yolo_lightning.datamodules.files import LabelledImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_folder
 from yolo_lightning.images import is_image
 
 _KAGGLE = "LOC_val_solution.csv"
@@ -45,7 +45,7 @@ class ImageNet(LabelledImages):
         self.name = f"ImageNet {root} ({split})"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        root = require_folder(self.root, "ImageNet")
+        root = require_folder(self.root, "ImageNet folder").absolute()
         labels = Path(self.labels).expanduser().absolute() if self.labels is not None else None
         return root, {"split": self.split, "labels": str(labels)}
 

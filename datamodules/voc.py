@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.annotations import Annotations
-from yolo_lightning.datamodules.dataset_files import missing_split, require_folder, visible_folders
+from yolo_lightning.datamodules.dataset_files import missing_split, visible_folders
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_folder
 from yolo_lightning.images import is_image
 
 _ANNOTATION_FOLDERS = ("Annotations", "annotations")
@@ -89,7 +89,7 @@ class VOCFolder(_XMLSource):
         self.name = f"VOC {root}" + (f" ({split})" if split else "")
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        root = require_folder(self.root, "VOC folder")
+        root = require_folder(self.root, "VOC folder").absolute()
         return root, {"split": self.split, "years": self.years}
 
     def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
@@ -147,7 +147,7 @@ class ILSVRCDetection(_XMLSource):
         self.name = f"ILSVRC {challenge} {root} ({split})"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        root = require_folder(self.root, "ILSVRC folder")
+        root = require_folder(self.root, "ILSVRC folder").absolute()
         return root, {"split": self.split, "challenge": self.challenge}
 
     def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:

@@ -8,15 +8,10 @@ from typing import Any
 import yaml
 
 from yolo_lightning.datamodules.annotations import Annotations
-from yolo_lightning.datamodules.dataset_files import (
-    is_below,
-    missing_split,
-    require_path,
-    resolve_inside,
-)
+from yolo_lightning.datamodules.dataset_files import is_below, missing_split, resolve_inside
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_path
 from yolo_lightning.images import is_image
 
 _SPLITS = ("train", "val", "valid", "test")
@@ -52,7 +47,7 @@ class YOLOText(AnnotatedImages):
         self.name = f"YOLO {root} ({split})"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
-        path = require_path(self.root, "YOLO text:")
+        path = require_path(self.root, "YOLO dataset").absolute()
         folder = path if path.is_dir() else path.parent
         return folder, {
             "file": path.name,
@@ -67,7 +62,7 @@ class YOLOText(AnnotatedImages):
         annotations = Annotations(
             root, lambda image, line: f"{label_files[image]}:{line}", normalized=True
         )
-        path = require_path(self.root, "YOLO text:")
+        path = require_path(self.root, "YOLO dataset").absolute()
         annotations.watched.append(path)
         description = _read_description(path, annotations)
         names = self._class_names(description, annotations)

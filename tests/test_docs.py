@@ -118,7 +118,7 @@ def test_every_command_at_the_top_of_a_recipe_parses(recipe):
         ("python -m tests.helpers.gone", "no module"),
         ("pytest tests/gone", "no such file"),
         ("pytest -m slowest", "unknown markers"),
-        ("pip install '.[plots,sound]'", "sound"),
+        ("pip install '.[video,sound]'", "sound"),
         ("yolo-lightening fit", "unknown program"),
     ],
 )

@@ -50,7 +50,7 @@ def require_path(path: str | Path, description: str = "file or folder") -> Path:
     return existing
 
 
-def read_text(path: str | Path, description: str, hint: str = "") -> str:
+def read_text(path: str | Path, description: str = "file", hint: str = "") -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises:
@@ -60,9 +60,9 @@ def read_text(path: str | Path, description: str, hint: str = "") -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{description} {str(path)!r} is not UTF-8 text ({error})") from None
+        raise InputError(f"{file}: not readable as UTF-8 text ({error})") from None
     except OSError as error:
-        raise InputError(f"{description} {str(path)!r}: {error.strerror or error}") from None
+        raise InputError(f"{file}: not readable ({error.strerror or error})") from None
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -1,7 +1,6 @@
 """The report of the last validation, written when training ends."""
 
 import json
-import sys
 
 import pytest
 from lightning.pytorch.callbacks import Callback
@@ -37,14 +36,6 @@ def test_the_metrics_of_the_last_validation_are_written_and_logged(tmp_path, mod
 def test_the_step_is_that_of_the_last_validation(tmp_path):
     train([ValidationReport()], max_steps=5, default_root_dir=tmp_path)
     assert json.loads((tmp_path / "report/metrics.json").read_text())["step"] == 4
-
-
-def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    trainer = train([ValidationReport()], default_root_dir=tmp_path)
-    assert {file.name for file in (tmp_path / "report").iterdir()} == TABLES | {"errors.jpg"}
-    assert len(trainer.logger.folders) == 1
-    assert "plots need matplotlib" in capsys.readouterr().out
 
 
 def test_the_report_is_written_without_a_run_logger(tmp_path):

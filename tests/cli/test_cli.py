@@ -484,7 +484,7 @@ def test_testing_before_training_fails(workplace, capsys):
 def test_missing_data_and_invalid_checkpoints_are_named(workplace, capsys, monkeypatch):
     monkeypatch.delenv("FRUIT_DATA", raising=False)
     assert main(["fit", "--config", "recipes/fruit.yaml"]) == 2
-    assert "VOC folder: folder 'datasets/fruit_abo' not found" in capsys.readouterr().err
+    assert "VOC folder 'datasets/fruit_abo' not found" in capsys.readouterr().err
     (workplace / "odd.ckpt").write_bytes(b"not a checkpoint")
     assert main(["test", *QUICK, "--ckpt_path", "odd.ckpt"]) == 2
     assert "odd.ckpt: not a checkpoint of this program" in capsys.readouterr().err

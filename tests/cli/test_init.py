@@ -147,7 +147,7 @@ def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
         (["--output", "x.txt"], "expected a name such as recipe.yaml"),
         (["--image-size", "100"], "--image-size is 100; allowed: multiples of 32"),
         (["--backbone", "darknet20"], "did you mean 'darknet19'"),
-        (["--detection", "nowhere"], "'nowhere': no such file or folder"),
+        (["--detection", "nowhere"], "file or folder 'nowhere' not found"),
         (["--detection", "named"], "no images with boxes recognised; known: COCO JSON"),
         (["--classification", "set"], "no images with labels recognised; known: a folder with"),
         (["--classification", "cranes"], "'crane' is ambiguous"),

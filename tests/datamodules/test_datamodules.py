@@ -154,7 +154,7 @@ def test_voc_faults_are_repaired_or_skipped_and_reported(tmp_path, write_voc):
 
 
 def test_voc_errors_name_folder_label_and_split(tmp_path, write_voc):
-    with pytest.raises(InputError, match="VOC folder: folder '.*nowhere' not found"):
+    with pytest.raises(InputError, match="VOC folder '.*nowhere' not found"):
         VOCFolder(str(tmp_path / "nowhere")).bind(FRUIT)
     file = write_voc(tmp_path / "train", "a", [("appel", 1, 1, 9, 9)])
     with pytest.raises(

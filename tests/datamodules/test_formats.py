@@ -263,7 +263,7 @@ def test_coco_images_in_a_given_folder(tmp_path):
         COCOJson(str(file)).bind(FRUIT)
     source = bind_source(COCOJson(str(file), images=str(tmp_path / "far away")))
     assert paths_of(source, tmp_path) == ["far away/deep/a.jpg"]
-    with pytest.raises(InputError, match="COCO images: folder 'nowhere' not found"):
+    with pytest.raises(InputError, match="COCO images 'nowhere' not found"):
         COCOJson(str(file), images="nowhere").bind(FRUIT)
 
 
@@ -297,7 +297,7 @@ def test_malformed_coco_file_raises(tmp_path, text):
 
 def test_missing_or_binary_coco_file_raises(tmp_path):
     file = tmp_path / "ann.json"
-    with pytest.raises(InputError, match=r"COCO annotations: file '.*ann\.json' not found"):
+    with pytest.raises(InputError, match=r"COCO annotations '.*ann\.json' not found"):
         COCOJson(str(file)).bind(FRUIT)
     file.write_bytes(bytes(range(128, 256)))
     with pytest.raises(InputError, match=r"ann\.json: not a COCO annotation file"):
@@ -395,7 +395,7 @@ def test_missing_or_empty_yolo_files_mean_no_objects(tmp_path):
         f"{empty}: empty, its image is treated as having no objects",
         f"{missing}: no such file, images/c.jpg is treated as having no objects",
     ]
-    assert message[3].startswith(f"{binary}: not readable (")
+    assert message[3].startswith(f"{binary}: not readable as UTF-8 text (")
     assert len(message) == 4
 
 

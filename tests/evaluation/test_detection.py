@@ -329,5 +329,5 @@ def test_a_file_names_seen_classes_by_key_or_name(tmp_path):
     with pytest.raises(InputError, match="did you mean 'imagenet_det_44'"):
         seen_nodes(TREE, "imagenet_det_4")
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="is not UTF-8 text"):
+    with pytest.raises(InputError, match="not readable as UTF-8"):
         seen_nodes(TREE, str(file))

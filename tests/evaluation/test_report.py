@@ -5,7 +5,6 @@ import io
 import json
 import math
 import sqlite3
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,12 +48,6 @@ DETECTIONS = table(
     detection(CAT, 0.9), detection(CAT, 0.8, HALF), detection(DOG, 0.9, FAR),
     detection(CAT, 0.9, image=1), detection(PIG, 0.4, THIRD, image=2), detection(PIG, 0.9, FAR, 3),
 )  # fmt: skip
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch):
-    """Make matplotlib unavailable."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 class Images:
@@ -126,7 +119,7 @@ def test_a_report_has_metrics_tables_and_images(tmp_path):
     assert {"yolo-lightning", "python", "torch", "lightning"} == set(written["versions"])
 
 
-def test_content_of_the_tables(tmp_path, no_matplotlib):
+def test_content_of_the_tables(tmp_path):
     write_report(tmp_path, evaluated(), METADATA, SOURCE)
     cat, dog, pig = rows_of(tmp_path / "per_class.csv")
     assert list(cat) == [
@@ -156,7 +149,7 @@ def test_names_of_several_nodes_include_their_keys():
     assert unique_names(tree) == {0: "crane (n1)", 1: "crane (n2)", 2: "jay"}
 
 
-def test_options_set_level_and_confidence(tmp_path, no_matplotlib):
+def test_options_set_level_and_confidence(tmp_path):
     tree = WordTree([("pet", "-", "pet"), ("cat", "pet", "cat"), ("dog", "pet", "dog")])
     targets, detections = (
         table(target(1), target(2, FAR)),
@@ -170,15 +163,6 @@ def test_options_set_level_and_confidence(tmp_path, no_matplotlib):
     assert (tmp_path / "confusion.csv").read_text().splitlines()[1] == "pet,2,0"
     with pytest.raises(InputError, match="report.level is 3; allowed: 1 … 2"):
         write_report(tmp_path, *report, ReportOptions(level=3))
-
-
-def test_without_matplotlib_plots_are_skipped_with_a_message(tmp_path, no_matplotlib):
-    lines = write_report(tmp_path, evaluated(), METADATA, SOURCE)
-    assert {file.name for file in tmp_path.iterdir()} == TABLES | {"errors.jpg"}
-    assert lines[-1] == (
-        "skipped precision_recall.png, confidence.png, confusion.png: "
-        "plots need matplotlib: pip install 'yolo-lightning[plots]'"
-    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +283,7 @@ def read_metrics(folder):
 
 
 def test_the_command_writes_the_report_to_the_run_folder_and_to_mlflow(
-    workplace, capsys, monkeypatch, no_matplotlib
+    workplace, capsys, monkeypatch
 ):
     assert main(["fit", *TINY]) == 0
     (run,) = (workplace / "outputs/quickstart").iterdir()
@@ -310,9 +294,7 @@ def test_the_command_writes_the_report_to_the_run_folder_and_to_mlflow(
     ((logged,),) = store.execute("select value from metrics where key = 'test/AP50'").fetchall()
     ((artifact_uri,),) = store.execute("select artifact_uri from runs")
     store.close()
-    assert {file.name for file in (Path(artifact_uri) / "test-001").iterdir()} == TABLES | {
-        "errors.jpg"
-    }
+    assert {file.name for file in (Path(artifact_uri) / "test-001").iterdir()} == IMAGES | TABLES
 
     def fail(*args, **kwargs):
         raise OSError("no space")

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from argparse import Namespace
 from typing import Any
 
@@ -416,16 +415,6 @@ def test_texts_of_a_crowded_figure_lie_inside_it_and_do_not_overlap(
         for one, other in itertools.combinations([*boxes, *tiles], 2):
             assert not one.overlaps(other), (one, other)
     assert len(crowded.axes[0].child_axes) == explain_picture.MAX_OBJECTS
-
-
-def test_without_matplotlib_the_terms_are_printed_before_the_error(
-    explain, checkpoint, monkeypatch, capsys
-):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["explain", QUICK, "--checkpoint", str(checkpoint[0]), "--image", "0"]) == 2
-    output = capsys.readouterr()
-    assert table_row(output.out, "image")
-    assert "pip install 'yolo-lightning[plots]'" in output.err
 
 
 # --- input

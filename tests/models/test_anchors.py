@@ -433,13 +433,6 @@ def test_a_recipe_without_boxes_is_refused(place, write_voc):
         main(["recipe.yaml"])
 
 
-def test_without_matplotlib_the_message_says_what_to_install(place, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"pip install 'yolo-lightning\[plots\]'"):
-        main(["recipe.yaml", "--restarts", "1"])
-    assert "anchors_wh_cell: [[" in capsys.readouterr().out
-
-
 def test_help_imports_neither_torch_nor_matplotlib():
     code = (
         "import sys; from yolo_lightning.cli.commands.anchors import main\n"

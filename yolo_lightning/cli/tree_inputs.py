@@ -16,8 +16,7 @@ from yolo_lightning.datamodules.autodetect import (
     detection_source,
     label_source,
 )
-from yolo_lightning.datamodules.dataset_files import read_text, require_file, require_path
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, read_text, require_file, require_path
 from yolo_lightning.tree.build import ENTITY, build_tree, is_below
 from yolo_lightning.tree.labels import resolve_labels
 from yolo_lightning.tree.wordnet import is_wnid, wordnet
@@ -267,7 +266,7 @@ def top_labels(counts_path: str, number: int) -> list[str]:
     """
     if number < 1:
         raise InputError(f"--top is {number}; allowed: 1 or more")
-    path = require_path(counts_path, "counts of images:")
+    path = require_path(counts_path, "counts of images")
     if path.is_dir():
         counts = label_source(counts_path).name_counts()
         bad = next((name for name in counts if not is_wnid(name)), None)

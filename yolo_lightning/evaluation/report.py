@@ -106,7 +106,7 @@ def write_report(
 
     ``per_class.csv``, ``confusion.csv``, ``errors.csv``, ``precision_recall.png``,
     ``confidence.png``, ``confusion.png``, ``errors.jpg``, and last ``metrics.json``. Plots without
-    data or without matplotlib are skipped, which the summary mentions.
+    data are left out.
 
     Args:
         folder: to write to; created if it does not exist.
@@ -131,7 +131,7 @@ def write_report(
         write_class_table(folder / "per_class.csv", values["per_class"])
         write_confusion_table(folder / "confusion.csv", matrix, names)
         write_error_table(folder / "errors.csv", errors, names, source.image_name)
-        skipped = _write_plots(folder, curves, matrix, names, options)
+        _write_plots(folder, curves, matrix, names, options)
         if any(errors.values()):
             grid = draw_error_grid(errors, names, source, options.confidence)
             grid.save(folder / "errors.jpg", quality=88)
@@ -140,7 +140,9 @@ def write_report(
     except OSError as error:
         raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
     counts = ", ".join(f"{kind} {len(group)}" for kind, group in errors.items())
-    lines = [f"errors at confidence {options.confidence:g}: {counts}", *skipped]
+    lines = [f"errors at confidence {options.confidence:g}: {counts}"]
+    if not len(curves.nodes):
+        lines.append("no targets: no curves")
     if best := values["best_f1"]:
         lines.insert(0, f"best mean F1 {best['f1']:.3f} at confidence {best['confidence']:g}")
     return lines
@@ -202,8 +204,8 @@ def _write_plots(
     matrix: ConfusionMatrix,
     names: Mapping[int, str],
     options: ReportOptions,
-) -> list[str]:
-    """Write the plots that have data; return messages about skipped ones."""
+) -> None:
+    """Write the plots that have data."""
     plots: dict[str, Callable[[], Figure]] = {}
     if len(curves.nodes):
         plots["precision_recall.png"] = partial(plot_precision_recall, curves, names)
@@ -212,13 +214,8 @@ def _write_plots(
         level = f", level {options.level} of the tree" if options.level else ""
         title = f"Confusion matrix at confidence {options.confidence:g}{level}, % of each row"
         plots["confusion.png"] = partial(plot_confusion_matrix, matrix, names, title)
-    messages = [] if len(curves.nodes) else ["no targets: no curves"]
-    try:
-        for file, plot in plots.items():
-            plot().savefig(folder / file, bbox_inches="tight", pad_inches=0.1)
-    except InputError as error:  # no matplotlib
-        messages.append(f"skipped {', '.join(plots)}: {error}")
-    return messages
+    for file, plot in plots.items():
+        plot().savefig(folder / file, bbox_inches="tight", pad_inches=0.1)
 
 
 def _without_nan(value: Any) -> Any:

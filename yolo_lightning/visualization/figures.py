@@ -1,4 +1,4 @@
-"""Matplotlib figures of anchors and datasets (matplotlib comes with the extra `plots`)."""
+"""Matplotlib figures of anchors and datasets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -168,15 +168,9 @@ def _draw_anchors(axes: "Axes", name: str, plot: AnchorPlot) -> None:
 def new_figure(
     width_inch: float, height_inch: float, layout: Literal["constrained"] | None = "constrained"
 ) -> "Figure":
-    """Return an empty figure without pyplot, which needs a display and keeps every figure.
+    """Return an empty figure without pyplot, which needs a display and keeps every figure."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        InputError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install 'yolo-lightning[plots]'") from None
     return Figure(figsize=(width_inch, height_inch), dpi=_DPI, layout=layout, facecolor="white")
 
 

@@ -15,7 +15,7 @@ from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, rea
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, nearest, require_file, write_atomically
 from yolo_lightning.images import UnreadableSample, read_header
 from yolo_lightning.models.backbones import BACKBONES
 from yolo_lightning.tree.build import ENTITY
@@ -85,11 +85,8 @@ def _tree(options: argparse.Namespace, sources: Iterable[Source]) -> WordTree:
 def _network(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the network, those of the pretrained checkpoint if there is one."""
     path, pretrained = options.pretrained, {}
-    if path is not None:
-        if not Path(path).expanduser().is_file():
-            raise InputError(f"--pretrained {path!r} not found (working folder: {Path.cwd()})")
-        if is_checkpoint(path):
-            pretrained = read_checkpoint(path)["hyper_parameters"]
+    if path is not None and is_checkpoint(require_file(path, "--pretrained")):
+        pretrained = read_checkpoint(path)["hyper_parameters"]
     backbone = pretrained.get("backbone", options.backbone)
     values = {
         "backbone": backbone,
@@ -167,6 +164,6 @@ def main(argv: Sequence[str]) -> None:
     text = recipe_text(options, sources, _network(options), command)
     output = Path(options.output)
     write(tree, str(output.with_suffix(".tsv")))
-    output.write_text(text, encoding="utf-8")
+    write_atomically(output, text)
     print(f"{output.with_suffix('.tsv')}: {len(tree)} classes")
     print(f"{output}: train with: yolo-lightning fit --config {shlex.quote(str(output))}")

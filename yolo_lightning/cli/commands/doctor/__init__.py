@@ -22,7 +22,6 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.version import __version__
 
 EXTRAS = {
-    "plots": ("matplotlib",),
     "video": ("av",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }

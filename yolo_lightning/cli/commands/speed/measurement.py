@@ -35,7 +35,6 @@ from yolo_lightning.inference.timing import (
     precision_name,
     select_device,
 )
-from yolo_lightning.visualization.figures import new_figure
 
 MIN_IMAGES = 8  # number of different images for timing single images
 _EVALUATION_BATCH_SIZE, _NOISE_CELLS = 8, 9
@@ -45,10 +44,8 @@ def measure_all(options: argparse.Namespace, overrides: Sequence[str], folder: P
     """Measure each image size, print and write the results, and plot them.
 
     Raises:
-        InputError: an invalid checkpoint, device, size or recipe, or matplotlib is missing; nothing
-            is written.
+        InputError: an invalid checkpoint, device, size or recipe; nothing is written.
     """
-    figure = new_figure(9.0, 4.4)
     device = select_device(options.device)
     module = load(options.checkpoint, device)
     if not isinstance(module, DetectorModule):
@@ -66,7 +63,7 @@ def measure_all(options: argparse.Namespace, overrides: Sequence[str], folder: P
         rows.append(measure_size(module, data, size, options, dtype))
         print(report.table_line(rows[-1]), flush=True)
         report.write_tables(folder, setup, rows)
-    report.draw_plot(figure, folder / "speed.png", setup, rows)
+    report.draw_plot(folder / "speed.png", setup, rows)
     print("\n" + ", ".join(str(folder / f"speed.{end}") for end in ("json", "csv", "png")))
 
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.inference.timing import Timing
-from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, save_figure
+from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _STAGES = ("network", "decode", "suppression")
 _TIMING_COLUMNS = {
@@ -116,9 +115,7 @@ def write_tables(folder: Path, setup: dict[str, Any], rows: Sequence[SizeResult]
         raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
 
 
-def draw_plot(
-    figure: "Figure", path: Path, setup: dict[str, Any], rows: Sequence[SizeResult]
-) -> None:
+def draw_plot(path: Path, setup: dict[str, Any], rows: Sequence[SizeResult]) -> None:
     """Plot accuracy against speed, or latency against image size if there is no accuracy.
 
     The left panel shows single images, the right one batches.
@@ -126,6 +123,7 @@ def draw_plot(
     Source: YOLO9000, figure 4.
     """
     has_accuracy = any(row.ap50 is not None for row in rows)
+    figure = new_figure(9.0, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
     panels[0].set_title("one image at a time", fontsize=10, color=TEXT)
     panels[1].set_title(f"batches of {setup['batch_size']}", fontsize=10, color=TEXT)
