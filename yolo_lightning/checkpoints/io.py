@@ -7,7 +7,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
@@ -31,11 +31,6 @@ _ALLOWED_GLOBALS = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)"
     r"|torch \w+Storage|torch.storage UntypedStorage"
 )
-
-# end records of a zip archive
-_END = struct.Struct("<4s4H2LH")
-_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -119,9 +114,10 @@ def verify(path: str | Path) -> None:
         with file.open("rb") as handle:
             if handle.read(4) != b"PK\x03\x04":
                 raise InputError("not a checkpoint of this program (no archive)")
-            _check_directory(handle, file.stat().st_size)
+            size = handle.seek(0, os.SEEK_END)
+            _check_directory(handle, size)
             with zipfile.ZipFile(handle) as archive:
-                _check_records(archive, file.stat().st_size)
+                _check_records(archive, size)
                 _check_pickle(_pickle_of(archive))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -154,43 +150,31 @@ def _reason(error: Exception) -> str:
     return first[:200]
 
 
-def _check_directory(handle: Any, size: int) -> None:
-    """Check that the archive ends with its central directory, of limited size."""
-    truncated = InputError("damaged (truncated, or followed by other data)")
-    if size < _END.size:
-        raise truncated
-    handle.seek(max(0, size - _END.size - _LOCATOR.size - _END64.size))
-    tail = handle.read()
-    signature, _, _, _, _, length, start, comment = _END.unpack(tail[-_END.size :])
-    end = size - _END.size
-    if signature != b"PK\x05\x06" or comment:
-        raise truncated
-    locator = tail[-_END.size - _LOCATOR.size : -_END.size]
-    if locator[:4] == b"PK\x06\x07":
-        end -= _LOCATOR.size + _END64.size
-        offset = _LOCATOR.unpack(locator)[2]
-        if offset != end or tail[:4] != b"PK\x06\x06":
-            raise truncated
-        *_, length, start = _END64.unpack(tail[: _END64.size])
-    if start + length != end:
-        raise truncated
+def _check_directory(handle: BinaryIO, size: int) -> None:
+    """Check that the archive ends with its directory, where `zipfile` and PyTorch look for it."""
+    handle.seek(max(0, size - 98))
+    # the first two exist in Zip64 archives only, which PyTorch writes
+    record, locator, end = struct.unpack("56s20s22s", handle.read().rjust(98, b"\0"))
+    length, start, comment = struct.unpack_from("<LLH", end, 12)
+    is_valid, directory_end = end.startswith(b"PK\x05\x06") and not comment, size - 22
+    if locator.startswith(b"PK\x06\x07"):
+        directory_end = size - 98
+        length, start = struct.unpack_from("<QQ", record, 40)
+        is_valid &= record.startswith(b"PK\x06\x06")
+        is_valid &= struct.unpack_from("<Q", locator, 8) == (directory_end,)
+    if not is_valid or start + length != directory_end:
+        raise InputError("damaged (truncated, or followed by other data)")
     if length > _MAX_DIRECTORY_BYTES:
         raise InputError(f"a directory of {length:,} bytes; allowed: {_MAX_DIRECTORY_BYTES:,}")
 
 
 def _check_records(archive: zipfile.ZipFile, size: int) -> None:
-    """Check that records are uncompressed, in one folder, unique, and equal to their checksums."""
+    """Check that records are uncompressed, unique, and equal to their checksums."""
     records = archive.infolist()
-    folder = records[0].filename.split("/")[0] if records else ""
     for record in records:
-        name = repr(record.filename[:60])
-        stored = record.compress_type == zipfile.ZIP_STORED and not record.flag_bits & 1
-        if not stored or record.file_size != record.compress_size:
-            raise InputError(f"record {name} is compressed; allowed: stored")
-        valid_name = record.filename == record.orig_filename and record.filename.isascii()
-        if not valid_name or not record.filename.startswith(f"{folder}/"):
-            raise InputError(f"record {name} is outside {folder[:60]!r}")
-    if len({record.filename.lower() for record in records}) < len(records):
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise InputError(f"record {record.filename[:60]!r} is compressed; allowed: stored")
+    if len({record.orig_filename.lower() for record in records}) < len(records):
         raise InputError("duplicate records")
     total = sum(record.file_size for record in records)
     if total > size:
@@ -203,7 +187,8 @@ def _check_records(archive: zipfile.ZipFile, size: int) -> None:
 
 def _pickle_of(archive: zipfile.ZipFile) -> bytes:
     """Return the pickle, which contains everything except the data of the tensors."""
-    records = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
+    # PyTorch ignores case, and uses the names in the directory, which `zipfile` may replace
+    records = [one for one in archive.infolist() if one.orig_filename.lower().endswith("/data.pkl")]
     if len(records) != 1:
         raise InputError(f"not a checkpoint of this program ({len(records)} records data.pkl)")
     size = records[0].file_size

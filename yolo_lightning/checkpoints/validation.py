@@ -1,23 +1,24 @@
 """Validation of checkpoints before a network is built from them."""
 
-import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS, load_file, verify
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.backbones import backbone_layers, checkpoint_layers, detector_layers
-from yolo_lightning.models.layers import Conv, CustomBackbone, Layer, ReorgKind, layer_outputs
+from yolo_lightning.models.backbones import checkpoint_layers, detector_layers
+from yolo_lightning.models.layers import CustomBackbone, Layer
+from yolo_lightning.models.networks import Classifier, YOLOv2
 from yolo_lightning.tree.wordtree import WordTree
 
 # limits of what a checkpoint may describe
 MAX_NODES = 100_000  # WordNet has 82,115 nouns
 MAX_LAYERS = 1000
 MAX_IMAGE_PX = 8192  # side of the network input
-_MAX_CHANNELS = 2**31
 _MAX_KERNEL = 64  # kernel size, stride and padding of a layer
 
 
@@ -30,8 +31,8 @@ def is_checkpoint(path: str | Path) -> bool:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load and validate a checkpoint.
 
-    The network in its hyper-parameters must have as many values as its state dict, so that building
-    it needs no more memory than the file.
+    Its state dict must fit the network in its hyper-parameters, so that building the network needs
+    no more memory than the file.
 
     Raises:
         InputError: the file is missing, damaged, or not a checkpoint.
@@ -39,14 +40,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     checkpoint = load_file(path)
     try:
         state, hparams = checkpoint["state_dict"], checkpoint["hyper_parameters"]
-        hparams["tree"]
-        if not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
-            raise InputError("its state_dict contains other values than tensors")
-        _check_hyper_parameters(checkpoint.get("module"), hparams, state)
+        _check_sizes(hparams["tree"], hparams.get("image_size", 32))
+        if checkpoint.get("module") in ("DetectorModule", "ClassifierModule"):
+            _check_state(state, hparams, Path(path).expanduser().stat().st_size)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {str(error)[:500]}") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        reason = f"{type(error).__name__}: {str(error)[:100]}".splitlines()[0]
         raise InputError(f"{path}: not a checkpoint of this program ({reason})") from None
     return checkpoint
 
@@ -75,107 +75,76 @@ def resumable_checkpoint(path: str | Path) -> Path:
     return file
 
 
-def _check_hyper_parameters(module: Any, hparams: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Check that the hyper-parameters describe the network of the state dict."""
-    tree, size = hparams["tree"], hparams.get("image_size", 32)
-    if not (
-        isinstance(tree, list)
-        and len(tree) <= MAX_NODES
-        and all(
-            isinstance(row, list | tuple) and _all_instances(row, str) and len(row) == 3
-            for row in tree
-        )
-    ):
+def network_layers(hparams: dict[str, Any], out_channels: int = 1) -> tuple[Layer, ...]:
+    """Return the layers that the hyper-parameters of a checkpoint describe.
+
+    `out_channels` are those of a backbone whose class they name; it is not imported.
+    """
+    layers = checkpoint_layers(hparams["backbone"], out_channels)
+    if "anchors_wh_cell" not in hparams:  # a classifier
+        return layers
+    head, passthrough = hparams["head_channels"], hparams["passthrough_channels"]
+    return detector_layers(layers, head, passthrough, hparams["reorg"])
+
+
+def _check_sizes(tree: Any, image_size: Any) -> None:
+    if not isinstance(tree, list) or len(tree) > MAX_NODES or not all(map(_is_tree_row, tree)):
         raise InputError(f"its tree is not a list of up to {MAX_NODES:,} rows of key, parent, name")
-    sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(_is_int_between(side, 1, MAX_IMAGE_PX) for side in sides):
-        raise InputError(f"image_size is {str(size)[:40]}; allowed: 1 … {MAX_IMAGE_PX} px")
-    if module not in ("DetectorModule", "ClassifierModule"):
-        return  # the caller checks the class of the module
-    layers = _check_backbone(hparams["backbone"], hparams.get("head_channels"), state)
-    anchors = 0
-    if module == "DetectorModule":
-        anchors = _check_anchors(hparams["anchors_wh_cell"])
-        head, passthrough = hparams["head_channels"], hparams["passthrough_channels"]
-        reorg = hparams["reorg"]
-        channels = (head, passthrough or 0)
-        valid = all(_is_int_between(value, 0, _MAX_CHANNELS) for value in channels)
-        if not valid or reorg not in get_args(ReorgKind):
-            raise InputError("its head_channels, passthrough_channels or reorg is invalid")
-        layers = detector_layers(layers, head, passthrough, reorg)
-    expected = _count_values(layers, len(tree), anchors)
-    if isinstance(layers[0], CustomBackbone):  # its layers are unknown
-        prefix = "network.body.0."
-        expected += sum(v.numel() for name, v in state.items() if name.startswith(prefix))
-    actual = sum(value.numel() for name, value in state.items() if name.startswith("network."))
-    if expected != actual:
-        raise InputError(
-            f"describes a network of {expected:,} values, but has {actual:,}: "
-            "not a checkpoint of this version"
-        )
+    sides = image_size if isinstance(image_size, list | tuple) else [image_size, image_size]
+    if len(sides) != 2 or not all(type(v) is int and 0 < v <= MAX_IMAGE_PX for v in sides):
+        raise InputError(f"image_size is {str(image_size)[:40]}; allowed: 1 … {MAX_IMAGE_PX} px")
 
 
-def _check_backbone(
-    backbone: Any, head_channels: Any, state: dict[str, Tensor]
-) -> tuple[Layer, ...]:
-    """Return the layers of a backbone after a check of their sizes."""
-    if isinstance(backbone, dict):
-        if not isinstance(backbone.get("class_path"), str):
-            raise InputError("its backbone is a dict without a class_path")
-        next_conv = "box_conv" if head_channels == 0 else "body.1.conv"
-        if head_channels is None:
-            next_conv = "class_conv"
-        return checkpoint_layers(backbone, state[f"network.{next_conv}.weight"].shape[1])
-    if not isinstance(backbone, str):
-        if not isinstance(backbone, list | tuple) or len(backbone) > MAX_LAYERS:
-            raise InputError(f"its backbone is not a list of up to {MAX_LAYERS} layers")
-        for number, row in enumerate(backbone):
-            if not isinstance(row, list | tuple) or len(row) > 10 or len(str(row)) > 1000:
-                raise InputError(f"layer {number} of its backbone is not a short list of values")
-    elif len(backbone) > 100:
-        raise InputError("the name of its backbone is too long")
-    layers = backbone_layers(backbone)
+def _is_tree_row(row: Any) -> bool:
+    return isinstance(row, list | tuple) and [type(value) for value in row] == [str, str, str]
+
+
+def _check_state(state: dict[str, Tensor], hparams: dict[str, Any], file_size: int) -> None:
+    """Check that the state dict fits the network of the hyper-parameters, without building it."""
+    layers = network_layers(hparams, _custom_channels(state))
+    if len(layers) > MAX_LAYERS:
+        raise InputError(f"its network has {len(layers):,} layers; allowed: {MAX_LAYERS:,}")
     for number, layer in enumerate(layers):
         for name in ("size", "stride", "padding"):
             value = getattr(layer, name, None)
-            if value is not None and not _is_int_between(value, 0, _MAX_KERNEL):
-                raise InputError(
-                    f"layer {number} of its backbone: {name} is {str(value)[:40]}; "
-                    f"allowed: up to {_MAX_KERNEL}"
-                )
-    return layers
+            if isinstance(value, int) and value > _MAX_KERNEL:
+                raise InputError(f"layer {number}: {name} is {value}; allowed: {_MAX_KERNEL}")
+    if isinstance(layers[0], CustomBackbone):
+        layers = (replace(layers[0], module=nn.Identity()), *layers[1:])
+        state = {k: v for k, v in state.items() if not k.startswith("network.body.0.")}
+    num_nodes, anchors = len(hparams["tree"]), hparams.get("anchors_wh_cell")
+    network: nn.Module
+    with torch.device("meta"):  # tensors without data
+        if anchors is None:
+            network = Classifier(layers, num_nodes)
+        else:
+            network = YOLOv2(layers, num_nodes, torch.empty(len(anchors), 2))
+    expected = {f"network.{name}": value for name, value in network.state_dict().items()}
+    actual = {name: value for name, value in state.items() if name.startswith("network.")}
+    for name in expected | actual:
+        described, found = (_describe(tensors.get(name)) for tensors in (expected, actual))
+        if described != found:
+            raise InputError(
+                f"{name} is {found}, but its hyper-parameters describe {described}: "
+                "not a checkpoint of this version"
+            )
+    if sum(value.nbytes for value in actual.values()) > file_size:
+        raise InputError(f"weights that share their data, in a file of {file_size:,} bytes")
 
 
-def _check_anchors(anchors: Any) -> int:
-    """Return the number of anchors after a check of their values."""
-    for pair in anchors:
-        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-        numbers = is_pair and _all_instances(pair, int | float)
-        if not numbers or not all(math.isfinite(side) and side > 0 for side in pair):
-            raise InputError("its anchors_wh_cell are not pairs of positive numbers")
-    return len(anchors)
+def _custom_channels(state: dict[str, Tensor]) -> int:
+    """Return the input channels of the first convolution after layer 0, the custom backbone."""
+    names = ("body.1.conv", "box_conv", "class_conv")
+    weights = (state.get(f"network.{name}.weight") for name in names)
+    return next((weight.shape[1] for weight in weights if weight is not None), 1)
 
 
-def _count_values(layers: tuple[Layer, ...], nodes: int, anchors: int) -> int:
-    """Return the number of values of a network; of a classifier if there are no anchors."""
-    channels, values = 3, 0
-    for layer, extent in zip(layers, layer_outputs(layers), strict=True):
-        if isinstance(layer, Conv):
-            # batch norm: scale, shift, mean and variance per filter, and num_batches_tracked
-            others = 4 * layer.filters + 1 if layer.batch_norm else layer.filters
-            values += layer.filters * channels * layer.size**2 + others
-        channels = extent.channels
-    if not anchors:
-        return values + nodes * (channels + 1)
-    return values + anchors * ((5 + nodes) * (channels + 1) + 2)
-
-
-def _all_instances(values: Any, types: Any) -> bool:
-    return all(isinstance(value, types) for value in values)
-
-
-def _is_int_between(value: Any, minimum: int, maximum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
+def _describe(tensor: Tensor | None) -> str:
+    """Return kind and shape of a tensor; floating-point types are converted to float32."""
+    if tensor is None:
+        return "missing"
+    kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {list(tensor.shape)}"
 
 
 def check_same_model(
