@@ -186,10 +186,10 @@ print(sorted({"torch", "lightning", "mlflow", "cv2", "numpy"} & set(sys.modules)
 LAYERS = [
     {"errors", "version", "batches", "boxes", "signals"},
     {"images"},
-    {"tree", "models", "schedules", "optimization"},
+    {"tree", "models", "schedules"},
     {"losses", "detections", "darknet", "datamodules"},
     {"checkpoints", "visualization"},
-    {"evaluation", "explain"},
+    {"evaluation", "explain", "training_module"},
     {"detector", "classifier"},
     {"inference", "export"},
     {"serving"},

@@ -2,35 +2,21 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from yolo_lightning.batches import ClassificationBatch, unit_range
-from yolo_lightning.checkpoints.pretrained import load_pretrained
-from yolo_lightning.checkpoints.validation import check_same_model, check_same_tree
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
-from yolo_lightning.models.backbones import backbone_layers, checkpoint_layers, plain_backbone
-from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.models.networks import Classifier
-from yolo_lightning.optimization import (
-    SGDConfig,
-    apply_sgd_config,
-    build_sgd,
-    check_trainer,
-    freeze_layers,
-)
 from yolo_lightning.schedules import Schedule
-from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.training_module import TrainingModule
 
 MAX_LOGGED_CLASSES = 100  # with more classes, per-class accuracies are not logged
 
 
-class ClassifierModule(pl.LightningModule):
+class ClassifierModule(TrainingModule):
     """Image classifier, whose backbone can be used to initialise a detector.
 
     Args:
@@ -54,6 +40,8 @@ class ClassifierModule(pl.LightningModule):
     Source: YOLO9000, section 3, "Training for classification", and section 4.
     """
 
+    network: Classifier
+
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
@@ -66,16 +54,15 @@ class ClassifierModule(pl.LightningModule):
         backbone_lr_factor: float = 1.0,
         schedule: Schedule | None = None,
     ) -> None:
-        super().__init__()
-        self.tree = WordTree.from_source(tree)
-        layers = backbone_layers(backbone)
-        self.num_backbone_layers, self.pretrained = len(layers), pretrained
-        self.network = Classifier(layers, len(self.tree))
-        # 20 % faster on CPUs
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.schedule = schedule or Schedule()
-        self.sgd_config = SGDConfig(
-            learning_rate, momentum, weight_decay, backbone_lr_factor, self.schedule
+        super().__init__(tree, backbone, pretrained, schedule)
+        self.set_network(
+            Classifier(self.backbone_layers, len(self.tree)),
+            backbone,
+            image_size=image_size,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            backbone_lr_factor=backbone_lr_factor,
         )
         self._leaf_index = torch.full((len(self.tree),), -1)
         self._leaf_index[self.tree.leaves] = torch.arange(len(self.tree.leaves))
@@ -87,54 +74,14 @@ class ClassifierModule(pl.LightningModule):
         self.per_class_stats = MulticlassStatScores(leaves, average=None, ignore_index=-1)
         self.tree_accuracy = TreeAccuracy(self.tree)
         self.per_class: dict[str, float] = {}
-        self.save_hyperparameters(
-            {
-                "tree": [list(row) for row in self.tree.rows],
-                "backbone": plain_backbone(backbone),
-                "image_size": image_size,
-                "learning_rate": learning_rate,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "backbone_lr_factor": backbone_lr_factor,
-            },
-            logger=False,
-        )
 
-    def setup(self, stage: str) -> None:
-        """Check data and trainer, and load pretrained weights."""
-        check_same_tree(self.trainer, self.tree)
-        data = getattr(self.trainer, "datamodule", None)
+    def _check_data(self, stage: str) -> None:
+        data = self._datamodule
         if getattr(data, "detection", None) is not None:
             raise InputError("data.detection: a classifier is trained on labels only; remove it")
         for name in ("validation", "test"):
             if hasattr(getattr(data, name, None), "shapes_wh_px"):
                 raise InputError(f"data.{name}: a classifier is evaluated on images with labels")
-        check_trainer(self.trainer)
-        if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
-            report = load_pretrained(
-                self.network, self.tree, self.pretrained, self.num_backbone_layers
-            )
-            rank_zero_only(print)(report)
-        if stage == "fit" and not self.sgd_config.backbone_lr_factor:
-            freeze_layers(self._backbone())
-
-    def on_fit_start(self) -> None:
-        """Copy the image size from the data."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if getattr(datamodule, "image_size", None) is not None:
-            self.hparams["image_size"] = datamodule.image_size  # type: ignore[union-attr]
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return SGD and its schedule."""
-        backbone = [p for layer in self._backbone() for p in layer.parameters()]
-        return build_sgd(self, backbone, self.sgd_config)
-
-    def _backbone(self) -> list[nn.Module]:
-        return list(self.network.body)[: self.num_backbone_layers]
-
-    def on_train_start(self) -> None:
-        """Apply the recipe's SGD hyper-parameters, also after resuming."""
-        apply_sgd_config(self, self.sgd_config)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits (B, K) of uint8 or float images (B, 3, H, W)."""
@@ -148,10 +95,7 @@ class ClassifierModule(pl.LightningModule):
     def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
         """Return the sum of cross-entropies along each label's path, averaged over the images."""
         loss = self.loss_terms(batch)["loss_class"]
-        self.log("train/loss_class", loss.detach(), prog_bar=True, batch_size=len(batch))
-        lr, image_size = self.trainer.optimizers[0].param_groups[0]["lr"], batch.images.shape[-1]
-        settings = {"train/lr": lr, "train/image_size": float(image_size)}
-        self.log_dict(settings, batch_size=len(batch))
+        self._log_step(batch, {"train/loss_class": loss.detach()})
         return loss
 
     def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
@@ -170,19 +114,7 @@ class ClassifierModule(pl.LightningModule):
             leaves, _ = self.tree.most_specific_nodes(logits, threshold=0.0)
             self.tree_accuracy.update(predicted, leaves, torch.where(is_sample, batch.labels, -1))
 
-    def test_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
-        """Update the accuracies."""
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log accuracies."""
-        self._log_accuracies("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log accuracies."""
-        self._log_accuracies("test")
-
-    def _log_accuracies(self, stage: str) -> None:
+    def _log_metrics(self, stage: str) -> None:
         accuracies = {"top1": self.top1.compute(), "top5": self.top5.compute()}
         keys = [self.tree.keys[node] for node in self.tree.leaves.tolist()]
         # per leaf: true positives, false positives, true negatives, false negatives, support
@@ -209,17 +141,3 @@ class ClassifierModule(pl.LightningModule):
         if len(rows) > MAX_LOGGED_CLASSES:
             lines.append(f"… and {len(rows) - MAX_LOGGED_CLASSES} classes with higher accuracies")
         return "\n".join([f"{'class':<{width}}{'top-1':>8}", *lines])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the name of the module class."""
-        checkpoint["module"] = type(self).__name__
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has the same tree and backbone."""
-        saved = checkpoint["hyper_parameters"]
-        layers = layers_to_rows(self.network.body.layers)
-        parts = {
-            "model.tree": (self.hparams["tree"], saved["tree"]),
-            "model.backbone": (layers, layers_to_rows(checkpoint_layers(saved["backbone"]))),
-        }
-        check_same_model(checkpoint, type(self).__name__, parts)

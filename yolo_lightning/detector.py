@@ -5,40 +5,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms
-from yolo_lightning.checkpoints.pretrained import load_pretrained
-from yolo_lightning.checkpoints.validation import check_same_model, check_same_tree
 from yolo_lightning.detections import Detection, Detections, best_pairs, to_original_px
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
 from yolo_lightning.images import Image, Resize, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
-from yolo_lightning.models.backbones import (
-    backbone_layers,
-    checkpoint_layers,
-    detector_layers,
-    plain_backbone,
-)
+from yolo_lightning.models.backbones import detector_layers
 from yolo_lightning.models.head import Candidates, select_candidates
-from yolo_lightning.models.layers import Layer, ReorgKind, layers_to_rows
+from yolo_lightning.models.layers import ReorgKind
 from yolo_lightning.models.networks import YOLOv2
-from yolo_lightning.optimization import (
-    SGDConfig,
-    apply_sgd_config,
-    build_sgd,
-    check_trainer,
-    freeze_layers,
-)
 from yolo_lightning.schedules import Schedule
-from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.training_module import TrainingModule
 
 SCORE_THRESHOLD = 0.005  # minimum score of detections in evaluation, as in the original program
 
@@ -50,7 +33,7 @@ PROGRESS_BAR_METRICS = ("AP50", "AP50_boxed", "AP50_unboxed", "AP50_coarse")
 BOX_TERMS = ("loss_coord", "loss_anchor_prior")  # loss terms of images with boxes only
 
 
-class DetectorModule(pl.LightningModule):
+class DetectorModule(TrainingModule):
     """YOLOv2, or YOLO9000 if trained with a class hierarchy and classification batches.
 
     Args:
@@ -84,6 +67,7 @@ class DetectorModule(pl.LightningModule):
     Source: YOLO9000, sections 2 to 4.
     """
 
+    network: YOLOv2
     boxed: Tensor
 
     def __init__(
@@ -105,9 +89,10 @@ class DetectorModule(pl.LightningModule):
         iou_threshold: float = 0.45,
         resize: Resize = "letterbox",
     ) -> None:
-        super().__init__()
+        super().__init__(tree, backbone, pretrained, schedule)
         anchors = torch.tensor([list(pair) for pair in anchors_wh_cell], dtype=torch.float32)
-        if anchors.ndim != 2 or anchors.shape[1] != 2 or not bool((anchors > 0).all()):
+        is_positive = (anchors > 0) & anchors.isfinite()
+        if anchors.ndim != 2 or anchors.shape[1] != 2 or not is_positive.all():
             raise InputError(
                 f"model.anchors_wh_cell is {anchors_wh_cell}; allowed: pairs of positive numbers"
             )
@@ -119,75 +104,42 @@ class DetectorModule(pl.LightningModule):
                 raise InputError(f"model.{name} is {value}; allowed: 0 or more")
         if not 0 <= iou_threshold <= 1:
             raise InputError(f"model.iou_threshold is {iou_threshold}; allowed: 0 … 1")
-        self.tree = WordTree.from_source(tree)
-        layers = backbone_layers(backbone)
-        self.num_backbone_layers, self.pretrained = len(layers), pretrained
-        self.network = YOLOv2(
-            detector_layers(layers, head_channels, passthrough_channels, reorg),
-            len(self.tree),
-            anchors,
-        )
-        # 20 % faster on CPUs
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.schedule = schedule or Schedule()
-        self.sgd_config = SGDConfig(
-            learning_rate, momentum, weight_decay, backbone_lr_factor, self.schedule
-        )
         self.loss = LossSettings(**loss) if isinstance(loss, dict) else loss or LossSettings()
         self.iou_threshold = iou_threshold
+        layers = detector_layers(self.backbone_layers, head_channels, passthrough_channels, reorg)
+        self.set_network(
+            YOLOv2(layers, len(self.tree), anchors),
+            backbone,
+            anchors_wh_cell=[[float(side) for side in pair] for pair in anchors_wh_cell],
+            head_channels=head_channels,
+            passthrough_channels=passthrough_channels,
+            reorg=reorg,
+            image_size=image_size,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            backbone_lr_factor=backbone_lr_factor,
+            loss=asdict(self.loss),
+            iou_threshold=iou_threshold,
+            resize=resize,
+        )
         # classes with boxes in training; saved in checkpoints because `test` needs them
         self.register_buffer("boxed", torch.zeros(len(self.tree), dtype=torch.bool))
         self.evaluation = DetectionEvaluation(self.tree)
-        # plain values, so that checkpoints load with weights_only=True
-        self.save_hyperparameters(
-            {
-                "tree": [list(row) for row in self.tree.rows],
-                "anchors_wh_cell": [[float(v) for v in pair] for pair in anchors_wh_cell],
-                "backbone": plain_backbone(backbone),
-                "head_channels": head_channels,
-                "passthrough_channels": passthrough_channels,
-                "reorg": reorg,
-                "image_size": image_size,
-                "learning_rate": learning_rate,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "backbone_lr_factor": backbone_lr_factor,
-                "loss": asdict(self.loss),
-                "iou_threshold": iou_threshold,
-                "resize": resize,
-            },
-            logger=False,
-        )
 
-    @property
-    def _datamodule(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
-
-    def setup(self, stage: str) -> None:
-        """Check data and trainer, and load pretrained weights."""
-        check_same_tree(self.trainer, self.tree)
+    def _check_data(self, stage: str) -> None:
         data = self._datamodule
-        self.hparams["resize"] = getattr(data, "resize", self.hparams["resize"])
         if stage == "fit" and hasattr(data, "detection") and data.detection is None:
             raise InputError("data.detection is empty; a detector is trained on images with boxes")
         for name in ("validation", "test"):
-            source = getattr(self._datamodule, name, None)
+            source = getattr(data, name, None)
             if source is not None and not hasattr(source, "shapes_wh_px"):
                 raise InputError(f"data.{name}: a detector is evaluated on images with boxes")
-        check_trainer(self.trainer)
-        if stage == "fit" and self.pretrained is not None and not self.trainer.ckpt_path:
-            report = load_pretrained(
-                self.network, self.tree, self.pretrained, self.num_backbone_layers
-            )
-            rank_zero_only(print)(report)
-        if stage == "fit" and not self.sgd_config.backbone_lr_factor:
-            freeze_layers(self._backbone())
+        self.hparams["resize"] = getattr(data, "resize", self.hparams["resize"])
 
     def on_fit_start(self) -> None:
         """Copy image size and classes with boxes from the data; weights are restored by now."""
-        image_size = getattr(self._datamodule, "image_size", None)
-        if image_size is not None:
-            self.hparams["image_size"] = image_size
+        super().on_fit_start()
         boxed_nodes = getattr(self._datamodule, "boxed_nodes", None)
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True
@@ -198,18 +150,6 @@ class DetectorModule(pl.LightningModule):
         # ancestors of a class with boxes have boxes too
         has_boxes = self.tree.ancestors_or_self(self.boxed.nonzero().flatten())
         return self.tree.deepest_ancestor_in(has_boxes).to(self.device)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return SGD and its schedule."""
-        backbone = [p for layer in self._backbone() for p in layer.parameters()]
-        return build_sgd(self, backbone, self.sgd_config)
-
-    def _backbone(self) -> list[nn.Module]:
-        return list(self.network.body)[: self.num_backbone_layers]
-
-    def on_train_start(self) -> None:
-        """Apply the recipe's SGD hyper-parameters, also after resuming."""
-        apply_sgd_config(self, self.sgd_config)
 
     def loss_terms(self, batch: DetectionBatch | ClassificationBatch) -> dict[str, Tensor]:
         """Return the weighted loss terms by name."""
@@ -227,10 +167,7 @@ class DetectorModule(pl.LightningModule):
         for name, value in terms.items():
             if prefix == "train/" or name not in BOX_TERMS:
                 losses[prefix + name] = value.detach()
-        self.log_dict(losses, prog_bar=True, batch_size=len(batch))
-        lr, image_size = self.trainer.optimizers[0].param_groups[0]["lr"], batch.images.shape[-1]
-        settings = {"train/lr": lr, "train/image_size": float(image_size)}
-        self.log_dict(settings, batch_size=len(batch))
+        self._log_step(batch, losses)
         return loss
 
     @torch.no_grad()
@@ -294,15 +231,26 @@ class DetectorModule(pl.LightningModule):
         Images (B, 3, H, W) are uint8 or float, resized as `self.hparams["resize"]` says; their
         original sizes are int64 (B, 2). Non-maximum suppression is applied per node.
         """
-        size_hw = images.shape[-2:]
         return [
-            self._detect_nodes(
-                candidates, self._probs(candidates), size_hw_orig, size_hw, nodes, score_threshold
-            )
-            for candidates, size_hw_orig in zip(
-                self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
-            )
+            self._detect_nodes(candidates, boxes, self._probs(candidates), nodes, score_threshold)
+            for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold)
         ]
+
+    def _candidates(
+        self, images: Tensor, sizes_hw_orig: Tensor, threshold: float
+    ) -> list[tuple[Candidates, Tensor]]:
+        """Return the candidates of each image, and their corners in px of the original image."""
+        output = self.network(unit_range(images))
+        per_image = select_candidates(output, self.network.anchors_wh_cell, threshold)
+        return [
+            (image, self._original_px(image.boxes_cxcywh_norm, size_hw_orig, images.shape[-2:]))
+            for image, size_hw_orig in zip(per_image, sizes_hw_orig.tolist(), strict=True)
+        ]
+
+    def _original_px(
+        self, boxes_cxcywh_norm: Tensor, size_hw_orig: tuple[int, int], size_hw: torch.Size
+    ) -> Tensor:
+        return to_original_px(boxes_cxcywh_norm, size_hw_orig, size_hw, self.hparams["resize"])
 
     def _probs(self, candidates: Candidates) -> Tensor:
         return self.tree.log_probs(candidates.logits).exp()
@@ -310,17 +258,16 @@ class DetectorModule(pl.LightningModule):
     def _detect_nodes(
         self,
         candidates: Candidates,
+        boxes_xyxy_px: Tensor,
         probs: Tensor,
-        size_hw_orig: tuple[int, int],
-        size_hw: torch.Size,
         nodes: Tensor,
         threshold: float,
     ) -> Detections:
         scores = candidates.objectness[:, None] * probs[:, nodes]
         box, column = best_pairs(scores, threshold)
-        boxes = self._original_px(candidates.boxes_cxcywh_norm, size_hw_orig, size_hw)[box]
-        kept = batched_nms(boxes, scores[box, column], column, self.iou_threshold)
-        return Detections(boxes[kept], nodes[column[kept]], scores[box[kept], column[kept]])
+        kept = batched_nms(boxes_xyxy_px[box], scores[box, column], column, self.iou_threshold)
+        box, column = box[kept], column[kept]
+        return Detections(boxes_xyxy_px[box], nodes[column], scores[box, column])
 
     @torch.no_grad()
     def detect_most_specific(
@@ -337,21 +284,15 @@ class DetectorModule(pl.LightningModule):
 
         Source: YOLO9000, section 4.
         """
-        size_hw = images.shape[-2:]
         return [
-            self._detect_most_specific(
-                candidates, size_hw_orig, size_hw, score_threshold, tree_threshold
-            )[0]
-            for candidates, size_hw_orig in zip(
-                self._candidates(images, score_threshold), sizes_hw_orig.tolist(), strict=True
-            )
+            self._detect_most_specific(candidates, boxes, score_threshold, tree_threshold)[0]
+            for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold)
         ]
 
     def _detect_most_specific(
         self,
         candidates: Candidates,
-        size_hw_orig: tuple[int, int],
-        size_hw: torch.Size,
+        boxes_xyxy_px: Tensor,
         score_threshold: float,
         tree_threshold: float,
     ) -> tuple[Detections, Tensor]:
@@ -359,20 +300,10 @@ class DetectorModule(pl.LightningModule):
         labels, probs = self.tree.most_specific_nodes(candidates.logits, tree_threshold)
         scores = candidates.objectness * probs
         selected = (scores > score_threshold).nonzero().flatten()
-        boxes = self._original_px(candidates.boxes_cxcywh_norm[selected], size_hw_orig, size_hw)
         one_class = torch.zeros_like(selected)
-        kept = batched_nms(boxes, scores[selected], one_class, self.iou_threshold)
+        kept = batched_nms(boxes_xyxy_px[selected], scores[selected], one_class, self.iou_threshold)
         rows = selected[kept]
-        return Detections(boxes[kept], labels[rows], scores[rows]), rows
-
-    def _candidates(self, images: Tensor, threshold: float) -> list[Candidates]:
-        output = self.network(unit_range(images))
-        return select_candidates(output, self.network.anchors_wh_cell, threshold)
-
-    def _original_px(
-        self, boxes_cxcywh_norm: Tensor, size_hw_orig: tuple[int, int], size_hw: torch.Size
-    ) -> Tensor:
-        return to_original_px(boxes_cxcywh_norm, size_hw_orig, size_hw, self.hparams["resize"])
+        return Detections(boxes_xyxy_px[rows], labels[rows], scores[rows]), rows
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics."""
@@ -389,38 +320,27 @@ class DetectorModule(pl.LightningModule):
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Add detections and targets to the metrics."""
-        size_hw, evaluation = batch.images.shape[-2:], self.evaluation
+        evaluation, sizes_hw_orig = self.evaluation, batch.sizes_hw_orig
         targets: list[Tensor] = []
         by_level: list[list[Detections]] = [[] for _ in evaluation.levels]
         most_specific: list[tuple[Detections, Tensor]] = []
-        images = self._candidates(batch.images, SCORE_THRESHOLD)
-        for k, (image, size) in enumerate(zip(images, batch.sizes_hw_orig.tolist(), strict=True)):
-            boxes = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
-            targets.append(self._original_px(boxes, size, size_hw))
-            probs = self._probs(image)
+        images = self._candidates(batch.images, sizes_hw_orig, SCORE_THRESHOLD)
+        for k, size in enumerate(sizes_hw_orig.tolist()):
+            target = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
+            targets.append(self._original_px(target, size, batch.images.shape[-2:]))
+            candidates, boxes = images[k]
+            probs = self._probs(candidates)
             for detections, level in zip(by_level, evaluation.levels, strict=True):
                 detections.append(
-                    self._detect_nodes(image, probs, size, size_hw, level.nodes, SCORE_THRESHOLD)
+                    self._detect_nodes(candidates, boxes, probs, level.nodes, SCORE_THRESHOLD)
                 )
             if evaluation.is_hierarchical:
                 labelled, rows = self._detect_most_specific(
-                    image, size, size_hw, PREDICTION_SCORE_THRESHOLD, 0.5
+                    candidates, boxes, PREDICTION_SCORE_THRESHOLD, 0.5
                 )
-                leaves, _ = self.tree.most_specific_nodes(image.logits[rows], 0.0)
+                leaves, _ = self.tree.most_specific_nodes(candidates.logits[rows], 0.0)
                 most_specific.append((labelled, leaves))
         evaluation.update(batch, targets, by_level, most_specific)
-
-    def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
-        """Add detections and targets to the metrics."""
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log average precision."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log average precision."""
-        self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.evaluation.compute(self.boxed).items():
@@ -450,30 +370,3 @@ class DetectorModule(pl.LightningModule):
     def table(self) -> str:
         """Return the latest metrics of each class as text."""
         return self.evaluation.table()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the name of the module class."""
-        checkpoint["module"] = type(self).__name__
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has the same tree, anchors and layers."""
-        saved = checkpoint["hyper_parameters"]
-        parts = {
-            f"model.{name}": (self.hparams[name], saved[name])
-            for name in ("tree", "anchors_wh_cell")
-            if name in saved  # a classifier has no anchors
-        }
-        if "head_channels" in saved:
-            layers = layers_to_rows(self.network.body.layers)
-            saved_layers = layers_to_rows(_detector_layers(saved))
-            parts["the network's list of layers"] = (layers, saved_layers)
-        check_same_model(checkpoint, type(self).__name__, parts)
-
-
-def _detector_layers(hparams: dict[str, Any]) -> tuple[Layer, ...]:
-    return detector_layers(
-        checkpoint_layers(hparams["backbone"]),
-        hparams["head_channels"],
-        hparams["passthrough_channels"],
-        hparams["reorg"],
-    )

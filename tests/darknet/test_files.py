@@ -118,7 +118,7 @@ def test_import_converts_weights_layers_and_classes(files, is_64_bit, capsys):
     assert module.tree.names == ("cat", "dog")
     assert module.hparams["image_size"] == [32, 64]
     assert module.hparams["anchors_wh_cell"] == [[1.5, 2.0], [3.0, 2.5]]
-    assert (module.sgd_config.learning_rate, module.sgd_config.weight_decay) == (0.002, 0.0001)
+    assert (module.hparams["learning_rate"], module.hparams["weight_decay"]) == (0.002, 1e-4)
     assert module.loss == LossSettings(
         coord_scale=3, obj_scale=4, noobj_scale=0.5, class_scale=2, ignore_iou=0.7, rescore=False
     )

@@ -13,7 +13,6 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.models.backbones import checkpoint_layers, detector_layers
 from yolo_lightning.models.layers import CustomBackbone, Layer
 from yolo_lightning.models.networks import Classifier, YOLOv2
-from yolo_lightning.tree.wordtree import WordTree
 
 # limits of what a checkpoint may describe
 MAX_NODES = 100_000  # WordNet has 82,115 nouns
@@ -145,33 +144,6 @@ def _describe(tensor: Tensor | None) -> str:
         return "missing"
     kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {list(tensor.shape)}"
-
-
-def check_same_model(
-    checkpoint: dict[str, Any], module: str, parts: dict[str, tuple[list[Any], list[Any]]]
-) -> None:
-    """Check that a checkpoint is of the class `module`, and that each pair of `parts` is equal."""
-    if checkpoint.get("module") != module:
-        raise InputError(
-            f"the checkpoint holds a {checkpoint.get('module', 'module of an older version')}, "
-            f"the recipe names a {module}; to load only its backbone, use model.pretrained"
-        )
-    for name, (expected, saved) in parts.items():
-        if expected != saved:
-            raise InputError(
-                f"{name} differs from the checkpoint's: "
-                f"{first_difference(expected, saved, 'the recipe', 'the checkpoint')}"
-            )
-
-
-def check_same_tree(trainer: Any, tree: WordTree) -> None:
-    """Check that the data module has the tree of the model."""
-    data_tree = getattr(getattr(trainer, "datamodule", None), "tree", None)
-    if data_tree is not None and data_tree.rows != tree.rows:
-        raise InputError(
-            "data.tree differs from model.tree: "
-            f"{first_difference(data_tree.rows, tree.rows, 'the data', 'the model')}"
-        )
 
 
 def first_difference(first: list[Any], second: list[Any], in_first: str, in_second: str) -> str:
