@@ -1,12 +1,12 @@
 """Loading pretrained weights of Darknet or of a checkpoint, with a report."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
 from yolo_lightning.darknet.weights import WeightsReader, conv_blocks, conv_tensors, read_weights
@@ -65,7 +65,7 @@ def load_pretrained(
             f"model.pretrained {str(path)!r} not found (working folder: {Path.cwd()}); "
             "null starts from random weights"
         )
-    total = sum(tensor.numel() for tensor in _weights(network).values())
+    total = sum(tensor.numel() for tensor in _weights(network.state_dict()).values())
     report = PretrainedReport(str(path), total_values=total)
     if is_checkpoint(path):
         _from_checkpoint(network, tree, path, report)
@@ -76,8 +76,7 @@ def load_pretrained(
     return report
 
 
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    state = network.state_dict()
+def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k != "anchors_wh_cell" and v.is_floating_point()}
 
 
@@ -86,50 +85,39 @@ def _from_checkpoint(
     network: YOLOv2 | Classifier, tree: WordTree, path: str | Path, report: PretrainedReport
 ) -> None:
     checkpoint = read_checkpoint(path)
-    prefix = "network."
-    saved = {
-        k.removeprefix(prefix): v
-        for k, v in checkpoint["state_dict"].items()
-        if k.startswith(prefix)
-    }
-    target = _weights(network)
-    used: set[str] = set()
-
-    def copy(names: Iterable[str]) -> None:
-        for name in names:
-            target[name].copy_(saved[name])
-            used.add(name)
-            report.loaded_values += target[name].numel()
-
-    loaded: list[int] = []
-    initialized: list[int] = []
     # a checkpoint that was imported from partial weights has no trained layers from there on
     first_missing = checkpoint.get("darknet", {}).get("first_missing_layer", 10**6)
-    saved = {name: value for name, value in saved.items() if _layer_of(name) < first_missing}
-    for number in sorted({_layer_of(name) for name in target if name.startswith("body.")}):
-        names = [name for name in target if name.startswith(f"body.{number}.")]
-        if not initialized and all(n in saved and saved[n].shape == target[n].shape for n in names):
-            copy(names)
-            loaded.append(number)
-        else:
-            initialized.append(number)
-    _report_layers(report, loaded, initialized)
+    state, prefix = checkpoint["state_dict"], "network."
+    saved = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    saved = {k: v for k, v in saved.items() if _layer_of(k) < first_missing}
+    target = _weights(network.state_dict())
+
+    def fits(names: list[str]) -> bool:
+        return all(name in saved and saved[name].shape == target[name].shape for name in names)
+
+    layers: dict[int, list[str]] = {}
+    for name in target:
+        if name.startswith("body."):
+            layers.setdefault(_layer_of(name), []).append(name)
+    numbers = sorted(layers)
+    loaded = list(takewhile(lambda number: fits(layers[number]), numbers))
+    _report_layers(report, loaded, numbers[len(loaded) :])
+    used = [name for number in loaded for name in layers[number]]
+    is_complete = loaded == numbers
     if isinstance(network, YOLOv2):
         boxes = ["box_conv.weight", "box_conv.bias"]
-        fits = all(name in saved and saved[name].shape == target[name].shape for name in boxes)
-        if fits and not initialized:
-            copy(boxes)
-            report.loaded.append("boxes and objectness")
-        else:
-            report.initialized.append("boxes and objectness")
+        boxes_fit = is_complete and fits(boxes)
+        used += boxes if boxes_fit else []
+        (report.loaded if boxes_fit else report.initialized).append("boxes and objectness")
+    for name in used:
+        target[name].copy_(saved[name])
+        report.loaded_values += target[name].numel()
     saved_tree = WordTree.from_source(checkpoint["hyper_parameters"]["tree"])
-    rows = [name for name in target if name in _CLASS_ROWS]
-    used |= _copy_class_rows(target, saved, rows, tree, saved_tree, bool(initialized), report)
-    unused = [
-        name
-        for name, value in saved.items()
-        if name not in used and name != "anchors_wh_cell" and value.is_floating_point()
-    ]
+    if is_complete and _copy_class_rows(target, saved, tree, saved_tree, report):
+        used += _CLASS_ROWS
+    else:
+        report.initialized.append(f"all {len(tree)} classes")
+    unused = [name for name in _weights(saved) if name not in used]
     if unused:
         values = sum(saved[name].numel() for name in unused)
         report.unused.append(f"{values:,} values: {', '.join(_layer_names(unused))}")
@@ -144,38 +132,38 @@ def _layer_of(name: str) -> int:
 def _copy_class_rows(
     target: dict[str, Tensor],
     saved: dict[str, Tensor],
-    names: list[str],
     tree: WordTree,
     saved_tree: WordTree,
-    layers_missing: bool,
     report: PretrainedReport,
-) -> set[str]:
+) -> bool:
+    """Copy the rows of the classes that both trees have; return whether there are any."""
     index = {key: number for number, key in enumerate(saved_tree.keys)}
     pairs = [(node, index[key]) for node, key in enumerate(tree.keys) if key in index]
-    fits = all(
-        name in saved
-        and saved[name].movedim(_CLASS_ROWS[name], 0).shape[1:]
-        == target[name].movedim(_CLASS_ROWS[name], 0).shape[1:]
-        for name in names
+    rows, saved_rows = _class_rows(target), _class_rows(saved)
+    shapes, saved_shapes = (
+        {name: values.shape[1:] for name, values in one.items()} for one in (rows, saved_rows)
     )
-    if layers_missing or not fits or not pairs:
-        report.initialized.append(f"all {len(tree)} classes")
-        return set()
+    if not pairs or shapes != saved_shapes:
+        return False
     targets, sources = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    for name in names:
-        rows = target[name].movedim(_CLASS_ROWS[name], 0)
-        values = saved[name].movedim(_CLASS_ROWS[name], 0)[sources]
-        rows[targets] = values
-        report.loaded_values += values.numel()
+    for name, values in saved_rows.items():
+        rows[name][targets] = values[sources].to(rows[name].dtype)
+        report.loaded_values += values[sources].numel()
     report.loaded.append(f"{len(pairs)} of {len(tree)} classes, by key")
     added = [key for key in tree.keys if key not in index]
     if added:
         report.initialized.append(f"{len(added)} classes ({_first_keys(added)})")
-    keys = set(tree.keys)
-    removed = [key for key in saved_tree.keys if key not in keys]
+    removed = sorted(index.keys() - set(tree.keys), key=index.__getitem__)
     if removed:
         report.unused.append(f"{len(removed)} classes ({_first_keys(removed)})")
-    return set(names)
+    return True
+
+
+def _class_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return views of the tensors of the class predictor, with the nodes as first dimension."""
+    return {
+        name: weights[name].movedim(dim, 0) for name, dim in _CLASS_ROWS.items() if name in weights
+    }
 
 
 def _from_darknet(
