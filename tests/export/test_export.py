@@ -19,11 +19,11 @@ import torch
 
 from tests.helpers.paths import REPO
 from yolo_lightning import DetectorModule, WordTree
-from yolo_lightning.boxes import unletterbox
+from yolo_lightning.boxes import batched_nms, unletterbox
 from yolo_lightning.cli.main import main
 from yolo_lightning.detections import Detections
 from yolo_lightning.export import graph
-from yolo_lightning.export.check import find_threshold, max_differences, open_onnx, open_torch
+from yolo_lightning.export.check import find_threshold, max_difference, run_onnx, run_torch
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.export.graph import DetectorGraph, GraphSettings, TreeDescent, nms_rows
 
@@ -94,10 +94,15 @@ def exported(module, tmp_path_factory) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.fixture(scope="module")
-def runners(exported):
-    """Return, for each format, the file's graph at a score threshold."""
-    onnx_file, torch_file = (exported[kind][0] for kind in KINDS)
-    return {"onnx": open_onnx(onnx_file), "torch-export": open_torch(torch_file)}
+def run_file(exported):
+    """Return a function that runs the file of a format, at a score threshold if one is given."""
+
+    def run(kind: str, given, sizes, score_threshold=None):
+        runner = run_onnx if kind == "onnx" else run_torch
+        (rows,) = runner(exported[kind][0], [(given, sizes)], score_threshold)
+        return rows
+
+    return run
 
 
 def check_rows(rows, module, given, sizes, settings) -> list[Detections]:
@@ -119,7 +124,7 @@ def check_rows(rows, module, given, sizes, settings) -> list[Detections]:
         assert not scores[k, count:].any()
         assert bool((scores[k].diff() <= 0).all())
         theirs = Detections(boxes[k, :count], nodes[k, :count], scores[k, :count])
-        assert float(max_differences(best, theirs, sizes[k].tolist()).max()) < 1e-4
+        assert float(max_difference(best, theirs, sizes[k].tolist())) < 1e-4
     return ours
 
 
@@ -187,10 +192,13 @@ SCORES = torch.tensor([[0.5, 0.5, 0.9, 0.3, 0.3, 0.3, 0.0], [0.5, 0.4, 0.3, 0.2,
 def test_three_implementations_of_nms_agree(iou_threshold, top, expected):
     boxes = CROWDED.expand(2, -1, -1).contiguous()
     assert nms_rows(boxes, SCORES, iou_threshold, top).tolist() == expected
-    in_turn = graph.nms_rows_in_torch(boxes, SCORES, iou_threshold, top)
-    assert in_turn.tolist() == expected
     theirs = graph._onnx_nms(boxes.numpy(), SCORES.numpy(), iou_threshold, top)
     assert theirs.value.tolist() == expected
+    for wanted, scores in zip(expected, SCORES, strict=True):
+        index = (scores > 0).nonzero().flatten()
+        one_class = torch.zeros_like(index)
+        kept = index[batched_nms(CROWDED[index], scores[index], one_class, iou_threshold)]
+        assert kept[:top].tolist() == [row for row in wanted if row >= 0]
 
 
 @pytest.mark.parametrize(
@@ -223,10 +231,10 @@ def test_the_graph_equals_the_module_for_every_network(options):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 48, 48), (1, 32, 80), (3, 8, 8)])
-def test_files_equal_the_module(module, runners, kind, shape):
+def test_files_equal_the_module(module, run_file, kind, shape):
     settings = GraphSettings("letterbox", **OPTIONS)
     sizes = original_sizes(shape[0])
-    rows = runners[kind](None)(images(*shape), sizes)
+    rows = run_file(kind, images(*shape), sizes)
     found = check_rows(rows, module, images(*shape), sizes, settings)
     if shape[0] == 2:  # more than fit, at several levels
         assert max(len(image.scores) for image in found) > settings.top
@@ -234,29 +242,28 @@ def test_files_equal_the_module(module, runners, kind, shape):
         assert set(depths.tolist()) == {1, 2, 3}
 
 
-def test_onnx_accepts_a_single_cell(module, runners):
+def test_onnx_accepts_a_single_cell(module, run_file):
     settings, given = GraphSettings("letterbox", **OPTIONS), images(2, 8, 8)[:, :, 2:6, 2:6]
     found = check_rows(
-        runners["onnx"](0.01)(given, original_sizes(2)),
+        run_file("onnx", given, original_sizes(2), 0.01),
         module, given, original_sizes(2), replace(settings, score_threshold=0.01),
     )  # fmt: skip
     assert sum(len(image.scores) for image in found) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_return_only_padding_if_no_box_exceeds_the_threshold(runners, kind):
-    boxes, scores, nodes = runners[kind](0.9999)(images(2, 48, 48), original_sizes(2))
+def test_files_return_only_padding_if_no_box_exceeds_the_threshold(run_file, kind):
+    boxes, scores, nodes = run_file(kind, images(2, 48, 48), original_sizes(2), 0.9999)
     assert not boxes.any()
     assert not scores.any()
     assert bool((nodes == -1).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_equal_the_python_api_for_an_image(module, runners, kind):
+def test_files_equal_the_python_api_for_an_image(module, run_file, kind):
     pixels = np.random.default_rng(0).integers(0, 256, (50, 120, 3), dtype=np.uint8)
     fitted, size_hw_orig = module.preprocess(pixels)
-    run = runners[kind](None)
-    boxes, scores, nodes = run(fitted[None], torch.tensor([size_hw_orig]))
+    boxes, scores, nodes = run_file(kind, fitted[None], torch.tensor([size_hw_orig]))
     detections = module(pixels, OPTIONS["score_threshold"], OPTIONS["tree_threshold"])[
         : OPTIONS["top"]
     ]
@@ -269,9 +276,9 @@ def test_files_equal_the_python_api_for_an_image(module, runners, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_reject_sizes_that_are_not_multiples_of_the_stride(runners, kind):
+def test_files_reject_sizes_that_are_not_multiples_of_the_stride(run_file, kind):
     with pytest.raises(Exception, match=r"(?i)reshape|guard|multiple|expected"):
-        runners[kind](None)(images(1, 48, 48)[:, :, :46], original_sizes(1))
+        run_file(kind, images(1, 48, 48)[:, :, :46], original_sizes(1))
 
 
 def test_metadata_of_files(exported):
@@ -383,26 +390,25 @@ def make_detections(boxes, nodes, scores) -> Detections:
     return Detections(torch.tensor(boxes), torch.tensor(nodes), torch.tensor(scores))
 
 
-def test_differences_are_relative_to_sides_and_scores():
-    first = make_detections([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 2], [0.8, 0.4])
-    other = make_detections(
-        [[10.0, 10, 62, 40], [0, 0, 100, 50]], [2, 1], [0.5, 0.8]
-    )  # in another order
-    torch.testing.assert_close(
-        max_differences(first, other, (100, 200)), torch.tensor([0.01, 0.25])
-    )
+def test_the_difference_is_relative_to_sides_and_scores():
+    boxes = [[0.0, 0, 100, 50], [10, 10, 60, 40]]
+    first = make_detections(boxes, [1, 2], [0.8, 0.4])
+
+    def difference(other: Detections) -> float:
+        return float(max_difference(first, other, (100, 200)))
+
+    moved = [[10.0, 10, 62, 40], [0, 0, 100, 50]]  # in another order
+    assert difference(make_detections(moved, [2, 1], [0.4, 0.8])) == pytest.approx(0.01)
+    assert difference(make_detections(moved, [2, 1], [0.5, 0.8])) == pytest.approx(0.25)
     for changed in (
-        make_detections([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 3], [0.8, 0.4]),  # another node
-        make_detections([[0.0, 0, 100, 50]], [1], [0.8]),  # one missing
-        make_detections(
-            [[0.0, 0, 100, 50], [10, 10, 60, 40], [90, 0, 99, 9]], [1, 2, 2], [0.8, 0.4, 0.4]
-        ),
+        make_detections(boxes, [1, 3], [0.8, 0.4]),  # another node
+        make_detections(boxes[:1], [1], [0.8]),  # one missing
+        make_detections([*boxes, [90, 0, 99, 9]], [1, 2, 2], [0.8, 0.4, 0.4]),
         first.select(torch.tensor([], dtype=torch.int64)),
     ):
-        assert float(max_differences(first, changed, (100, 200)).max()) > 0.1
-        assert float(max_differences(changed, first, (100, 200)).max()) > 0.1
-    broken = make_detections([[0.0, 0, 100, 50], [10, 10, 60, 40]], [1, 2], [0.8, float("nan")])
-    assert bool(max_differences(first, broken, (100, 200)).isnan().any())
+        assert difference(changed) > 0.1
+        assert float(max_difference(changed, first, (100, 200))) > 0.1
+    assert np.isnan(difference(make_detections(boxes, [1, 2], [0.8, float("nan")])))
 
 
 def test_the_lowered_threshold_is_in_the_widest_gap():

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 from torch.export import Dim, ExportedProgram
 
-from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, pairwise_iou
+from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou
 from yolo_lightning.images import Resize
 from yolo_lightning.models.head import SparseClassLogits, decode_boxes
 from yolo_lightning.models.layers import Reorg
 from yolo_lightning.models.networks import YOLOv2, space_to_depth
+from yolo_lightning.tree.tables import TreeTables
 from yolo_lightning.tree.wordtree import WordTree
 
 INPUTS = ("images", "sizes_hw_orig")
@@ -53,14 +54,10 @@ class TreeDescent(nn.Module):
         super().__init__()
         self.levels = tree.paths.shape[1]
         self.log_threshold = math.log(threshold) if threshold > 0 else -math.inf
-        sizes = torch.bincount(tree.groups).tolist()
-        groups = list(tree.groups.argsort(stable=True).split(sizes))
-        child_group = torch.full((len(tree) + 1,), -1)
-        child_group[tree.parents] = tree.groups  # index -1: the top level
-        self.top_group = int(child_group[-1])
-        # (G, largest size): the nodes of each group, -1 as padding
-        self.register_buffer("members", nn.utils.rnn.pad_sequence(groups, True, -1))
-        self.register_buffer("child_group", child_group)
+        tables = TreeTables.build(tree.parents, tree.groups, tree.paths, torch.device("cpu"))
+        self.top_group = int(tables.child_group[-1])
+        self.register_buffer("members", tables.members)
+        self.register_buffer("child_group", tables.child_group)
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return nodes, int64 (M,), and their probabilities, float (M,), of logits (M, K)."""
@@ -84,31 +81,25 @@ class TreeDescent(nn.Module):
         return node, log_prob.exp()
 
 
-@torch.library.custom_op("yolo_lightning::nms_rows", mutates_args=())
+def _no_rows(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], top), dtype=torch.int64)
+
+
+# an operator without an implementation, which `write_onnx` translates to NonMaxSuppression
+torch.library.define(
+    "yolo_lightning::nms_rows",
+    "(Tensor boxes_xyxy, Tensor scores, float iou_threshold, int top) -> Tensor",
+)
+torch.library.register_fake("yolo_lightning::nms_rows", _no_rows)
+
+
 def nms_rows(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
     """Return the rows that non-maximum suppression keeps, int64 (B, top), -1 as padding.
 
     Rows are sorted by descending score, equal scores by ascending row. Boxes (B, N, 4) with a score
-    (B, N) of 0 are ignored. A custom operator: `write_onnx` translates it to NonMaxSuppression.
+    (B, N) of 0 are ignored. Only operators of torch: files load without this package.
     """
-    rows = torch.full((scores.shape[0], top), -1, device=scores.device)
-    for k, (boxes, score) in enumerate(zip(boxes_xyxy, scores, strict=True)):
-        index = (score > 0).nonzero().flatten()
-        kept = batched_nms(boxes[index], score[index], torch.zeros_like(index), iou_threshold)
-        rows[k, : len(kept)] = index[kept][:top]
-    return rows
-
-
-@nms_rows.register_fake
-def _(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
-    return scores.new_empty((scores.shape[0], top), dtype=torch.int64)
-
-
-def nms_rows_in_torch(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, top: int) -> Tensor:
-    """Implement `nms_rows` with operators of torch; each step keeps one box per image.
-
-    Files with these operators can be loaded without this package.
-    """
+    # each step keeps one box per image
 
     def condition(step: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
         return (step < top) & (scores > 0).any()
@@ -130,7 +121,7 @@ def nms_rows_in_torch(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, 
 class DetectorGraph(nn.Module):
     """`DetectorModule.detect_most_specific` with outputs of fixed shapes.
 
-    The network is copied; `nms` is `nms_rows` or `nms_rows_in_torch`.
+    The network is copied; `nms` is `nms_rows`, or the operator of that name for ONNX.
     """
 
     score_threshold: Tensor
@@ -275,7 +266,7 @@ def write_torch(
     network: YOLOv2, tree: WordTree, settings: GraphSettings, path: Path, metadata: dict[str, Any]
 ) -> None:
     """Write a file for `torch.export.load`, with the metadata as JSON in `METADATA_FILE`."""
-    program = trace(DetectorGraph(network, tree, settings, nms_rows_in_torch))
+    program = trace(DetectorGraph(network, tree, settings, nms_rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
@@ -287,7 +278,8 @@ def write_onnx(
     """Write a single ONNX file, with each value of the metadata as JSON."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    program = trace(DetectorGraph(network, tree, settings, nms_rows))
+    nms = torch.ops.yolo_lightning.nms_rows.default
+    program = trace(DetectorGraph(network, tree, settings, nms))
     # hide a warning that torchvision is missing; it is not used
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -302,7 +294,7 @@ def write_onnx(
                 "images": {0: "batch", 2: "height", 3: "width"},
                 "sizes_hw_orig": {0: "batch"},
             },
-            custom_translation_table={torch.ops.yolo_lightning.nms_rows.default: _onnx_nms},
+            custom_translation_table={nms: _onnx_nms},
         )
     assert exported is not None
     ClearMetadataAndDocStringPass()(exported.model)  # contains paths of this machine

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.check import MAX_DIFFERENCE, compare, metadata_of, open_onnx, open_torch
 
 if TYPE_CHECKING:
     from yolo_lightning.detector import DetectorModule
@@ -100,16 +99,6 @@ def _output_path(options: argparse.Namespace) -> Path:
     return output
 
 
-def _temporary_folder(output: Path) -> "tempfile.TemporaryDirectory[str]":
-    """Return a temporary folder on the file system of the output."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-")
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{output} cannot be written: {error.filename}: {reason}") from None
-
-
 def main(argv: Sequence[str]) -> None:
     """Run `export`.
 
@@ -126,16 +115,23 @@ def main(argv: Sequence[str]) -> None:
     module = load(options.checkpoint)
     if not isinstance(module, DetectorModule):
         raise InputError(f"{options.checkpoint}: holds a classifier; export takes a detector")
-    with _temporary_folder(output) as folder:
-        temporary = Path(folder) / output.name
-        _write_and_compare(module, options, temporary, output)
-        os.replace(temporary, output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+            temporary = Path(folder) / output.name
+            summary = _write_and_compare(module, options, temporary, output)
+            os.replace(temporary, output)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{output} cannot be written: {error.filename}: {reason}") from None
+    print(summary)
 
 
 def _write_and_compare(
     module: "DetectorModule", options: argparse.Namespace, temporary: Path, output: Path
-) -> None:
-    from yolo_lightning.export import graph
+) -> str:
+    """Write a file that equals the checkpoint; return a summary for the user."""
+    from yolo_lightning.export import check, graph
 
     size_hw = module.input_size_hw(options.image_size)
     if options.iou_threshold is not None:
@@ -149,29 +145,27 @@ def _write_and_compare(
     )
     to_onnx = options.format == "onnx"
     write = graph.write_onnx if to_onnx else graph.write_torch
+    run = check.run_onnx if to_onnx else check.run_torch
+    metadata = check.metadata_of(module, settings, size_hw)
     start = time.perf_counter()
-    write(module.network, module.tree, settings, temporary, metadata_of(module, settings, size_hw))
+    write(module.network, module.tree, settings, temporary, metadata)
     seconds = time.perf_counter() - start
     # rounding decides between two nearly equal boxes in suppression: allow a second attempt
-    load_graph = (open_onnx if to_onnx else open_torch)(temporary)
     for seed in range(2):
-        result = compare(module, load_graph, settings, size_hw, seed)
-        if result.is_close:
+        boxes, images, difference = check.compare(module, temporary, run, settings, size_hw, seed)
+        is_close = difference <= check.MAX_DIFFERENCE  # False for NaN
+        if is_close:
             break
-    difference = (
-        f"maximum difference {max(result.box_difference, result.score_difference):.1e} (boxes "
-        f"{result.box_difference:.1e} of the image's sides, scores "
-        f"{result.score_difference:.1e} of the score)"
-    )
-    if not result.is_close:
+    measured = f"maximum difference {difference:.1e} (of the image's sides, or of the score)"
+    if not is_close:
         raise InputError(
-            f"{output}: differs from the checkpoint, {difference}; allowed: {MAX_DIFFERENCE}. "
-            "Not kept"
+            f"{output}: differs from the checkpoint, {measured}; allowed: "
+            f"{check.MAX_DIFFERENCE}. Not kept"
         )
     stride = module.network.stride
-    print(
+    return (
         f"{shlex.quote(str(output))}: {temporary.stat().st_size / 2**20:.1f} MiB, written in "
         f"{seconds:.0f} s; up to {settings.top} boxes per image, any batch size, image sizes in "
-        f"multiples of {stride} px, at least {stride if to_onnx else 2 * stride} px"
+        f"multiples of {stride} px, at least {stride if to_onnx else 2 * stride} px\n"
+        f"  checked: {boxes} boxes of {images} images, {measured}"
     )
-    print(f"  checked: {result.boxes} boxes of {result.images} images, {difference}")
