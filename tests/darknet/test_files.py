@@ -90,7 +90,7 @@ jitter=.3
 
 
 def count_values(cfg: str) -> int:
-    description = parse_network(parse_cfg(cfg, "x.cfg"), "x.cfg")
+    description = parse_network(parse_cfg(cfg, "x.cfg"))
     return sum(o * (i * k * k + (4 if norm else 1)) for i, o, k, norm in conv_layers(description))
 
 
@@ -144,7 +144,7 @@ def test_export_writes_the_imported_bytes_and_network(files):
     assert (files / "out/y.weights").read_bytes()[20:] == (files / "x.weights").read_bytes()[20:]
     assert (files / "out/y.weights").read_bytes()[12:20] == np.array([640], "<i8").tobytes()
     assert (files / "out/y.names").read_text() == "cat\ndog\n"
-    again, first = parse_network(read_cfg("out/y.cfg"), "y"), parse_network(read_cfg("x.cfg"), "x")
+    again, first = parse_network(read_cfg("out/y.cfg")), parse_network(read_cfg("x.cfg"))
     assert (again.layers, again.region, again.size_hw) == (
         first.layers, first.region, first.size_hw,
     )  # fmt: skip
@@ -166,7 +166,7 @@ def test_released_networks_round_trip(name, tmp_path):
     module, metadata, notes = import_model(description, tmp_path / "w.weights", tree)
     assert notes == []
     export_model(module, metadata, tmp_path / "out")
-    back = parse_network(read_cfg(tmp_path / "out.cfg"), "out.cfg")
+    back = parse_network(read_cfg(tmp_path / "out.cfg"))
     assert (back.layers, back.classes, back.region) == (
         description.layers, description.classes, description.region,
     )  # fmt: skip
@@ -249,7 +249,7 @@ slow_is_fine = settings(
 @given(description=descriptions(), seed=st.integers(0, 2**31))
 def test_any_network_round_trips(description, seed, tmp_path):
     write_cfg(tmp_path / "a.cfg", to_sections(description))
-    first = parse_network(read_cfg(tmp_path / "a.cfg"), "a.cfg")
+    first = parse_network(read_cfg(tmp_path / "a.cfg"))
     assert (first.layers, first.classes, first.region, first.size_hw) == (
         description.layers, description.classes, description.region, description.size_hw,
     )  # fmt: skip
@@ -262,7 +262,7 @@ def test_any_network_round_trips(description, seed, tmp_path):
     torch.save(build_checkpoint(module, metadata), tmp_path / "a.ckpt")
     export_model(load(tmp_path / "a.ckpt"), metadata, tmp_path / "b", overwrite=True)
     assert (tmp_path / "b.weights").read_bytes()[20:] == (tmp_path / "a.weights").read_bytes()[16:]
-    second = parse_network(read_cfg(tmp_path / "b.cfg"), "b.cfg")
+    second = parse_network(read_cfg(tmp_path / "b.cfg"))
     assert (second.layers, second.classes, second.region, second.size_hw) == (
         first.layers, first.classes, first.region, first.size_hw,
     )  # fmt: skip
@@ -541,7 +541,7 @@ def test_released_networks_equal_their_cfg():
         description = make()
         if name == "yolo9000":
             continue
-        back = parse_network(to_sections(description), name)
+        back = parse_network(to_sections(description))
         assert back.layers == description.layers
         with torch.device("meta"):
             network = build_network(back)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from yolo_lightning.darknet.config import TRAINING_OPTIONS, NetworkDescription
+from yolo_lightning.darknet.config import SCALES, TRAINING_OPTIONS, NetworkDescription
 from yolo_lightning.darknet.files import Section
 from yolo_lightning.errors import InputError
 from yolo_lightning.models.layers import (
@@ -47,10 +47,7 @@ def to_sections(description: NetworkDescription) -> list[Section]:
         "num": str(len(settings.anchors) // 2),
         "classes": str(description.classes),
         "rescore": str(int(settings.rescore)),
-        **{
-            name: _format_number(getattr(settings, name))
-            for name in ("thresh", "object_scale", "noobject_scale", "class_scale", "coord_scale")
-        },
+        **{name: _format_number(getattr(settings, name)) for name in ("thresh", *SCALES)},
     }
     if description.tree_file:
         region["tree"] = description.tree_file

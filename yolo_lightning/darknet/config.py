@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from yolo_lightning.darknet.files import Section
 from yolo_lightning.errors import InputError, nearest
@@ -59,155 +58,97 @@ class NetworkDescription:
         return len(self.region.anchors) // 2 * (5 + self.classes)
 
 
-_LAYER_OPTIONS: dict[str, dict[str, str]] = {
-    # options that change the result of a layer, with the only supported value
-    "convolutional": {
-        "groups": "1",
-        "dilation": "1",
-        "binary": "0",
-        "xnor": "0",
-        "flipped": "0",
-        "dot": "0",
-        "antialiasing": "0",
-        "share_index": "-1000000000",
-    },
-    "maxpool": {"maxpool_depth": "0", "antialiasing": "0"},
-    "reorg": {"reverse": "0", "flatten": "0", "extra": "0"},
-    "route": {"groups": "1", "group_id": "0"},
-    "dropout": {},
-    "avgpool": {},
-    "softmax": {"groups": "1", "temperature": "1", "spatial": "0"},
-    "cost": {},
-    "region": {"coords": "4", "background": "0", "mask": "0", "bias_match": "1"},
-}
-_READ_OPTIONS = {
-    "convolutional": "batch_normalize filters size stride pad padding activation",
-    "maxpool": "size stride padding",
-    "reorg": "stride",
-    "route": "layers",
-    "dropout": "probability",
-    "softmax": "tree",
-    "cost": "type",
-    "region": "anchors classes num softmax tree rescore thresh object_scale noobject_scale "
-    "class_scale coord_scale",
+# for each section: the options that are read, and those that change the result of a layer in ways
+# that are not supported, with the only supported value
+_OPTIONS: dict[str, tuple[str, dict[str, int]]] = {
+    "convolutional": (
+        "batch_normalize filters size stride pad padding activation",
+        {
+            "groups": 1,
+            "dilation": 1,
+            "binary": 0,
+            "xnor": 0,
+            "flipped": 0,
+            "dot": 0,
+            "antialiasing": 0,
+            "share_index": -1000000000,
+        },
+    ),
+    "maxpool": ("size stride padding", {"maxpool_depth": 0, "antialiasing": 0}),
+    "reorg": ("stride", {"reverse": 0, "flatten": 0, "extra": 0}),
+    "route": ("layers", {"groups": 1, "group_id": 0}),
+    "dropout": ("probability", {}),
+    "avgpool": ("", {}),
+    "softmax": ("tree", {"groups": 1, "temperature": 1, "spatial": 0}),
+    "cost": ("type", {}),
+    "region": (
+        "anchors classes num softmax tree rescore thresh object_scale noobject_scale class_scale "
+        "coord_scale",
+        {"coords": 4, "background": 0, "mask": 0, "bias_match": 1},
+    ),
 }
 TRAINING_OPTIONS = {
     "learning_rate": "learning_rate",
     "momentum": "momentum",
     "decay": "weight_decay",
 }
+SCALES = ("object_scale", "noobject_scale", "class_scale", "coord_scale")
 
 
-class _SectionReader:
-    """Read options of a section; error messages name file and line."""
-
-    def __init__(self, section: Section, origin: str) -> None:
-        self.section, self.origin = section, origin
-
-    def error(self, message: str, option: str = "") -> InputError:
-        line = self.section.lines.get(option, self.section.line)
-        return InputError(f"{self.origin}:{line}: [{self.section.kind}] {message}")
-
-    def integer(self, option: str, default: int, low: int, high: int) -> int:
-        """Return an integer between two bounds."""
-        text = self.section.options.get(option, str(default))
-        try:
-            value = int(text)
-        except ValueError:
-            raise self.error(f"{option}={text}; expected an integer", option) from None
-        if not low <= value <= high:
-            raise self.error(f"{option}={value}; allowed: {low} … {high}", option)
-        return value
-
-    def number(self, option: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
-        """Return a number between two bounds."""
-        text = self.section.options.get(option, str(default))
-        try:
-            value = float(text)
-        except ValueError:
-            raise self.error(f"{option}={text}; expected a number", option) from None
-        if not low <= value <= high:
-            raise self.error(f"{option}={text}; allowed: {low:g} … {high:g}", option)
-        return value
-
-    def numbers(self, option: str) -> list[float]:
-        """Return numbers separated by commas."""
-        text = self.section.options.get(option, "")
-        try:
-            return [float(part) for part in text.replace(" ", "").strip(",").split(",")]
-        except ValueError:
-            raise self.error(
-                f"{option}={text}; expected numbers separated by commas", option
-            ) from None
-
-    def check_fixed(self) -> list[str]:
-        """Raise on unsupported options; return the options without an effect."""
-        fixed = _LAYER_OPTIONS[self.section.kind]
-        for option, supported in fixed.items():
-            value = self.section.options.get(option, supported)
-            if not _equal(value, supported):
-                raise self.error(f"{option}={value} is not supported; allowed: {supported}", option)
-        known = {*fixed, *_READ_OPTIONS.get(self.section.kind, "").split()}
-        return [f"[{self.section.kind}] {o}" for o in self.section.options if o not in known]
-
-
-def parse_network(sections: Sequence[Section], origin: str) -> NetworkDescription:
+def parse_network(sections: Sequence[Section]) -> NetworkDescription:
     """Convert the sections of a `.cfg` file to a network description.
 
     Raises:
         InputError: an unsupported section or option, inconsistent values, or too large a network;
             names the line.
     """
-    net = _SectionReader(sections[0], origin)
-    if sections[0].kind != "net":
+    net, origin = sections[0], sections[0].origin
+    if net.kind != "net":
         raise net.error("is the first section; expected [net]")
     size_hw = (net.integer("height", 0, 1, MAX_PX), net.integer("width", 0, 1, MAX_PX))
     net.integer("channels", 3, 3, 3)
-    training = {
-        name: net.number(option, 0.0)
-        for option, name in TRAINING_OPTIONS.items()
-        if option in sections[0].options
-    }
     body, tail, ignored = _split_sections(sections[1:], origin)
-    layers = [_read_layer(_SectionReader(section, origin)) for section in body]
-    _check_layers(layers, body, origin)
-    last = layers.pop()
+    *layers, last = _read_layers(body)
     if not layers:
         raise InputError(f"{origin}: contains one layer; expected more before the last convolution")
-    _check_last(last, _SectionReader(body[-1], origin))
-    assert isinstance(last, Conv)
+    if not isinstance(last, Conv):
+        raise body[-1].error("is the last layer; expected [convolutional]")
+    if (last.size, last.stride, last.batch_norm, last.activation) != (1, 1, False, "linear"):
+        raise body[-1].error(
+            "is the last layer; expected size=1, stride=1, activation=linear and no batch_normalize"
+        )
     try:
         check_sizes(layers, size_hw)
     except InputError as error:
         raise InputError(f"{origin}: {error}") from None
-    end = _SectionReader(tail[0] if tail else body[-1], origin)
-    options = {"net": dict(sections[0].options)}
-    if not tail or tail[0].kind != "region":
-        if [section.kind for section in tail if section.kind != "cost"] != ["avgpool", "softmax"]:
-            raise end.error("ends the file; expected [region], or [avgpool] and [softmax]")
-        softmax = next(section for section in tail if section.kind == "softmax")
-        tree_file = softmax.options.get("tree", "")
-        return NetworkDescription(
-            tuple(layers), last.filters, size_hw, None, (), bool(tree_file), tree_file,
-            training, options, ignored,
-        )  # fmt: skip
-    if len(tail) > 1:
-        raise _SectionReader(tail[1], origin).error(
-            "follows [region]; expected the end of the file"
-        )
-    region, classes = _region(end)
-    stride = layer_outputs(layers)[-1].stride if layers else 1
-    if size_hw[0] % stride or size_hw[1] % stride:
-        raise net.error(
-            f"width={size_hw[1]}, height={size_hw[0]}; allowed: multiples of {stride}", "width"
-        )
+    end = _last_section(tail or body[-1:])
+    options = {"net": dict(net.options)}
+    region, classes = None, last.filters
+    if end.kind == "region":
+        region, classes = _read_region(end)
+        options["region"] = dict(end.options)
+        stride = layer_outputs(layers)[-1].stride
+        if size_hw[0] % stride or size_hw[1] % stride:
+            raise net.error(
+                f"width={size_hw[1]}, height={size_hw[0]}; allowed: multiples of {stride}", "width"
+            )
     description = NetworkDescription(
-        tuple(layers), classes, size_hw, region, (), "tree" in tail[0].options,
-        tail[0].options.get("tree", ""), training,
-        {**options, "region": dict(tail[0].options)}, ignored,
-    )  # fmt: skip
-    if last.filters != description.outputs:
-        raise _SectionReader(body[-1], origin).error(
+        tuple(layers),
+        classes,
+        size_hw,
+        region,
+        needs_tree="tree" in end.options,
+        tree_file=end.options.get("tree", ""),
+        training={
+            name: net.number(option, 0.0)
+            for option, name in TRAINING_OPTIONS.items()
+            if option in net.options
+        },
+        options=options,
+        ignored=ignored,
+    )
+    if region is not None and last.filters != description.outputs:
+        raise body[-1].error(
             f"filters={last.filters} before [region]; expected {description.outputs}: "
             f"num={len(region.anchors) // 2} x (classes={classes} + 5)",
             "filters",
@@ -219,20 +160,26 @@ def _split_sections(
     sections: Sequence[Section], origin: str
 ) -> tuple[list[Section], list[Section], list[str]]:
     """Return the sections of the layers, the final sections, and ignored options."""
-    ends = ("avgpool", "softmax", "cost", "region")
     ignored: list[str] = []
     body: list[Section] = []
     tail: list[Section] = []
     for section in sections:
-        reader = _SectionReader(section, origin)
-        if section.kind not in _LAYER_OPTIONS:
-            hint = nearest(section.kind, _LAYER_OPTIONS) or f"allowed: {', '.join(_LAYER_OPTIONS)}"
-            raise reader.error(f"is not supported; {hint}")
-        ignored += reader.check_fixed()
-        if section.kind in ends:
+        if section.kind not in _OPTIONS:
+            hint = nearest(section.kind, _OPTIONS) or f"allowed: {', '.join(_OPTIONS)}"
+            raise section.error(f"is not supported; {hint}")
+        read, fixed = _OPTIONS[section.kind]
+        for option, supported in fixed.items():
+            if section.number(option, supported, -1e9) != supported:
+                value = section.options[option]
+                raise section.error(
+                    f"{option}={value} is not supported; allowed: {supported}", option
+                )
+        known = {*fixed, *read.split()}
+        ignored += [f"[{section.kind}] {name}" for name in section.options if name not in known]
+        if section.kind in ("avgpool", "softmax", "cost", "region"):
             tail.append(section)
         elif tail:
-            raise reader.error(f"follows [{tail[-1].kind}]; expected the end of the network")
+            raise section.error(f"follows [{tail[-1].kind}]; expected the end of the network")
         else:
             body.append(section)
     if not 0 < len(body) <= MAX_LAYERS:
@@ -240,108 +187,89 @@ def _split_sections(
     return body, tail, list(dict.fromkeys(ignored))
 
 
-def _read_layer(reader: _SectionReader) -> Layer:
-    """Convert a section to a layer, with the default values of Darknet."""
-    match reader.section.kind:
-        case "convolutional":
-            size = reader.integer("size", 1, 1, 1001)
-            padding = reader.integer("padding", 0, 0, 1000)
-            if reader.integer("pad", 0, 0, 1):
-                padding = size // 2
-            return Conv(
-                reader.integer("filters", 1, 1, MAX_FILTERS),
-                size,
-                reader.integer("stride", 1, 1, 1000),
-                None if padding == size // 2 else padding,
-                bool(reader.integer("batch_normalize", 0, 0, 1)),
-                reader.section.options.get("activation", "logistic"),  # type: ignore[arg-type]
-            )
-        case "maxpool":
-            stride = reader.integer("stride", 1, 1, 1000)
-            size = reader.integer("size", stride, 1, 1000)
-            reader.integer("padding", size - 1, size - 1, size - 1)
-            return Pool(size, stride)
-        case "reorg":
-            return Reorg(reader.integer("stride", 1, 1, 1000), "darknet")
-        case "route":
-            numbers = reader.numbers("layers")
-            if not all(number.is_integer() for number in numbers):
-                raise reader.error("layers; expected integers", "layers")
-            return Route(tuple(int(number) for number in numbers))
-        case _:
-            return Dropout(reader.number("probability", 0.5, 0.0, 0.999999))
+def _last_section(tail: Sequence[Section]) -> Section:
+    """Return the region or softmax section that ends a network."""
+    if tail[0].kind == "region":
+        if len(tail) > 1:
+            raise tail[1].error("follows [region]; expected the end of the file")
+        return tail[0]
+    ends = [section for section in tail if section.kind != "cost"]
+    if [section.kind for section in ends] != ["avgpool", "softmax"]:
+        raise tail[0].error("ends the file; expected [region], or [avgpool] and [softmax]")
+    return ends[1]
 
 
-def _check_layers(layers: Sequence[Layer], sections: Sequence[Section], origin: str) -> None:
-    """Raise InputError if layers do not match, or the network is too large."""
-    outputs = layer_outputs([])
-    values = 0
-    for number, (layer, section) in enumerate(zip(layers, sections, strict=True)):
-        reader = _SectionReader(section, origin)
-        in_channels = outputs[-1].channels if outputs else 3
+def _read_layers(sections: Sequence[Section]) -> list[Layer]:
+    """Convert sections to layers that match and are not too large."""
+    layers: list[Layer] = []
+    in_channels, values = 3, 0
+    for section in sections:
+        layer = _read_layer(section)
+        layers.append(layer)
         try:
-            outputs = layer_outputs(layers[: number + 1])
+            output = layer_outputs(layers)[-1]
         except InputError as error:
-            raise reader.error(str(error)) from None
-        if outputs[-1].channels > MAX_FILTERS:
-            raise reader.error(
-                f"has {outputs[-1].channels} output channels; allowed: up to {MAX_FILTERS}"
-            )
+            raise section.error(str(error)) from None
         if isinstance(layer, Conv):
             values += layer.filters * (in_channels * layer.size**2 + 4)
         if values > MAX_VALUES:
-            raise reader.error(
+            raise section.error(
                 f"increases the network to {values:,} weights; allowed: up to {MAX_VALUES:,}"
             )
+        in_channels = output.channels
+    return layers
 
 
-def _check_last(last: Layer, reader: _SectionReader) -> None:
-    """Raise InputError if the last layer is not a linear 1x1 convolution."""
-    if not isinstance(last, Conv):
-        raise reader.error("is the last layer; expected [convolutional]")
-    if (last.size, last.stride, last.batch_norm, last.activation) != (1, 1, False, "linear"):
-        raise reader.error(
-            "is the last layer; expected size=1, stride=1, activation=linear and no batch_normalize"
-        )
+def _read_layer(section: Section) -> Layer:
+    """Convert a section to a layer, with the default values of Darknet."""
+    match section.kind:
+        case "convolutional":
+            size = section.integer("size", 1, 1, 1001)
+            padding = section.integer("padding", 0, 0, 1000)
+            if section.integer("pad", 0, 0, 1):
+                padding = size // 2
+            return Conv(
+                section.integer("filters", 1, 1, MAX_FILTERS),
+                size,
+                section.integer("stride", 1, 1, 1000),
+                None if padding == size // 2 else padding,
+                bool(section.integer("batch_normalize", 0, 0, 1)),
+                section.options.get("activation", "logistic"),  # type: ignore[arg-type]
+            )
+        case "maxpool":
+            stride = section.integer("stride", 1, 1, 1000)
+            size = section.integer("size", stride, 1, 1000)
+            section.integer("padding", size - 1, size - 1, size - 1)
+            return Pool(size, stride)
+        case "reorg":
+            return Reorg(section.integer("stride", 1, 1, 1000), "darknet")
+        case "route":
+            numbers = section.numbers("layers")
+            if not all(number.is_integer() for number in numbers):
+                raise section.error("layers; expected integers", "layers")
+            return Route(tuple(int(number) for number in numbers))
+        case _:
+            return Dropout(section.number("probability", 0.5, 0.0, 0.999999))
 
 
-def _region(reader: _SectionReader) -> tuple[Region, int]:
+def _read_region(section: Section) -> tuple[Region, int]:
     """Return the region and the number of classes."""
-    options = reader.section.options
-    classes = reader.integer("classes", 20, 1, MAX_FILTERS)
-    num = reader.integer("num", 1, 1, 1000)
-    anchors = reader.numbers("anchors") if "anchors" in options else []
+    classes = section.integer("classes", 20, 1, MAX_FILTERS)
+    num = section.integer("num", 1, 1, 1000)
+    anchors = section.numbers("anchors") if "anchors" in section.options else []
     if len(anchors) != 2 * num:
-        raise reader.error(
+        raise section.error(
             f"anchors has {len(anchors)} numbers; expected {2 * num}, two for each of num={num}",
             "anchors",
         )
     if not all(0 < value < 1e6 for value in anchors):
-        raise reader.error("anchors; expected positive numbers", "anchors")
-    if not reader.integer("softmax", 0, 0, 1) and "tree" not in options:
-        raise reader.error("softmax=0 is not supported; allowed: 1, or a tree", "softmax")
+        raise section.error("anchors; expected positive numbers", "anchors")
+    if not section.integer("softmax", 0, 0, 1) and "tree" not in section.options:
+        raise section.error("softmax=0 is not supported; allowed: 1, or a tree", "softmax")
     region = Region(
         tuple(anchors),
-        bool(reader.integer("rescore", 0, 0, 1)),
-        reader.number("thresh", 0.5, 0.0, 1.0),
-        reader.number("object_scale", 1.0),
-        reader.number("noobject_scale", 1.0),
-        reader.number("class_scale", 1.0),
-        reader.number("coord_scale", 1.0),
+        bool(section.integer("rescore", 0, 0, 1)),
+        section.number("thresh", 0.5, 0.0, 1.0),
+        **{name: section.number(name, 1.0) for name in SCALES},
     )
     return region, classes
-
-
-def _equal(first: str, second: str) -> bool:
-    """Compare two options, as numbers if possible."""
-    try:
-        return float(first) == float(second)
-    except ValueError:
-        return first == second
-
-
-def find_referenced_file(path: str, cfg: str | Path) -> Path | None:
-    """Find a file that a `.cfg` names, in the working folder or next to the `.cfg`."""
-    folder = Path(cfg).parent
-    candidates = (Path(path), folder / path, folder.parent / path, folder / Path(path).name)
-    return next((file for file in candidates if file.is_file()), None)

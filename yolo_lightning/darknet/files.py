@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from yolo_lightning.errors import InputError
@@ -21,12 +22,46 @@ _LONG_NAMES = {
 
 @dataclass
 class Section:
-    """A section of a `.cfg` file; `line` and `lines` are the line numbers of header and options."""
+    """A section of a `.cfg` file; error messages name file and line."""
 
     kind: str
-    line: int = 0
+    line: int = 0  # of the header
+    origin: str = ""  # the file
     options: dict[str, str] = field(default_factory=dict)
-    lines: dict[str, int] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)  # of the options
+
+    def error(self, message: str, option: str = "") -> InputError:
+        """Return an error at the line of an option, or of the header."""
+        line = self.lines.get(option, self.line)
+        return InputError(f"{self.origin}:{line}: [{self.kind}] {message}")
+
+    def integer(self, option: str, default: int, low: int, high: int) -> int:
+        """Return an integer between two bounds; raise `InputError` otherwise."""
+        text = self.options.get(option, str(default))
+        if not re.fullmatch(r"[+-]?\d+", text):
+            raise self.error(f"{option}={text}; expected an integer", option)
+        return int(self.number(option, default, low, high))
+
+    def number(self, option: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
+        """Return a number between two bounds; raise `InputError` otherwise."""
+        text = self.options.get(option, str(default))
+        try:
+            value = float(text)
+        except ValueError:
+            raise self.error(f"{option}={text}; expected a number", option) from None
+        if not low <= value <= high:
+            raise self.error(f"{option}={text}; allowed: {low:.9g} … {high:.9g}", option)
+        return value
+
+    def numbers(self, option: str) -> list[float]:
+        """Return numbers separated by commas; raise `InputError` otherwise."""
+        text = self.options.get(option, "")
+        try:
+            return [float(part) for part in text.replace(" ", "").strip(",").split(",")]
+        except ValueError:
+            raise self.error(
+                f"{option}={text}; expected numbers separated by commas", option
+            ) from None
 
 
 def read_cfg(path: str | Path) -> list[Section]:
@@ -35,8 +70,7 @@ def read_cfg(path: str | Path) -> list[Section]:
     Raises:
         InputError: missing, not text, empty, or an invalid line; names the line.
     """
-    file = require_file(path, ".cfg file")
-    return parse_cfg(read_text(file), str(file))
+    return parse_cfg(read_text(path, ".cfg file"), str(path))
 
 
 def parse_cfg(text: str, origin: str) -> list[Section]:
@@ -50,7 +84,7 @@ def parse_cfg(text: str, origin: str) -> list[Section]:
         name, equals, value = words.partition("=")
         if header:
             kind = header.group(1).lower()
-            sections.append(Section(_LONG_NAMES.get(kind, kind), number))
+            sections.append(Section(_LONG_NAMES.get(kind, kind), number, origin))
         elif equals and name.strip() and sections:
             name, value = name.strip(), re.split(r"[#;]", value, maxsplit=1)[0].strip()
             if name in sections[-1].options:
@@ -77,27 +111,32 @@ def write_cfg(path: Path, sections: Iterable[Section]) -> None:
 def read_data(path: str | Path) -> dict[str, Path]:
     """Return the paths in a `.data` file: ``names``, ``labels``, ``tree``.
 
-    Paths are relative to the working folder, as in Darknet, or to the file.
-
     Raises:
         InputError: a path does not exist.
     """
-    file = require_file(path, ".data file")
     paths = {}
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(path, ".data file").splitlines(), start=1):
         name, equals, value = (part.strip() for part in line.partition("="))
         if not equals or line.lstrip().startswith("#") or name not in ("names", "labels", "tree"):
             continue
-        candidates = [Path(value), file.parent / value, file.parent.parent / value]
-        candidates.append(file.parent / Path(value).name)
-        existing = [path for path in candidates if path.is_file()]
-        if not existing:
+        found = find_referenced_file(value, path)
+        if found is None:
             raise InputError(
-                f"{file}:{number}: {name} = {value}: not found in the working folder or next to "
+                f"{path}:{number}: {name} = {value}: not found in the working folder or next to "
                 "the .data file"
             )
-        paths[name] = existing[0]
+        paths[name] = found
     return paths
+
+
+def find_referenced_file(path: str, source: str | Path) -> Path | None:
+    """Find a file that a `.cfg` or `.data` file names.
+
+    The path is relative to the working folder, as in Darknet, or to the file.
+    """
+    folder = Path(source).expanduser().parent
+    candidates = (Path(path), folder / path, folder.parent / path, folder / Path(path).name)
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def read_names(path: str | Path) -> list[str]:
@@ -106,11 +145,10 @@ def read_names(path: str | Path) -> list[str]:
     Raises:
         InputError: missing, not text, or an empty line; names the line.
     """
-    file = require_file(path, "names file")
-    names = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    names = [line.strip() for line in read_text(path, "names file").rstrip().splitlines()]
     for number, name in enumerate(names, start=1):
         if not name:
-            raise InputError(f"{file}:{number}: expected a name, found an empty line")
+            raise InputError(f"{path}:{number}: expected a name, found an empty line")
     return names
 
 
@@ -125,42 +163,37 @@ def read_tree(
         InputError: an invalid line, a duplicate key, a parent after its children, siblings that are
             not contiguous, or another number of nodes or names; names the line.
     """
-    file = require_file(path, "tree file")
-    keys: dict[str, int] = {}
+    keys: list[str] = []
     parents: list[int] = []
-    finished: set[int] = set()
-    for number, line in enumerate(read_text(file).rstrip().splitlines(), start=1):
-        where = f"{file}:{number}: "
+    groups: set[int] = set()
+    for number, line in enumerate(read_text(path, "tree file").rstrip().splitlines(), start=1):
+        where = f"{path}:{number}: "
         parts = line.split()
         if len(parts) != 2 or not re.fullmatch(r"-?\d{1,9}", parts[1]):
             raise InputError(f"{where}expected a key and its parent's number, found {line!r}")
         key, parent = parts[0], int(parts[1])
-        if key in keys:
-            raise InputError(f"{where}key {key!r} was already defined in line {keys[key] + 1}")
         if not -1 <= parent < len(parents):
             raise InputError(
                 f"{where}parent {parent} of {key!r}; expected -1 or the number of a line above, "
                 f"0 … {len(parents) - 1}: parents come before their children"
             )
-        if parent in finished:
+        if parent in groups and parent != parents[-1]:
             raise InputError(
                 f"{where}{key!r} is separated from the other children of parent {parent}; "
                 "expected siblings in consecutive lines"
             )
-        if parents and parents[-1] != parent:
-            finished.add(parents[-1])
-        keys[key] = len(parents)
+        keys.append(key)
         parents.append(parent)
-    if count is not None and len(parents) != count:
-        raise InputError(f"{file}: {len(parents)} nodes, but the network has {count} classes")
-    if names is not None and len(names) != len(parents):
-        raise InputError(f"{file}: {len(parents)} nodes, but {len(names)} names")
-    listed = list(keys)
+        groups.add(parent)
+    if count is not None and len(keys) != count:
+        raise InputError(f"{path}: {len(keys)} nodes, but the network has {count} classes")
+    if names is not None and len(names) != len(keys):
+        raise InputError(f"{path}: {len(keys)} nodes, but {len(names)} names")
     rows = [
-        (key, "-" if parent < 0 else listed[parent], name)
-        for key, parent, name in zip(listed, parents, names or listed, strict=True)
+        (key, "-" if parent < 0 else keys[parent], name)
+        for key, parent, name in zip(keys, parents, names or keys, strict=True)
     ]
-    return WordTree(rows, str(file))
+    return WordTree(rows, str(path), range(1, len(rows) + 1))
 
 
 def darknet_order(tree: WordTree) -> list[int]:
@@ -168,21 +201,13 @@ def darknet_order(tree: WordTree) -> list[int]:
 
     Parents come before their children, and siblings are contiguous.
     """
-    children: dict[int, list[int]] = {}
-    for node, parent in enumerate(tree.parents.tolist()):
-        children.setdefault(parent, []).append(node)
-    parent_order: list[int] = []
-    finished: set[int] = set()
-    for node, parent in enumerate(tree.parents.tolist()):
-        if parent >= node or parent in finished:
-            break
-        if parent_order and parent_order[-1] != parent:
-            finished.add(parent_order[-1])
-            if parent in finished:
-                break
-        parent_order.append(parent)
-    else:
+    parents = tree.parents.tolist()
+    groups = [parent for parent, _ in groupby(parents)]
+    if len(groups) == tree.num_groups and all(parent < k for k, parent in enumerate(parents)):
         return list(range(len(tree)))
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(parents):
+        children.setdefault(parent, []).append(node)
     order = list(children[-1])
     for node in order:  # extended during iteration
         order.extend(children.get(node, []))
@@ -225,24 +250,25 @@ def require_file(path: str | Path, description: str) -> Path:
     return file
 
 
-def read_text(file: Path) -> str:
+def read_text(path: str | Path, description: str) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-        InputError: too large, not UTF-8, or with NUL bytes; names the byte.
+        InputError: missing, too large, not UTF-8, or with NUL bytes; names the byte.
     """
+    file = require_file(path, description)
     size = file.stat().st_size
     if size > MAX_TEXT_BYTES:
-        raise InputError(f"{file}: {size} bytes; expected a text of at most {MAX_TEXT_BYTES}")
+        raise InputError(f"{path}: {size} bytes; expected a text of at most {MAX_TEXT_BYTES}")
     data = file.read_bytes()
     if b"\0" in data:
         offset = data.index(b"\0")
         line = data.count(b"\n", 0, offset) + 1
-        raise InputError(f"{file}:{line}: a NUL byte at byte {offset}; expected text")
+        raise InputError(f"{path}:{line}: a NUL byte at byte {offset}; expected text")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}, byte {error.start}: not UTF-8 text") from None
+        raise InputError(f"{path}, byte {error.start}: not UTF-8 text") from None
     if not text.strip():
-        raise InputError(f"{file}: empty")
+        raise InputError(f"{path}: empty")
     return text

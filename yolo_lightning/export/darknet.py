@@ -4,10 +4,9 @@ import argparse
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -16,14 +15,14 @@ from yolo_lightning.checkpoints.pretrained import fill_last_conv, last_conv
 from yolo_lightning.classifier import ClassifierModule
 from yolo_lightning.darknet.cfg_writer import to_sections
 from yolo_lightning.darknet.config import (
+    TRAINING_OPTIONS,
     NetworkDescription,
     Region,
-    find_referenced_file,
     parse_network,
 )
 from yolo_lightning.darknet.files import (
-    Section,
     darknet_order,
+    find_referenced_file,
     read_cfg,
     read_data,
     read_names,
@@ -44,14 +43,32 @@ from yolo_lightning.darknet.weights import (
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.losses import LossSettings
-from yolo_lightning.models.layers import Conv, layer_outputs, layers_to_rows
+from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.tree.wordtree import WordTree
+
+# names of the settings of the loss, and of Darknet's options
+_LOSS_NAMES = {
+    "coord_scale": "coord_scale",
+    "obj_scale": "object_scale",
+    "noobj_scale": "noobject_scale",
+    "class_scale": "class_scale",
+    "ignore_iou": "thresh",
+    "rescore": "rescore",
+}
+
+
+class ImportedModel(NamedTuple):
+    """A model imported from Darknet's files, in evaluation mode."""
+
+    module: DetectorModule | ClassifierModule
+    metadata: dict[str, Any]  # for its checkpoint
+    notes: list[str]  # for the user
 
 
 def import_model(
     description: NetworkDescription, weights_path: str | Path, tree: WordTree
-) -> tuple[DetectorModule | ClassifierModule, dict[str, Any], list[str]]:
-    """Import a network; return the module, metadata for its checkpoint, and notes for the user.
+) -> ImportedModel:
+    """Import a network.
 
     Partial weights must end between two layers.
 
@@ -59,96 +76,74 @@ def import_model(
         InputError: too few or too many weights; names the byte.
     """
     weights = read_weights(weights_path)
-    sizes = layer_sizes(description)
-    total = sum(size for _, size in sizes)
-    count = len(weights.values)
-    if count > total:
-        raise InputError(
-            f"{weights.path}, byte {weights.header_bytes + 4 * total}: {count - total} values "
-            f"after the last layer; expected {total} in total, found {count}"
-        )
-    notes, num_filled = [], len(sizes)
-    if count < total:
-        num_filled = _count_filled_layers(weights, sizes)
-        notes.append(f"partial weights: {sizes[num_filled][0]} and later layers are initialised")
     module = _build_module(description, tree)
+    blocks = conv_blocks(module.network.body)
+    first_missing = _first_missing_layer(weights, layer_sizes(module))
     reader = WeightsReader(weights)
-    for _, block in conv_blocks(module.network.body):
-        if reader.remaining:
+    for number, block in blocks:
+        if first_missing is None or number < first_missing:
             reader.fill(block)
-    if reader.remaining:
-        fill_last_conv(module.network, reader)
     metadata: dict[str, Any] = {
         "images_seen": weights.images_seen,
         "options": description.options,
     }
-    if num_filled < len(sizes):
-        metadata["first_missing_layer"] = int(sizes[num_filled][0].removeprefix("layer "))
-    elif isinstance(module, DetectorModule):
+    if first_missing is not None:
+        metadata["first_missing_layer"] = first_missing
+        notes = [f"partial weights: layer {first_missing} and later layers are initialised"]
+        return ImportedModel(module.eval(), metadata, notes)
+    fill_last_conv(module.network, reader)
+    if isinstance(module, DetectorModule):
         module.boxed.fill_(True)
-    return module.eval(), metadata, notes
+    return ImportedModel(module.eval(), metadata, [])
 
 
-def _count_filled_layers(weights: Weights, sizes: Sequence[tuple[str, int]]) -> int:
-    count, start = len(weights.values), 0
-    for number, (name, size) in enumerate(sizes):
-        if count < start + size:
-            if count > start or not start:
+def layer_sizes(module: DetectorModule | ClassifierModule) -> dict[int, int]:
+    """Return the number of weights of each convolution, by layer, in the order of the file."""
+    network = module.network
+    tensors = {number: conv_tensors(block) for number, block in conv_blocks(network.body)}
+    tensors[len(network.body)] = list(last_conv(network))
+    return {number: sum(t.numel() for t in parts) for number, parts in tensors.items()}
+
+
+def _first_missing_layer(weights: Weights, sizes: Mapping[int, int]) -> int | None:
+    """Return the first layer without weights in the file, None if it is complete."""
+    total, remaining = sum(sizes.values()), len(weights.values)
+    if remaining > total:
+        raise InputError(
+            f"{weights.path}, byte {weights.header_bytes + 4 * total}: {remaining - total} values "
+            f"after the last layer; expected {total} in total, found {remaining}"
+        )
+    start = 0
+    for number, size in sizes.items():
+        if remaining < size:
+            if remaining or not start:
                 raise InputError(
-                    f"{weights.path}, byte {weights.header_bytes + 4 * start}: {name} has "
-                    f"{size} values, found {count - start}; the network has "
-                    f"{sum(n for _, n in sizes)}: the file is truncated, or of another network"
+                    f"{weights.path}, byte {weights.header_bytes + 4 * start}: layer {number} has "
+                    f"{size} values, found {remaining}; the network has {total}: the file is "
+                    "truncated, or of another network"
                 )
             return number
-        start += size
-    raise AssertionError("the weights are complete")
-
-
-def layer_sizes(description: NetworkDescription) -> list[tuple[str, int]]:
-    """Return name and number of weights of each convolution, in the order of the file."""
-    channels, sizes = 3, []
-    for number, (layer, output) in enumerate(
-        zip(description.layers, layer_outputs(description.layers), strict=True)
-    ):
-        if isinstance(layer, Conv):
-            per_filter = channels * layer.size**2 + (4 if layer.batch_norm else 1)
-            sizes.append((f"layer {number}", layer.filters * per_filter))
-        channels = output.channels
-    return [*sizes, (f"layer {len(description.layers)}", description.outputs * (channels + 1))]
+        start, remaining = start + size, remaining - size
+    return None
 
 
 def _build_module(
     description: NetworkDescription, tree: WordTree
 ) -> DetectorModule | ClassifierModule:
-    size: int | list[int] = list(description.size_hw)
-    if description.size_hw[0] == description.size_hw[1]:
-        size = description.size_hw[0]
-    backbone, rows = layers_to_rows(description.layers), [tuple(row) for row in tree.rows]
+    height, width = description.size_hw
+    options: dict[str, Any] = {
+        "tree": [tuple(row) for row in tree.rows],
+        "backbone": layers_to_rows(description.layers),
+        "image_size": height if height == width else [height, width],
+        **description.training,
+    }
     region = description.region
     if region is None:
-        return ClassifierModule(
-            rows,  # type: ignore[arg-type]
-            backbone,
-            image_size=size,
-            **description.training,  # type: ignore[arg-type]
-        )
-    pairs = list(zip(region.anchors[::2], region.anchors[1::2], strict=True))
+        return ClassifierModule(**options)
+    loss = LossSettings(**{ours: getattr(region, name) for ours, name in _LOSS_NAMES.items()})
+    anchors = list(zip(region.anchors[::2], region.anchors[1::2], strict=True))
     return DetectorModule(
-        rows,  # type: ignore[arg-type]
-        pairs,
-        backbone,
-        head_channels=0,
-        passthrough_channels=0,
-        image_size=size,
-        loss=LossSettings(
-            coord_scale=region.coord_scale,
-            obj_scale=region.object_scale,
-            noobj_scale=region.noobject_scale,
-            class_scale=region.class_scale,
-            ignore_iou=region.thresh,
-            rescore=region.rescore,
-        ),
-        **description.training,  # type: ignore[arg-type]
+        anchors_wh_cell=anchors, head_channels=0, passthrough_channels=0, loss=loss, **options
     )
 
 
@@ -165,18 +160,18 @@ def load_classes(
     Raises:
         InputError: a missing or invalid file, or another number of classes.
     """
-    names = read_names(names_path) if names_path else None
     if description.needs_tree and tree_path is None:
         missing = f"; {description.tree_file!r} not found" if description.tree_file else ""
         raise InputError(f"the classes of this network form a tree{missing}: use --tree FILE")
     if tree_path is not None:
+        names = read_names(names_path) if names_path else None
         return read_tree(tree_path, names, description.classes)
-    if names is None:
-        names = list(description.names) or [f"class {k}" for k in range(description.classes)]
+    if names_path is not None:
+        names = _read_class_lines(description, names_path)
     else:
-        names = _class_lines(description, names, names_path)
+        names = list(description.names) or [f"class {k}" for k in range(description.classes)]
     if keys_path is not None:
-        keys = _class_lines(description, read_names(keys_path), keys_path)
+        keys = _read_class_lines(description, keys_path)
     else:
         counts = Counter(names)
         # names need not be unique (two kinds of crane), but keys must be
@@ -186,15 +181,13 @@ def load_classes(
     )
 
 
-def _class_lines(
-    description: NetworkDescription, lines: list[str], path: str | Path | None
-) -> list[str]:
+def _read_class_lines(description: NetworkDescription, path: str | Path) -> list[str]:
     """Return one line per class; lists of a classifier may be longer, as ImageNet's is."""
-    count, num_lines = description.classes, len(lines)
-    if num_lines < count or (num_lines > count and description.region is not None):
-        raise InputError(f"{path}: {num_lines} lines, but the network has {count} classes")
-    if num_lines > count:
-        print(f"{path}: {num_lines} lines; using the first {count}")
+    lines, count = read_names(path), description.classes
+    if len(lines) < count or (len(lines) > count and description.region is not None):
+        raise InputError(f"{path}: {len(lines)} lines, but the network has {count} classes")
+    if len(lines) > count:
+        print(f"{path}: {len(lines)} lines; using the first {count}")
     return lines[:count]
 
 
@@ -221,24 +214,17 @@ def describe_network(
     size = module.hparams["image_size"]
     region = None
     if isinstance(module, DetectorModule):
-        loss = module.loss
         region = Region(
             tuple(float(v) for pair in module.hparams["anchors_wh_cell"] for v in pair),
-            loss.rescore,
-            loss.ignore_iou,
-            loss.obj_scale,
-            loss.noobj_scale,
-            loss.class_scale,
-            loss.coord_scale,
+            **{name: getattr(module.loss, ours) for ours, name in _LOSS_NAMES.items()},
         )
-    names = ("learning_rate", "momentum", "weight_decay")
     return NetworkDescription(
         module.network.body.layers,
         len(module.tree),
         (size, size) if isinstance(size, int) else (size[0], size[1]),
         region,
         module.tree.names,
-        training={name: module.hparams[name] for name in names},
+        training={name: module.hparams[name] for name in TRAINING_OPTIONS.values()},
         options=metadata.get("options", {}),
     )
 
@@ -256,42 +242,37 @@ def export_model(
     Raises:
         InputError: an unsupported network or an existing file; nothing is written.
     """
-    description = describe_network(module, metadata)
-    order = darknet_order(module.tree)
-    flat = bool((module.tree.parents < 0).all())
+    description, tree = describe_network(module, metadata), module.tree
+    order = darknet_order(tree)
+    names, keys = ([texts[node] for node in order] for texts in (tree.names, tree.keys))
+    flat = bool((tree.parents < 0).all())
     if not flat:
-        description.tree_file = stem.with_name(f"{stem.name}.tree").name
+        description.tree_file = f"{stem.name}.tree"
+    sections = to_sections(description)
     weight, bias = _reorder_classes(last_conv(module.network), order, description)
     tensors = [t for _, block in conv_blocks(module.network.body) for t in conv_tensors(block)]
-    sections: list[Section] = to_sections(description)
-    names = [module.tree.names[node] for node in order]
-    # all files are written completely before the first one is renamed
+    images_seen = int(metadata.get("images_seen", 0))
     writers: dict[str, Callable[[Path], None]] = {
         ".cfg": lambda path: write_cfg(path, sections),
-        ".weights": lambda path: write_weights(
-            path, [*tensors, bias, weight], int(metadata.get("images_seen", 0))
-        ),
+        ".weights": lambda path: write_weights(path, [*tensors, bias, weight], images_seen),
         ".names": lambda path: write_names(path, names),
     }
-    if flat:
-        keys = [module.tree.keys[node] for node in order]
-        if keys != names:
-            writers[".labels"] = lambda path: write_names(path, keys)
-    else:
-        writers[".tree"] = lambda path: write_tree(path, module.tree, order)
-    existing = [path for path in (stem.with_name(stem.name + x) for x in writers) if path.exists()]
+    if not flat:
+        writers[".tree"] = lambda path: write_tree(path, tree, order)
+    elif keys != names:
+        writers[".labels"] = lambda path: write_names(path, keys)
+    targets = {suffix: stem.with_name(stem.name + suffix) for suffix in writers}
+    existing = [path for path in targets.values() if path.exists()]
     if existing and not overwrite:
         raise InputError(f"{existing[0]} exists; --overwrite replaces it")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    written = []
     with tempfile.TemporaryDirectory(dir=stem.parent) as folder:
+        # all files are written completely before the first one is renamed
         for suffix, write in writers.items():
             write(Path(folder) / f"new{suffix}")
-        for suffix in writers:
-            target = stem.with_name(stem.name + suffix)
+        for suffix, target in targets.items():
             os.replace(Path(folder) / f"new{suffix}", target)
-            written.append(target)
-    return written
+    return list(targets.values())
 
 
 def _reorder_classes(
@@ -307,24 +288,12 @@ def _reorder_classes(
     return weight[rows], bias[rows]
 
 
-@dataclass
-class ImportedModel:
-    """A model imported from Darknet's files, in evaluation mode, with notes for the user."""
-
-    module: DetectorModule | ClassifierModule
-    description: NetworkDescription
-    metadata: dict[str, Any]
-    notes: list[str]
-
-
 def import_from_options(options: argparse.Namespace) -> ImportedModel:
     """Import a model from the files in the command line, see `add_darknet_options`."""
     if (options.cfg is None) == (options.layout is None):
         raise InputError("use one of --cfg FILE and --layout NAME")
     description = (
-        parse_network(read_cfg(options.cfg), str(options.cfg))
-        if options.cfg
-        else released_network(options.layout)
+        parse_network(read_cfg(options.cfg)) if options.cfg else released_network(options.layout)
     )
     data_paths = read_data(options.data) if options.data else {}
     tree_path = options.tree or data_paths.get("tree")
@@ -333,11 +302,12 @@ def import_from_options(options: argparse.Namespace) -> ImportedModel:
     names_path = options.names or data_paths.get("names")
     labels_path = options.labels or data_paths.get("labels")
     tree = load_classes(description, names_path, tree_path, labels_path)
-    module, metadata, notes = import_model(description, options.weights, tree)
+    imported = import_model(description, options.weights, tree)
+    notes = imported.notes
     if tree_path is not None and not description.needs_tree:
         notes.append("the .cfg has no tree: its softmax was over all classes, now over siblings")
     if description.ignored:
         notes.append(f"ignored options: {', '.join(description.ignored)}")
     if not (names_path or tree_path or description.names):
         notes.append("the classes have numbers as names; use --names FILE")
-    return ImportedModel(module, description, metadata, notes)
+    return imported

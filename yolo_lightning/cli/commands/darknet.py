@@ -31,19 +31,18 @@ def _import(options: argparse.Namespace) -> None:
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.export.darknet import build_checkpoint, import_from_options, layer_sizes
 
-    imported = import_from_options(options)
-    module, description, metadata = imported.module, imported.description, imported.metadata
+    module, metadata, notes = import_from_options(options)
     output = Path(options.output)
     if output.is_dir() or not output.name:
         raise InputError(f"--output {options.output!r} is a folder; expected a file to write")
     write_checkpoint(build_checkpoint(module, metadata), output)
     kind = "detector" if isinstance(module, DetectorModule) else "classifier"
-    values = sum(count for _, count in layer_sizes(description))
+    layers, values = len(module.network.body) + 1, sum(layer_sizes(module).values())
     print(
-        f"{output}: {kind} of {len(module.tree)} classes, {len(description.layers) + 1} layers, "
-        f"{values:,} values, trained on {metadata['images_seen']:,} images"
+        f"{output}: {kind} of {len(module.tree)} classes, {layers} layers, {values:,} values, "
+        f"trained on {metadata['images_seen']:,} images"
     )
-    for note in imported.notes:
+    for note in notes:
         print(f"  {note}")
 
 
