@@ -453,6 +453,42 @@ def test_paths_are_read_from_a_data_file(files):
     assert load("m.ckpt").tree.rows == [("n1", "-", "crane"), ("n2", "-", "crane")]
 
 
+def test_notes_say_what_an_import_changes(files, capsys):
+    write_lines(files / "x.tree", "n1 -1", "n2 0")
+    assert main([*IMPORT, "--tree", "x.tree", "--output", "m.ckpt"]) == 0
+    assert "its softmax was over all classes, now over siblings" in capsys.readouterr().out
+    assert main([*IMPORT[:-2], "--output", "m.ckpt"]) == 0
+    assert "the classes have numbers as names; use --names FILE" in capsys.readouterr().out
+    assert load("m.ckpt").tree.names == ("class 0", "class 1")
+    (files / "c.cfg").write_text(
+        "[net]\nwidth=32\nheight=32\n[convolutional]\nfilters=4\nactivation=leaky\n"
+        "[convolutional]\nfilters=2\nactivation=linear\n[avgpool]\n[softmax]\n"
+    )
+    write_values(files / "c.weights", 4 * 4 + 2 * 5)
+    argv = ["darknet", "import", "--cfg", "c.cfg", "--weights", "c.weights", "--names", "long"]
+    write_lines(files / "long", "a", "b", "c")
+    assert main([*argv, "--output", "m.ckpt"]) == 0
+    assert "long: 3 lines; using the first 2" in capsys.readouterr().out
+    assert load("m.ckpt").tree.names == ("a", "b")
+
+
+def test_keys_are_exported_as_labels_or_without_spaces(files, capsys):
+    flat = DetectorModule([("n1", "-", "cat"), ("n2", "-", "dog")], [(1.0, 1.0)], "small", 0, 0)
+    paths = export_model(flat, {}, files / "flat")
+    assert [path.name for path in paths] == [
+        "flat.cfg", "flat.weights", "flat.names", "flat.labels",
+    ]  # fmt: skip
+    assert (files / "flat.names").read_text() == "cat\ndog\n"
+    assert (files / "flat.labels").read_text() == "n1\nn2\n"
+    tree = DetectorModule([("a", "-", "a"), ("hot dog", "a", "b")], [(1.0, 1.0)], "small", 0, 0)
+    torch.save(build_checkpoint(tree, {}), "m.ckpt")
+    assert main(["darknet", "export", "m.ckpt", "--output", "y"]) == 0
+    assert (
+        "spaces in 1 keys became underscores, for example in 'hot dog'" in capsys.readouterr().out
+    )
+    assert (files / "y.tree").read_text() == "a -1\nhot_dog 0\n"
+
+
 def test_duplicate_names_get_unique_keys(files):
     (files / "x.names").write_text("crane\ncrane\n")
     assert main([*IMPORT, "--output", "m.ckpt"]) == 0

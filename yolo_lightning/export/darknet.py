@@ -46,7 +46,7 @@ from yolo_lightning.losses import LossSettings
 from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.tree.wordtree import WordTree
 
-# names of the settings of the loss, and of Darknet's options
+# settings of the loss, and Darknet's options of the same meaning
 _LOSS_NAMES = {
     "coord_scale": "coord_scale",
     "obj_scale": "object_scale",
