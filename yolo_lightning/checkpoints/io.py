@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_file
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 PARTIAL_SUFFIX = ".part"  # of a temporary file that is being written
@@ -107,9 +107,7 @@ def verify(path: str | Path) -> None:
     Raises:
         InputError: the file is missing, damaged, or not a checkpoint.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"checkpoint {str(path)!r} not found (working folder: {Path.cwd()})")
+    file = require_file(path, "checkpoint")
     try:
         with file.open("rb") as handle:
             if handle.read(4) != b"PK\x03\x04":

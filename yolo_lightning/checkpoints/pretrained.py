@@ -10,7 +10,7 @@ from torch import Tensor
 
 from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
 from yolo_lightning.darknet.weights import WeightsReader, conv_blocks, conv_tensors, read_weights
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_file
 from yolo_lightning.models.layers import CustomBackbone
 from yolo_lightning.models.networks import Classifier, ConvBlock, YOLOv2
 from yolo_lightning.tree.wordtree import WordTree
@@ -60,11 +60,7 @@ def load_pretrained(
     Raises:
         InputError: the file does not exist, or nothing in it fits.
     """
-    if not Path(path).expanduser().is_file():
-        raise InputError(
-            f"model.pretrained {str(path)!r} not found (working folder: {Path.cwd()}); "
-            "null starts from random weights"
-        )
+    require_file(path, "model.pretrained", "null starts from random weights")
     total = sum(tensor.numel() for tensor in _weights(network.state_dict()).values())
     report = PretrainedReport(str(path), total_values=total)
     if is_checkpoint(path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_file
 from yolo_lightning.tree.wordtree import WordTree
 
 MAX_TEXT_BYTES = 64 * 2**20
@@ -236,18 +236,6 @@ def write_tree(path: Path, tree: WordTree, order: Sequence[int]) -> None:
 def write_names(path: Path, names: Iterable[str]) -> None:
     """Write a `.names` file."""
     path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-
-
-def require_file(path: str | Path, description: str) -> Path:
-    """Return the path of an existing file.
-
-    Raises:
-        InputError: the file does not exist.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"{description} {str(path)!r} not found (working folder: {Path.cwd()})")
-    return file
 
 
 def read_text(path: str | Path, description: str) -> str:

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from yolo_lightning.darknet.files import require_file
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, require_file
 from yolo_lightning.models.networks import ConvBlock
 
 VERSION = (0, 2, 0)
