@@ -1,6 +1,7 @@
 """`RunRecord`: saves the recipe of a run, and describes the run in MLflow."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.serving.mlflow_model import save_model
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER
 from yolo_lightning.tracking.logger import RunLogger, run_loggers
-from yolo_lightning.tracking.provenance import device_name, git_state, versions
+from yolo_lightning.tracking.provenance import git_state, processor_name, versions
 from yolo_lightning.tracking.store import strip_passwords
 
 
@@ -65,10 +66,12 @@ class RunRecord(pl.Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         inputs: list[dict[str, Any]] = data.inputs() if hasattr(data, "inputs") else []
+        device = trainer.strategy.root_device
+        cores = f", {os.cpu_count()} cores" if device.type == "cpu" else ""
         tags = {
             "recipe": self.recipe,
             "run_folder": str(self.folder),
-            "device": device_name(trainer.strategy.root_device),
+            "device": processor_name(device) + cores,
             "world_size": str(trainer.world_size),
             "precision": str(trainer.precision),
             **(git_state(Path.cwd()) or git_state(Path(__file__).parent)),

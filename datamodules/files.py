@@ -16,9 +16,6 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, read_image
 from yolo_lightning.tree.wordtree import WordTree
 
-# paths and modification times of the dataset's files, which say whether a cached index is fresh
-CACHE_ARRAYS = {"watched", "watched_offsets", "stamps"}
-
 
 class FileSource(Source):
     """A source whose images are files; subclasses find and parse their annotations."""
@@ -94,8 +91,7 @@ class FileSource(Source):
     def fingerprint(self) -> str:
         """Return a hash of file names, labels and boxes; no image is read."""
         index = self.load_index()
-        content = sorted(index.arrays.keys() - CACHE_ARRAYS)
-        arrays = (part for name in content for part in (name, index.arrays[name]))
+        arrays = (part for item in sorted(index.arrays.items()) for part in item)
         return digest(list(index.metadata["names"]), *arrays)
 
     def image_path(self, index: int) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,11 +97,12 @@ def load(file: Path, check_stamps: bool = False) -> Index:
     Raises:
         ValueError: not an index, of another version, truncated, or stale if `check_stamps` is set.
     """
+    mapped = np.asarray(np.memmap(file, np.uint8, "r"))
     with file.open("rb") as stream:
-        header = json.loads(_map_array(stream).tobytes())
+        header = json.loads(_next_array(stream, mapped).tobytes())
         if header["version"] != VERSION:
             raise ValueError(f"{file}: version {header['version']}, expected {VERSION}")
-        arrays = {name: _map_array(stream) for name in header["arrays"]}
+        arrays = {name: _next_array(stream, mapped) for name in header["arrays"]}
     watched, stamps = arrays.pop("watched"), arrays.pop("stamps")
     if check_stamps:
         paths = os.fsdecode(watched.tobytes()).split("\0")
@@ -135,14 +137,13 @@ def _write(file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any])
         Path(temporary).unlink(missing_ok=True)
 
 
-def _map_array(stream: IO[bytes]) -> Array:
-    """Memory-map the array at the position of the stream, and move to its end."""
+def _next_array(stream: IO[bytes], mapped: Array) -> Array:
+    """Return the array at the position of the stream in the mapped file; move to its end."""
     stream.seek(-stream.tell() % _ALIGNMENT, os.SEEK_CUR)
     np.lib.format.read_magic(stream)
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     if dtype.hasobject:  # would be read as addresses
         raise ValueError("contains Python objects")
     start = stream.tell()
-    array = np.asarray(np.memmap(stream, dtype, "r", start, shape))
-    stream.seek(start + array.nbytes)
-    return array
+    stream.seek(dtype.itemsize * math.prod(shape), os.SEEK_CUR)
+    return mapped[start : stream.tell()].view(dtype).reshape(shape)

@@ -83,7 +83,7 @@ class YOLOText(AnnotatedImages):
         names = self.names if self.names is not None else description.get("names")
         if names is None:
             files = (file for name in _NAME_FILES for file in sorted(root.glob(name)))
-            names = next((str(file) for file in files), None)
+            names = next((str(file) for file in files if file.is_file()), None)
         if names is None and (root / "data.yaml").is_file():
             names = _read_description(root / "data.yaml", annotations).get("names")
         if isinstance(names, str):

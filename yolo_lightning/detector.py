@@ -127,6 +127,11 @@ class DetectorModule(TrainingModule):
         self.register_buffer("boxed", torch.zeros(len(self.tree), dtype=torch.bool))
         self.evaluation = DetectionEvaluation(self.tree)
 
+    def setup(self, stage: str) -> None:
+        """Check data and trainer, load pretrained weights, and copy `resize` from the data."""
+        super().setup(stage)
+        self.hparams["resize"] = getattr(self._datamodule, "resize", self.hparams["resize"])
+
     def _check_data(self, stage: str) -> None:
         data = self._datamodule
         if stage == "fit" and hasattr(data, "detection") and data.detection is None:
@@ -135,7 +140,6 @@ class DetectorModule(TrainingModule):
             source = getattr(data, name, None)
             if source is not None and not hasattr(source, "shapes_wh_px"):
                 raise InputError(f"data.{name}: a detector is evaluated on images with boxes")
-        self.hparams["resize"] = getattr(data, "resize", self.hparams["resize"])
 
     def on_fit_start(self) -> None:
         """Copy image size and classes with boxes from the data; weights are restored by now."""

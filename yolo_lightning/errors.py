@@ -1,5 +1,6 @@
 """`InputError`, which users see as a message instead of a traceback, and files that raise it."""
 
+import contextlib
 import difflib
 import os
 import shutil
@@ -81,4 +82,5 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from tests.helpers.miniatures import (
     write_devkit,
     write_ilsvrc,
 )
-from yolo_lightning.datamodules import COCOJson, ILSVRCDetection, ImageFolder, VOCFolder, index
+from yolo_lightning.datamodules import ILSVRCDetection, ImageFolder, VOCFolder, index
 from yolo_lightning.errors import InputError
 
 # --- labels and the tree
@@ -312,18 +312,6 @@ def test_an_index_may_be_saved_several_times_at_once(tmp_path):
         assert loaded.metadata == opened.metadata
         assert np.array_equal(loaded.arrays["boxes_xyxy"], opened.arrays["boxes_xyxy"])
     assert [path.name for path in file.parent.iterdir()] == [file.name]
-
-
-def test_fingerprint_is_independent_of_the_folder(tmp_path, monkeypatch):
-    fingerprint = build_coco(tmp_path / "set")().fingerprint()
-    shutil.copytree(tmp_path / "set", tmp_path / "copy")
-    for file in (tmp_path / "copy").glob("*"):
-        touch(file)
-    assert COCOJson(str(tmp_path / "copy/ann.json")).fingerprint() == fingerprint
-    monkeypatch.setenv(index.CACHE_VARIABLE, str(write(tmp_path / "file", "") / "below"))
-    assert build_coco(tmp_path / "set")().fingerprint() == fingerprint  # parsed, not loaded
-    rewrite(tmp_path / "set/ann.json", "pomme", "poire")
-    assert COCOJson(str(tmp_path / "set/ann.json")).fingerprint() != fingerprint
 
 
 def test_no_temporary_file_remains(tmp_path):

@@ -177,8 +177,8 @@ YOLO_LAYOUTS: dict[str, tuple[dict[str, str], str, str, list[str]]] = {
         {"classes.txt": "banana\n\napple\n", "images/a.jpg": "labels/a.txt"},
         ".", "train", ["images/a.jpg"]),
     "a folder with splits": (
-        {"x.names": "banana\napple\n", "images/train/a.jpg": "labels/train/a.txt",
-         "images/val/b.jpg": "labels/val/b.txt"},
+        {"x.names": "banana\napple\n", "obj.names/x.txt": "",
+         "images/train/a.jpg": "labels/train/a.txt", "images/val/b.jpg": "labels/val/b.txt"},
         ".", "val", ["images/val/b.jpg"]),
     "a folder of splits": (
         {"data.yaml": NAMES, "train/images/a.jpg": "train/labels/a.txt",

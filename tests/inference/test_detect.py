@@ -228,7 +228,7 @@ def test_unreadable_images_are_reported_after_the_others(checkpoint, photos, tmp
         (["{photos}", "--duration=0"], "--duration is 0.0; allowed: more than 0 seconds"),
         (["{photos}", "--output={photos}"], "holds files; nothing is overwritten"),
         (["{photos}", "--output={photos}/a.jpg"], "is a file; expected a folder"),
-        (["{photos}", "--device=gpu"], "device 'gpu'"),
+        (["{photos}", "--device=gpu"], "--device is 'gpu'; allowed: cpu, cuda"),
         (["{photos}/none.jpg"], "no such file or folder"),
         (["{photos}/*.gif"], "no such file or folder"),
         ([], "name a checkpoint, then images"),

@@ -18,7 +18,7 @@ import pytest
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image
-from yolo_lightning.inference import video, video_writer
+from yolo_lightning.inference import sources, video, video_writer
 from yolo_lightning.inference.video import (
     VideoReader,
     is_camera,
@@ -242,6 +242,13 @@ def test_truncated_file_yields_its_frames_and_reports_the_end(
     assert len(numbers) == next(number for number in itertools.count() if number not in complete)
 
 
+def test_truncated_file_is_reported_after_a_start(intact, tmp_path):
+    path = tmp_path / "cut.mkv"
+    path.write_bytes(intact["mkv"].read_bytes()[: packets(intact["mkv"])[25][1]])
+    with pytest.raises(InputError, match="its duration should be 3.000 s"):
+        read(path, 1.5)
+
+
 def test_incomplete_last_frame_is_not_read(tmp_path):
     path = generate(tmp_path / "vp9.mp4", codec_of="webm")  # VP9 decodes most of a packet
     _, start, end = packets(path)[12]
@@ -249,7 +256,7 @@ def test_incomplete_last_frame_is_not_read(tmp_path):
     assert len(read_broken(path)[0]) == 12
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "webm", "avi"])
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "mkv", "avi"])
 def test_damaged_file_yields_the_frames_before_the_damage(intact, tmp_path, suffix):
     numbers, _ = read_broken(
         with_bytes(intact[suffix], tmp_path / f"bad.{suffix}", overwrite_middle)
@@ -308,7 +315,7 @@ def test_output_is_playable_after_damaged_input(intact, tmp_path):
 )
 def test_other_files_are_rejected(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: cannot be opened as a video \(Invalid data"):
+    with pytest.raises(InputError, match=rf"{name}: cannot be opened \(no video, or"):
         VideoReader(tmp_path / name)
 
 
@@ -362,7 +369,9 @@ def test_without_pyav_the_message_names_the_extra(intact, tmp_path, monkeypatch)
 
 
 def test_missing_camera_is_rejected():
-    with pytest.raises(InputError, match="camera 99: /dev/video99: cannot be opened.* available"):
+    with pytest.raises(
+        InputError, match=r"camera 99 \(/dev/video99\): cannot be opened.* available"
+    ):
         VideoReader("99")
 
 
@@ -472,11 +481,43 @@ def test_live_stream_continues_after_damage(intact):
     assert times_s == sorted(set(times_s))
 
 
+def test_closed_live_stream_is_not_read_any_more(monkeypatch):
+    events = []
+
+    class EndlessReader:
+        frames_per_second, frame_count = Fraction(RATE), None
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            events.append("closed")
+
+        def __iter__(self):
+            for number in itertools.count():
+                time.sleep(0.02)
+                events.append("read")
+                yield video.VideoFrame(np.zeros((32, 32, 3), np.uint8), number / RATE)
+
+    monkeypatch.setattr(sources, "VideoReader", EndlessReader)
+    reader = sources.FrameReader((32, 32), "letterbox", 0.0, None, False, [])
+    url = "rtsp://camera"
+    frames = reader.frames([sources.FrameSource(url, url, "stream", "live")])
+    next(frames)
+    frames.close()
+    time.sleep(0.1)
+    assert events[-1] == "closed"
+    assert "read" in events
+
+
 def test_silent_stream_times_out(intact, monkeypatch):
     monkeypatch.setattr(video, "TIMEOUT_S", 1.0)
     with (
         sending(b"", keep_open=True) as address,
-        pytest.raises(InputError, match=r"cannot be opened as a video \(timed out after 1 s\)"),
+        pytest.raises(InputError, match=r"cannot be opened \(timed out after 1 s\)"),
     ):
         VideoReader(address)
     content = intact["webm"].read_bytes()

@@ -121,7 +121,8 @@ def _check_state(state: dict[str, Tensor], hparams: dict[str, Any], file_size: i
     expected = {f"network.{name}": value for name, value in network.state_dict().items()}
     actual = {name: value for name, value in state.items() if name.startswith("network.")}
     for name in expected | actual:
-        described, found = (_describe(tensors.get(name)) for tensors in (expected, actual))
+        found = _describe(actual.get(name), "missing")
+        described = _describe(expected.get(name), "no such tensor")
         if described != found:
             raise InputError(
                 f"{name} is {found}, but its hyper-parameters describe {described}: "
@@ -138,10 +139,10 @@ def _custom_channels(state: dict[str, Tensor]) -> int:
     return next((weight.shape[1] for weight in weights if weight is not None), 1)
 
 
-def _describe(tensor: Tensor | None) -> str:
+def _describe(tensor: Tensor | None, missing: str) -> str:
     """Return kind and shape of a tensor; floating-point types are converted to float32."""
     if tensor is None:
-        return "missing"
+        return missing
     kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {list(tensor.shape)}"
 

@@ -103,8 +103,8 @@ def read_hierarchy(file: str) -> dict[str, str]:
             raise InputError(f"{path}:{line}: expected a class and its parent")
         if child in parents and (parents[child] != parent or path.suffix != ".csv"):
             raise InputError(
-                f"{path}:{line}: {child!r} has the parent {parent!r}, but line {lines[child]} "
-                f"gives it {parents[child]!r}; a class has one parent "
+                f"{path}:{line}: {child!r} has the parent {_format_parent(parent)}, but line "
+                f"{lines[child]} gives it {_format_parent(parents[child])}; a class has one parent "
                 "and one entry: remove one entry"
             )
         parents[child], lines[child] = parent, line
@@ -119,6 +119,10 @@ def read_hierarchy(file: str) -> dict[str, str]:
             f"{' under '.join(chain)}; give one of them another parent, or - for the top"
         ) from None
     return parents
+
+
+def _format_parent(parent: str) -> str:
+    return "the top" if parent == "-" else repr(parent)
 
 
 def _read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:

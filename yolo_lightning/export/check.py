@@ -109,7 +109,7 @@ def generate_inputs(size_hw: tuple[int, int], stride: int, seed: int) -> list[Ba
     return batches
 
 
-def find_threshold(scores: Tensor, min_count: int = 30, max_count: int = 100) -> float:
+def find_threshold(scores: Tensor, min_count: int, max_count: int) -> float:
     """Return a threshold that `min_count` … `max_count` scores exceed, in the widest gap.
 
     Two runtimes then select the same boxes, although the last digits of their scores differ.
@@ -150,8 +150,9 @@ def compare(
     all_scores = torch.cat([detections.scores for detections in all_detections])
     if not len(all_scores):
         raise InputError("no box of the detector has a score above 0, so no check is possible")
+    lowered = find_threshold(all_scores, min(30, settings.top), min(100, settings.top))
     num_boxes, differences = 0, []
-    for threshold in (None, find_threshold(all_scores)):
+    for threshold in (None, lowered):
         outputs = run(path, batches, threshold)
         images = [image for batch in outputs for image in zip(*batch, strict=True)]
         minimum = settings.score_threshold if threshold is None else threshold

@@ -52,3 +52,16 @@ def prepare_for_inference(module: Module, device: str | torch.device) -> Module:
         return module.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
+
+
+def select_device(name: str | None) -> torch.device:
+    """Return the named CPU or CUDA device; None selects a GPU if available."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is {name!r}; allowed: cpu, cuda, cuda:1 …")
+    return device

@@ -1,5 +1,6 @@
 """Image and video sources for `detect`: files, folders, globs, lists, cameras and streams."""
 
+import contextlib
 import glob
 import re
 import threading
@@ -14,6 +15,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, Resize, UnreadableSample, fit, is_image, read_image
 from yolo_lightning.inference.video import (
     VIDEO_SUFFIXES,
+    VideoFrame,
     VideoReader,
     is_camera,
     is_stream,
@@ -139,7 +141,7 @@ class FrameReader:
     reading_s: float = 0.0  # time spent reading and resizing
     frame_count: int | None = None  # total number of frames, if known
 
-    def frames(self, sources: Sequence[FrameSource]) -> Iterator[Frame]:
+    def frames(self, sources: Sequence[FrameSource]) -> Generator[Frame, None, None]:
         """Yield the frames of all sources, one source after the other."""
         if all(source.kind == "image" for source in sources):
             self.frame_count = len(sources)
@@ -168,13 +170,17 @@ class FrameReader:
         yield Frame(source, image, network_input, size_hw_orig)
 
     def _read_video(self, source: FrameSource) -> Iterator[Frame]:
-        with VideoReader(source.location, self.start_s, self.duration_s) as video:
+        with contextlib.ExitStack() as stack:
+            video = stack.enter_context(VideoReader(source.location, self.start_s, self.duration_s))
             rate = float(video.frames_per_second)
             if self._single_source:
                 self.frame_count = video.frame_count
             # a live source continues while the network is busy: process its most recent frame
             live = source.kind == "live" and video.frame_count is None
-            frames = prefetch(video, 1, drop_oldest=True) if live else video
+            frames: Iterable[VideoFrame] = video
+            if live:  # the reading thread ends before the stream is closed
+                ahead = prefetch(video, 1, drop_oldest=True)
+                frames = stack.enter_context(contextlib.closing(ahead))
             for index, (image, time_s) in enumerate(frames):
                 network_input, *_ = fit(image, self.size_hw, self.resize)
                 size_hw = (image.shape[0], image.shape[1])

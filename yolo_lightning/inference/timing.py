@@ -1,10 +1,8 @@
-"""Speed of a detector: latency percentiles, time per stage, operation counts, device names."""
+"""Speed of a detector: latency percentiles, time per stage, operation counts."""
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from yolo_lightning.checkpoints.pretrained import last_conv
 from yolo_lightning.detections import Detections
-from yolo_lightning.errors import InputError
 from yolo_lightning.models.head import HeadOutput, select_candidates
 from yolo_lightning.models.layers import check_sizes
 from yolo_lightning.models.networks import YOLOv2
@@ -129,29 +126,6 @@ def billion_operations(network: YOLOv2, image_size: int) -> float:
             features = shapes.body(torch.empty(1, 3, image_size, image_size))
             nn.functional.conv2d(features, *last_conv(shapes))
     return float(counter.get_total_flops()) / 1e9
-
-
-def select_device(name: str | None) -> torch.device:
-    """Return the named CPU or CUDA device; None selects a GPU if available."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device is {name!r}; allowed: cpu, cuda, cuda:1 …")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """Return the model name of the processor or GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def precision_name(device: torch.device, dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ TIMEOUT_S = 10.0  # for connecting to a stream, and for its next packet
 _TIME_TOLERANCE_S = 0.0005  # Matroska stores timestamps in milliseconds
 _DEFAULT_RATE = Fraction(25)
 _EXACT_DURATION = {"matroska", "mp4", "avi", "flv", "asf"}  # other containers only estimate it
+_MAX_HEADER = 1024  # bytes between two packets in Matroska; other formats store them far apart
 _ATTACHED_PICTURE = 0x400  # disposition of the cover image of an audio file
 
 
@@ -65,7 +66,7 @@ class VideoReader:
     A file that is damaged or shorter than its duration is an error, after its frames before the
     damage. Cameras and live streams continue after damage, end when the connection closes, and
     fail after `TIMEOUT_S` without data. Not all damage can be detected: a few wrong bytes may
-    decode to a wrong image, and a file may lack frames in its middle.
+    decode to a wrong image, and a transport stream (.ts), which has no duration, may lack frames.
 
     Args:
         source: a path, a URL or a camera number.
@@ -85,8 +86,13 @@ class VideoReader:
         self._end_s = math.inf if duration_s is None else start_s + duration_s
         self.frames_read = 0
         self._last_s: float | None = None  # timestamp of the last decoded frame
+        self._bytes_missing = False
         self._container: Any = None
-        self._first = self._seek_to_start()
+        try:
+            self._first = self._seek_to_start()
+        except BaseException:
+            self.close()
+            raise
         pixel_aspect = self._stream.sample_aspect_ratio or 1
         self._coded_hw = self._first.height, max(1, round(self._first.width * pixel_aspect))
         self._quarter_turns = round(self._first.rotation / 90) % 4  # counterclockwise
@@ -186,6 +192,7 @@ class VideoReader:
             for frame in self._frames_before(packet) if damaged else frames:
                 if not frame.is_corrupt:
                     tolerant = self._live
+                    self._check_gap(frame)
                     yield frame
                 elif not tolerant:
                     damaged = True
@@ -195,23 +202,35 @@ class VideoReader:
 
     def _packets(self) -> Iterator[Any]:
         """Yield the packets of the video; fail if the file ends before its duration."""
-        end_s = longest_step_s = 0.0
+        formats = set(self._container.format.name.split(","))
+        end_s, longest_step_s, end_byte = -math.inf, 0.0, math.inf
         try:
             for packet in self._container.demux():  # audio may be longer than the video
                 if packet.pts is not None:
                     until_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                    longest_step_s = max(longest_step_s, until_s - end_s)
+                    if end_s > -math.inf:  # the first packet may follow a seek
+                        longest_step_s = max(longest_step_s, until_s - end_s)
                     end_s = max(end_s, until_s)
+                if "matroska" in formats and packet.pos is not None and packet.size:
+                    self._bytes_missing |= packet.pos - end_byte > _MAX_HEADER
+                    end_byte = packet.pos + packet.size
                 if packet.stream.index == self._stream.index:
                     yield packet
         except self._ffmpeg_error as error:
             raise self._broken(error_reason(error)) from None
-        formats = set(self._container.format.name.split(","))
         duration_s = self._duration_s if formats & _EXACT_DURATION else 0.0
         if "avi" in formats:  # FFmpeg computes its duration from the truncated file
             duration_s = max(duration_s, float(self._stream.frames / self.frames_per_second))
         if end_s + longest_step_s + 0.05 < duration_s < math.inf:
             raise self._broken(f"its duration should be {duration_s:.3f} s")
+
+    def _check_gap(self, frame: Any) -> None:
+        """Fail on a time gap where bytes are missing, which the decoder may not notice."""
+        time_s = self._time_s(frame)
+        if self._bytes_missing and time_s is not None and self._last_s is not None:
+            gap_s = time_s - self._last_s
+            if gap_s * self.frames_per_second > 1.5:
+                raise self._broken(f"{gap_s:.3f} s are missing there")
 
     def _frames_before(self, packet: Any) -> Iterator[Any]:
         """Yield the frames that the decoder still holds and that precede a damaged packet."""
@@ -262,7 +281,7 @@ def _open_container(location: str, display_name: str) -> Any:
     if is_camera(location):
         path, options = f"/dev/video{int(location)}", {"format": "v4l2"}
         cameras = " ".join(sorted(file.name[5:] for file in Path("/dev").glob("video[0-9]*")))
-        display_name = f"camera {location}: {path}"
+        display_name = f"camera {location} ({path})"
         hint = f"; available cameras: {cameras or 'none'}; cameras are read on Linux, with v4l2"
     elif is_stream(location):
         path, scheme = location, location.split(":", 1)[0].lower()
@@ -279,8 +298,9 @@ def _open_container(location: str, display_name: str) -> Any:
     try:
         return av.open(path, metadata_errors="replace", **options)
     except (av.FFmpegError, ValueError) as error:
-        reason = error_reason(error)
-        raise InputError(f"{display_name}: cannot be opened as a video ({reason}){hint}") from None
+        damaged = isinstance(error, av.InvalidDataError)
+        reason = "no video, or its header is damaged" if damaged else error_reason(error)
+        raise InputError(f"{display_name}: cannot be opened ({reason}){hint}") from None
 
 
 def error_reason(error: Exception) -> str:

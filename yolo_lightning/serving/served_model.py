@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
@@ -17,7 +16,7 @@ from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.inference.classification import classify, read_image
-from yolo_lightning.inference.loading import load
+from yolo_lightning.inference.loading import load, select_device
 from yolo_lightning.serving.mlflow_model import CHECKPOINT, COLUMNS, IMAGE
 
 
@@ -26,8 +25,7 @@ class ServedModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load and verify the checkpoint, on a GPU if there is one."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.module = load(context.artifacts[CHECKPOINT], device)
+        self.module = load(context.artifacts[CHECKPOINT], select_device(None))
         self.iou_threshold = getattr(self.module, "iou_threshold", None)
         self.lock = threading.Lock()  # servers call from several threads
 

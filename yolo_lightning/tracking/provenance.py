@@ -1,6 +1,5 @@
 """Provenance of a run: git commit, package versions, device name."""
 
-import os
 import platform
 import re
 import subprocess
@@ -26,15 +25,10 @@ def versions() -> dict[str, str]:
     return result
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or of the CPU with its number of cores."""
+def processor_name(device: torch.device) -> str:
+    """Return the model name of a GPU or of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}: {cpu_name()}, {os.cpu_count()} cores"
-
-
-def cpu_name() -> str:
-    """Return the model name of the processor."""
     file = Path("/proc/cpuinfo")
     match = re.search(r"^model name\s*:\s*(.+)$", file.read_text(), re.M) if file.exists() else None
     return match[1] if match else platform.processor() or platform.machine()

@@ -1,6 +1,7 @@
 """`yolo-lightning detect`: detect objects in images, videos and streams."""
 
 import argparse
+import contextlib
 import signal
 import sys
 import time
@@ -124,12 +125,10 @@ def _split_inputs(options: argparse.Namespace) -> tuple[str | None, list[str]]:
 
 def _load_detector(options: argparse.Namespace, checkpoint: str | None) -> "DetectorModule":
     """Load the detector on its device and apply the options that change its predictions."""
-    import torch
-
     from yolo_lightning.detector import DetectorModule
-    from yolo_lightning.inference.loading import load, prepare_for_inference
+    from yolo_lightning.inference.loading import load, prepare_for_inference, select_device
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = select_device(options.device)
     if checkpoint is not None:
         module, name = load(checkpoint, device), checkpoint
     else:
@@ -245,15 +244,20 @@ def run(
 
     stats = RunStats()
     writers: list[ResultWriter] = []
+    complete = True  # whether all batches before are written
 
     def write(frames: "list[Frame]", detections: "list[list[Detection]]", rate: float) -> None:
-        started = time.perf_counter()
+        nonlocal complete
+        if not complete:
+            return
+        started, complete = time.perf_counter(), False
         if not writers:  # no files without a frame
             writers.extend(make_writers())
         for frame, found in zip(frames, detections, strict=True):
             for writer in writers:
                 writer.write(frame, found, rate)
         stats.writing_s += time.perf_counter() - started
+        complete = True
 
     pending: deque[Future[None]] = deque()
     try:
@@ -271,8 +275,9 @@ def run(
         stats.interrupted = True
         print("\ninterrupted; the results so far are written", file=sys.stderr)
     finally:
-        for writer in writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:  # closes all, also after an error
+            for writer in writers:
+                stack.callback(writer.close)
     for future in pending:
         future.result()
     return stats

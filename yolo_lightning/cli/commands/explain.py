@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", choices=SOURCES, help=f"of the image, in the data of the recipe {defaults}")
     add("--image-size", type=int, metavar="PX", help="network input (data.image_size)")
     defaults = "(those of the checkpoint, or enough to switch loss_anchor_prior off)"
-    add("--images-seen", type=int, metavar="N", help=f"training images so far {defaults}")
+    seen_help = f"training images so far: whether loss_anchor_prior applies {defaults}"
+    add("--images-seen", type=int, metavar="N", help=seen_help)
     add("--output", metavar="FILE", help="figure (explain-SOURCE-N.png)")
     return parser
 

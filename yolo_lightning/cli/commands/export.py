@@ -122,8 +122,8 @@ def main(argv: Sequence[str]) -> None:
             summary = _write_and_compare(module, options, temporary, output)
             os.replace(temporary, output)
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{output} cannot be written: {error.filename}: {reason}") from None
+        reason = f"{error.filename or output.parent}: {error.strerror or error}"
+        raise InputError(f"{output} cannot be written: {reason}") from None
     print(summary)
 
 

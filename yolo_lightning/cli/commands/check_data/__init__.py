@@ -14,7 +14,7 @@ from yolo_lightning.cli.commands.check_data.report import PartReport, format_rep
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.datamodules.inspection import inspect, same_files
-from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
+from yolo_lightning.datamodules.source import ConcatSource, DetectionSource, ImageLabelSource
 from yolo_lightning.errors import InputError, not_found, write_atomically
 from yolo_lightning.visualization.drawing import draw_batch, save_image
 from yolo_lightning.visualization.figures import LabelPlot, save_label_plot
@@ -58,7 +58,7 @@ def inspect_parts(data: CombinedDataModule) -> list[PartReport]:
         whole: DetectionSource | ImageLabelSource | None = getattr(data, part)
         if whole is not None and id(whole) not in inspected:
             inspected.add(id(whole))
-            sources = getattr(whole, "sources", [whole])
+            sources = whole.sources if isinstance(whole, ConcatSource) else [whole]
             reports += [(part, inspect(source, data.tree)) for source in sources]
     return reports
 
@@ -150,7 +150,6 @@ def main(argv: Sequence[str]) -> None:
         print(vocabulary)
     name = Path(options.source).resolve().stem
     folder = Path(options.output or f"outputs/check-data/{name}")
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {
         "source": options.source,
         "starts": not problems,

@@ -69,7 +69,7 @@ def _statistics(report: Report) -> dict[str, str]:
     return {
         title: "  ".join(f"{name}: {value:g}" for name, value in plain[key].items()) + unit
         for title, (key, unit) in _STATISTICS.items()
-        if plain[key]
+        if any(plain[key].values())
     }
 
 

@@ -65,11 +65,12 @@ def devices() -> Iterator[CheckResult]:
     except Exception as error:
         yield CheckResult("torch", f"cannot be imported: {error}", "failed")
         return
-    from yolo_lightning.tracking.provenance import cpu_name
+    from yolo_lightning.tracking.provenance import processor_name
 
     cores = len(os.sched_getaffinity(0))
     threads = torch.get_num_threads()
-    yield CheckResult("CPU", f"{cpu_name()}, {cores} cores, {threads} torch threads")
+    name = processor_name(torch.device("cpu"))
+    yield CheckResult("CPU", f"{name}, {cores} cores, {threads} torch threads")
     if not torch.cuda.is_available():
         listed = launch.visible_gpu_count(os.environ)
         unusable = f"{listed} found, but torch {torch.__version__} cannot use them"

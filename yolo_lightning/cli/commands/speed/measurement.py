@@ -23,18 +23,17 @@ from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample
-from yolo_lightning.inference.loading import load
+from yolo_lightning.inference.loading import load, select_device
 from yolo_lightning.inference.timing import (
     SCORE_THRESHOLD,
     WARM_UP,
     Timing,
     billion_operations,
-    device_name,
     is_out_of_memory,
     measure_latency,
     precision_name,
-    select_device,
 )
+from yolo_lightning.tracking.provenance import processor_name
 
 MIN_IMAGES = 8  # number of different images for timing single images
 _EVALUATION_BATCH_SIZE, _NOISE_CELLS = 8, 9
@@ -76,7 +75,7 @@ def measurement_setup(
         "recipe": options.recipe,
         "images": f"test images of {options.recipe}" if options.recipe else "smooth noise",
         "device": str(device),
-        "device_name": device_name(device),
+        "device_name": processor_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 1,
         "load_before": os.getloadavg()[0],
