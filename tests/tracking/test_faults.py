@@ -199,9 +199,10 @@ def test_a_failing_server_does_not_affect_training(folder, warnings, capfd, name
 
 
 def test_a_closed_port_warns_once(folder, warnings):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    train(logger(folder / "run", f"http://127.0.0.1:{port}"))
+    with socket.socket() as closed:  # bound, so that nobody else gets the port, but not listening
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        train(logger(folder / "run", f"http://127.0.0.1:{port}"))
     assert len(warnings) == 2
     assert f"MLflow at http://127.0.0.1:{port} is not available" in warnings[0]
     assert_synced(folder / "run", folder)
