@@ -87,8 +87,11 @@ class FiniteGuard(pl.Callback):
         self.skipped, self._consecutive = self.skipped + 1, self._consecutive + 1
         if self._saved_statistics:
             torch._foreach_copy_(self._statistics, self._saved_statistics)
-        if not scaled:  # the scaler detects the overflow and skips the step itself
-            for parameter in pl_module.parameters():
+        gradients_scaled = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
+        for parameter in pl_module.parameters():
+            if gradients_scaled and parameter.grad is not None:
+                parameter.grad.fill_(torch.inf)  # the scaler looks for it next, and skips the step
+            else:
                 parameter.grad = None  # the optimizer skips it: no momentum, no weight decay
         if is_cause:
             print(

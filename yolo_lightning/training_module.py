@@ -123,7 +123,7 @@ class TrainingModule(pl.LightningModule):
         return [rate, rate * self.hparams["backbone_lr_factor"]]
 
     def on_train_start(self) -> None:
-        """Apply the recipe's hyper-parameters to a resumed optimizer."""
+        """Apply the recipe's hyper-parameters to a resumed optimizer, and allocate its momentum."""
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
         scheduler.base_lrs = list(self._learning_rates())
@@ -134,6 +134,11 @@ class TrainingModule(pl.LightningModule):
                 momentum=self.hparams["momentum"],
                 weight_decay=self.hparams["weight_decay"],
             )
+            # fused SGD leaves its first buffers uninitialised if the gradient scaler skips a step
+            for parameter in group["params"] if self.hparams["momentum"] else ():
+                state = scheduler.optimizer.state[parameter]
+                if parameter.requires_grad and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _log_step(
         self, batch: DetectionBatch | ClassificationBatch, losses: dict[str, torch.Tensor]

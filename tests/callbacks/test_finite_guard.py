@@ -5,6 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from tests.helpers.paths import REPO
 from yolo_lightning import CombinedDataModule, DetectorModule
@@ -39,7 +40,7 @@ class InjectNonFinite(pl.Callback):
         self.states.append((copy.deepcopy(module.state_dict()), momentum))
 
 
-def train(tmp_path, injector, guard, steps=6, accumulate=1, **options):
+def train(tmp_path, injector, guard, steps=6, accumulate=1, callbacks=(), **options):
     pl.seed_everything(0, verbose=False)
     data = CombinedDataModule(
         TREE, ShapesDetection(length=16, image_size=64),
@@ -50,7 +51,7 @@ def train(tmp_path, injector, guard, steps=6, accumulate=1, **options):
     trainer = pl.Trainer(
         default_root_dir=tmp_path, max_steps=steps, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        accumulate_grad_batches=accumulate, callbacks=[injector, guard], **options,
+        accumulate_grad_batches=accumulate, callbacks=[*callbacks, injector, guard], **options,
     )  # fmt: skip
     trainer.fit(model, data)
     return trainer
@@ -116,6 +117,61 @@ def test_guard_works_with_mixed_precision_and_gradient_clipping(tmp_path, option
     assert guard.skipped == 1
     assert states_equal(injector.states[1], injector.states[2])
     assert not states_equal(injector.states[2], injector.states[3])
+
+
+def float16(init_scale=2.0**10):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
+
+
+@pytest.fixture
+def visible_uninitialised_memory():
+    """Let PyTorch fill uninitialised memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("visible_uninitialised_memory")
+@pytest.mark.parametrize("steps", [[0], [0, 1]])
+def test_float16_momentum_is_zero_after_a_skipped_first_step(tmp_path, steps):
+    injector = InjectNonFinite(steps, gradient=True)
+    dtypes = set()
+
+    class RecordTypes(pl.Callback):
+        def on_train_start(self, trainer, module):
+            convolution = module.network.body[0].conv
+            convolution.register_forward_hook(lambda *values: dtypes.add(values[-1].dtype))
+
+    plugin = float16()
+    callbacks = [RecordTypes()]
+    train(tmp_path, injector, FiniteGuard(), steps=4, plugins=[plugin], callbacks=callbacks)
+    assert dtypes == {torch.float16}
+    weights, momentum = injector.states[len(steps) - 1]
+    assert momentum
+    assert all(not buffer.any() for buffer in momentum.values())
+    weights, momentum = injector.states[-1]
+    assert all(torch.isfinite(value.float()).all() for value in weights.values())
+    assert any(buffer.any() for buffer in momentum.values())
+    assert plugin.scaler.get_scale() == 2.0 ** (10 - len(steps))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 1.0}], ids=["fused", "clipped"])
+def test_float16_step_with_a_bad_loss_and_finite_gradients_is_skipped(
+    tmp_path, monkeypatch, capsys, options
+):
+    loss_terms = DetectorModule.loss_terms
+
+    def with_nan(self, batch):
+        terms = loss_terms(self, batch)
+        return terms | {"loss_bad": torch.tensor(torch.nan)} if batch.step == 2 else terms
+
+    monkeypatch.setattr(DetectorModule, "loss_terms", with_nan)
+    injector, guard = InjectNonFinite([]), FiniteGuard()
+    train(tmp_path, injector, guard, steps=4, plugins=[float16()], **options)
+    assert guard.skipped == 1
+    assert states_equal(injector.states[1], injector.states[2])
+    assert not states_equal(injector.states[2], injector.states[3])
+    assert "loss is not finite: step 2, detection samples" in capsys.readouterr().out
 
 
 def test_negative_maximum_is_rejected():

@@ -50,6 +50,7 @@ WORKER = '''
 import json, os, sys
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from yolo_lightning import CombinedDataModule, DetectorModule
 from yolo_lightning.callbacks import FiniteGuard
 from yolo_lightning.callbacks.finite_guard import NonFiniteError
@@ -81,8 +82,9 @@ def train(name, callbacks, frozen, steps, **options):
         message = str(error)
     weights = float(sum(p.double().abs().sum() for p in model.parameters()))
     skipped = [c.skipped for c in trainer.callbacks if isinstance(c, FiniteGuard)]
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
     out = {"losses": recorder.losses, "weights": weights, "skipped": skipped, "message": message,
-           "step": trainer.global_step}
+           "step": trainer.global_step, "scale": scaler and scaler.get_scale()}
     with open(f"{folder}/{name}-rank{trainer.global_rank}.json", "w") as file:
         json.dump(out, file)
 
@@ -108,8 +110,20 @@ class InjectNaN(pl.Callback):
             batch.images[0, 0, 0, 0] = float("nan")
 
 
+class BadLoss(pl.Callback):
+    """Add NaN to the loss of a step on rank 1, which leaves its gradients finite."""
+
+    def on_train_start(self, trainer, module):
+        terms_of = module.loss_terms
+        if trainer.global_rank == 1:
+            module.loss_terms = lambda batch: terms_of(batch) | (
+                {"loss_bad": torch.tensor(torch.nan)} if batch.step == 1 else {})
+
+
 train("frozen", [], True, 20)
 if devices > 1:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    train("scaled", [BadLoss(), FiniteGuard()], False, 4, plugins=[plugin])
     train("skipped", [InjectNaN({1, 4}), FiniteGuard()], False, 8)
     train("ended", [InjectNaN(set(), first=2), FiniteGuard(2)], False, 8)
     try:
@@ -154,6 +168,14 @@ def test_non_finite_loss_on_one_rank_skips_the_step_on_both(two):
     assert first["step"] == second["step"] == 8
     finite = [value == value for value in first["losses"]]
     assert finite == [True, False, True, True, False, True, True, True]
+
+
+def test_bad_loss_on_one_rank_skips_the_float16_step_on_both(two):
+    first, second = (two[0][f"scaled-rank{k}"] for k in (0, 1))
+    assert first["skipped"] == second["skipped"] == [1]
+    assert first["weights"] == second["weights"]
+    assert first["weights"] == first["weights"]  # not NaN
+    assert first["scale"] == second["scale"] == 2.0**9
 
 
 def test_too_many_non_finite_steps_end_both_ranks(two):
