@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from tests.helpers.images import write_image
 from tests.helpers.paths import REPO
+from yolo_lightning.checkpoints.io import write_checkpoint
 from yolo_lightning.cli.main import main
 from yolo_lightning.darknet.released import COCO_NAMES, VOC_NAMES
+from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
+from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.tree.build import build_tree
 from yolo_lightning.tree.labels import find_table, load_reviewed_labels, resolve_labels
 from yolo_lightning.tree.wordnet import LICENCE, TABLE, WordNet, wordnet
@@ -280,6 +283,21 @@ def test_darknet_tree_files_round_trip(workdir):
     from yolo_lightning.cli.commands.wordtree import read
 
     assert read("t.tree").rows == rows
+
+
+def test_the_tree_of_a_checkpoint_is_printed_and_written(workdir, capsys):
+    rows = [("pet", "-", "pet"), ("cat", "pet", "cat"), ("dog", "pet", "dog")]
+    module = DetectorModule(rows, [(1.0, 1.0)], "small", 0, 0)
+    write_checkpoint(build_checkpoint(module, {}), workdir / "m.ckpt")
+    assert main(["wordtree", "show", "m.ckpt"]) == 0
+    assert capsys.readouterr().out == "pet\n  cat\n  dog\n"
+    assert main(["wordtree", "show", "m.ckpt", "--output", "new/t.tsv"]) == 0
+    assert capsys.readouterr().out == "new/t.tsv: 3 nodes\n"
+    assert WordTree.from_file("new/t.tsv").rows == WordTree(rows).rows
+    (workdir / "bad.ckpt").write_bytes(b"PK\x03\x04 no archive")
+    assert main(["wordtree", "show", "bad.ckpt"]) == 2
+    assert main(["wordtree", "show", "gone.ckpt"]) == 2
+    assert "tree file 'gone.ckpt' not found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,13 @@ def test_unknown_and_ambiguous_labels():
         WordTree.from_file("nowhere.tsv")
 
 
+def test_a_file_of_names_is_a_tree_of_one_level(tmp_path):
+    file = tmp_path / "coco.names"
+    file.write_text("person\nhot dog\r\n\n")
+    tree = WordTree.from_source(str(file))
+    assert tree.rows == [("person", "-", "person"), ("hot dog", "-", "hot dog")]
+
+
 def test_path_siblings():
     tree = WordTree([("a", "-", ""), ("b", "-", ""), ("c", "a", ""), ("d", "a", "")])
     nodes, levels, on_path = tree.path_siblings(torch.tensor([1, 3]))

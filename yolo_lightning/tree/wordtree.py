@@ -92,11 +92,16 @@ class WordTree:
     def from_file(cls, path: str | Path) -> "WordTree":
         """Read a file of tab-separated lines: key, parent's key or ``-``, name; ``#`` comments.
 
+        A ``.names`` file has one name per line, and becomes a tree of one level.
+
         Raises:
             InputError: the file is missing or a line is malformed; names file and line.
         """
+        lines = read_text(path, "tree file").splitlines()
+        if Path(path).suffix == ".names":
+            return cls.from_names([line.strip() for line in lines if line.strip()], str(path))
         rows, numbers = [], []
-        for number, line in enumerate(read_text(path, "tree file").splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             if not line.strip() or line.startswith("#"):
                 continue
             parts = line.split("\t")

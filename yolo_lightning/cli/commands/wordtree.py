@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
 from yolo_lightning.cli.tree_inputs import (
     build_class_tree,
     count_labels,
@@ -20,7 +21,7 @@ from yolo_lightning.darknet.files import (
     write_names,
     write_tree,
 )
-from yolo_lightning.errors import InputError, nearest, write_atomically
+from yolo_lightning.errors import InputError, nearest, require_file, write_atomically
 from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import load_reviewed_labels
 from yolo_lightning.tree.wordnet import is_wnid
@@ -48,8 +49,10 @@ def write(tree: WordTree, output: str) -> None:
 
 
 def read(file: str) -> WordTree:
-    """Read a tree: tab-separated, or Darknet's `.tree` with its `.names`."""
-    path = Path(file)
+    """Read a tree: tab-separated, of a checkpoint, or Darknet's `.tree` with its `.names`."""
+    path = require_file(file, "tree file")
+    if is_checkpoint(path):
+        return WordTree(read_checkpoint(path)["hyper_parameters"]["tree"], file)
     if path.suffix != ".tree":
         return WordTree.from_file(file)
     names = path.with_suffix(".names")
@@ -132,6 +135,10 @@ def _show(options: argparse.Namespace) -> None:
     tree = read(options.tree)
     if options.depth is not None and options.depth < 1:
         raise InputError(f"--depth is {options.depth}; allowed: 1 or more")
+    if options.output is not None:
+        write(tree, options.output)
+        print(f"{options.output}: {len(tree)} nodes")
+        return
     counts: dict[str, dict[int, int]] = {}
     for dataset in options.data:
         by_node: Counter[int] = Counter()
@@ -190,12 +197,13 @@ def _parser() -> argparse.ArgumentParser:
         "wnid,count",
     )  # fmt: skip
     shower = actions.add_parser("show", help="print a tree")
-    shower.add_argument("tree", help="tree.tsv, or Darknet's NAME.tree")
+    shower.add_argument("tree", help="tree.tsv, a checkpoint, or Darknet's NAME.tree")
+    shower.add_argument("--output", help="write the whole tree instead: tree.tsv or NAME.tree")
     shower.add_argument("--node", help="key or name of the root of the printed subtree")
     shower.add_argument("--depth", type=int, help="number of levels; default: all")
     shower.add_argument("--data", action="append", default=[], help="dataset to count labels of")
     plotter = actions.add_parser("plot", help="plot a tree")
-    plotter.add_argument("tree", help="tree.tsv, or Darknet's NAME.tree")
+    plotter.add_argument("tree", help="tree.tsv, a checkpoint, or Darknet's NAME.tree")
     plotter.add_argument("--output", required=True, help="NAME.svg or NAME.png")
     plotter.add_argument(
         "--depth", type=int, help=f"number of levels; default: up to {MAX_NODES} nodes"
