@@ -1,5 +1,7 @@
 """Checks of files, and files that are replaced as a whole."""
 
+import os
+
 import pytest
 
 from yolo_lightning.errors import (
@@ -50,6 +52,20 @@ def test_a_file_is_replaced_with_its_mode_and_no_other_file_remains(tmp_path):
     assert file.read_bytes() == b"neu\r\n"
     assert file.stat().st_mode & 0o777 == 0o600
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_links_and_pipes_are_written_directly(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", "through")
+    assert os.read(reader, 99) == b"through"
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
 
 def test_a_file_that_cannot_be_written_is_one_message(tmp_path):

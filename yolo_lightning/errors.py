@@ -69,13 +69,19 @@ def read_text(path: str | Path, description: str = "file", hint: str = "") -> st
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a file and create its folder; a reader sees the old content or all of the new one.
 
+    Links and devices such as ``/dev/stdout`` are written directly.
+
     Raises:
         InputError: the file cannot be written; it is unchanged.
     """
+    content = data if isinstance(data, bytes) else data.encode()
     temporary = path.with_name(f"{path.name}.part")
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
+        temporary.write_bytes(content)
         if path.is_file():
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
