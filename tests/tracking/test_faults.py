@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -163,6 +164,9 @@ def train(run: RunLogger) -> tuple[float, float]:
 
 
 def assert_synced(run_folder: Path, folder: Path) -> None:
+    for thread in threading.enumerate():  # a last attempt, which would end with the process
+        if thread.name == "mlflow-upload":
+            thread.join(20)
     healthy = fresh_store(folder, "healthy.db")
     for _ in range(2):
         assert main(["mlflow", "sync", str(run_folder), "--store", healthy]) == 0
