@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
 from yolo_lightning.cli.tree_inputs import (
     build_class_tree,
     count_labels,
@@ -50,6 +49,8 @@ def write(tree: WordTree, output: str) -> None:
 
 def read(file: str) -> WordTree:
     """Read a tree: tab-separated, of a checkpoint, or Darknet's `.tree` with its `.names`."""
+    from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
+
     path = require_file(file, "tree file")
     if is_checkpoint(path):
         return WordTree(read_checkpoint(path)["hyper_parameters"]["tree"], file)
