@@ -57,7 +57,10 @@ def test_a_file_is_replaced_with_its_mode_and_no_other_file_remains(tmp_path):
 def test_links_and_pipes_are_written_directly(tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")
+    (tmp_path / "link.part").write_text("somebody's own")
     write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link.part").read_text() == "somebody's own"
+    (tmp_path / "link.part").unlink()
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")

@@ -74,19 +74,18 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     Raises:
         InputError: the file cannot be written; it is unchanged.
     """
-    content = data if isinstance(data, bytes) else data.encode()
-    temporary = path.with_name(f"{path.name}.part")
+    is_special = path.is_symlink() or (path.exists() and not path.is_file())
+    target = path if is_special else path.with_name(f"{path.name}.part")
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(content)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        if path.is_file():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data if isinstance(data, bytes) else data.encode())
+        if not is_special:
+            if path.is_file():
+                shutil.copymode(path, target)
+            os.replace(target, path)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be written ({error.strerror or error})") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not is_special:
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
