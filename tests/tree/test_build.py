@@ -63,6 +63,7 @@ def test_classes_of_coco_voc_and_imagenet_detection_are_resolved():
     assert coco["mouse"] == MOUSE
     assert set(voc.values()) <= set(coco.values())
     det = resolve_labels(load_reviewed_labels()["ilsvrc_det"])
+    assert det["swimming trunks"] == "n04371563"
     assert len(set(det.values())) == 200
     # the authors' maps have 38 of them in common with COCO
     assert len(set(det.values()) & set(coco.values())) == 38
