@@ -51,35 +51,41 @@ class JointDataset(Dataset[Batch]):
         faults: list[str] = []
         entries = list(zip(plan.indices, plan.passes, strict=True))
         if plan.kind == "detection":
-            samples = [self._read_sample(index, number, faults) for index, number in entries]
+            read = [self._read_sample(index, number, faults) for index, number in entries]
+            samples, ids = zip(*read, strict=True)
             batch: Batch = collate_detection(samples)
         else:
-            pairs = [self._read_image(index, number, faults) for index, number in entries]
-            images, nodes = zip(*pairs, strict=True)
+            triples = [self._read_image(index, number, faults) for index, number in entries]
+            images, nodes, ids = zip(*triples, strict=True)
             batch = ClassificationBatch(stack_images(images), torch.zeros(0), torch.tensor(nodes))
-        batch.sample_ids = torch.tensor(plan.indices)
+        batch.sample_ids = torch.tensor(ids)
         batch.step, batch.images_seen = plan.step, plan.images_seen
         batch.faults = [*batch.faults, *faults]
         return batch
 
-    def _read_sample(self, index: int, pass_number: int, faults: list[str]) -> DetectionSample:
-        """Return an augmented sample without its difficult objects."""
+    def _read_sample(
+        self, index: int, pass_number: int, faults: list[str]
+    ) -> tuple[DetectionSample, int]:
+        """Return an augmented sample without its difficult objects, and the index of its image."""
         augmentation, size = self.detection_augmentation, self.canvas_size
         min_side = size if augmentation is None else augmentation.required_side(size)
-        sample: DetectionSample = _read_or_replace(self.detection, index, min_side, faults)
+        sample, read = _read_or_replace(self.detection, index, min_side, faults)
         sample = sample.select(~sample.difficult)
         if augmentation is None:
-            return fit_sample(sample, size, self.resize)
-        return augmentation(sample, size, _seed(self.seed, 0, pass_number, index), self.resize)
+            return fit_sample(sample, size, self.resize), read
+        seed = _seed(self.seed, 0, pass_number, index)
+        return augmentation(sample, size, seed, self.resize), read
 
-    def _read_image(self, index: int, pass_number: int, faults: list[str]) -> tuple[Image, int]:
-        """Return an augmented image and its node."""
+    def _read_image(
+        self, index: int, pass_number: int, faults: list[str]
+    ) -> tuple[Image, int, int]:
+        """Return an augmented image, its node and its index."""
         augmentation, size = self.classification_augmentation, self.canvas_size
         min_side = size if augmentation is None else augmentation.required_side(size)
-        image, node = _read_or_replace(self.classification, index, min_side, faults)
+        (image, node), read = _read_or_replace(self.classification, index, min_side, faults)
         if augmentation is None:
-            return fit(image, (size, size))[0], node
-        return augmentation(image, size, _seed(self.seed, 1, pass_number, index)), node
+            return fit(image, (size, size))[0], node, read
+        return augmentation(image, size, _seed(self.seed, 1, pass_number, index)), node, read
 
 
 class EvaluationDataset(Dataset[Batch]):
@@ -150,14 +156,16 @@ def _read_or_blank(
     return samples, ids, faults
 
 
-def _read_or_replace(source: Source | None, index: int, min_side: int, faults: list[str]) -> Any:
-    """Return a sample, or another one if it cannot be read; report to `faults`."""
+def _read_or_replace(
+    source: Source | None, index: int, min_side: int, faults: list[str]
+) -> tuple[Any, int]:
+    """Return a sample, or another one if it cannot be read, and its index; report to `faults`."""
     assert source is not None, "a plan without a source has no batches of its kind"
     # replace from far away: neighbours are often of one class and unreadable together
     size, stride = len(source), 0
     for attempt in range(size):
         try:
-            return source.read(index, min_side)
+            return source.read(index, min_side), index
         except UnreadableSample as error:
             if attempt < _MAX_REPORTED:
                 faults.append(f"{error}; another image is used instead")

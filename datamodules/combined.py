@@ -36,6 +36,7 @@ from yolo_lightning.datamodules.vocabulary import (
 )
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Resize
+from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
 EvaluationSource = (
@@ -159,7 +160,9 @@ class CombinedDataModule(pl.LightningDataModule):
 
     def vocabulary_report(self) -> str:
         """Return what each class learns from, as text."""
-        return vocabulary_report(self.tree, *self._counts())
+        sources = getattr(self.detection, "sources", [self.detection])
+        exclusive = [source.exclusive_nodes for source in sources if source is not None]
+        return vocabulary_report(self.tree, *self._counts(), exclusive)
 
     def vocabulary_table(self) -> list[dict[str, object]]:
         """Return one row per class with its labels, from boxes and from images."""
@@ -202,6 +205,14 @@ class CombinedDataModule(pl.LightningDataModule):
     def boxed_nodes(self) -> Tensor:
         """int64, sorted: the nodes that occur as labels of training boxes."""
         return self.detection.nodes if self.detection is not None else torch.zeros(0).long()
+
+    def exclusive_names(
+        self, source: DetectionSource, device: torch.device | str = "cpu"
+    ) -> ExclusiveNames:
+        """Return what the labels of a bound source mean."""
+        sources = getattr(source, "sources", [source])
+        nodes = [one.exclusive_nodes for one in sources]
+        return ExclusiveNames(self.tree, [len(one) for one in sources], nodes, device)
 
     @property
     def order(self) -> JointOrder:

@@ -55,15 +55,17 @@ class FileSource(Source):
         counts, errors = self.name_counts(), []
         self._nodes = np.full(len(counts), -1, dtype=np.int64)
         self._node_counts: dict[int, Counter[str]] = {}
+        self._named_nodes: set[int] = set()  # those of names without objects too
         for number, (name, origin) in enumerate(
             zip(metadata["names"], metadata["origins"], strict=True)
         ):
-            if not counts[name]:
-                continue
             try:
                 node = tree.find_node(self.mapping.get(name, name), origin)
             except InputError as error:
-                errors.append(str(error))
+                errors += [str(error)] if counts[name] else []
+                continue
+            self._named_nodes.add(node)
+            if not counts[name]:
                 continue
             self._nodes[number] = node
             self._node_counts.setdefault(node, Counter())[name] += counts[name]
@@ -108,6 +110,15 @@ class FileSource(Source):
 
 class AnnotatedImages(FileSource, DetectionSource):
     """A detection source whose images are files."""
+
+    def __init__(self, mapping: dict[str, str] | None, exclusive_names: bool = True) -> None:
+        super().__init__(mapping)
+        self.exclusive_names = exclusive_names
+
+    @property
+    def exclusive_nodes(self) -> list[int]:
+        """The nodes of all names, unless ``exclusive_names`` is false."""
+        return sorted(self._named_nodes) if self.exclusive_names else []
 
     def read(self, index: int, min_side: int | None = None) -> DetectionSample:
         """Return one sample, its boxes clipped to the image."""

@@ -69,6 +69,14 @@ class Source(ABC):
 class DetectionSource(Source):
     """Images with boxes."""
 
+    @property
+    def exclusive_nodes(self) -> list[int]:
+        """The nodes of names that exclude each other; none if coarse and fine names are mixed.
+
+        The box of a name then means no other of these names below it in the tree.
+        """
+        return []
+
     @abstractmethod
     def read(self, index: int, min_side: int | None = None) -> DetectionSample:
         """Return a sample; None for `min_side` means full size.

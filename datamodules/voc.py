@@ -75,6 +75,8 @@ class VOCFolder(_XMLSource):
         split: name of an image set or of a folder; None reads all XML files of `root`.
         years: such as [2007, 2012]: the folders ``VOC<year>`` in `root` to read.
         mapping: nodes by the names in the XML files, if the tree has other names.
+        exclusive_names: whether a box has the one name that fits best, so that a name means no
+            other of these names below it in the tree; false if coarse and fine names are mixed.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class VOCFolder(_XMLSource):
         split: str | None = None,
         years: list[int] | None = None,
         mapping: dict[str, str] | None = None,
+        exclusive_names: bool = True,
     ) -> None:
-        super().__init__(mapping)
+        super().__init__(mapping, exclusive_names)
         self.root, self.split, self.years = root, split, years
         self.name = f"VOC {root}" + (f" ({split})" if split else "")
 
@@ -131,6 +134,8 @@ class ILSVRCDetection(_XMLSource):
         split: such as ``train`` or ``val``: a folder, or an image set in ``ImageSets``.
         challenge: ``DET``, 200 classes, or ``CLS-LOC``, 1,000.
         mapping: nodes by wnid, if the tree has other keys.
+        exclusive_names: whether a box has the one name that fits best, so that a name means no
+            other of these names below it in the tree; false if coarse and fine names are mixed.
     """
 
     one_based = False
@@ -141,8 +146,9 @@ class ILSVRCDetection(_XMLSource):
         split: str = "train",
         challenge: str = "DET",
         mapping: dict[str, str] | None = None,
+        exclusive_names: bool = True,
     ) -> None:
-        super().__init__(mapping)
+        super().__init__(mapping, exclusive_names)
         self.root, self.split, self.challenge = root, split, challenge
         self.name = f"ILSVRC {challenge} {root} ({split})"
 

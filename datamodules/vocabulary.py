@@ -1,31 +1,54 @@
 """Report what each class learns from: boxes, image labels, or labels of its descendants."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.tree.exclusive import exclusive_parts
+from yolo_lightning.tree.wordtree import OTHER, WordTree
 
 Counts = Mapping[int, Counter[str]]  # objects or images by node and label name
 
-_MAX_NAMES = 8
+_MAX_NAMES, _MAX_UNLEARNT = 8, 40
 
 
-def vocabulary_report(tree: WordTree, boxes: Counts, images: Counts) -> str:
-    """Return a report: counts of classes by what they learn from, merged names, coarser labels."""
-    both, labelled = boxes.keys() & images.keys(), boxes.keys() | images.keys()
-    only_below = len(_labelled_ancestors(tree, boxes, images) - labelled)
-    lines = [
-        f"Classes: {len(tree)}; they learn {len(boxes.keys() - both)} from boxes, "
-        f"{len(images.keys() - both)} from image labels, {len(both)} from both, {only_below} from "
-        f"descendants, {len(tree) - len(labelled) - only_below} from nothing"
-    ]
-    lines += _summary("from both", (tree.names[node] for node in sorted(both)))
+def vocabulary_report(
+    tree: WordTree, boxes: Counts, images: Counts, exclusive: Sequence[Sequence[int]] = ()
+) -> str:
+    """Return a report: counts of classes by what they learn from, merged names, coarser labels.
+
+    `exclusive` are, of each source of boxes, the nodes of names that exclude each other. Classes
+    that cannot be told from the class above are not counted.
+    """
+    lines = _counts(tree, boxes, images)
     lines += _summary("merged names", _merged_names(tree, boxes, images))
     if boxes and images:
         lines += _summary("boxes are coarser", _coarser_labels(tree, boxes, images))
         lines += _summary("image labels are coarser", _coarser_labels(tree, images, boxes))
-        lines += _summary("no ancestor with boxes", _without_boxed_ancestor(tree, boxes, images))
+        lines += _summary(
+            "no class with boxes above, learn by themselves where they are",
+            (tree.names[node] for node in _without_boxed_ancestor(tree, boxes, images)),
+            _MAX_UNLEARNT,
+        )
+    lines += _exclusions(tree, {*boxes, *images}, exclusive)
     return "\n".join(lines)
+
+
+def _counts(tree: WordTree, boxes: Counts, images: Counts) -> list[str]:
+    """Return the number of classes by what they learn from, and the names of those of both."""
+
+    def reported(nodes: Iterable[int]) -> set[int]:
+        return {int(tree.reported[node]) for node in nodes}
+
+    boxed, labelled = reported(boxes), reported(images)
+    both, either = boxed & labelled, boxed | labelled
+    classes = len(reported(range(len(tree))))
+    below = len(reported(_labelled_ancestors(tree, boxes, images)) - either)
+    line = (
+        f"Classes: {classes}; they learn {len(boxed - both)} from boxes, "
+        f"{len(labelled - both)} from image labels, {len(both)} from both, {below} from "
+        f"descendants, {classes - len(either) - below} from nothing"
+    )
+    return [line, *_summary("from both", (tree.names[node] for node in sorted(both)))]
 
 
 def vocabulary_table(tree: WordTree, boxes: Counts, images: Counts) -> list[dict[str, object]]:
@@ -53,12 +76,12 @@ def _labelled_ancestors(tree: WordTree, boxes: Counts, images: Counts) -> set[in
     }
 
 
-def _summary(title: str, names: Iterable[str]) -> list[str]:
+def _summary(title: str, names: Iterable[str], shown: int = _MAX_NAMES) -> list[str]:
     listed = list(names)
     if not listed:
         return []
-    more = f", … and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
-    return [f"  {title}: {', '.join(listed[:_MAX_NAMES])}{more}"]
+    more = f", … and {len(listed) - shown} more" if len(listed) > shown else ""
+    return [f"  {title}: {', '.join(listed[:shown])}{more}"]
 
 
 def _merged_names(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
@@ -82,9 +105,52 @@ def _coarser_labels(tree: WordTree, coarse: Counts, fine: Counts) -> Iterable[st
         yield f"{tree.names[node]} over {', '.join(names)}{more}"
 
 
-def _without_boxed_ancestor(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[str]:
-    """Yield image labels of which neither the class nor an ancestor has boxes."""
-    boxed = {node for label in boxes for node in tree.paths[label].tolist() if node >= 0}
-    for node in sorted(images):
-        if boxed.isdisjoint(tree.paths[node].tolist()):
-            yield tree.names[node]
+def _without_boxed_ancestor(tree: WordTree, boxes: Counts, images: Counts) -> Iterable[int]:
+    """Yield image labels without boxes of the class, of one below it, or of an ancestor itself.
+
+    A box of a dog does not say where a dingo is, though both are below canine.
+    """
+    or_above = {node for label in boxes for node in tree.paths[label].tolist()}
+    for node in sorted(images.keys() - or_above):
+        if boxes.keys().isdisjoint(tree.paths[node].tolist()):
+            yield node
+
+
+def _exclusions(tree: WordTree, labels: set[int], exclusive: Sequence[Sequence[int]]) -> list[str]:
+    """Return which names mean less than their class, and which classes cannot be learnt."""
+    narrower: dict[int, str] = {}
+    inseparable: dict[int, str] = {}
+    for nodes in exclusive:
+        for node, parts in exclusive_parts(tree, nodes).items():
+            (narrower if parts else inseparable)[node] = _names_below(tree, node, nodes)
+    names = tree.names
+    lines = _summary(
+        "boxes exclude other names below theirs",
+        (f"{names[node]} without {below}" for node, below in narrower.items()),
+    )
+    lines += _summary(
+        "cannot be learnt, since nothing else is below the class; add a row such as "
+        f"{next((tree.keys[node] for node in inseparable), '')}{OTHER} to the tree",
+        (f"{names[node]} without {below}" for node, below in inseparable.items()),
+        _MAX_UNLEARNT,
+    )
+    only = [pair for pair in _only_children(tree, labels) if pair[1] not in inseparable]
+    lines += _summary(
+        "cannot be learnt, since it is the only class below another; add labels of a second one",
+        (f"{names[node]} below {names[above]}" for node, above in only),
+        _MAX_UNLEARNT,
+    )
+    return lines
+
+
+def _names_below(tree: WordTree, top: int, nodes: Sequence[int]) -> str:
+    below = [node for node in nodes if node != top and top in tree.paths[node].tolist()]
+    return " and ".join(tree.names[node] for node in below[:_MAX_NAMES])
+
+
+def _only_children(tree: WordTree, labels: set[int]) -> Iterable[tuple[int, int]]:
+    """Yield labels that cannot be told from a label above them, and the node they are named."""
+    for node in sorted(labels):
+        path, above = tree.paths[node].tolist(), int(tree.reported[node])
+        if not labels.isdisjoint(path[1 : path.index(above) + 1]):
+            yield node, above

@@ -22,6 +22,7 @@ from yolo_lightning.models.layers import ReorgKind
 from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.training_module import TrainingModule
+from yolo_lightning.tree.exclusive import ExclusiveNames
 
 SCORE_THRESHOLD = 0.005  # minimum score of detections in evaluation, as in the original program
 
@@ -126,6 +127,7 @@ class DetectorModule(TrainingModule):
         # classes with boxes in training; saved in checkpoints because `test` needs them
         self.register_buffer("boxed", torch.zeros(len(self.tree), dtype=torch.bool))
         self.evaluation = DetectionEvaluation(self.tree)
+        self._exclusive_names: ExclusiveNames | None = None
 
     def setup(self, stage: str) -> None:
         """Check data and trainer, load pretrained weights, and copy `resize` from the data."""
@@ -148,6 +150,7 @@ class DetectorModule(TrainingModule):
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True
         self._boxed_ancestors = self.boxed_ancestors()
+        self._exclusive_names = self._exclusive_names_of("detection")
 
     def boxed_ancestors(self) -> Tensor:
         """Return int64 (K,): each node's deepest ancestor or self that has boxes; -1 if none."""
@@ -155,11 +158,25 @@ class DetectorModule(TrainingModule):
         has_boxes = self.tree.ancestors_or_self(self.boxed.nonzero().flatten())
         return self.tree.deepest_ancestor_in(has_boxes).to(self.device)
 
+    def _exclusive_names_of(self, part: str) -> ExclusiveNames | None:
+        """Return what the labels of a source of the data mean; None if that is unknown."""
+        source = getattr(self._datamodule, part, None)
+        if source is None or not hasattr(self._datamodule, "exclusive_names"):
+            return None
+        names: ExclusiveNames = self._datamodule.exclusive_names(source, self.device)
+        return names
+
     def loss_terms(self, batch: DetectionBatch | ClassificationBatch) -> dict[str, Tensor]:
         """Return the weighted loss terms by name."""
         output = self.network(unit_range(batch.images))
         return yolo9000_loss(
-            output, batch, self.network.anchors_wh_cell, self.tree, self._boxed_ancestors, self.loss
+            output,
+            batch,
+            self.network.anchors_wh_cell,
+            self.tree,
+            self._boxed_ancestors,
+            self.loss,
+            self._exclusive_names,
         )
 
     def training_step(self, batch: DetectionBatch | ClassificationBatch, batch_idx: int) -> Tensor:
@@ -236,7 +253,9 @@ class DetectorModule(TrainingModule):
         original sizes are int64 (B, 2). Non-maximum suppression is applied per node.
         """
         return [
-            self._detect_nodes(candidates, boxes, self._probs(candidates), nodes, score_threshold)
+            self._detect_nodes(
+                candidates, boxes, self._probs(candidates)[:, nodes], nodes, score_threshold
+            )
             for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold)
         ]
 
@@ -267,7 +286,8 @@ class DetectorModule(TrainingModule):
         nodes: Tensor,
         threshold: float,
     ) -> Detections:
-        scores = candidates.objectness[:, None] * probs[:, nodes]
+        """Detect nodes, int64 (L,), whose probabilities are (M, L)."""
+        scores = candidates.objectness[:, None] * probs
         box, column = best_pairs(scores, threshold)
         kept = batched_nms(boxes_xyxy_px[box], scores[box, column], column, self.iou_threshold)
         box, column = box[kept], column[kept]
@@ -320,11 +340,13 @@ class DetectorModule(TrainingModule):
     def _reset_evaluation(self, stage: str) -> None:
         source = getattr(self._datamodule, stage, None)
         nodes = source.nodes if source is not None else self.tree.leaves
-        self.evaluation.reset(nodes.to(self.device), self.boxed_ancestors())
+        exclusive_names = self._exclusive_names_of(stage)
+        self.evaluation.reset(nodes.to(self.device), self.boxed_ancestors(), exclusive_names)
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Add detections and targets to the metrics."""
         evaluation, sizes_hw_orig = self.evaluation, batch.sizes_hw_orig
+        sources = evaluation.source_numbers(batch.sample_ids)
         targets: list[Tensor] = []
         by_level: list[list[Detections]] = [[] for _ in evaluation.levels]
         most_specific: list[tuple[Detections, Tensor]] = []
@@ -335,8 +357,9 @@ class DetectorModule(TrainingModule):
             candidates, boxes = images[k]
             probs = self._probs(candidates)
             for detections, level in zip(by_level, evaluation.levels, strict=True):
+                class_probs = level.class_probs(probs, sources[k])
                 detections.append(
-                    self._detect_nodes(candidates, boxes, probs, level.nodes, SCORE_THRESHOLD)
+                    self._detect_nodes(candidates, boxes, class_probs, level.nodes, SCORE_THRESHOLD)
                 )
             if evaluation.is_hierarchical:
                 labelled, rows = self._detect_most_specific(

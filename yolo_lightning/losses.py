@@ -19,6 +19,7 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou, shape_iou
 from yolo_lightning.errors import InputError
 from yolo_lightning.models.head import HeadOutput, decode_boxes
+from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree, segment_log_softmax
 
 BoxSelection = Literal["label", "boxed_ancestor", "largest"]
@@ -155,8 +156,12 @@ def detection_loss(
     anchors_wh_cell: Tensor,
     tree: WordTree,
     settings: LossSettings,
+    exclusive_names: ExclusiveNames | None = None,
 ) -> dict[str, Tensor]:
-    """Return the terms for images with boxes, summed over the batch."""
+    """Return the terms for images with boxes, summed over the batch.
+
+    Deviation: a label of `exclusive_names` means no other of these names below it.
+    """
     box_logits = output.box_logits.float()
     objectness = box_logits[:, :, 4]  # (B, A, Gh, Gw), logits
     grid_hw = (box_logits.shape[-2], box_logits.shape[-1])
@@ -179,11 +184,16 @@ def detection_loss(
     prior_mask = not_responsible if in_warm_up else torch.zeros_like(not_responsible)
     prior_scale = settings.anchor_prior_scale
     logits = output.class_logits.gather_boxes(*assigned).float()
+    if exclusive_names is None:
+        class_losses = tree.path_loss(logits, assignment.labels)
+    else:
+        sample_ids = batch.sample_ids[assignment.image]
+        class_losses = exclusive_names.path_loss(logits, assignment.labels, sample_ids)
     return {
         "loss_coord": settings.coord_scale * loss_coord(box_logits, assignment, anchors_wh_cell),
         "loss_obj": settings.obj_scale * loss_obj(objectness, assignment, objectness_target),
         "loss_noobj": settings.noobj_scale * loss_noobj(objectness, noobj_mask),
-        "loss_class": settings.class_scale * tree.path_loss(logits, assignment.labels).sum(),
+        "loss_class": settings.class_scale * class_losses.sum(),
         "loss_anchor_prior": prior_scale * loss_anchor_prior(box_logits, prior_mask),
     }
 
@@ -272,13 +282,14 @@ def yolo9000_loss(
     tree: WordTree,
     boxed_ancestors: Tensor,
     settings: LossSettings,
+    exclusive_names: ExclusiveNames | None = None,
 ) -> dict[str, Tensor]:
     """Return the weighted loss terms of a batch, averaged over its images; their sum is the loss.
 
     Every parameter of the head gets a gradient from every batch, as DDP requires.
     """
     if isinstance(batch, DetectionBatch):
-        terms = detection_loss(output, batch, anchors_wh_cell, tree, settings)
+        terms = detection_loss(output, batch, anchors_wh_cell, tree, settings, exclusive_names)
     else:
         terms = classification_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
     return {name: value / len(batch) for name, value in terms.items()}

@@ -17,6 +17,7 @@ from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.shapes import SHAPES
+from yolo_lightning.export.darknet import build_checkpoint
 
 pytestmark = pytest.mark.end_to_end
 
@@ -75,7 +76,7 @@ def page_blocks(kind: str) -> list[str]:
 
 def test_the_page_on_own_classes_runs_as_written(workdir, capsys):
     write_photos(workdir / "photos", 24)
-    write_labels(workdir / "labels", ["ring", "semicircle", "rhombus"], 20)
+    write_labels(workdir / "labels", ["ring", "semicircle", "rhombus", "square"], 20)
     (hierarchy,) = page_blocks("yaml")
     assert hierarchy.startswith("# classes.yaml\n")
     (workdir / "classes.yaml").write_text(hierarchy)
@@ -85,16 +86,17 @@ def test_the_page_on_own_classes_runs_as_written(workdir, capsys):
     assert main([*first_init[1:], *small]) == 0
     assert main([*first_fit[1:], *SHORT]) == 0
     printed = capsys.readouterr().out
-    assert "boxes are coarser: angular over rhombus, round over ring, semicircle" in printed
+    assert "boxes are coarser: angular over rhombus, square, round over ring" in printed
+    assert "cannot be learnt" not in printed
     recipe = first_fit[first_fit.index("--config") + 1]
     (last,) = (workdir / "outputs" / Path(recipe).stem).glob("*/checkpoints/last.ckpt")
     write_labels(workdir / "labels", ["pentagram"], 20)
-    (workdir / "classes.yaml").write_text(hierarchy.replace("[rhombus", "[rhombus, pentagram"))
+    (workdir / "classes.yaml").write_text(hierarchy.replace("square]", "square, pentagram]"))
     second_init = [str(last) if part.endswith("last.ckpt") else part for part in second_init]
     assert main([*second_init[1:], *small]) == 0
     assert main([*second_fit[1:], *SHORT]) == 0
     printed = capsys.readouterr().out
-    assert "5 of 6 classes, by key" in printed
+    assert "6 of 7 classes, by key" in printed
     assert "initialized  1 classes (pentagram)" in printed
     recipe = second_fit[second_fit.index("--config") + 1]
     (grown,) = (workdir / "outputs" / Path(recipe).stem).glob("*/checkpoints/last.ckpt")
@@ -108,6 +110,64 @@ def test_the_page_on_own_classes_runs_as_written(workdir, capsys):
     image = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
     (found,) = model.detect_most_specific(image, torch.tensor([[96, 96]]), score_threshold=0.0)
     assert len(found.labels)
+
+
+def test_init_and_fit_name_a_class_that_cannot_be_learnt(workdir, capsys):
+    write_photos(workdir / "photos", 8)
+    write_labels(workdir / "labels", ["ring", "semicircle", "rhombus"], 4)
+    (workdir / "own.yaml").write_text("round: [ring, semicircle]\nangular: [rhombus]\n")
+    argv = ["init", "--detection", "photos", "--classification", "labels", "--image-size", "96"]
+    assert main([*argv, "--hierarchy", "own.yaml", "--output", "own/recipe.yaml"]) == 0
+    warning = "only class below another; add labels of a second one: rhombus below angular"
+    assert warning in capsys.readouterr().out
+    assert main(["fit", "--config", "own/recipe.yaml", *SHORT]) == 0
+    assert warning in capsys.readouterr().out
+
+
+def test_init_adds_a_leaf_for_boxes_that_are_none_of_the_names_below(workdir, write_voc, capsys):
+    for k in range(4):
+        boxes = [("cake", 1, 1, 20, 20), ("doughnut", 30, 5, 60, 40)]
+        write_voc(workdir / "set", str(k), boxes)
+    (workdir / "own.yaml").write_text("cake: [doughnut]\n")
+    argv = ["init", "--detection", "set", "--hierarchy", "own.yaml", "--image-size", "96"]
+    assert main([*argv, "--output", "a.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "boxes exclude other names below theirs: cake without doughnut" in printed
+    rows = [
+        ("cake", "-", "cake"),
+        ("cake/other", "cake", "other cake"),
+        ("doughnut", "cake", "doughnut"),
+    ]
+    assert WordTree.from_file("a.tsv").rows == rows
+    assert "exclusive_names" not in (workdir / "a.yaml").read_text()
+    assert main([*argv, "--output", "b.yaml", "--mixed-names"]) == 0
+    assert (
+        "only class below another; add labels of a second one: doughnut below cake"
+        in capsys.readouterr().out
+    )
+    assert WordTree.from_file("b.tsv").rows == [rows[0], rows[2]]
+    source = yaml.safe_load((workdir / "b.yaml").read_text())["data"]["init_args"]["detection"]
+    assert source["init_args"]["exclusive_names"] is False
+
+
+def test_a_leaf_for_the_rest_keeps_its_row_when_a_class_is_added(workdir, write_voc, capsys):
+    for k in range(4):
+        boxes = [("cake", 1, 1, 20, 20), ("doughnut", 30, 5, 60, 40)]
+        write_voc(workdir / "set", str(k), boxes)
+    tree = [("cake", "-", "cake"), ("cake/other", "cake", "x"), ("doughnut", "cake", "y")]
+    module = DetectorModule(tree, [(1.0, 1.0)], "tiny_darknet", 128, 64, reorg="space_to_depth")
+    torch.save(build_checkpoint(module, {}), "old.ckpt")
+    write_image(workdir / "labels/cheesecake/1.png")
+    (workdir / "own.yaml").write_text("cake: [doughnut, cheesecake]\n")
+    argv = ["init", "--detection", "set", "--classification", "labels", "--hierarchy", "own.yaml"]
+    argv += ["--image-size", "96", "--pretrained", "old.ckpt", "--output", "grown.yaml"]
+    assert main(argv) == 0
+    grown = WordTree.from_file("grown.tsv")
+    assert set(grown.keys) == {"cake", "cake/other", "doughnut", "cheesecake"}
+    assert main(["fit", "--config", "grown.yaml", *SHORT]) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 4 classes, by key" in printed
+    assert "initialized  1 classes (cheesecake)" in printed
 
 
 def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):

@@ -31,14 +31,44 @@ def test_report_counts_classes_by_what_they_learn_from():
         saw={"saw": 2},
     )  # fmt: skip
     assert vocabulary_report(TREE, boxes, images).splitlines() == [
-        "Classes: 7; they learn 1 from boxes, 4 from image labels, 1 from both, "
-        "1 from descendants, 0 from nothing",
+        # the saw, an only child, is named tool
+        "Classes: 6; they learn 1 from boxes, 4 from image labels, 1 from both, "
+        "0 from descendants, 0 from nothing",
         "  from both: cat",
         "  merged names: cat = kitty (cat)",
         "  boxes are coarser: cat over Bengal, Manx",
         "  image labels are coarser: animal over dog",
-        "  no ancestor with boxes: saw",
+        "  no class with boxes above, learn by themselves where they are: saw",
     ]
+    # a box of a dog does not say where another animal is
+    report = vocabulary_report(TREE, counts(dog={"dog": 2}), counts(manx={"Manx": 1}))
+    assert report.splitlines()[-1].endswith("learn by themselves where they are: Manx")
+
+
+def test_report_names_classes_that_cannot_be_told_apart():
+    boxes, images = counts(tool={"tool": 5}), counts(saw={"saw": 2})
+    assert vocabulary_report(TREE, boxes, images).splitlines() == [
+        "Classes: 6; they learn 0 from boxes, 0 from image labels, 1 from both, "
+        "0 from descendants, 5 from nothing",
+        "  from both: tool",
+        "  boxes are coarser: tool over saw",
+        "  cannot be learnt, since it is the only class below another; add labels of a second one: "
+        "saw below tool",
+    ]
+    # without labels of tool, it is just another name of saw
+    assert "cannot be learnt" not in vocabulary_report(TREE, boxes={}, images=images)
+
+
+def test_report_names_boxes_that_exclude_other_names():
+    boxes = counts(cat={"cat": 5}, bengal={"Bengal": 1}, animal={"animal": 1}, dog={"dog": 1})
+    nodes = [NODE[key] for key in ("animal", "cat", "dog", "bengal")]
+    report = vocabulary_report(TREE, boxes, {}, [nodes])
+    assert report.splitlines()[1:] == [
+        "  boxes exclude other names below theirs: cat without Bengal",
+        "  cannot be learnt, since nothing else is below the class; add a row such as animal/other "
+        "to the tree: animal without cat and dog and Bengal",
+    ]
+    assert vocabulary_report(TREE, boxes, {}, [[], nodes[1:3]]).count("\n") == 0
 
 
 def test_report_of_thousands_of_classes_is_short():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.trees import trees
+from tests.helpers.trees import reported_by_hand, trees
 from yolo_lightning.evaluation.tree_accuracy import KINDS, TreeAccuracy
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -37,6 +37,10 @@ def test_kinds_and_depths_equal_brute_force(tree, seed):
     metric.update(predicted[5:], leaves[5:], labels[5:])
     metrics = metric.compute()
     real = [k for k in range(12) if labels[k] >= 0]
+    predicted, leaves, labels = (
+        [reported_by_hand(tree, k) if k >= 0 else -1 for k in nodes.tolist()]
+        for nodes in (predicted, leaves, labels)
+    )
     kinds = [kind_of(tree, int(predicted[k]), int(labels[k])) for k in real]
     for kind in KINDS:
         assert metrics[kind] == pytest.approx(kinds.count(kind) / len(real))

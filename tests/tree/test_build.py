@@ -11,6 +11,7 @@ from tests.helpers.images import write_image
 from tests.helpers.paths import REPO
 from yolo_lightning.checkpoints.io import write_checkpoint
 from yolo_lightning.cli.main import main
+from yolo_lightning.cli.tree_inputs import build_class_tree
 from yolo_lightning.darknet.released import COCO_NAMES, VOC_NAMES
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
@@ -20,6 +21,7 @@ from yolo_lightning.tree.labels import find_table, load_reviewed_labels, resolve
 from yolo_lightning.tree.wordnet import LICENCE, TABLE, WordNet, wordnet
 from yolo_lightning.tree.wordtree import WordTree
 
+CAKE, SANDWICH = "n07628870", "n07695965"
 CAT, DOG, MOUSE, CRANE = "n02121808", "n02084071", "n03793489", "n02012849"
 
 
@@ -69,6 +71,32 @@ def test_classes_of_coco_voc_and_imagenet_detection_are_resolved():
     assert len(set(det.values()) & set(coco.values())) == 38
     for table in load_reviewed_labels().values():
         assert all(wnid in wordnet() for wnid in table.values())
+
+
+def test_a_leaf_for_what_is_none_of_the_other_labels():
+    # of COCO's classes, donut is the only one below cake, hot dog the only one below sandwich
+    alone = build_class_tree({"coco": COCO_NAMES}, exclusive=["coco"])
+    others = [alone.rows[k] for k in alone.is_other.nonzero().flatten().tolist()]
+    assert others == [
+        (f"{CAKE}/other", CAKE, "other cake"),
+        (f"{SANDWICH}/other", SANDWICH, "other sandwich"),
+    ]
+    without = build_class_tree({"coco": COCO_NAMES})
+    assert [row for row in alone.rows if row not in others] == without.rows
+    # a club sandwich is a sandwich and no hot dog
+    club = {"coco": COCO_NAMES, "images": ["club sandwich", "n07630089"]}
+    assert build_class_tree(club, exclusive=["coco"]).is_other.sum() == 0
+    # labels of images do not exclude each other
+    both = {"images": COCO_NAMES, "coco": [CAKE]}
+    assert build_class_tree(both, exclusive=["coco"]).rows == without.rows
+
+
+def test_a_leaf_above_several_levels_of_labels():
+    custom = {"a": "-", "b": "a", "c": "b", "d": "b", "e": "a", "z": "-"}
+    rows = build_tree(custom, custom, exclusive=[["a", "c", "d", "e"]]).rows
+    assert [key for key, *_ in rows] == ["a", "z", "a/other", "b", "e", "c", "d"]
+    rows = build_tree(custom, custom, exclusive=[["a", "c", "e"], ["b", "d"]]).rows
+    assert [key for key, *_ in rows] == ["a", "z", "b", "e", "c", "d"]
 
 
 def test_a_subset_of_the_names_does_not_identify_a_dataset():
@@ -209,6 +237,15 @@ def test_build_merges_boxes_labels_and_custom_classes(workdir, write_voc, capsys
     ]  # fmt: skip
     assert main(["wordtree", "show", "tree.tsv", "--node", "cat", "--depth", "1"]) == 0
     assert capsys.readouterr().out == f"cat [{CAT}]  1 below\n"
+
+
+def test_build_adds_a_leaf_to_names_that_exclude_each_other(workdir):
+    (workdir / "own.yaml").write_text("cake: [doughnut]\n")
+    (workdir / "n.names").write_text("cake\ndoughnut\n")
+    rows = build_rows("--names", "n.names", "--hierarchy", "own.yaml")
+    assert [key for key, *_ in rows] == ["cake", "cake/other", "doughnut"]
+    rows = build_rows("--names", "n.names", "--hierarchy", "own.yaml", "--mixed-names")
+    assert [key for key, *_ in rows] == ["cake", "doughnut"]
 
 
 def test_build_accepts_coco_names_wnids_and_hierarchies(workdir):

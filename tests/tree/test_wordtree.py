@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.paths import REPO
-from tests.helpers.trees import absolute_by_hand, conditional_by_hand, trees
+from tests.helpers.trees import absolute_by_hand, conditional_by_hand, descend_by_hand, trees
 from yolo_lightning.errors import InputError
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -34,13 +34,7 @@ def test_descent_equals_brute_force(tree, seed, threshold):
     nodes, probs = tree.most_specific_nodes(logits, threshold)
     for k, row in enumerate(logits):
         absolute = absolute_by_hand(tree, row)
-        at = -1
-        while True:
-            children = [j for j in range(len(tree)) if tree.parents[j] == at]
-            best = max(children, key=lambda j: absolute[j], default=None)
-            if best is None or (at >= 0 and absolute[best] < threshold):
-                break
-            at = best
+        at = descend_by_hand(tree, absolute, threshold)
         assert nodes[k] == at
         assert probs[k] == pytest.approx(absolute[at])
 

@@ -4,7 +4,7 @@ import csv
 import json
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -217,6 +217,8 @@ def build_class_tree(
     meanings: Mapping[str, str] | None = None,
     table: str | None = None,
     root: str = ENTITY,
+    exclusive: Collection[str] = (),
+    others: Collection[str] = (),
 ) -> WordTree:
     """Build the tree of the labels of several datasets; labels of equal meaning share a node.
 
@@ -226,6 +228,8 @@ def build_class_tree(
         meanings: meanings of names that are ambiguous or missing in WordNet.
         table: a table of reviewed meanings, see `resolve_labels`.
         root: wnid above the tree.
+        exclusive: datasets in which a label means no other label below it.
+        others: keys ``X/other`` of an earlier tree; see `build_tree`.
 
     Raises:
         InputError: lists all names without a meaning; also see `build_tree`.
@@ -235,11 +239,14 @@ def build_class_tree(
     wnids = resolve_labels(words, meanings, where=lambda word: f"the hierarchy's parent {word!r}")
     custom_parents = {child: wnids.get(parent, parent) for child, parent in custom.items()}
     labels_by_key: dict[str, set[str]] = {}
+    exclusive_keys: list[set[str]] = []
     for dataset, labels in datasets.items():
         label_list = list(labels)
         where = _label_locations(dataset, label_list)
         keys = {label: label for label in label_list if label in custom}
         keys |= resolve_labels(set(label_list) - set(custom), meanings, table, where, custom)
+        if dataset in exclusive:
+            exclusive_keys.append(set(keys.values()))
         for label, key in keys.items():
             labels_by_key.setdefault(key, set()).add(label)
             if is_wnid(key) and not is_below(key, root):
@@ -252,7 +259,8 @@ def build_class_tree(
         for key, labels in labels_by_key.items()
         if labels != {key}
     }
-    return build_tree([*labels_by_key, *custom_parents], custom_parents, names, root)
+    labels = [*labels_by_key, *custom_parents]
+    return build_tree(labels, custom_parents, names, root, exclusive_keys, others)
 
 
 def _label_locations(dataset: str, labels: list[str]) -> Callable[[str], str]:

@@ -20,6 +20,7 @@ from yolo_lightning.evaluation.error_analysis import collapse_to_level
 from yolo_lightning.evaluation.matching import MATCH_IOU, empty_table
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.evaluation.voc import VOC_METRICS
+from yolo_lightning.tree.exclusive import ExclusiveNames, exclusive_parts
 from yolo_lightning.tree.wordtree import WordTree
 
 PREDICTION_SCORE_THRESHOLD = 0.25
@@ -35,16 +36,20 @@ _GROUPS = {
 
 
 class NameAccuracy(Metric):
-    """Among the objects detected under their coarse label: how many get the right fine label."""
+    """Among the objects detected under their coarse label: how many get the right fine label.
+
+    A node and its only child count as one.
+    """
 
     full_state_update = False
     detected: Tensor
     correct: Tensor
 
-    def __init__(self, num_nodes: int) -> None:
+    def __init__(self, tree: WordTree) -> None:
         super().__init__()
-        self.add_state("detected", torch.zeros(num_nodes), dist_reduce_fx="sum")
-        self.add_state("correct", torch.zeros(num_nodes), dist_reduce_fx="sum")
+        self.tree = tree
+        self.add_state("detected", torch.zeros(len(tree)), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(len(tree)), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -61,8 +66,9 @@ class NameAccuracy(Metric):
         first = _first_overlapping(
             targets_xyxy_orig_px, fine, coarse_labels[fine.labels] == expected
         )
-        fine_labels = functional.pad(fine.labels, (0, 1), value=-1)[first]
-        correct = target_labels[detected & (fine_labels == target_labels)]
+        reported = self.tree.reported.to(target_labels.device)
+        fine_labels = functional.pad(reported[fine.labels], (0, 1), value=-1)[first]
+        correct = target_labels[detected & (fine_labels == reported[target_labels])]
         self.detected += torch.bincount(target_labels[detected], minlength=len(self.detected))
         self.correct += torch.bincount(correct, minlength=len(self.correct))
 
@@ -80,6 +86,18 @@ class Level:
     nodes: Tensor  # int64 (L,), the classes
     labels: Tensor  # int64 (K,), the label at this level of each node
     precision: BoxAveragePrecision = field(default_factory=BoxAveragePrecision)
+    # of each source, columns of `nodes` whose probability is that of some nodes below, int64
+    parts: list[list[tuple[int, Tensor]]] = field(default_factory=list)
+
+    def class_probs(self, probs: Tensor, source: int) -> Tensor:
+        """Return P(class), (M, L), of P(node), (M, K), in an image of this source.
+
+        Where names exclude each other, a class does not include other classes below it.
+        """
+        of_classes = probs[:, self.nodes]
+        for column, nodes in self.parts[source] if self.parts else ():
+            of_classes[:, column] = probs[:, nodes].sum(dim=1)
+        return of_classes
 
 
 class DetectionEvaluation(nn.Module):
@@ -95,11 +113,12 @@ class DetectionEvaluation(nn.Module):
         super().__init__()
         self.tree = tree
         self.fine = BoxAveragePrecision()
-        self.name_accuracy, self.tree_accuracy = NameAccuracy(len(tree)), TreeAccuracy(tree)
+        self.name_accuracy, self.tree_accuracy = NameAccuracy(tree), TreeAccuracy(tree)
         self.is_hierarchical = tree.paths.shape[1] > 1
         # the classes of the targets, the coarse level if it differs, and then those of the tree
         self.levels: list[Level] = []
         self.coarse: Level | None = None
+        self.exclusive_names: ExclusiveNames | None = None
         self.seen_classes: Tensor | None = None  # bool (K,), replaces the classes with boxes
         self.metrics: dict[str, float] = {}
         self.tree_metrics: dict[str, float] = {}
@@ -108,11 +127,16 @@ class DetectionEvaluation(nn.Module):
         self.targets, self.detections = empty_table(), empty_table()
         self._group_sizes: dict[str, int] = {}
 
-    def reset(self, nodes: Tensor, boxed_ancestors: Tensor) -> None:
+    def reset(
+        self,
+        nodes: Tensor,
+        boxed_ancestors: Tensor,
+        exclusive_names: ExclusiveNames | None = None,
+    ) -> None:
         """Reset all metrics and set the classes of the targets, int64 (L,).
 
         `boxed_ancestors`, int64 (K,), holds each node's deepest ancestor or self on the path to a
-        class of the training boxes, or -1.
+        class of the training boxes, or -1. `exclusive_names` are those of the targets' sources.
         """
         itself = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
         coarse_labels = torch.where(boxed_ancestors >= 0, boxed_ancestors, itself)
@@ -121,7 +145,29 @@ class DetectionEvaluation(nn.Module):
         self.levels = [Level("", nodes, itself, self.fine)]
         self.levels += [coarse] if self.coarse else []
         self.levels += self._distinct_levels(nodes)
+        self.exclusive_names = exclusive_names
+        labels_by_source = exclusive_names.nodes if exclusive_names else []
+        for level in self.levels:
+            level.parts = [self._parts(level, labels) for labels in labels_by_source]
         self._reset_metrics()
+
+    def source_numbers(self, sample_ids: Tensor) -> list[int]:
+        """Return the number of the source of each image, int64 (B,)."""
+        if self.exclusive_names is None:
+            return [0] * len(sample_ids)
+        numbers: list[int] = self.exclusive_names.source_numbers(sample_ids).tolist()
+        return numbers
+
+    def _parts(self, level: Level, labels: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """Return the parts of a level's classes in a source whose `labels` exclude each other."""
+        column = {node: k for k, node in enumerate(level.nodes.tolist())}
+        at_level = level.labels.cpu()[list(labels)].tolist()
+        parts = exclusive_parts(self.tree, at_level)
+        return [
+            (column[node], torch.tensor(nodes, device=level.nodes.device))
+            for node, nodes in parts.items()
+            if nodes and node in column
+        ]
 
     def _reset_metrics(self) -> None:
         metrics: list[Metric] = [level.precision for level in self.levels]

@@ -13,7 +13,8 @@ class TreeAccuracy(Metric):
     """Accuracy by depth, and predictions by kind.
 
     `right`: the label or below it; `not_specific_enough`: an ancestor of the label; `wrong_leaf`:
-    elsewhere below the label's parent; `wrong_branch`: otherwise.
+    elsewhere below the label's parent; `wrong_branch`: otherwise. Nodes that cannot be told from
+    their parents count as these, see `WordTree.reported`.
     """
 
     full_state_update = False
@@ -36,7 +37,8 @@ class TreeAccuracy(Metric):
         """
         real = labels >= 0
         paths = self.tree.paths.to(labels.device)
-        predicted, leaves, labels = predicted[real], leaves[real], labels[real]
+        reported = self.tree.reported.to(labels.device)
+        predicted, leaves, labels = (reported[nodes[real]] for nodes in (predicted, leaves, labels))
         parents = self.tree.parents.to(labels.device)[labels]
         path = paths[predicted]
         at_or_below = (path == labels[:, None]).any(dim=1)

@@ -49,15 +49,19 @@ class TreeDescent(nn.Module):
 
     members: Tensor
     child_group: Tensor
+    is_other: Tensor
 
     def __init__(self, tree: WordTree, threshold: float) -> None:
         super().__init__()
         self.levels = tree.paths.shape[1]
         self.log_threshold = math.log(threshold) if threshold > 0 else -math.inf
-        tables = TreeTables.build(tree.parents, tree.groups, tree.paths, torch.device("cpu"))
+        tables = TreeTables.build(
+            tree.parents, tree.groups, tree.paths, tree.is_other, torch.device("cpu")
+        )
         self.top_group = int(tables.child_group[-1])
         self.register_buffer("members", tables.members)
         self.register_buffer("child_group", tables.child_group)
+        self.register_buffer("is_other", tables.is_other)
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return nodes, int64 (M,), and their probabilities, float (M,), of logits (M, K)."""
@@ -72,7 +76,7 @@ class TreeDescent(nn.Module):
             child = siblings.gather(1, column[:, None]).squeeze(1)
             child_log_prob = log_prob + best
             if level:
-                active = active & (child_log_prob >= self.log_threshold)
+                active = active & (child_log_prob >= self.log_threshold) & ~self.is_other[child]
             node = torch.where(active, child, node)
             log_prob = torch.where(active, child_log_prob, log_prob)
             group = self.child_group[child]

@@ -1,11 +1,11 @@
 """Build a WordTree from WordNet synsets and custom classes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.tree.wordnet import WordNet, is_wnid, wordnet
-from yolo_lightning.tree.wordtree import Row, WordTree
+from yolo_lightning.tree.wordtree import OTHER, Row, WordTree
 
 ENTITY = "n00001740"
 
@@ -15,11 +15,16 @@ def build_tree(
     custom_parents: Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
     root: str = ENTITY,
+    exclusive: Iterable[Iterable[str]] = (),
+    others: Collection[str] = (),
 ) -> WordTree:
     """Return the tree of these labels (wnids and custom keys); it does not depend on their order.
 
     A custom key has a parent: another custom key, a wnid, or ``-`` for the top. The root is a wnid
-    above all labels and not part of the tree. Names default to WordNet's first lemma.
+    above all labels and not part of the tree. Names default to WordNet's first lemma. `exclusive`
+    are sets of labels that exclude each other: a leaf ``X/other`` is added below a label X if
+    otherwise every node below X were one of the other labels of the set, or below one. `others` are
+    keys ``X/other`` of an earlier tree, kept where X still has children.
 
     Raises:
         InputError: a custom key without a parent, a cycle, or a synset that is not below the root.
@@ -28,6 +33,8 @@ def build_tree(
     first, then for each other synset the path that adds the fewest nodes.
     Paper is silent: the order of the others (ascending wnid), paths of equal length (lowest wnids),
     and nodes with one child, which are removed unless they are labels or explicit parents.
+    Deviation: the leaves ``X/other``; without them, COCO's donut, the only child of cake, has the
+    probability of cake.
     """
     custom = dict(custom_parents or {})
     label_keys = set(labels)
@@ -40,6 +47,10 @@ def build_tree(
     parents: dict[str, str] = _wordnet_parents(synsets, wordnet(), root)
     parents |= custom
     _collapse(parents, label_keys | set(custom) | wnid_parents)
+    for names_of_dataset in exclusive:
+        _add_others(parents, set(names_of_dataset))
+    above = set(parents.values())
+    parents |= {key: key.removesuffix(OTHER) for key in others if key.removesuffix(OTHER) in above}
     return WordTree(_rows(parents, names or {}), "the tree")
 
 
@@ -117,9 +128,7 @@ def _shortest_addition(
 
 def _collapse(parents: dict[str, str], keep: set[str]) -> None:
     """Remove nodes with a single child, except those to keep."""
-    children: dict[str, list[str]] = {}
-    for node, parent in parents.items():
-        children.setdefault(parent, []).append(node)
+    children = _children(parents)
     for node in sorted(parents):
         if len(children.get(node, [])) == 1 and node not in keep:
             (only_child,) = children[node]
@@ -128,11 +137,32 @@ def _collapse(parents: dict[str, str], keep: set[str]) -> None:
             children[above] = [only_child if child == node else child for child in children[above]]
 
 
-def _rows(parents: Mapping[str, str], names: Mapping[str, str]) -> list[Row]:
-    """Return rows by level, siblings contiguous and sorted, as Darknet requires."""
+def _children(parents: Mapping[str, str]) -> dict[str, list[str]]:
     children: dict[str, list[str]] = {}
     for node in sorted(parents):
         children.setdefault(parents[node], []).append(node)
+    return children
+
+
+def _add_others(parents: dict[str, str], labels: set[str]) -> None:
+    """Add a leaf below each label that has other labels below, and nothing else."""
+    children = _children(parents)
+    # from the leaves: whether each node is a label, or has nothing but such nodes below
+    is_covered: dict[str, bool] = {}
+    pending = list(children.get("-", []))
+    for node in pending:  # extended during iteration
+        pending.extend(children.get(node, []))
+    for node in reversed(pending):
+        below = children.get(node, [])
+        only_labels = bool(below) and all(is_covered[child] for child in below)
+        is_covered[node] = node in labels or only_labels
+        if node in labels and only_labels:
+            parents[node + OTHER] = node
+
+
+def _rows(parents: Mapping[str, str], names: Mapping[str, str]) -> list[Row]:
+    """Return rows by level, siblings contiguous and sorted, as Darknet requires."""
+    children = _children(parents)
     order = list(children.get("-", []))
     for node in order:  # extended during iteration
         order.extend(children.get(node, []))
@@ -142,6 +172,8 @@ def _rows(parents: Mapping[str, str], names: Mapping[str, str]) -> list[Row]:
     used = {name for label in names.values() for name in label.split(" | ")}
 
     def name(node: str) -> str:
+        if node == parents[node] + OTHER:
+            return f"other {name(parents[node]).split(' | ')[0]}"
         if node in names or table is None or node not in table:
             return names.get(node, node)
         words = table.lemmas(node)

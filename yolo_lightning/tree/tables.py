@@ -19,11 +19,19 @@ class TreeTables:
     level_inverse: Tensor  # (K,), each node's position in the concatenated levels
     members: Tensor  # (G, largest size), the nodes of each group, -1 as padding
     group_sizes: Tensor  # (G,)
-    child_group: Tensor  # (K + 1,), group of each node's children, -1 for leaves; last: top level
+    # (K + 1,), the next group of a descent from each node, -1 if there is none: its children or,
+    # below an only child, the children of that one; last: the top level
+    child_group: Tensor
+    is_other: Tensor  # bool (K,), leaves X/other
 
     @classmethod
     def build(
-        cls, parents: Tensor, groups: Tensor, paths: Tensor, device: torch.device
+        cls,
+        parents: Tensor,
+        groups: Tensor,
+        paths: Tensor,
+        is_other: Tensor,
+        device: torch.device,
     ) -> "TreeTables":
         """Build the tables from the attributes of a `WordTree`."""
         group_sizes = torch.bincount(groups)
@@ -43,6 +51,9 @@ class TreeTables:
             position[level] = torch.arange(len(level))
             levels.append(level)
             above = level
+        for level in reversed(levels[1:]):  # from the bottom, because only children may be nested
+            only = level[group_sizes[groups[level]] == 1]
+            child_group[parents[only]] = child_group[only]
         size_order = torch.cat([nodes.flatten() for nodes in groups_by_size])
         return cls(
             paths.to(device),
@@ -55,4 +66,5 @@ class TreeTables:
             members.to(device),
             group_sizes.to(device),
             child_group.to(device),
+            is_other.to(device),
         )

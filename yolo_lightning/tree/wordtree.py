@@ -14,6 +14,9 @@ from yolo_lightning.tree.tables import TreeTables
 MAX_LEVELS = 200
 """The authors' tree has 17 levels; the table of paths grows with the number of levels."""
 
+OTHER = "/other"
+"""A leaf with the key ``X/other`` below X stands for what is X and nothing else below X."""
+
 Row = tuple[str, str, str]
 """A node as key, parent's key (``-`` at the top), name; alternative names separated by `` | ``."""
 
@@ -25,10 +28,16 @@ class WordTree:
     not be: 585 of the 9,418 names in the authors' tree recur. Error messages name `origin` and the
     line numbers of the rows.
 
+    Predictions never name a node that cannot be told from its parent: an only child, whose
+    P(child | parent) is always 1, or the leaf ``X/other``. `reported`, int64 (K,), is the node that
+    stands for each one, itself for most. Asked for by name, an only child has the probability of
+    its parent.
+
     Raises:
         InputError: no nodes, a duplicate key, an unknown parent, a cycle, more than 200 levels.
 
-    Source: YOLO9000, section 4, "Hierarchical classification".
+    Source: YOLO9000, section 4, "Hierarchical classification"; the paper does not mention only
+    children, which the original program names.
     """
 
     def __init__(
@@ -70,7 +79,22 @@ class WordTree:
         self._members: list[list[int]] = [[] for _ in range(self.num_groups)]
         for node, group in enumerate(self.groups.tolist()):
             self._members[group].append(node)
+        self._group_below = {parents[members[0]]: g for g, members in enumerate(self._members)}
+        self.is_other = self._others()  # bool (K,), which nodes are leaves X/other
+        self.reported = self._reported()
         self._tables: dict[torch.device, TreeTables] = {}
+
+    def _others(self) -> Tensor:
+        is_other = torch.tensor([row[0] == row[1] + OTHER for row in self.rows])
+        is_other[self.parents[self.parents >= 0]] = False  # a leaf has no children
+        return is_other
+
+    def _reported(self) -> Tensor:
+        is_same = self.is_other | (torch.bincount(self.groups)[self.groups] == 1)
+        is_same &= self.parents >= 0
+        # the first node of each path that differs from its parent
+        is_distinct = (self.paths >= 0) & ~is_same[self.paths.clamp(min=0)]
+        return self.paths.gather(1, is_distinct.int().argmax(dim=1, keepdim=True)).squeeze(1)
 
     def _parent_of(self, row: Row, where: str) -> int:
         if row[1] == "-":
@@ -142,10 +166,17 @@ class WordTree:
         return (~is_parent).nonzero().flatten()
 
     def find_node(self, label: str, where: str = "") -> int:
-        """Find a node by its key, else by its name; raise `InputError` if none or several match."""
-        if label in self._index:
+        """Find a node by its key, else by its name; raise `InputError` if none or several match.
+
+        Leaves ``X/other`` are never found.
+        """
+        if label in self._index and not self.is_other[self._index[label]]:
             return self._index[label]
-        matches = [node for node, names in enumerate(self._alternatives) if label in names]
+        matches = [
+            node
+            for node, names in enumerate(self._alternatives)
+            if label in names and not self.is_other[node]
+        ]
         if len(matches) == 1:
             return matches[0]
         prefix = f"{where}: " if where else ""
@@ -156,6 +187,11 @@ class WordTree:
         if not hint and len(self) <= 30:
             hint = f"allowed: {', '.join(self.names)}"
         raise InputError(f"{prefix}label {label!r} is not in the tree; {hint}".rstrip("; "))
+
+    def children(self, node: int) -> list[int]:
+        """Return the nodes directly below a node."""
+        group = self._group_below.get(node)
+        return [] if group is None else self._members[group]
 
     def ancestors_or_self(self, nodes: Tensor) -> Tensor:
         """Return bool (K,): which nodes are on the paths to `nodes`, int64 (N,)."""
@@ -173,7 +209,7 @@ class WordTree:
 
     def _tables_on(self, device: torch.device) -> TreeTables:
         if device not in self._tables:
-            tables = TreeTables.build(self.parents, self.groups, self.paths, device)
+            tables = TreeTables.build(self.parents, self.groups, self.paths, self.is_other, device)
             self._tables[device] = tables
         return self._tables[device]
 
@@ -224,6 +260,8 @@ class WordTree:
         """Descend to the most probable child as long as its P(node) is at least `threshold`.
 
         Return nodes, int64 (M,), at least of the top level, and P(node), (M,), of logits (M, K).
+        They are among `reported`: an only child is passed, and X is returned instead of a most
+        probable child ``X/other``.
 
         Source: YOLO9000, section 4, "Hierarchical classification".
         """
@@ -242,6 +280,7 @@ class WordTree:
             child = siblings.gather(1, column[:, None]).squeeze(1)
             child_log_prob = log_prob[active] + best
             descend = (child_log_prob >= log_threshold) | (node[active] < 0)
+            descend &= ~tables.is_other[child]
             active, child = active[descend], child[descend]
             node[active], log_prob[active] = child, child_log_prob[descend]
             group = tables.child_group[child]

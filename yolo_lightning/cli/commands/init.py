@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
 from yolo_lightning.cli.commands.recipe_template import ANCHORS, Source, recipe_text
-from yolo_lightning.cli.commands.wordtree import write
+from yolo_lightning.cli.commands.wordtree import MIXED_NAMES, write
 from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, read_mapping
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.files import AnnotatedImages
@@ -20,7 +20,7 @@ from yolo_lightning.images import UnreadableSample, read_header
 from yolo_lightning.models.backbones import BACKBONES
 from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import load_reviewed_labels
-from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.tree.wordtree import OTHER, WordTree
 
 _IMAGES_READ, _MAX_SHOWN = 64, 10
 
@@ -37,6 +37,8 @@ def _open_sources(options: argparse.Namespace) -> dict[str, Any]:
     sources = {part: source for part, source in parts.items() if source is not None}
     for source in sources.values():
         _print_summary(source)
+        if isinstance(source, AnnotatedImages):
+            source.exclusive_names = not options.mixed_names
     return sources
 
 
@@ -62,18 +64,30 @@ def _print_summary(source: Source) -> None:
         print(f"  … and {len(faults) - _MAX_SHOWN} more repaired or skipped")
 
 
-def _tree(options: argparse.Namespace, sources: Iterable[Source]) -> WordTree:
-    """Build the tree of all class names."""
+def _tree(
+    options: argparse.Namespace, sources: Iterable[Source], pretrained: Mapping[str, Any]
+) -> WordTree:
+    """Build the tree of all class names; leaves ``X/other`` of the pretrained tree are kept."""
     names: dict[str, list[str]] = {}
+    exclusive: set[str] = set()
     for source in sources:
         used = [name for name, count in source.name_counts().items() if count]
         names.setdefault(source.name, []).extend(used)
+        exclusive |= {source.name} if getattr(source, "exclusive_names", False) else set()
     if options.flat:
         return WordTree.from_names(sorted({name for listed in names.values() for name in listed}))
     hierarchy = read_hierarchy(options.hierarchy) if options.hierarchy else {}
     meanings = read_mapping(options.mapping) if options.mapping else {}
     try:
-        return build_class_tree(names, hierarchy, meanings, options.table, options.root)
+        return build_class_tree(
+            names,
+            hierarchy,
+            meanings,
+            options.table,
+            options.root,
+            exclusive,
+            [key for key, *_ in pretrained.get("tree", ()) if key.endswith(OTHER)],
+        )
     except InputError as error:
         raise InputError(
             f"{error}\n  Put names with several meanings into --mapping FILE (mouse: n03793489), "
@@ -82,11 +96,16 @@ def _tree(options: argparse.Namespace, sources: Iterable[Source]) -> WordTree:
         ) from None
 
 
-def _network(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the network, those of the pretrained checkpoint if there is one."""
-    path, pretrained = options.pretrained, {}
+def _pretrained(path: str | None) -> dict[str, Any]:
+    """Return the hyper-parameters of a pretrained checkpoint, none of other weights."""
     if path is not None and is_checkpoint(require_file(path, "--pretrained")):
-        pretrained = read_checkpoint(path)["hyper_parameters"]
+        hparams: dict[str, Any] = read_checkpoint(path)["hyper_parameters"]
+        return hparams
+    return {}
+
+
+def _network(options: argparse.Namespace, pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the network, those of the pretrained checkpoint if there is one."""
     backbone = pretrained.get("backbone", options.backbone)
     values = {
         "backbone": backbone,
@@ -121,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--root", default=ENTITY, help="wnid of the root (default: entity)")
     parser.add_argument("--flat", action="store_true", help="use all names without a hierarchy")
+    parser.add_argument("--mixed-names", action="store_true", help=MIXED_NAMES)
     parser.add_argument(
         "--image-size", type=int, default=416, help="px, a multiple of 32 (default: 416)"
     )
@@ -155,13 +175,15 @@ def main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(list(argv))
     _check_options(options)
     sources = _open_sources(options)
-    tree = _tree(options, sources.values())
+    pretrained = _pretrained(options.pretrained)
+    tree = _tree(options, sources.values(), pretrained)
     for source in sources.values():
         source.bind(tree)
     boxes, labels = sources["detection"], sources.get("classification")
-    print(vocabulary_report(tree, boxes.node_counts(), labels.node_counts() if labels else {}))
+    images = labels.node_counts() if labels else {}
+    print(vocabulary_report(tree, boxes.node_counts(), images, [boxes.exclusive_nodes]))
     command = shlex.join(["yolo-lightning", "init", *argv])
-    text = recipe_text(options, sources, _network(options), command)
+    text = recipe_text(options, sources, _network(options, pretrained), command)
     output = Path(options.output)
     write(tree, str(output.with_suffix(".tsv")))
     write_atomically(output, text)

@@ -27,6 +27,11 @@ from yolo_lightning.tree.wordnet import is_wnid
 from yolo_lightning.tree.wordtree import WordTree
 from yolo_lightning.visualization.tree import MAX_NODES, layout_tree, save_tree, visible_depth
 
+MIXED_NAMES = (
+    "boxes of one dataset may have coarse and fine names, such as animal and dog for a dog; by "
+    "default, the name animal means none of its other names"
+)
+
 
 def write(tree: WordTree, output: str) -> None:
     """Write a tree: tab-separated, or Darknet's `.tree` with its `.names`.
@@ -82,7 +87,8 @@ def _build(options: argparse.Namespace) -> None:
             "no input; use --wnids, --names, --detection, --classification or --hierarchy"
         )
     meanings = read_mapping(options.mapping) if options.mapping else {}
-    tree = build_class_tree(datasets, hierarchy, meanings, options.table, options.root)
+    exclusive = [] if options.mixed_names else [*options.names, *options.detection]
+    tree = build_class_tree(datasets, hierarchy, meanings, options.table, options.root, exclusive)
     write(tree, options.output)
     levels = tree.paths.shape[1]
     size = f"{len(tree)} nodes, {len(tree.leaves)} leaves, {tree.num_groups} groups"
@@ -197,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the N synsets with the most images in --classification: a folder, or a CSV of "
         "wnid,count",
     )  # fmt: skip
+    builder.add_argument("--mixed-names", action="store_true", help=MIXED_NAMES)
     shower = actions.add_parser("show", help="print a tree")
     shower.add_argument("tree", help="tree.tsv, a checkpoint, or Darknet's NAME.tree")
     shower.add_argument("--output", help="write the whole tree instead: tree.tsv or NAME.tree")

@@ -1,0 +1,110 @@
+"""Training and evaluation where a dataset names a class and one below it."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from yolo_lightning import CombinedDataModule, DetectorModule
+from yolo_lightning.datamodules import VOCFolder
+from yolo_lightning.models.head import HeadOutput
+
+TREE = [
+    ("food", "-", "food"), ("sandwich", "food", "sandwich"), ("fruit", "food", "fruit"),
+    ("hot dog", "sandwich", "hot dog"), ("club", "sandwich", "club sandwich"),
+]  # fmt: skip
+SANDWICH, CLUB, HOT_DOG = 1, 4, 3
+
+
+@pytest.fixture
+def photos(tmp_path, write_voc):
+    """An image with a sandwich at the top left and a hot dog at the bottom right."""
+    folder = tmp_path / "photos"
+    boxes = [("sandwich", 1, 1, 32, 32), ("hot dog", 65, 65, 96, 96)]
+    write_voc(folder, "a", boxes, size=(96, 96))
+    return folder
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A detector that finds both, and is less sure of the sandwich than of the hot dog."""
+    anchors = [(1.0, 1.0)]
+    raw = torch.zeros(1, 5 + len(TREE), 3, 3)
+    raw[0, 4] = -20.0
+    raw[0, 4, 0, 0], raw[0, 4, 2, 2] = 3.0, 20.0
+    raw[0, 5 + CLUB, 0, 0] = raw[0, 5 + HOT_DOG, 2, 2] = raw[0, 5 + SANDWICH] = 20.0
+    module = DetectorModule(TREE, anchors, "small", 8, 4)
+    monkeypatch.setattr(module.network, "forward", lambda images: HeadOutput.from_dense(raw, 1))
+    return module
+
+
+def build_data(photos, exclusive_names: bool) -> CombinedDataModule:
+    source = VOCFolder(str(photos), exclusive_names=exclusive_names)
+    return CombinedDataModule(
+        TREE, source, validation=source, detection_batch_size=1, image_size=96, num_workers=0
+    )
+
+
+@pytest.mark.parametrize(("exclusive_names", "expected"), [(True, 1.0), (False, 0.5)])
+def test_average_precision_of_a_perfect_detector(photos, module, exclusive_names, expected):
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    trainer.validate(module, build_data(photos, exclusive_names), verbose=False)
+    rows = module.evaluation.per_class
+    assert rows["hot dog"]["AP50"] == 1
+    # every hot dog is a sandwich too, and would be a false one with the highest score
+    assert rows["sandwich"]["AP50"] == pytest.approx(expected, abs=0.01)
+
+
+def test_scores_of_a_source_by_hand(photos, module):
+    data = build_data(photos, True)
+    data.setup("validate")
+    module.evaluation.reset(
+        torch.tensor([SANDWICH, HOT_DOG]),
+        module.boxed_ancestors(),
+        data.exclusive_names(data.validation),
+    )
+    level = module.evaluation.levels[0]
+    probs = torch.tensor([[1.0, 0.9, 0.1, 0.2, 0.7]])
+    torch.testing.assert_close(level.class_probs(probs, 0), torch.tensor([[0.7, 0.2]]))
+    # at the level of food, both are one class
+    (food,) = [level for level in module.evaluation.levels if level.suffix == "_level1"]
+    torch.testing.assert_close(food.class_probs(probs, 0), torch.tensor([[1.0]]))
+
+
+@pytest.mark.parametrize("exclusive_names", [True, False])
+def test_loss_of_each_source(photos, module, exclusive_names):
+    only_sandwiches = photos.parent / "others"
+    only_sandwiches.mkdir()
+    for file in photos.glob("a.*"):
+        text = file.read_bytes().replace(b"hot dog", b"sandwich")
+        (only_sandwiches / file.name).write_bytes(text)
+    sources = [VOCFolder(str(only_sandwiches)), build_data(photos, exclusive_names).detection]
+    data = CombinedDataModule(
+        TREE, detection=sources, detection_batch_size=2, image_size=96, num_workers=0
+    )
+    data.setup("fit")
+    batch = data.batch(0)
+    logits = torch.zeros(4, len(TREE))
+    names = data.exclusive_names(data.detection)
+    for row, sample_id in enumerate(batch.sample_ids.tolist()):
+        labels = batch.labels[row][batch.labels[row] >= 0]
+        losses = names.path_loss(logits[: len(labels)], labels, torch.full_like(labels, sample_id))
+        without_hot_dogs = exclusive_names and sample_id == 1
+        sandwich = 1 / 4 if without_hot_dogs else 1 / 2
+        expected = [1 / 4 if label == HOT_DOG else sandwich for label in labels.tolist()]
+        torch.testing.assert_close(losses.exp().reciprocal(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("exclusive_names", [True, False])
+def test_a_step_of_training(photos, write_voc, exclusive_names):
+    boxes = [("sandwich", 1, 1, 32, 32), ("sandwich", 33, 1, 64, 32), ("hot dog", 65, 65, 96, 96)]
+    write_voc(photos, "a", boxes, size=(96, 96))
+    module = DetectorModule(TREE, [(1.0, 1.0)], "small", 8, 4, learning_rate=0.1)
+    before = module.network.class_bias.detach().clone()
+    trainer = pl.Trainer(
+        logger=False, enable_progress_bar=False, accelerator="cpu", max_steps=1,
+        limit_val_batches=0, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, build_data(photos, exclusive_names))
+    change = (module.network.class_bias.detach() - before)[0]
+    # two boxes say that they are no hot dog, or nothing about it, and one says that it is one
+    assert (change[HOT_DOG] < change[CLUB]) == exclusive_names

@@ -1,0 +1,93 @@
+"""Names of a dataset that exclude each other, though one is above another in the tree."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from yolo_lightning.tree.wordtree import WordTree
+
+Parts = dict[int, list[int]]
+"""By node, the nodes whose probabilities add up to that of the node without others below it."""
+
+
+def exclusive_parts(tree: WordTree, nodes: Iterable[int]) -> Parts:
+    """Return the parts of those of `nodes` that have others of them below.
+
+    Where a dataset labels sandwich and hot dog, a box labelled sandwich holds no hot dog. It holds
+    one of the nodes beside the path from sandwich to hot dog: these are the parts of sandwich, and
+    the sum of their probabilities is P(sandwich) - P(hot dog). An empty list means that no node is
+    left which could be meant.
+    """
+    labels = torch.tensor(sorted(set(nodes)), dtype=torch.long)
+    is_label = torch.zeros(len(tree) + 1, dtype=torch.bool)  # the last one is padding
+    is_label[labels] = True
+    ancestors = tree.paths[labels][:, 1:]
+    above = ancestors[is_label[ancestors]].unique().tolist()
+    return {node: _parts(tree, node, labels, is_label) for node in above}
+
+
+def _parts(tree: WordTree, top: int, labels: Tensor, is_label: Tensor) -> list[int]:
+    below = labels[(tree.paths[labels] == top).any(dim=1)]
+    leads_to_label = tree.ancestors_or_self(below)
+    parts, pending = [], [top]
+    for node in pending:  # extended during iteration
+        for child in tree.children(node):
+            if not leads_to_label[child]:
+                parts.append(child)
+            elif not is_label[child]:
+                pending.append(child)
+    return parts
+
+
+class ExclusiveNames:
+    """What the labels of boxes mean, in sources that are joined one after the other.
+
+    Args:
+        tree: the classes.
+        lengths: images of each source.
+        nodes: of each source, the nodes of names that exclude each other; none if they do not.
+        device: of the tensors that are passed to the methods.
+    """
+
+    def __init__(
+        self,
+        tree: WordTree,
+        lengths: Sequence[int],
+        nodes: Sequence[Iterable[int]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.tree, self.nodes = tree, [sorted(set(labels)) for labels in nodes]
+        self._ends = torch.tensor(lengths, device=device).cumsum(0)
+        parts = [exclusive_parts(tree, labels) for labels in self.nodes]
+        # int64 (T, R), parts of one label each, -1 as padding; the first row is never read
+        table = [[-1]]
+        # int64 (sources, K), the row of each label, 0 where it means its node
+        rows = torch.zeros(len(parts), len(tree), dtype=torch.long)
+        for number, of_source in enumerate(parts):
+            for node, part in of_source.items():
+                if part:
+                    rows[number, node] = len(table)
+                    table.append(part)
+        self._rows = rows.to(device)
+        self._parts = pad_sequence([torch.tensor(part) for part in table], True, -1).to(device)
+
+    def source_numbers(self, sample_ids: Tensor) -> Tensor:
+        """Return int64 (B,), the number of the source of each image."""
+        return torch.bucketize(sample_ids, self._ends, right=True)
+
+    def path_loss(self, logits: Tensor, labels: Tensor, sample_ids: Tensor) -> Tensor:
+        """Return -log P(label), (M,), of logits (M, K); of a label with parts, -log of their sum.
+
+        `labels` are nodes and `sample_ids` those of their images, int64 (M,).
+        """
+        losses = self.tree.path_loss(logits, labels)
+        if len(self._parts) == 1:
+            return losses
+        rows = self._rows[self.source_numbers(sample_ids), labels]
+        has_parts = rows.nonzero().flatten()
+        parts = self._parts[rows[has_parts]]
+        log_probs = self.tree.log_probs(logits[has_parts]).gather(1, parts.clamp(min=0))
+        log_probs = log_probs.masked_fill(parts < 0, -torch.inf)
+        return losses.index_copy(0, has_parts, -log_probs.logsumexp(dim=1))
