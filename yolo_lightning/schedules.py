@@ -1,4 +1,8 @@
-"""Learning-rate schedules per optimizer step, as factors of the recipe's learning rate."""
+"""Learning-rate schedules per optimizer step, as factors of the recipe's learning rate.
+
+Source: the original program, which counts the images of a step before it updates the weights: its
+first update has the rate of batch 1.
+"""
 
 from bisect import bisect_right
 
@@ -14,6 +18,8 @@ class Schedule:
         burn_in_steps: steps over which the factor rises to 1, as a power of 4; 0 for none.
 
     Source: the original program; the paper does not mention a burn-in.
+
+    Deviation: with a polynomial decay, the original program burns in with the power of the decay.
     """
 
     def __init__(self, burn_in_steps: int = 0) -> None:
@@ -23,12 +29,13 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Return the factor of an optimizer step, counted from 0."""
-        if step < self.burn_in_steps:
-            return float(((step + 1) / self.burn_in_steps) ** BURN_IN_POWER)
-        return self.after_burn_in(step)
+        number = step + 1
+        if number < self.burn_in_steps:
+            return float((number / self.burn_in_steps) ** BURN_IN_POWER)
+        return self.after_burn_in(number)
 
-    def after_burn_in(self, step: int) -> float:
-        """Return the factor of an optimizer step after the burn-in."""
+    def after_burn_in(self, number: int) -> float:
+        """Return the factor of optimizer step `number`, counted from 1, after the burn-in."""
         return 1.0
 
 
@@ -36,7 +43,7 @@ class StepDecay(Schedule):
     """Multiply the rate by a factor at each milestone.
 
     Args:
-        milestones: optimizer steps, ascending.
+        milestones: numbers, counted from 1, of the first optimizer steps at a new rate, ascending.
         factors: one per milestone.
         burn_in_steps: see `Schedule`.
 
@@ -52,10 +59,10 @@ class StepDecay(Schedule):
             )
         self.milestones, self.factors = milestones, factors
 
-    def after_burn_in(self, step: int) -> float:
+    def after_burn_in(self, number: int) -> float:
         """Return the product of the factors of all milestones up to this step."""
         product = 1.0
-        for factor in self.factors[: bisect_right(self.milestones, step)]:
+        for factor in self.factors[: bisect_right(self.milestones, number)]:
             product *= factor
         return product
 
@@ -80,6 +87,6 @@ class PolynomialDecay(Schedule):
             )
         self.total_steps, self.power = total_steps, power
 
-    def after_burn_in(self, step: int) -> float:
-        """Return (1 - step / total_steps) ** power, and 0 after the last step."""
-        return float(max(0.0, 1 - step / self.total_steps) ** self.power)
+    def after_burn_in(self, number: int) -> float:
+        """Return (1 - number / total_steps) ** power; 0 from the last step on."""
+        return float(max(0.0, 1 - number / self.total_steps) ** self.power)
