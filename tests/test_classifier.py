@@ -459,13 +459,17 @@ def test_backbone_lr_factor(folders, factor):
     in_backbone = {k for k in moved if k.startswith("network.body")}
     assert bool(in_backbone) == bool(factor)
     groups = read_checkpoint(path)["optimizer_states"][0]["param_groups"]
-    assert [group["initial_lr"] for group in groups] == [0.05, 0.05 * factor]
-    # resuming keeps the frozen backbone, and the rates of the recipe
+    rates = [group["initial_lr"] for group in groups]
+    assert rates == [0.05, 0.05, 0.05 * factor, 0.05 * factor]
+    # resuming keeps the frozen backbone, and applies the rates and the weight decay of the recipe
     more = [*options, "--trainer.max_epochs=3", "--model.learning_rate=0.01"]
+    more += ["--model.weight_decay=0.002"]
     assert main(["fit", "--config", "r.yaml", *more, "--ckpt_path", str(path)]) == 0
     resumed = read_checkpoint(path)
     groups = resumed["optimizer_states"][0]["param_groups"]
-    assert [group["lr"] for group in groups] == [0.01, 0.01 * factor]
+    rates = [(group["lr"], group["weight_decay"]) for group in groups]
+    slow = 0.01 * factor
+    assert rates == [(0.01, 0.002), (0.01, 0.0), (slow, 0.002), (slow, 0.0)]
     if not factor:
         for key in in_backbone | {k for k in before if k.startswith("network.body")}:
             assert torch.equal(before[key], resumed["state_dict"][key]), key

@@ -53,7 +53,8 @@ class DetectorModule(TrainingModule):
             training replaces it by that of the data.
         learning_rate: per optimizer step, for gradients averaged over the global batch.
         momentum: of SGD.
-        weight_decay: of SGD; also applied to biases and batch norms, as in the original program.
+        weight_decay: of SGD; of weights of two or more dimensions, not of biases and norms, as
+            in the original program.
         backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
             running statistics.
         schedule: factor of the learning rate at each optimizer step.

@@ -97,16 +97,24 @@ class TrainingModule(pl.LightningModule):
             self.hparams["image_size"] = image_size
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return SGD and its schedule; the backbone has a learning rate of its own."""
-        backbone = [p for layer in self._backbone() for p in layer.parameters()]
-        backbone_ids = {id(parameter) for parameter in backbone}
-        rest = [p for p in self.parameters() if id(p) not in backbone_ids]
-        # always two groups, so that a resumed run can freeze or unfreeze the backbone
-        groups = zip((rest, backbone), self._learning_rates(), strict=True)
+        """Return SGD and its schedule; the backbone has a learning rate of its own.
+
+        Weights of two or more dimensions decay, biases and the scales of norms do not. The rule
+        holds for a backbone given as a module, too.
+
+        Source: the original program, whose update decays the weights of convolutions only.
+        """
+        backbone = {id(p) for layer in self._backbone() for p in layer.parameters()}
+        # always four groups, so that a resumed run can freeze or unfreeze the backbone
+        groups: list[list[nn.Parameter]] = [[] for _ in range(4)]
+        for name, parameter in self.named_parameters():
+            decays = parameter.ndim > 1 and not name.endswith("bias")  # `class_bias` is a matrix
+            groups[2 * (id(parameter) in backbone) + (not decays)].append(parameter)
         optimizer = torch.optim.SGD(
-            [{"params": parameters, "lr": rate} for parameters, rate in groups],
-            momentum=self.hparams["momentum"],
-            weight_decay=self.hparams["weight_decay"],
+            [
+                {"params": parameters, **options}
+                for parameters, options in zip(groups, self._group_options(), strict=True)
+            ],
             # the fused kernel reads 29 million class weights once instead of four times; with
             # mixed precision it does not support gradient clipping
             fused=not self.trainer.gradient_clip_val,
@@ -118,22 +126,24 @@ class TrainingModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _learning_rates(self) -> list[float]:
-        rate: float = self.hparams["learning_rate"]
-        return [rate, rate * self.hparams["backbone_lr_factor"]]
+    def _group_options(self) -> list[dict[str, float]]:
+        """Return the options of SGD: head, head without decay, backbone, and it without decay."""
+        rate, momentum = self.hparams["learning_rate"], self.hparams["momentum"]
+        return [
+            {"lr": rate * factor, "momentum": momentum, "weight_decay": weight_decay}
+            for factor in (1.0, self.hparams["backbone_lr_factor"])
+            for weight_decay in (self.hparams["weight_decay"], 0.0)
+        ]
 
     def on_train_start(self) -> None:
         """Apply the recipe's hyper-parameters to a resumed optimizer, and allocate its momentum."""
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-        scheduler.base_lrs = list(self._learning_rates())
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group.update(
-                lr=rate * self.schedule(scheduler.last_epoch),
-                initial_lr=rate,
-                momentum=self.hparams["momentum"],
-                weight_decay=self.hparams["weight_decay"],
-            )
+        all_options = self._group_options()
+        scheduler.base_lrs = [options["lr"] for options in all_options]
+        factor = self.schedule(scheduler.last_epoch)
+        for group, options in zip(scheduler.optimizer.param_groups, all_options, strict=True):
+            group.update(options, lr=options["lr"] * factor, initial_lr=options["lr"])
             # fused SGD leaves its first buffers uninitialised if the gradient scaler skips a step
             for parameter in group["params"] if self.hparams["momentum"] else ():
                 state = scheduler.optimizer.state[parameter]

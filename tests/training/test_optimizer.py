@@ -1,0 +1,124 @@
+"""SGD against the original program's arithmetic."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from yolo_lightning import ClassifierModule, DetectorModule
+from yolo_lightning.schedules import StepDecay
+
+NAMES = ["cat", "dog"]
+LAYERS: list[list[Any]] = [["conv", 4], ["pool"], ["conv", 8, 3, 1, None, False], ["pool"]]
+
+
+class MixedBackbone(nn.Module):
+    """A backbone whose parameters have 0 to 4 dimensions."""
+
+    out_channels, stride = 4, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.ones(1, 4, 1, 1))
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.embed = nn.Conv2d(3, 4, 8, 8)
+        self.norm = nn.LayerNorm(4)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = (self.embed(images) + self.position) * self.temperature
+        return torch.as_tensor(self.mix(self.norm(features.movedim(1, 3))).movedim(3, 1))
+
+
+def detector(**options: Any) -> DetectorModule:
+    options = {"backbone": LAYERS, "head_channels": 4, "passthrough_channels": 0, **options}
+    return DetectorModule(NAMES, [(1.0, 1.0), (2.0, 2.0)], **options)
+
+
+def optimizer_of(module: DetectorModule | ClassifierModule) -> torch.optim.SGD:
+    module._trainer = SimpleNamespace(gradient_clip_val=None)  # type: ignore[assignment]
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    return optimizer
+
+
+def decaying(module: DetectorModule | ClassifierModule) -> dict[str, float]:
+    """Return the weight decay of each parameter that has one, by its name in the network."""
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer_of(module).param_groups
+        for parameter in group["params"]
+    }
+    named = dict(module.network.named_parameters())
+    assert len(decay) == len(named)  # every parameter is in one group
+    return {name: decay[id(p)] for name, p in named.items() if decay[id(p)]}
+
+
+def test_only_weights_of_convolutions_decay():
+    assert decaying(detector(weight_decay=0.25)) == dict.fromkeys(
+        [
+            "body.0.conv.weight",
+            "body.2.conv.weight",
+            "body.4.conv.weight",
+            "body.5.conv.weight",
+            "body.6.conv.weight",
+            "box_conv.weight",
+            "class_weight",
+        ],
+        0.25,
+    )
+    assert set(decaying(ClassifierModule(NAMES, LAYERS))) == {
+        "body.0.conv.weight",
+        "body.2.conv.weight",
+        "class_conv.weight",
+    }
+
+
+def test_weights_of_two_or_more_dimensions_of_an_own_backbone_decay():
+    names = {n for n in decaying(detector(backbone=MixedBackbone())) if n.startswith("body.0.")}
+    assert names == {"body.0.position", "body.0.embed.weight", "body.0.mix.weight"}
+
+
+def test_groups_have_the_rates_of_head_and_backbone():
+    module = detector(learning_rate=0.5, backbone_lr_factor=0.25, weight_decay=0.125)
+    groups = optimizer_of(module).param_groups
+    assert [(g["initial_lr"], g["weight_decay"]) for g in groups] == [
+        (0.5, 0.125), (0.5, 0.0), (0.125, 0.125), (0.125, 0.0),
+    ]  # fmt: skip
+    backbone = {id(p) for layer in list(module.network.body)[:4] for p in layer.parameters()}
+    for number, group in enumerate(groups):
+        assert group["params"]
+        assert all((id(p) in backbone) == (number >= 2) for p in group["params"])
+
+
+def darknet_update(
+    values: torch.Tensor, updates: torch.Tensor, decay: float, rate: float, momentum: float
+) -> None:
+    """Update as the original program; `updates` holds the sum of negative gradients."""
+    updates -= decay * values
+    values += rate * updates
+    updates *= momentum
+
+
+@pytest.mark.parametrize("name", ["body.0.conv.weight", "body.0.norm.weight", "body.2.conv.bias"])
+def test_four_updates_equal_the_original_program(name):
+    """Momentum, decay and a change of the rate, with random gradients."""
+    torch.manual_seed(0)
+    schedule = StepDecay([3], [0.1])
+    module = detector(learning_rate=0.5, weight_decay=0.125, momentum=0.75, schedule=schedule)
+    module._trainer = SimpleNamespace(gradient_clip_val=None)  # type: ignore[assignment]
+    configured: Any = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    parameter = dict(module.network.named_parameters())[name]
+    values, updates = parameter.detach().double().clone(), torch.zeros(parameter.shape).double()
+    decay = 0.125 if name == "body.0.conv.weight" else 0.0
+    for batch_number in (1, 2, 3, 4):
+        parameter.grad = torch.randn_like(parameter)
+        updates -= parameter.grad
+        rate = 0.5 if batch_number < 3 else 0.05
+        darknet_update(values, updates, decay, rate, momentum=0.75)
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(parameter.detach().double(), values, rtol=1e-5, atol=1e-6)
