@@ -1,4 +1,4 @@
-"""SGD against the original program's arithmetic."""
+"""SGD and batch norm against the original program's arithmetic."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from yolo_lightning import ClassifierModule, DetectorModule
+from yolo_lightning.models.layers import Activation, Conv
+from yolo_lightning.models.networks import ConvBlock
 from yolo_lightning.schedules import StepDecay
 
 NAMES = ["cat", "dog"]
@@ -122,3 +124,29 @@ def test_four_updates_equal_the_original_program(name):
         optimizer.step()
         scheduler.step()
     torch.testing.assert_close(parameter.detach().double(), values, rtol=1e-5, atol=1e-6)
+
+
+def batch_norm(activation: Activation = "leaky") -> tuple[ConvBlock, dict[str, torch.Tensor]]:
+    """Return a block that copies its input to batch norm, and batch norm's statistics."""
+    block = ConvBlock(1, Conv(1, 1, activation=activation))
+    assert block.norm is not None
+    nn.init.ones_(block.conv.weight)
+    return block, dict(block.norm.named_buffers())
+
+
+def test_running_statistics_keep_99_percent_a_batch():
+    block, statistics = batch_norm()
+    images = torch.tensor([0.0, 2.0, 4.0, 6.0]).reshape(1, 1, 2, 2)  # mean 3, variance 20 / 3
+    block(images)
+    assert statistics["running_mean"].tolist() == pytest.approx([0.03])
+    assert statistics["running_var"].tolist() == pytest.approx([0.99 + 0.2 / 3])
+    block(images)
+    assert statistics["running_mean"].tolist() == pytest.approx([0.99 * 0.03 + 0.03])
+
+
+def test_batch_norm_divides_as_the_original_program_on_gpus():
+    """x / sqrt(variance + 0.00001): small variances show the constant."""
+    block, statistics = batch_norm("linear")
+    statistics["running_var"].fill_(6e-5)
+    result = block.eval()(torch.full((1, 1, 1, 1), 7e-3))
+    assert result.item() == pytest.approx(7e-3 / 7e-5**0.5)

@@ -31,6 +31,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 class ConvBlock(nn.Module):
     """Convolution, batch norm or bias, activation.
 
+    Running statistics keep 0.99 of their value a batch, as in the original program.
+
     Deviation: batch norm divides by sqrt(variance + 1e-5), as the original program does on GPUs;
     on CPUs it divides by sqrt(variance) + 1e-6.
     """
@@ -46,7 +48,7 @@ class ConvBlock(nn.Module):
             padding,
             bias=not layer.batch_norm,
         )
-        self.norm = nn.BatchNorm2d(layer.filters) if layer.batch_norm else None
+        self.norm = nn.BatchNorm2d(layer.filters, momentum=0.01) if layer.batch_norm else None
         self.activation = (
             nn.LeakyReLU(0.1, inplace=True)
             if layer.activation == "leaky"
