@@ -1,5 +1,6 @@
 """Multi-scale training: a new image size every few batches."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,10 +13,42 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.errors import InputError
 
 
-def size_at_step(step: int, sizes: list[int], every: int, seed: int) -> int:
+def size_at_step(
+    step: int, sizes: list[int], every: int, seed: int, first_at_largest: float = math.inf
+) -> int:
     """Return the image size of a step (a batch number), px; all ranks compute the same one."""
+    if step >= first_at_largest:
+        return max(sizes)
     draw = np.random.SeedSequence((seed, step // every)).generate_state(1)[0]
     return sizes[int(draw) % len(sizes)]
+
+
+def first_batch_at_largest(trainer: Any, batches_per_epoch: float, last_batches: int) -> float:
+    """Return the number of the first of the last batches of a training; infinity for none.
+
+    Args:
+        trainer: a trainer, or that of a recipe.
+        batches_per_epoch: of the data; infinity if unknown.
+        last_batches: how many batches before the end of the training.
+
+    Raises:
+        InputError: the training has no known end.
+    """
+    if not last_batches:
+        return math.inf
+    has_epochs, has_steps = trainer.max_epochs not in (None, -1), trainer.max_steps != -1
+    if not (has_epochs or has_steps) or math.isinf(batches_per_epoch):
+        raise InputError(
+            f"MultiScale: last_batches_at_largest is {last_batches}; allowed without "
+            "trainer.max_steps and trainer.max_epochs, or with data of unknown length: 0"
+        )
+    ends = [trainer.max_epochs * batches_per_epoch] if has_epochs else []
+    if has_steps:
+        # the last batches of an epoch make an optimizer step, even if they are too few
+        accumulate = trainer.accumulate_grad_batches
+        epochs, steps = divmod(trainer.max_steps, math.ceil(batches_per_epoch / accumulate))
+        ends.append(epochs * batches_per_epoch + steps * accumulate)
+    return float(min(ends) - last_batches)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -42,25 +75,39 @@ def dry_run(module: pl.LightningModule, batch: Any) -> None:
 class MultiScale(pl.Callback):
     """Resize training batches to a random size that changes every few batches; has no state.
 
+    The sequence of sizes follows from `data.seed`, which is the recipe's `seed_everything`.
+
     Args:
         sizes: px, multiples of 32, at most `data.canvas_size`.
         every_n_batches: number of batches with one size.
-        seed: of the sequence of sizes.
+        last_batches_at_largest: number of batches at the end of the training that have the largest
+            size; the end is that of `trainer.max_steps` or `trainer.max_epochs`.
 
     Raises:
-        InputError: a value out of range; for `data.canvas_size`, when training starts.
+        InputError: a value out of range; when training starts, for `data.canvas_size` or a
+            training without an end.
 
-    Source: YOLO9000, section 2, "Multi-Scale Training".
+    Source: YOLO9000, section 2, "Multi-Scale Training"; the original program trains the last 200
+    batches at the largest size.
     """
 
-    def __init__(self, sizes: list[int], every_n_batches: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self, sizes: list[int], every_n_batches: int = 10, last_batches_at_largest: int = 0
+    ) -> None:
         if not sizes or any(size <= 0 or size % 32 for size in sizes):
             raise InputError(f"MultiScale: sizes is {sizes}; allowed: positive multiples of 32")
         if every_n_batches < 1:
             raise InputError(
                 f"MultiScale: every_n_batches is {every_n_batches}; allowed: 1 or more"
             )
-        self.sizes, self.every_n_batches, self.seed = sizes, every_n_batches, seed
+        if last_batches_at_largest < 0:
+            raise InputError(
+                f"MultiScale: last_batches_at_largest is {last_batches_at_largest}; "
+                "allowed: 0 or more"
+            )
+        self.sizes, self.every_n_batches = sizes, every_n_batches
+        self.last_batches_at_largest = last_batches_at_largest
+        self._first_at_largest = math.inf
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that no size is above the canvas size."""
@@ -72,7 +119,10 @@ class MultiScale(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run a step of each kind at the largest size: fail now if memory is too small."""
+        """Find the end, and run a step of each kind at the largest size to check the memory."""
+        self._first_at_largest = first_batch_at_largest(
+            trainer, trainer.num_training_batches, self.last_batches_at_largest
+        )
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "batch"):
             return
@@ -101,5 +151,8 @@ class MultiScale(pl.Callback):
     ) -> None:
         """Resize the images of the batch."""
         if isinstance(batch, DetectionBatch | ClassificationBatch):
-            size = size_at_step(batch.step, self.sizes, self.every_n_batches, self.seed)
+            seed = getattr(trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
+            size = size_at_step(
+                batch.step, self.sizes, self.every_n_batches, seed, self._first_at_largest
+            )
             batch.images = resize(batch.images, size)

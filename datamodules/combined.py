@@ -79,7 +79,8 @@ class CombinedDataModule(pl.LightningDataModule):
         detection_augmentation: no augmentation if None.
         classification_augmentation: no augmentation if None.
         num_workers: loader processes per rank.
-        seed: of order and augmentation; the batch of a step depends on nothing else.
+        seed: of order, augmentation and the sizes of `MultiScale`; the batch of a step depends on
+            nothing else.
 
     Raises:
         InputError: a size or a ratio out of range; on `setup`, errors of the sources.

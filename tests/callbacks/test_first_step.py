@@ -33,9 +33,10 @@ def make_module_and_data(**options):
     return DetectorModule(TREE, [(1.5, 1.5)], "small", 8, 4, learning_rate=0.01), data
 
 
-def fit(tmp_path, callbacks, steps=8, **options):
+def fit(tmp_path, callbacks, steps=8, accumulate_grad_batches=1, **options):
     model, data = make_module_and_data(**options)
     trainer = pl.Trainer(
+        accumulate_grad_batches=accumulate_grad_batches,
         default_root_dir=tmp_path, max_steps=steps, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         callbacks=callbacks,
@@ -71,6 +72,22 @@ def test_dry_run_of_each_batch_type_at_the_largest_size_changes_nothing(tmp_path
     fit(tmp_path, [MultiScale([32, 64, 96], every_n_batches=2), recorder])
     assert runs == [(True, (4, 3, 96, 96)), (False, (2, 3, 96, 96))]
     assert len(set(recorder.sizes)) > 1
+
+
+def test_sizes_follow_the_seed_of_the_data_and_end_with_the_largest(tmp_path):
+    """8 optimizer steps of 2 batches each: the last 4 of 16 batches have 96 px."""
+    drawn = {}
+    for seed in (0, 1):
+        recorder = Recorder()
+        callbacks = [MultiScale([32, 64, 96], 1, last_batches_at_largest=4), recorder]
+        fit(tmp_path, callbacks, seed=seed, accumulate_grad_batches=2)
+        assert (
+            recorder.sizes
+            == [multi_scale.size_at_step(step, [32, 64, 96], 1, seed) for step in range(12)]
+            + [96] * 4
+        )
+        drawn[seed] = recorder.sizes
+    assert drawn[0] != drawn[1]
 
 
 def test_too_little_memory_is_reported_before_the_first_step(tmp_path, monkeypatch):

@@ -190,6 +190,22 @@ def test_the_batch_of_a_step_equals_that_of_training(folder, capsys):
     assert picture.shape[0] == size * scale + 12
 
 
+def test_the_image_size_of_a_batch_follows_seed_and_end_of_the_recipe(folder, capsys):
+    def sizes(*override: str) -> list[str]:
+        for step in (0, 2, 4, 6, 8, 10):
+            assert main(["batch", "recipe.yaml", f"--step={step}", *override]) == 0
+        return re.findall(r"image size: (\d+) px", capsys.readouterr().out)
+
+    drawn, other = sizes(), sizes("--data.seed=1")
+    assert drawn != other
+    end = ["--trainer.max_steps=12", "--trainer.callbacks.last_batches_at_largest=4"]
+    assert sizes(*end) == drawn[:4] + ["128", "128"]
+    assert drawn[4:] != ["128", "128"]
+    # an epoch is two batches of 4 images with boxes and two with labels
+    epochs = ["--trainer.max_epochs=2", end[1]]
+    assert sizes(*epochs)[2:4] == ["128", "128"]
+
+
 def test_a_list_of_sources_in_a_recipe(folder, capsys, write_voc):
     write_voc(folder / "more", "m", [("chat", 1, 1, 20, 20)])
     kind = "yolo_lightning.datamodules."

@@ -54,7 +54,13 @@ def datamodule(workers: int) -> CombinedDataModule:
     )
 
 
-def train(folder: Path, epochs: int, workers: int = 0, ckpt: Path | None = None) -> Diary:
+def train(
+    folder: Path,
+    epochs: int,
+    workers: int = 0,
+    ckpt: Path | None = None,
+    last_at_largest: int = 0,
+) -> Diary:
     pl.seed_everything(1 if ckpt is None else 2, verbose=False)  # weights come from the checkpoint
     schedule = PolynomialDecay(100, power=1, burn_in_steps=5)
     model = DetectorModule(
@@ -70,7 +76,7 @@ def train(folder: Path, epochs: int, workers: int = 0, ckpt: Path | None = None)
         enable_model_summary=False,
         num_sanity_val_steps=0,
         callbacks=[
-            MultiScale([32, 64], every_n_batches=2),
+            MultiScale([32, 64], every_n_batches=2, last_batches_at_largest=last_at_largest),
             diary,
             ModelCheckpoint(
                 folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=False
@@ -112,3 +118,12 @@ def test_training_can_be_extended_by_an_epoch(uninterrupted, tmp_path):
     folder, _ = uninterrupted
     resumed = train(tmp_path, epochs=4, ckpt=folder / "epoch-epoch=2.ckpt")
     assert [step for step, *_ in resumed.steps] == list(range(18, 24))
+
+
+def test_last_batches_at_the_largest_size_are_the_same_after_a_resume(uninterrupted, tmp_path):
+    """The end follows from the trainer's epochs: batches 13 … 17 of 18."""
+    folder, diary = uninterrupted
+    resumed = train(tmp_path, 3, ckpt=folder / "step=8.ckpt", last_at_largest=5)
+    sizes = [size for _, _, size, *_ in diary.steps]
+    assert 32 in sizes[13:]
+    assert [size for _, _, size, *_ in resumed.steps] == sizes[8:13] + [64] * 5

@@ -7,20 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.callbacks.multi_scale import resize, size_at_step
+from yolo_lightning.callbacks.multi_scale import first_batch_at_largest, resize, size_at_step
 from yolo_lightning.cli.data import DataCLI
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.visualization.drawing import draw_batch, save_image
 
 
-def image_size_at_step(callbacks: Any, step: int, canvas_size: int) -> int:
+def image_size_at_step(recipe: Any, data: CombinedDataModule, step: int) -> int:
     """Return the image size, px, that the recipe's `MultiScale` selects; else `canvas_size`."""
+    callbacks = recipe.trainer.callbacks
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if callback is not None and callback.class_path.endswith(".MultiScale"):
             values = callback.init_args
-            return size_at_step(step, list(values.sizes), values.every_n_batches, values.seed)
-    return canvas_size
+            first_at_largest = first_batch_at_largest(
+                recipe.trainer,
+                data.steps_per_epoch or data.order.steps_per_pass,
+                values.last_batches_at_largest,
+            )
+            sizes = list(values.sizes)
+            return size_at_step(step, sizes, values.every_n_batches, data.seed, first_at_largest)
+    return data.canvas_size
 
 
 def format_samples(data: CombinedDataModule, step: int, rank: int, world_size: int) -> str:
@@ -89,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     data.setup("fit")
     print(format_samples(data, options.step, options.rank, world_size))
     batch: DetectionBatch | ClassificationBatch = data.batch(options.step, options.rank, world_size)
-    size = image_size_at_step(run.recipe.trainer.callbacks, options.step, data.canvas_size)
+    size = image_size_at_step(run.recipe, data, options.step)
     print(f"image size: {size} px")
     for fault in batch.faults:
         print(f"  {fault}")
