@@ -98,6 +98,23 @@ def test_the_later_of_two_objects_keeps_the_same_box():
     assert sorted(found.labels.tolist()) == [6, 7]
 
 
+def test_of_two_objects_with_the_same_box_the_earlier_one_has_no_class_loss():
+    """Darknet would train P(dog | animal) too, at the box of the bus."""
+    rows = [("animal", "-", "a"), ("vehicle", "-", "v"), ("cat", "animal", "c"),
+            ("dog", "animal", "d"), ("car", "vehicle", "k"), ("bus", "vehicle", "b")]  # fmt: skip
+    tree = WordTree(rows)
+    dog, bus = 3, 5
+    boxes = torch.tensor([[[0.2, 0.2, 0.3, 0.3], [0.22, 0.2, 0.3, 0.3]]])
+    raw = head(classes=6).requires_grad_()
+    loss_terms(raw, detection_batch(boxes, torch.tensor([[dog, bus]])), tree)[
+        "loss_class"
+    ].backward()
+    assert raw.grad is not None
+    trained = raw.grad[0].unflatten(0, (2, -1))[:, 5:].abs().sum(dim=(0, 2, 3)) > 0
+    on_path = {"animal", "vehicle", "car", "bus"}
+    assert {row[0] for row, is_trained in zip(rows, trained, strict=True) if is_trained} == on_path
+
+
 def test_losses_are_averaged_over_images_and_scaled():
     boxes = torch.tensor([[[0.3, 0.25, 0.5, 0.5]]])
     one = loss_terms(head(fill=0.3), detection_batch(boxes, torch.tensor([[0]])))

@@ -92,6 +92,9 @@ def assign_objects(
     If two objects get the same box, the later one keeps it, as in the original program.
 
     Source: YOLO9000, section 2; "responsible" as in YOLO.
+    Deviation: with a tree, the original program also keeps the class loss of the earlier object in
+    those groups of siblings that the path of the later one does not pass; a box of a person would
+    then learn which breed of dog it is. Here the earlier object has no loss.
     """
     height, width = grid_hw
     image, slot = (labels >= 0).nonzero(as_tuple=True)
