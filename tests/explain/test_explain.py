@@ -26,6 +26,7 @@ from yolo_lightning.explain.text import label_lines
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.losses import LossSettings, assign_objects, select_boxes, yolo9000_loss
 from yolo_lightning.models.head import HeadOutput
+from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
 ANCHORS = torch.tensor([[1.0, 1.0], [3.0, 2.0]])
@@ -58,6 +59,23 @@ def sigmoid(value: float) -> float:
 
 
 # --- boxes
+
+
+def test_the_loss_of_a_name_that_excludes_another():
+    batch = detection_batch(torch.tensor([[[0.4, 0.4, 0.3, 0.3]]]), torch.tensor([[CAT]]), 20_000)
+    output, settings = HeadOutput.from_dense(raw_head(len(PETS)), len(ANCHORS)), LossSettings()
+    names = ExclusiveNames(PETS, [1], [[CAT, BENGAL]])
+    (found,) = explain_boxes(output, batch, ANCHORS, PETS, settings, names).objects
+    assert found.name == "cat without Bengal"
+    prob = found.path[-1].prob
+    logits = output.class_logits.gather_boxes(
+        *(torch.tensor([k]) for k in (0, found.box.anchor, 3 * found.box.row + found.box.column))
+    )
+    rest = prob - float(PETS.log_probs(logits)[0, BENGAL].exp())
+    assert found.terms["loss_class"] == pytest.approx(-math.log(rest), rel=1e-5)
+    (plain,) = explain_boxes(output, batch, ANCHORS, PETS, settings).objects
+    assert plain.name == "cat"
+    assert plain.terms["loss_class"] == pytest.approx(-math.log(prob), rel=1e-5)
 
 
 def test_responsible_cell_and_anchor_and_decoded_box_equal_those_by_hand():

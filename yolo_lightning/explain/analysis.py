@@ -20,6 +20,7 @@ from yolo_lightning.losses import (
     select_boxes,
 )
 from yolo_lightning.models.head import HeadOutput, decode_boxes
+from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
 TERMS = ("loss_coord", "loss_obj", "loss_noobj", "loss_class", "loss_anchor_prior")
@@ -178,6 +179,7 @@ def _explain_object(
     tree: WordTree,
     settings: LossSettings,
     boxes: Sequence[PredictedBox],
+    names: ExclusiveNames | None,
 ) -> ObjectExplanation:
     """Return the loss of the only object of a batch, among the boxes of the image."""
     grid, target = output.box_logits.shape[-1], batch.boxes_cxcywh_norm
@@ -185,9 +187,11 @@ def _explain_object(
     index, label = int(found.anchor * grid**2 + found.cell), int(batch.labels)
     target_xyxy = cxcywh_to_xyxy(target[0])
     iou = float(pairwise_iou(torch.tensor([boxes[index].xyxy_norm]), target_xyxy))
-    terms = _to_floats(detection_loss(output, batch, anchors_wh_cell, tree, settings))
+    terms = _to_floats(detection_loss(output, batch, anchors_wh_cell, tree, settings, names))
+    excluded = names.excluded(label, int(batch.sample_ids)) if names else []
+    without = " and ".join(tree.names[node] for node in excluded)
     return ObjectExplanation(
-        name=tree.names[label],
+        name=f"{tree.names[label]} without {without}" if without else tree.names[label],
         target_xyxy_norm=tuple(target_xyxy[0].tolist()),
         box=boxes[index],
         shape_ious=tuple(shape_iou(target[0, :, 2:], anchors_wh_cell / grid)[0].tolist()),
@@ -205,6 +209,7 @@ def explain_boxes(
     anchors_wh_cell: Tensor,
     tree: WordTree,
     settings: LossSettings,
+    names: ExclusiveNames | None = None,
 ) -> BoxLossExplanation:
     """Explain the loss of a batch of one image with boxes; anchors are float (A, 2), in cells."""
     boxes = _decode(output, anchors_wh_cell)
@@ -213,7 +218,8 @@ def explain_boxes(
         # the box and the loss of an object do not depend on the other objects
         target, label = batch.boxes_cxcywh_norm[:, [slot]], batch.labels[:, [slot]]
         alone = replace(batch, boxes_cxcywh_norm=target, labels=label)
-        objects.append(_explain_object(output, alone, anchors_wh_cell, tree, settings, boxes))
+        explained = _explain_object(output, alone, anchors_wh_cell, tree, settings, boxes, names)
+        objects.append(explained)
     last_object = {item.box: k for k, item in enumerate(objects)}  # which alone counts
     for k, item in enumerate(objects):
         if last_object[item.box] != k:
@@ -228,7 +234,7 @@ def explain_boxes(
     ]
     false_positives = [one for one in negatives if one.box.objectness > FALSE_POSITIVE_OBJECTNESS]
     false_positives.sort(key=lambda one: -one.box.objectness)
-    terms = _to_floats(detection_loss(output, batch, anchors_wh_cell, tree, settings))
+    terms = _to_floats(detection_loss(output, batch, anchors_wh_cell, tree, settings, names))
     grid = output.box_logits.shape[-1]
     common = (batch, settings, grid, (anchors_wh_cell / grid).tolist(), terms)
     return BoxLossExplanation(

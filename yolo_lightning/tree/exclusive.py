@@ -77,6 +77,14 @@ class ExclusiveNames:
         """Return int64 (B,), the number of the source of each image."""
         return torch.bucketize(sample_ids, self._ends, right=True)
 
+    def excluded(self, label: int, sample_id: int) -> list[int]:
+        """Return the nodes that a label of an image does not mean, though they are below it."""
+        source = int(self.source_numbers(torch.tensor(sample_id, device=self._ends.device)))
+        if not self._rows[source, label]:
+            return []
+        nodes = [node for node in self.nodes[source] if node != label]
+        return [node for node in nodes if label in self.tree.paths[node].tolist()]
+
     def path_loss(self, logits: Tensor, labels: Tensor, sample_ids: Tensor) -> Tensor:
         """Return -log P(label), (M,), of logits (M, K); of a label with parts, -log of their sum.
 

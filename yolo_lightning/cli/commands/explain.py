@@ -71,7 +71,9 @@ def read_image(
         if isinstance(source, DetectionSource):
             sample = source.read(index, size)
             sample = sample.select(~sample.difficult)  # as in training
-            return collate_detection([fit_sample(sample, size, data.resize)]), file_name
+            batch = collate_detection([fit_sample(sample, size, data.resize)])
+            batch.sample_ids = torch.tensor([index])
+            return batch, file_name
         image, node = source.read(index, size)
     except UnreadableSample as error:
         raise InputError(str(error)) from None
@@ -158,7 +160,8 @@ def main(argv: Sequence[str]) -> None:
     with torch.no_grad():
         output = module.network(unit_range(batch.images))
     if isinstance(batch, DetectionBatch):
-        boxes = analysis.explain_boxes(output, batch, anchors, tree, settings)
+        names = data.exclusive_names(getattr(data, name))
+        boxes = analysis.explain_boxes(output, batch, anchors, tree, settings, names)
         print(text.boxes_text(boxes))
         picture.save_boxes(path, title, boxes)
     else:
