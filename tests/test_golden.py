@@ -63,7 +63,8 @@ def test_decoding_letterbox_and_nms_equal_the_original(size):
     output = HeadOutput.from_dense(data["raw"], 5)
     tree = WordTree.from_names([str(k) for k in range(20)])
     (found,) = select_candidates(output, data["anchors_cells"], threshold)
-    scores = found.objectness[:, None] * tree.log_probs(found.logits).exp()
+    ((_, logits),) = found.chunks()
+    scores = found.objectness[:, None] * tree.log_probs(logits).exp()
     boxes = unletterbox(
         found.boxes_cxcywh_norm,
         (height, width),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yolo_lightning.boxes import cxcywh_to_xyxy, unletterbox
+from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
 from yolo_lightning.tree.wordtree import WordTree
 
 MAX_PAIRS = 8192
@@ -55,13 +55,36 @@ class Detections:
         ]
 
 
-def best_pairs(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of scores above a threshold, at most the `MAX_PAIRS` highest."""
-    row, column = (scores > threshold).nonzero(as_tuple=True)
-    if len(row) > MAX_PAIRS:
-        best = scores[row, column].topk(MAX_PAIRS).indices.sort().values
-        row, column = row[best], column[best]
-    return row, column
+class BestPairs:
+    """The (box, class) pairs of an image with a score above a threshold.
+
+    Boxes are added a few at a time, so that scores of all boxes and classes need not fit into
+    memory. At most the `MAX_PAIRS` highest scores are kept; of equal ones those added first.
+    """
+
+    def __init__(self, nodes: Tensor, threshold: float) -> None:
+        self.nodes, self.threshold = nodes, threshold
+        self._num_boxes = 0
+        # boxes, columns of `nodes`, scores
+        self._pairs = (nodes.new_empty(0), nodes.new_empty(0), nodes.new_empty(0).float())
+
+    def add(self, objectness: Tensor, probs: Tensor) -> None:
+        """Add the next boxes of the image: objectness (M,), P(class) of `nodes` (M, L)."""
+        scores = objectness[:, None] * probs
+        box, column = (scores > self.threshold).nonzero(as_tuple=True)
+        new = (box + self._num_boxes, column, scores[box, column])
+        box, column, score = (torch.cat(both) for both in zip(self._pairs, new, strict=True))
+        if len(score) > MAX_PAIRS:
+            best = score.argsort(descending=True, stable=True)[:MAX_PAIRS].sort().values
+            box, column, score = box[best], column[best], score[best]
+        self._pairs = box, column, score
+        self._num_boxes += len(scores)
+
+    def suppress(self, boxes_xyxy_orig_px: Tensor, iou_threshold: float) -> Detections:
+        """Return the pairs that non-maximum suppression within each class keeps."""
+        box, column, score = self._pairs
+        kept = batched_nms(boxes_xyxy_orig_px[box], score, column, iou_threshold)
+        return Detections(boxes_xyxy_orig_px[box[kept]], self.nodes[column[kept]], score[kept])
 
 
 def to_original_px(

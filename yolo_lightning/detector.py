@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms
-from yolo_lightning.detections import Detection, Detections, best_pairs, to_original_px
+from yolo_lightning.detections import BestPairs, Detection, Detections, to_original_px
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
 from yolo_lightning.images import Image, Resize, fit, read_image
@@ -253,12 +253,14 @@ class DetectorModule(TrainingModule):
         Images (B, 3, H, W) are uint8 or float, resized as `self.hparams["resize"]` says; their
         original sizes are int64 (B, 2). Non-maximum suppression is applied per node.
         """
-        return [
-            self._detect_nodes(
-                candidates, boxes, self._probs(candidates)[:, nodes], nodes, score_threshold
-            )
-            for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold)
-        ]
+        detections = []
+        for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold):
+            pairs = BestPairs(nodes, score_threshold)
+            for rows, logits in candidates.chunks():
+                probs = self.tree.log_probs(logits)[:, nodes].exp()
+                pairs.add(candidates.objectness[rows], probs)
+            detections.append(pairs.suppress(boxes, self.iou_threshold))
+        return detections
 
     def _candidates(
         self, images: Tensor, sizes_hw_orig: Tensor, threshold: float
@@ -276,24 +278,6 @@ class DetectorModule(TrainingModule):
     ) -> Tensor:
         return to_original_px(boxes_cxcywh_norm, size_hw_orig, size_hw, self.hparams["resize"])
 
-    def _probs(self, candidates: Candidates) -> Tensor:
-        return self.tree.log_probs(candidates.logits).exp()
-
-    def _detect_nodes(
-        self,
-        candidates: Candidates,
-        boxes_xyxy_px: Tensor,
-        probs: Tensor,
-        nodes: Tensor,
-        threshold: float,
-    ) -> Detections:
-        """Detect nodes, int64 (L,), whose probabilities are (M, L)."""
-        scores = candidates.objectness[:, None] * probs
-        box, column = best_pairs(scores, threshold)
-        kept = batched_nms(boxes_xyxy_px[box], scores[box, column], column, self.iou_threshold)
-        box, column = box[kept], column[kept]
-        return Detections(boxes_xyxy_px[box], nodes[column], scores[box, column])
-
     @torch.no_grad()
     def detect_most_specific(
         self,
@@ -309,22 +293,20 @@ class DetectorModule(TrainingModule):
 
         Source: YOLO9000, section 4.
         """
-        return [
-            self._detect_most_specific(candidates, boxes, score_threshold, tree_threshold)[0]
-            for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold)
-        ]
+        detections = []
+        for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold):
+            labels, probs = _empty_labels(candidates)
+            for rows, logits in candidates.chunks():
+                labels[rows], probs[rows] = self.tree.most_specific_nodes(logits, tree_threshold)
+            scores = candidates.objectness * probs
+            detections.append(self._suppress(boxes, labels, scores, score_threshold)[0])
+        return detections
 
-    def _detect_most_specific(
-        self,
-        candidates: Candidates,
-        boxes_xyxy_px: Tensor,
-        score_threshold: float,
-        tree_threshold: float,
+    def _suppress(
+        self, boxes_xyxy_px: Tensor, labels: Tensor, scores: Tensor, threshold: float
     ) -> tuple[Detections, Tensor]:
-        """Return the detections of one image and their candidate indices."""
-        labels, probs = self.tree.most_specific_nodes(candidates.logits, tree_threshold)
-        scores = candidates.objectness * probs
-        selected = (scores > score_threshold).nonzero().flatten()
+        """Return the detections of one image with one label per box, and their boxes' indices."""
+        selected = (scores > threshold).nonzero().flatten()
         one_class = torch.zeros_like(selected)
         kept = batched_nms(boxes_xyxy_px[selected], scores[selected], one_class, self.iou_threshold)
         rows = selected[kept]
@@ -355,20 +337,37 @@ class DetectorModule(TrainingModule):
         for k, size in enumerate(sizes_hw_orig.tolist()):
             target = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
             targets.append(self._original_px(target, size, batch.images.shape[-2:]))
-            candidates, boxes = images[k]
-            probs = self._probs(candidates)
-            for detections, level in zip(by_level, evaluation.levels, strict=True):
-                class_probs = level.class_probs(probs, sources[k])
-                detections.append(
-                    self._detect_nodes(candidates, boxes, class_probs, level.nodes, SCORE_THRESHOLD)
-                )
-            if evaluation.is_hierarchical:
-                labelled, rows = self._detect_most_specific(
-                    candidates, boxes, PREDICTION_SCORE_THRESHOLD, 0.5
-                )
-                leaves, _ = self.tree.most_specific_nodes(candidates.logits[rows], 0.0)
-                most_specific.append((labelled, leaves))
+            for detections, found in zip(
+                by_level, self._evaluate(*images[k], sources[k], most_specific), strict=True
+            ):
+                detections.append(found)
         evaluation.update(batch, targets, by_level, most_specific)
+
+    def _evaluate(
+        self,
+        candidates: Candidates,
+        boxes_xyxy_px: Tensor,
+        source: int,
+        most_specific: list[tuple[Detections, Tensor]],
+    ) -> list[Detections]:
+        """Return the detections of one image for each level; add its most specific ones."""
+        levels = self.evaluation.levels
+        pairs_by_level = [BestPairs(level.nodes, SCORE_THRESHOLD) for level in levels]
+        labels, scores = _empty_labels(candidates)
+        leaves = labels.clone()
+        for rows, logits in candidates.chunks():
+            objectness, probs = candidates.objectness[rows], self.tree.log_probs(logits).exp()
+            for level, pairs in zip(levels, pairs_by_level, strict=True):
+                pairs.add(objectness, level.class_probs(probs, source))
+            if self.evaluation.is_hierarchical:
+                labels[rows], label_probs = self.tree.most_specific_nodes(logits, 0.5)
+                scores[rows] = objectness * label_probs
+                predicted = scores[rows] > PREDICTION_SCORE_THRESHOLD
+                leaves[rows][predicted], _ = self.tree.most_specific_nodes(logits[predicted], 0.0)
+        if self.evaluation.is_hierarchical:
+            found, kept = self._suppress(boxes_xyxy_px, labels, scores, PREDICTION_SCORE_THRESHOLD)
+            most_specific.append((found, leaves[kept]))
+        return [pairs.suppress(boxes_xyxy_px, self.iou_threshold) for pairs in pairs_by_level]
 
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.evaluation.compute(self.boxed).items():
@@ -398,3 +397,8 @@ class DetectorModule(TrainingModule):
     def table(self) -> str:
         """Return the latest metrics of each class as text."""
         return self.evaluation.table()
+
+
+def _empty_labels(candidates: Candidates) -> tuple[Tensor, Tensor]:
+    """Return tensors for a node and a score of each box; parts of them would fragment memory."""
+    return torch.empty_like(candidates.image), torch.empty_like(candidates.objectness)

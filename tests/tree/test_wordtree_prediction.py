@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from tests.helpers.golden import detection_batch
 from tests.helpers.trees import absolute_by_hand, descend_by_hand
 from yolo_lightning import DetectorModule, WordTree
+from yolo_lightning import detections as detections_file
 from yolo_lightning.batches import unit_range
+from yolo_lightning.detections import BestPairs
+from yolo_lightning.models import head
 from yolo_lightning.models.head import select_candidates
 
 ROWS = [
@@ -40,8 +44,9 @@ def decode_all_boxes(model, images):
         found = select_candidates(output, model.network.anchors_wh_cell, -1.0)
     tree = WordTree(ROWS)
     return [
-        (image.objectness, torch.tensor([absolute_by_hand(tree, row) for row in image.logits]))
+        (image.objectness, torch.tensor([absolute_by_hand(tree, row) for row in logits]))
         for image in found
+        for _, logits in image.chunks()
     ]
 
 
@@ -107,3 +112,62 @@ def test_class_logits_are_computed_only_above_the_objectness_threshold(model, im
     model.detect_most_specific(images, SIZES, score_threshold=middle)
     assert looked == [int((o > middle).sum()) for o in objectness]
     assert 0 < sum(looked) < sum(len(o) for o in objectness)
+
+
+def all_detections(model, images) -> list[torch.Tensor]:
+    """Return boxes, labels and scores of every kind of detection, and the metrics as a row."""
+    with torch.no_grad():
+        found = model.detect(images, SIZES, torch.arange(len(ROWS)), 0.01)
+        found += model.detect_most_specific(images, SIZES, 0.01, 0.4)
+        model.boxed.fill_(True)
+        model.evaluation.reset(torch.tensor([2, 3, 4, 6]), model.boxed_ancestors())
+        boxes = torch.tensor([[[0.3, 0.3, 0.4, 0.5]], [[0.5, 0.5, 0.9, 0.7]]])
+        batch = detection_batch(boxes, torch.tensor([[3], [4]]))
+        batch.images, batch.sizes_hw_orig = images, SIZES
+        model.validation_step(batch, 0)
+    evaluation = model.evaluation
+    tables = [
+        detections for level in evaluation.levels for detections in level.precision.detections
+    ]
+    kinds = torch.stack([evaluation.tree_accuracy.kind_counts])
+    parts = [torch.cat([one.boxes_xyxy_orig_px, one.scores[:, None]], dim=1) for one in found]
+    # without the last column, which numbers the images that were ever added
+    return [*parts, *(table[:, :-1] for table in tables), kinds]
+
+
+@pytest.mark.parametrize("max_pairs", [100, 8192])
+def test_class_logits_in_chunks_give_the_same_detections(model, images, monkeypatch, max_pairs):
+    monkeypatch.setattr(detections_file, "MAX_PAIRS", max_pairs)
+    expected = all_detections(model, images)
+    assert len(expected[0]) == min(max_pairs, 72 * len(ROWS)) or max_pairs > 100
+    sizes = []
+    gather = head.SparseClassLogits.gather_boxes
+
+    def recorded(self, *index):
+        sizes.append(len(index[0]))
+        return gather(self, *index)
+
+    monkeypatch.setattr(head.SparseClassLogits, "gather_boxes", recorded)
+    for max_logits in (1, 5 * len(ROWS) + 1):
+        monkeypatch.setattr(head, "MAX_LOGITS", max_logits)
+        for one, other in zip(expected, all_detections(model, images), strict=True):
+            # a matrix product of few rows may round differently
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert set(sizes) <= {1, max(1, max_logits // len(ROWS)), *range(5)}
+        assert max(sizes) == max(1, max_logits // len(ROWS))
+        sizes.clear()
+
+
+def test_best_pairs_of_boxes_added_in_parts(monkeypatch):
+    monkeypatch.setattr(detections_file, "MAX_PAIRS", 3)
+    probs = torch.tensor([[0.5, 0.25, 0.5], [0.0, 0.75, 0.5], [0.5, 0.1, 1.0]])
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20.0, 0, 29, 9], [40.0, 0, 49, 9]])
+    for parts in ([3], [1, 2], [1, 1, 1]):
+        pairs = BestPairs(torch.tensor([2, 0]), threshold=0.2)
+        for part in probs.split(parts):
+            pairs.add(torch.full((len(part),), 0.5), part[:, [2, 0]])
+        found = pairs.suppress(boxes, 0.45)
+        # class 2 of the third box, then of equal scores the first ones
+        assert found.scores.tolist() == [0.5, 0.25, 0.25]
+        assert found.labels.tolist() == [2, 2, 0]
+        assert found.boxes_xyxy_orig_px[:, 0].tolist() == [40, 0, 0]

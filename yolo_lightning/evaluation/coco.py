@@ -21,7 +21,9 @@ from yolo_lightning.evaluation.matching import (
 
 _MAX_AREA = 1e10
 _MAX_DETECTIONS = (1, 10, 100)
-_MAX_ROWS = 50_000  # boxes evaluated at once, which bounds the memory
+# what is evaluated at once, which bounds the memory: boxes, and pairs of a class and an image, at
+# most classes x boxes; the curves of a class take as much as 1,000 pairs
+_MAX_ROWS, _MAX_PAIRS, _PAIRS_PER_CLASS = 50_000, 400_000, 1_000
 _AREAS = {
     "all": (0, _MAX_AREA),
     "small": (0, 32**2),
@@ -59,28 +61,22 @@ def evaluate_coco(targets: Table, detections: Table) -> Scores:
     gc.disable()  # hundreds of thousands of annotations without reference cycles
     try:
         parts = [
-            _precision_recall(targets, detections, part)
+            _evaluate_classes(targets, detections, part)
             for part in _class_parts(classes, targets, detections)
         ]
     finally:
         if gc_enabled:
             gc.enable()
-    precision = np.concatenate([part[0] for part in parts], axis=2)
-    recall = np.concatenate([part[1] for part in parts], axis=1)
+    precision, recall = (np.concatenate(values, axis=1) for values in zip(*parts, strict=True))
     values = [
-        *(_mean(precision[ious, :, :, 0, -1]) for ious in (slice(None), slice(1), slice(5, 6))),
-        *(_mean(precision[:, :, :, area, -1]) for area in (1, 2, 3)),
+        *(_mean(precision[ious, :, 0]) for ious in (slice(None), slice(1), slice(5, 6))),
+        *(_mean(precision[:, :, area]) for area in (1, 2, 3)),
         *(_mean(recall[:, :, 0, limit]) for limit in range(len(_MAX_DETECTIONS))),
         *(_mean(recall[:, :, area, -1]) for area in (1, 2, 3)),
     ]
-    all_areas = precision[:, :, :, 0, -1]
     per_class = {
-        label: {
-            "AP": float(all_areas[:, :, k].mean()),
-            "AP50": float(all_areas[0, :, k].mean()),
-            "AP75": float(all_areas[5, :, k].mean()),
-        }
-        for k, label in enumerate(classes)
+        label: {"AP": float(by_iou.mean()), "AP50": float(by_iou[0]), "AP75": float(by_iou[5])}
+        for label, by_iou in zip(classes, precision[:, :, 0].T, strict=True)
     }
     return Scores(dict(zip(COCO_METRICS, values, strict=True)), per_class)
 
@@ -90,18 +86,24 @@ def _class_parts(classes: list[int], targets: Table, detections: Table) -> Itera
     labels = np.concatenate([targets[:, LABEL], detections[:, LABEL]]).astype(np.int64)
     counts = np.bincount(labels, minlength=classes[-1] + 1)
     part: list[int] = []
+    rows = 0
     for label in classes:
-        if part and counts[[*part, label]].sum() > _MAX_ROWS:
+        pairs = (len(part) + 1) * (rows + counts[label] + _PAIRS_PER_CLASS)
+        if part and (rows + counts[label] > _MAX_ROWS or pairs > _MAX_PAIRS):
             yield part
-            part = []
+            part, rows = [], 0
         part.append(label)
+        rows += counts[label]
     yield part
 
 
-def _precision_recall(
+def _evaluate_classes(
     targets: Table, detections: Table, classes: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit)."""
+    """Return average precision (IoU, class, area) and recall (IoU, class, area, limit).
+
+    Both are -1 for a class without a target of a size.
+    """
     # imported here: the import takes a second that training does not need
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -124,7 +126,8 @@ def _precision_recall(
     evaluation.params.maxDets = list(_MAX_DETECTIONS)
     evaluation.evaluate()
     evaluation.accumulate()
-    return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
+    precision = np.asarray(evaluation.eval["precision"])[..., -1].mean(axis=1)
+    return precision, np.asarray(evaluation.eval["recall"])
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -59,7 +59,9 @@ class TreeDescent(nn.Module):
             tree.parents, tree.groups, tree.paths, tree.is_other, torch.device("cpu")
         )
         self.top_group = int(tables.child_group[-1])
-        self.register_buffer("members", tables.members)
+        groups = torch.arange(tree.num_groups)
+        members = tables.siblings(groups, int(tables.group_sizes.max()))
+        self.register_buffer("members", members)  # (G, largest size), -1 as padding
         self.register_buffer("child_group", tables.child_group)
         self.register_buffer("is_other", tables.is_other)
 

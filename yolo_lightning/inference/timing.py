@@ -105,7 +105,10 @@ def measure_latency(
                 detector.detect_most_specific(batch, sizes, SCORE_THRESHOLD)
                 total = clock() - start
                 start_decode = clock()
-                select_candidates(outputs[0], detector.network.anchors_wh_cell, SCORE_THRESHOLD)
+                anchors = detector.network.anchors_wh_cell
+                for candidates in select_candidates(outputs[0], anchors, SCORE_THRESHOLD):
+                    for _ in candidates.chunks():  # computes the class logits
+                        pass
                 seconds.append((total, after_network[0] - start, clock() - start_decode))
     finally:
         handle.remove()

@@ -1,15 +1,25 @@
 """The detection head; box_logits (B, A, 5, Gh, Gw) are x, y, w, h, objectness."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_LOGITS = 2**21
+"""Class logits of boxes computed at once, which bounds the memory of evaluation and prediction:
+copies of them take ten times their 8 MB."""
+
 
 class ClassLogits(Protocol):
     """Class logits that are gathered for some boxes or some nodes."""
+
+    @property
+    def num_nodes(self) -> int:
+        """K, the number of nodes."""
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K) of M boxes, given by int64 (M,) indices; cells are row-major."""
@@ -30,12 +40,20 @@ class SparseClassLogits:
     weight: Tensor  # (A, K, C)
     bias: Tensor  # (A, K)
 
+    @property
+    def num_nodes(self) -> int:
+        """K, the number of nodes."""
+        return self.weight.shape[1]
+
+    @cached_property
+    def _rows(self) -> Tensor:  # (B * Gh * Gw, C)
+        return self.features.flatten(2).transpose(1, 2).flatten(0, 1)
+
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K); all class weights stay in the autograd graph, even if M is 0."""
-        rows = self.features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * Gh * Gw, C)
         num_cells = self.features.shape[2] * self.features.shape[3]
         order = anchor.argsort(stable=True)
-        selected = rows.index_select(0, (image * num_cells + cell)[order])
+        selected = self._rows.index_select(0, (image * num_cells + cell)[order])
         counts = torch.bincount(anchor, minlength=len(self.weight)).tolist()
         logits = torch.cat(
             [
@@ -63,6 +81,11 @@ class DenseClassLogits:
     """Class logits that a dense head has already computed."""
 
     logits: Tensor  # (B, A, K, Gh, Gw)
+
+    @property
+    def num_nodes(self) -> int:
+        """K, the number of nodes."""
+        return self.logits.shape[2]
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K)."""
@@ -111,17 +134,28 @@ def decode_boxes(box_logits: Tensor, anchors_wh_cell: Tensor) -> Tensor:
 
 @dataclass
 class Candidates:
-    """Boxes of one image whose objectness exceeds a threshold."""
+    """Boxes of one image whose objectness exceeds a threshold, with class logits on demand."""
 
     boxes_cxcywh_norm: Tensor  # (M, 4)
     objectness: Tensor  # (M,), probabilities
-    logits: Tensor  # (M, K)
+    image: Tensor  # int64 (M,), as `anchor` and `cell` an index into the class logits
+    anchor: Tensor
+    cell: Tensor
+    class_logits: ClassLogits
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows, and their class logits, float (m, K): at most `MAX_LOGITS`, or one row."""
+        size = max(1, MAX_LOGITS // self.class_logits.num_nodes)
+        for start in range(0, len(self.objectness), size):
+            rows = slice(start, start + size)
+            index = self.image[rows], self.anchor[rows], self.cell[rows]
+            yield rows, self.class_logits.gather_boxes(*index).float()
 
 
 def select_candidates(
     output: HeadOutput, anchors_wh_cell: Tensor, objectness_threshold: float
 ) -> list[Candidates]:
-    """Return each image's boxes above the threshold, with class logits for these boxes only.
+    """Return each image's boxes above the threshold.
 
     No detection with a score above the threshold is lost: score = objectness x P(class).
     """
@@ -129,11 +163,7 @@ def select_candidates(
     objectness = box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
     boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3)  # (B, A, 4, G)
     image, anchor, cell = (objectness > objectness_threshold).nonzero(as_tuple=True)
-    fields = (
-        boxes[image, anchor, :, cell],
-        objectness[image, anchor, cell],
-        output.class_logits.gather_boxes(image, anchor, cell).float(),
-    )
+    fields = boxes[image, anchor, :, cell], objectness[image, anchor, cell], image, anchor, cell
     counts = torch.bincount(image, minlength=len(box_logits)).tolist()
     per_image = zip(*(field.split(counts) for field in fields), strict=True)
-    return [Candidates(*values) for values in per_image]
+    return [Candidates(*values, output.class_logits) for values in per_image]

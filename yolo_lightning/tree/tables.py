@@ -17,7 +17,8 @@ class TreeTables:
     levels: list[Tensor]  # the nodes of each level of the tree
     parent_positions: list[Tensor]  # positions of the nodes' parents in the level above
     level_inverse: Tensor  # (K,), each node's position in the concatenated levels
-    members: Tensor  # (G, largest size), the nodes of each group, -1 as padding
+    members: Tensor  # (K,), the nodes of each group, one group after the other
+    group_starts: Tensor  # (G,), position of each group in members
     group_sizes: Tensor  # (G,)
     # (K + 1,), the next group of a descent from each node, -1 if there is none: its children or,
     # below an only child, the children of that one; last: the top level
@@ -35,10 +36,11 @@ class TreeTables:
     ) -> "TreeTables":
         """Build the tables from the attributes of a `WordTree`."""
         group_sizes = torch.bincount(groups)
-        split = groups.argsort(stable=True).split(group_sizes.tolist())
-        members = torch.nn.utils.rnn.pad_sequence(list(split), True, -1)
+        members = groups.argsort(stable=True)
+        group_starts = group_sizes.cumsum(0) - group_sizes
         groups_by_size = [
-            members[group_sizes == size, :size] for size in group_sizes.unique().tolist()
+            members[group_starts[group_sizes == size][:, None] + torch.arange(size)]
+            for size in group_sizes.unique().tolist()
         ]
         child_group = torch.full((len(parents) + 1,), -1)
         child_group[parents] = groups  # index -1: the top level
@@ -64,7 +66,14 @@ class TreeTables:
             [positions.to(device) for positions in parent_positions],
             torch.cat(levels).argsort().to(device),
             members.to(device),
+            group_starts.to(device),
             group_sizes.to(device),
             child_group.to(device),
             is_other.to(device),
         )
+
+    def siblings(self, group: Tensor, size: int) -> Tensor:
+        """Return the nodes of groups (M,), int64 (M, size), -1 as padding."""
+        position = torch.arange(size, device=group.device)
+        index = (self.group_starts[group][:, None] + position).clamp(max=len(self.members) - 1)
+        return self.members[index].masked_fill(position >= self.group_sizes[group][:, None], -1)

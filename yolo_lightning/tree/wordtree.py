@@ -273,7 +273,7 @@ class WordTree:
         group = torch.full_like(active, int(tables.child_group[-1]))
         while len(active):
             # gather only the logits of the current siblings
-            siblings = tables.members[group, : int(tables.group_sizes[group].max())]
+            siblings = tables.siblings(group, int(tables.group_sizes[group].max()))
             values = logits.flatten()[active[:, None] * len(self) + siblings.clamp(min=0)]
             values = values.masked_fill(siblings < 0, -torch.inf).log_softmax(dim=1)
             best, column = values.max(dim=1)
