@@ -53,6 +53,7 @@ class FileSource(Source):
             hint = f": {self.faults[0]}" if self.faults else ""
             raise InputError(f"{self.name}: contains no images{hint}")
         counts, errors = self.name_counts(), []
+        learned = np.bincount(self._learned_classes(), minlength=len(counts)).tolist()
         self._nodes = np.full(len(counts), -1, dtype=np.int64)
         self._node_counts: dict[int, Counter[str]] = {}
         self._named_nodes: set[int] = set()  # those of names without objects too
@@ -68,7 +69,8 @@ class FileSource(Source):
             if not counts[name]:
                 continue
             self._nodes[number] = node
-            self._node_counts.setdefault(node, Counter())[name] += counts[name]
+            if learned[number]:
+                self._node_counts.setdefault(node, Counter())[name] += learned[number]
         if errors:
             raise InputError(
                 "\n  ".join(errors) + "\n  add the missing labels to the tree, or map them to its "
@@ -82,12 +84,16 @@ class FileSource(Source):
         counts = np.bincount(index.arrays["classes"], minlength=len(names))
         return Counter(dict(zip(names, counts.tolist(), strict=True)))
 
+    def _learned_classes(self) -> NDArray[np.int64]:
+        """Return the number of the label name of each object, or image, that is trained on."""
+        return self.load_index().arrays["classes"]
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.load_index().arrays["paths_offsets"]) - 1
 
     def node_counts(self) -> dict[int, Counter[str]]:
-        """Return by node the number of objects, or images, of each label name."""
+        """Return by node the number of objects, or images, of each label name; see `Source`."""
         return self._node_counts
 
     def fingerprint(self) -> str:
@@ -153,6 +159,10 @@ class AnnotatedImages(FileSource, DetectionSource):
             crowd,
             arrays["areas_px2"][start:end][valid],
         )
+
+    def _learned_classes(self) -> NDArray[np.int64]:
+        arrays = self.load_index().arrays
+        return arrays["classes"][~(arrays["difficult"] | arrays["crowd"])]
 
     def shapes_wh_px(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the sizes of boxes and of their images; no image is read."""

@@ -49,11 +49,15 @@ class Source(ABC):
 
     @abstractmethod
     def node_counts(self) -> dict[int, Counter[str]]:
-        """Return by node the number of objects, or images, of each label name."""
+        """Return by node the number of objects, or images, of each label name.
+
+        Objects that are difficult, or a crowd, do not count: they are neither trained on nor
+        required in evaluation. A node without others is left out.
+        """
 
     @property
     def nodes(self) -> Tensor:
-        """int64, sorted: the nodes that occur as labels."""
+        """int64, sorted: the nodes that occur as labels, see `node_counts`."""
         return torch.tensor(sorted(self.node_counts()), dtype=torch.long)
 
     def image_name(self, index: int) -> str:

@@ -175,6 +175,26 @@ def test_coco_annotations_without_image_or_category_are_skipped_and_reported(tmp
     ]
 
 
+@pytest.mark.parametrize("flag", ["iscrowd", "difficult"])
+def test_a_class_with_crowds_or_difficult_objects_only_has_no_boxes(tmp_path, write_voc, flag):
+    if flag == "iscrowd":
+        save_grey(tmp_path / "a.jpg")
+        apple = {**GOOD_COCO, "id": 2, "category_id": 90, "iscrowd": 1}
+        source = COCOJson(str(write_coco(tmp_path / "ann.json", [GOOD_COCO, apple])))
+    else:
+        write_voc(tmp_path, "a", [("apple", 3, 3, 30, 30)], difficult=1)
+        write_voc(tmp_path, "b", [GOOD_VOC])
+        source = VOCFolder(str(tmp_path))
+    data = set_up_data(detection=source, detection_batch_size=len(bind_source(source)))
+    assert source.name_counts() == {"apple": 1, "banana": 1}
+    assert 0 in [label for k in range(len(source)) for label in source.read(k).labels]
+    assert set(data.batch(0).labels.flatten().tolist()) == {1, -1}  # what training reads
+    assert source.node_counts() == {1: {"banana": 1}}
+    assert source.nodes.tolist() == data.boxed_nodes.tolist() == [1]
+    said = "they learn 1 from boxes, 0 from image labels, 0 from both, 0 from descendants, 1 from"
+    assert f"{said} nothing" in data.vocabulary_report()
+
+
 def test_coco_ids_are_never_labels(tmp_path):
     save_grey(tmp_path / "a.jpg")
     file = write_coco(
