@@ -177,6 +177,7 @@ def test_coco_annotations_without_image_or_category_are_skipped_and_reported(tmp
 
 @pytest.mark.parametrize("flag", ["iscrowd", "difficult"])
 def test_a_class_with_crowds_or_difficult_objects_only_has_no_boxes(tmp_path, write_voc, flag):
+    source: COCOJson | VOCFolder
     if flag == "iscrowd":
         save_grey(tmp_path / "a.jpg")
         apple = {**GOOD_COCO, "id": 2, "category_id": 90, "iscrowd": 1}

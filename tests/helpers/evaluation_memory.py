@@ -5,6 +5,7 @@ Run: python -m tests.helpers.evaluation_memory NODES BATCH {validate,detect} [CH
 
 import resource
 import sys
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def main(nodes: int, batch_size: int, use: str, children: int = 8) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     anchors = [(1.0, 1.0), (2.0, 3.0), (4.0, 2.0), (6.0, 7.0), (11.0, 9.0)]
-    layers = [["conv", 8, 3, 2], *[["pool"]] * 4]
+    layers: list[list[Any]] = [["conv", 8, 3, 2], *[["pool"]] * 4]
     module = DetectorModule(tree_rows(nodes, children), anchors, layers, 0, 0).eval()
     module.boxed.fill_(True)
     images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)

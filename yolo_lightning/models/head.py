@@ -166,4 +166,7 @@ def select_candidates(
     fields = boxes[image, anchor, :, cell], objectness[image, anchor, cell], image, anchor, cell
     counts = torch.bincount(image, minlength=len(box_logits)).tolist()
     per_image = zip(*(field.split(counts) for field in fields), strict=True)
-    return [Candidates(*values, output.class_logits) for values in per_image]
+    return [
+        Candidates(boxes, scores, image, anchor, cell, output.class_logits)
+        for boxes, scores, image, anchor, cell in per_image
+    ]
