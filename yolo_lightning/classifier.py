@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from yolo_lightning.batches import ClassificationBatch, unit_range
 from yolo_lightning.errors import InputError
+from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.models.networks import Classifier
 from yolo_lightning.schedules import Schedule
@@ -65,16 +65,8 @@ class ClassifierModule(TrainingModule):
             weight_decay=weight_decay,
             backbone_lr_factor=backbone_lr_factor,
         )
-        self._leaf_index = torch.full((len(self.tree),), -1)
-        self._leaf_index[self.tree.leaves] = torch.arange(len(self.tree.leaves))
-        leaves = max(2, len(self.tree.leaves))  # the metrics require two classes
-        self.top1 = MulticlassAccuracy(leaves, top_k=1, average="micro", ignore_index=-1)
-        self.top5 = MulticlassAccuracy(
-            leaves, top_k=min(5, leaves), average="micro", ignore_index=-1
-        )
-        self.per_class_stats = MulticlassStatScores(leaves, average=None, ignore_index=-1)
+        self.evaluation = LabelAccuracy(self.tree)
         self.tree_accuracy = TreeAccuracy(self.tree)
-        self.per_class: dict[str, float] = {}
 
     def _check_data(self, stage: str) -> None:
         data = self._datamodule
@@ -99,46 +91,53 @@ class ClassifierModule(TrainingModule):
         self._log_step(batch, {"train/loss_class": loss.detach()})
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Choose the classes of the accuracies."""
+        self._set_labels("validation")
+
+    def on_test_epoch_start(self) -> None:
+        """Choose the classes of the accuracies."""
+        self._set_labels("test")
+
+    def _set_labels(self, stage: str) -> None:
+        source = getattr(self._datamodule, stage, None)
+        self.evaluation.set_labels(self.tree.leaves if source is None else source.nodes)
+
     def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
-        """Update the accuracy over leaves and, if the tree has several levels, along the path."""
+        """Update top-1 and top-5 and, if the tree has several levels, accuracy along the path.
+
+        For the classes of top-1 and top-5, see `LabelAccuracy`.
+        """
         logits = self(batch.images).float()
-        probs = self.tree.log_probs(logits)[:, self.tree.leaves].exp()
-        if probs.shape[1] == 1:
-            probs = torch.cat([probs, torch.zeros_like(probs)], dim=1)
-        targets = self._leaf_index.to(batch.labels.device)[batch.labels.clamp(min=0)]
         # distributed evaluation pads with ids of -1
-        is_sample = (batch.sample_ids >= 0) & (batch.labels >= 0)
-        for metric in (self.top1, self.top5, self.per_class_stats):
-            metric.update(probs, torch.where(is_sample, targets, -1))
+        labels = torch.where(batch.sample_ids >= 0, batch.labels, -1)
+        self.evaluation.update(logits, labels)
         if self.tree.paths.shape[1] > 1:
             predicted, _ = self.tree.most_specific_nodes(logits, threshold=0.5)
             leaves, _ = self.tree.most_specific_nodes(logits, threshold=0.0)
-            self.tree_accuracy.update(predicted, leaves, torch.where(is_sample, batch.labels, -1))
+            self.tree_accuracy.update(predicted, leaves, labels)
 
     def _log_metrics(self, stage: str) -> None:
-        accuracies = {"top1": self.top1.compute(), "top5": self.top5.compute()}
-        keys = [self.tree.keys[node] for node in self.tree.leaves.tolist()]
-        # per leaf: true positives, false positives, true negatives, false negatives, support
-        counts = self.per_class_stats.compute()[: len(keys)].tolist()
-        self.per_class = {
-            key: row[0] / row[4] for key, row in zip(keys, counts, strict=True) if row[4]
-        }
+        accuracies = self.evaluation.compute()
         on_path = self.tree_accuracy.compute() if self.tree.paths.shape[1] > 1 else {}
-        for metric in (self.top1, self.top5, self.per_class_stats, self.tree_accuracy):
-            metric.reset()
+        self.evaluation.reset()
+        self.tree_accuracy.reset()
+        self.evaluation.metrics = accuracies | on_path
         for name, value in accuracies.items():
-            self.log(f"{stage}/{name}", value.to(self.device), prog_bar=True, sync_dist=True)
+            self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
         self.log_dict({f"{stage}/{name}": value for name, value in on_path.items()}, sync_dist=True)
-        if len(keys) <= MAX_LOGGED_CLASSES:
-            per_class = {f"{stage}/top1/{key}": value for key, value in self.per_class.items()}
-            self.log_dict(per_class, sync_dist=True)
+        if len(self.evaluation.nodes) <= MAX_LOGGED_CLASSES:
+            rows = self.evaluation.per_class.items()
+            self.log_dict({f"{stage}/top1/{k}": row["top1"] for k, row in rows}, sync_dist=True)
 
     def table(self) -> str:
         """Return the accuracy of each class as text, lowest first."""
-        names = dict(zip(self.tree.keys, self.tree.names, strict=True))
-        width = max([5, *(len(names[key]) for key in self.per_class)]) + 2
-        rows = sorted(self.per_class.items(), key=lambda item: item[1])
-        lines = [f"{names[key]:<{width}}{value:>8.3f}" for key, value in rows[:MAX_LOGGED_CLASSES]]
+        rows = sorted(self.evaluation.per_class.values(), key=lambda row: float(row["top1"]))
+        width = max([5, *(len(row["name"]) for row in rows)]) + 2
+        lines = [
+            f"{row['name']:<{width}}{row['top1']:>8.3f}{row['images']:>8}"
+            for row in rows[:MAX_LOGGED_CLASSES]
+        ]
         if len(rows) > MAX_LOGGED_CLASSES:
             lines.append(f"… and {len(rows) - MAX_LOGGED_CLASSES} classes with higher accuracies")
-        return "\n".join([f"{'class':<{width}}{'top-1':>8}", *lines])
+        return "\n".join([f"{'class':<{width}}{'top-1':>8}{'images':>8}", *lines])
