@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.evaluation.detection import DetectionEvaluation
+from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.report import num_images_read, write_report
 from yolo_lightning.tracking.logger import run_loggers
 
@@ -25,7 +26,7 @@ class ValidationReport(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report, on rank 0."""
         evaluation = getattr(pl_module, "evaluation", None)
-        if not isinstance(evaluation, DetectionEvaluation) or self._step is None:
+        if not isinstance(evaluation, DetectionEvaluation | LabelAccuracy) or self._step is None:
             return
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -34,7 +35,7 @@ class ValidationReport(pl.Callback):
             return
         folder = Path(trainer.default_root_dir) / "report"
         try:
-            metadata = self._metadata(trainer, len(source))
+            metadata = self._metadata(trainer, source)
             summary = write_report(folder, evaluation, metadata, source)
         except Exception as error:  # a failed report must not stop training
             rank_zero_warn(f"no report of the last validation: {type(error).__name__}: {error}")
@@ -43,13 +44,11 @@ class ValidationReport(pl.Callback):
         for logger in run_loggers(trainer):
             logger.log_artifacts(folder, "plots")
 
-    def _metadata(self, trainer: pl.Trainer, source_length: int) -> dict[str, Any]:
+    def _metadata(self, trainer: pl.Trainer, source: Any) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
         return {
             "command": "fit",
             "step": self._step,
             "image_size": data.image_size,
-            "images": num_images_read(
-                trainer.num_val_batches, data, trainer.world_size, source_length
-            ),
+            "images": num_images_read(trainer.num_val_batches, data, trainer.world_size, source),
         }

@@ -89,6 +89,17 @@ def test_a_classifier_trains_and_logs_accuracy_per_class(folders, capsys, tree):
     table = {name: (accuracy, images) for name, accuracy, images in rows}
     assert set(table) == {"cat", "dog"}  # no image shows a car
     assert all(float(value) > 0.9 for value, _ in table.values())
+    (folder,) = Path("runs").glob("*/test-001")
+    assert f"report: {folder}" in output
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written["per_class"]["cat"] == {"name": "cat", "images": 5, "top1": 1, "top5": 1}
+    assert written["metrics"]["top1"] == 1
+    assert (written["command"], written["images"], written["image_size"]) == ("test", 10, 32)
+    assert ("depth1" in written["metrics"]) == (tree == "tree.tsv")
+    lines = (folder / "per_class.csv").read_text().splitlines()
+    assert lines == ["key,name,images,top1,top5", "cat,cat,5,1,1", "dog,dog,5,1,1"]
+    assert main(["test", "--config", "r.yaml", "--report.level", "1"]) == 2
+    assert "report: level, confidence and seen_classes need a detector" in capsys.readouterr().err
     (checkpoint,) = Path("runs").glob("*/checkpoints/last.ckpt")
     held = read_checkpoint(checkpoint)
     assert held["module"] == "ClassifierModule"

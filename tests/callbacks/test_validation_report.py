@@ -52,14 +52,17 @@ def test_without_a_validation_there_is_no_report(tmp_path, options):
     assert not trainer.logger.folders
 
 
-def test_a_classifier_has_no_report(tmp_path):
+def test_the_report_of_a_classifier(tmp_path):
     labels = ShapesImageLabels(length=4, classes=NAMES, image_size=64)
     data = CombinedDataModule(
         TREE, classification=labels, validation=labels, classification_batch_size=2,
         image_size=64, num_workers=0,
     )  # fmt: skip
     train([ValidationReport()], data, ClassifierModule(TREE, "small"), default_root_dir=tmp_path)
-    assert not (tmp_path / "report").exists()
+    written = json.loads((tmp_path / "report/metrics.json").read_text())
+    assert (written["command"], written["images"]) == ("fit", 4)
+    assert written["metrics"].keys() == {"top1", "top5"}
+    assert (tmp_path / "report/per_class.csv").read_text().startswith("key,name,images,top1,top5")
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from yolo_lightning.cli.recipe_parser import (
     parse,
     recipe_files,
 )
-from yolo_lightning.cli.reports import apply_report_options, detection_evaluation, save_report
+from yolo_lightning.cli.reports import apply_report_options, model_evaluation, save_report
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.report import ReportOptions, check_report_options
 from yolo_lightning.tracking.logger import run_loggers
@@ -263,11 +263,11 @@ class RecipeCLI(LightningCLI):
     before_test = before_validate
 
     def after_validate(self) -> None:
-        """Print the metrics of each class, and write the report of a detector."""
+        """Print the metrics of each class, and write the report."""
         trainer = self.trainer
         if trainer.is_global_zero and hasattr(self.model, "table"):
             print(f"\n{self.model.table()}")
-            evaluation = detection_evaluation(self.model)
+            evaluation = model_evaluation(self.model)
             if evaluation is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 save_report(self, evaluation, self.recipes)
         for logger in run_loggers(trainer):

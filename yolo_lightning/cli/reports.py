@@ -1,4 +1,4 @@
-"""The report that `validate` and `test` write about a detector."""
+"""The report that `validate` and `test` write."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +11,18 @@ from yolo_lightning.cli import runs
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import check_level
+from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.report import ReportOptions, num_images_read, write_report
 from yolo_lightning.tracking.logger import run_loggers
 from yolo_lightning.tree.seen_classes import seen_nodes
 
+Evaluation = DetectionEvaluation | LabelAccuracy
 
-def detection_evaluation(model: pl.LightningModule) -> DetectionEvaluation | None:
-    """Return the evaluation of a detector; None for other models."""
+
+def model_evaluation(model: pl.LightningModule) -> Evaluation | None:
+    """Return the evaluation of a detector or classifier; None for other models."""
     evaluation = getattr(model, "evaluation", None)
-    return evaluation if isinstance(evaluation, DetectionEvaluation) else None
+    return evaluation if isinstance(evaluation, Evaluation) else None
 
 
 def apply_report_options(cli: LightningCLI) -> None:
@@ -28,22 +31,24 @@ def apply_report_options(cli: LightningCLI) -> None:
     Raises:
         InputError: they do not fit the model.
     """
-    options, evaluation = _options(cli), detection_evaluation(cli.model)
-    if evaluation is None:
-        if options != ReportOptions():
-            raise InputError("report: these options need a detector; the model is not one")
+    options, evaluation = _options(cli), model_evaluation(cli.model)
+    if not isinstance(evaluation, DetectionEvaluation):
+        if options != ReportOptions(folder=options.folder):
+            raise InputError(
+                "report: level, confidence and seen_classes need a detector; the model is not one"
+            )
         return
     check_level(evaluation.tree, options.level)
     if options.seen_classes is not None:
         evaluation.seen_classes = seen_nodes(evaluation.tree, options.seen_classes)
 
 
-def save_report(cli: LightningCLI, evaluation: DetectionEvaluation, recipes: Sequence[str]) -> None:
+def save_report(cli: LightningCLI, evaluation: Evaluation, recipes: Sequence[str]) -> None:
     """Write the report of `validate` or `test`, print its folder, and log it to the MLflow run."""
     options = _options(cli)
     source = cli.datamodule.test if cli.subcommand == "test" else cli.datamodule.validation
     folder = Path(options.folder) if options.folder else _new_folder(cli, recipes)
-    metadata = _metadata(cli, len(source), recipes)
+    metadata = _metadata(cli, source, recipes)
     lines = write_report(folder, evaluation, metadata, source, options)
     print("\n".join(["", *lines, f"report: {folder}"]))
     for logger in run_loggers(cli.trainer):
@@ -62,8 +67,8 @@ def _new_folder(cli: LightningCLI, recipes: Sequence[str]) -> Path:
     return runs.make_numbered_folder(root, str(cli.subcommand))
 
 
-def _metadata(cli: LightningCLI, source_length: int, recipes: Sequence[str]) -> dict[str, Any]:
-    """Return the origin of the figures; `source_length` is the number of images in the source."""
+def _metadata(cli: LightningCLI, source: Any, recipes: Sequence[str]) -> dict[str, Any]:
+    """Return the origin of the figures."""
     trainer = cli.trainer
     batches = trainer.num_test_batches if cli.subcommand == "test" else trainer.num_val_batches
     return {
@@ -71,6 +76,6 @@ def _metadata(cli: LightningCLI, source_length: int, recipes: Sequence[str]) -> 
         "recipe": Path(recipes[-1]).name if recipes else None,
         "checkpoint": cli.config[cli.subcommand].ckpt_path,
         "image_size": cli.datamodule.image_size,
-        "images": num_images_read(batches, cli.datamodule, trainer.world_size, source_length),
+        "images": num_images_read(batches, cli.datamodule, trainer.world_size, source),
         "seen_classes": _options(cli).seen_classes,
     }

@@ -1,4 +1,4 @@
-"""The report of a detector: metrics as JSON and CSV, plots, and images of the worst errors."""
+"""The report of an evaluation: metrics as JSON and CSV; plots and worst errors of a detector."""
 
 import json
 import math
@@ -25,6 +25,7 @@ from yolo_lightning.evaluation.error_analysis import (
     find_errors,
     match_predictions,
 )
+from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.matching import MATCH_IOU, Table
 from yolo_lightning.evaluation.plots import (
     ImageSource,
@@ -45,12 +46,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def num_images_read(
-    batches: Sequence[int | float], data: Any, world_size: int, source_length: int
-) -> int:
-    """Return the number of images read in `batches` of each loader of a rank."""
-    local_batch_size = max(1, int(data.batch_sizes[0]) // world_size)
-    return min(source_length, int(sum(batches)) * local_batch_size * world_size)
+def num_images_read(batches: Sequence[int | float], data: Any, world_size: int, source: Any) -> int:
+    """Return the number of images of a source read in `batches` of each loader of a rank."""
+    has_boxes = hasattr(source, "shapes_wh_px")
+    local_batch_size = max(1, int(data.batch_sizes[0 if has_boxes else 1]) // world_size)
+    return min(len(source), int(sum(batches)) * local_batch_size * world_size)
 
 
 @dataclass
@@ -97,16 +97,16 @@ def check_report_options(args: Sequence[str]) -> None:
 
 def write_report(
     folder: Path,
-    evaluation: DetectionEvaluation,
+    evaluation: DetectionEvaluation | LabelAccuracy,
     metadata: Mapping[str, Any],
     source: ImageSource,
     options: ReportOptions | None = None,
 ) -> list[str]:
     """Write the files of a report and return a summary, as lines.
 
-    ``per_class.csv``, ``confusion.csv``, ``errors.csv``, ``precision_recall.png``,
-    ``confidence.png``, ``confusion.png``, ``errors.jpg``, and last ``metrics.json``. Plots without
-    data are left out.
+    ``per_class.csv``, ``metrics.json``, and of a detector ``confusion.csv``, ``errors.csv``,
+    ``precision_recall.png``, ``confidence.png``, ``confusion.png`` and ``errors.jpg``. Plots
+    without data are left out.
 
     Args:
         folder: to write to; created if it does not exist.
@@ -118,34 +118,57 @@ def write_report(
     Raises:
         InputError: the tree has no such level, or the folder cannot be written.
     """
-    options = options or ReportOptions()
+    values: dict[str, Any]
+    lines: list[str] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(evaluation, LabelAccuracy):
+            values = {"metrics": evaluation.metrics, "per_class": evaluation.per_class}
+        else:
+            options = options or ReportOptions()
+            values, lines = _write_detection_files(folder, evaluation, source, options)
+        write_class_table(folder / "per_class.csv", values["per_class"])
+        values = {**metadata, "versions": _versions(), **values}
+        text = json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
+    return lines
+
+
+def _write_detection_files(
+    folder: Path, evaluation: DetectionEvaluation, source: ImageSource, options: ReportOptions
+) -> tuple[dict[str, Any], list[str]]:
+    """Write the tables and plots of a detector; return the content of ``metrics.json``, summary."""
     names = unique_names(evaluation.tree)
     targets, detections = evaluation.targets, evaluation.detections
     curves = compute_curves(targets, detections)
     matches = match_predictions(targets, detections, evaluation.tree, options.confidence)
     matrix = confusion_matrix(matches, evaluation.tree, options.level)
     errors = find_errors(matches)
-    values = {**metadata, **_results(evaluation, curves, matches, errors, options)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_class_table(folder / "per_class.csv", values["per_class"])
-        write_confusion_table(folder / "confusion.csv", matrix, names)
-        write_error_table(folder / "errors.csv", errors, names, source.image_name)
-        _write_plots(folder, curves, matrix, names, options)
-        if any(errors.values()):
-            grid = draw_error_grid(errors, names, source, options.confidence)
-            grid.save(folder / "errors.jpg", quality=88)
-        text = json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{str(folder)!r}: {error.strerror or error}") from None
+    values = _results(evaluation, curves, matches, errors, options)
+    write_confusion_table(folder / "confusion.csv", matrix, names)
+    write_error_table(folder / "errors.csv", errors, names, source.image_name)
+    _write_plots(folder, curves, matrix, names, options)
+    if any(errors.values()):
+        grid = draw_error_grid(errors, names, source, options.confidence)
+        grid.save(folder / "errors.jpg", quality=88)
     counts = ", ".join(f"{kind} {len(group)}" for kind, group in errors.items())
     lines = [f"errors at confidence {options.confidence:g}: {counts}"]
     if not len(curves.nodes):
         lines.append("no targets: no curves")
     if best := values["best_f1"]:
         lines.insert(0, f"best mean F1 {best['f1']:.3f} at confidence {best['confidence']:g}")
-    return lines
+    return values, lines
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "yolo-lightning": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+    }
 
 
 def _results(
@@ -175,12 +198,6 @@ def _results(
         per_class[key] |= {metric: float(values[k]) for metric, values in at_best.items()}
     return {
         "objects": len(matches.targets),
-        "versions": {
-            "yolo-lightning": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-        },
         "metrics": dict.fromkeys(COCO_METRICS) | evaluation.metrics,
         "best_f1": best_f1,
         "errors": {
