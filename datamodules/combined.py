@@ -35,7 +35,7 @@ from yolo_lightning.datamodules.vocabulary import (
     vocabulary_table,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Resize
+from yolo_lightning.images import PREPARATION, Resize
 from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -61,26 +61,31 @@ class CombinedDataModule(pl.LightningDataModule):
     """A detection source and a classification source in alternating batches, or one of them alone.
 
     Args:
-        tree: the classes: a tree file, a list of names (a tree of one level), or rows.
+        tree: the classes: a tree file, a list of names (a tree of one level), or rows; the model's
+            by default.
         detection: images with boxes, or a list of such sources; None to train a classifier.
         classification: images with labels, or a list of such sources; None to train on boxes only.
+            Only training needs one of these two.
         validation: images for ``validate``, and for validation during ``fit``.
         test: images for ``test``; `validation` by default.
         detection_batch_size: images in a detection batch, over *all* ranks.
         classification_batch_size: images in a classification batch, over *all* ranks.
         classification_batches_per_detection_batch: 0 or more, fractions allowed.
-        image_size: side of the network input in evaluation, px, a multiple of 32.
+        image_size: side of the network input in evaluation, px, a multiple of 32; the model's by
+            default.
         canvas_size: side of training images, px, at least the largest size of `MultiScale`;
             `image_size` by default.
         steps_per_epoch: by default one pass over the detection source with its classification
             batches, or over the classification source alone.
         resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`;
-            images with labels are cropped at the centre.
+            images with labels are cropped at the centre; the model's by default.
         detection_augmentation: no augmentation if None.
         classification_augmentation: no augmentation if None.
         num_workers: loader processes per rank.
         seed: of order, augmentation and the sizes of `MultiScale`; the batch of a step depends on
             nothing else.
+
+    Values that are "the model's by default" are set by `setup`, from the trainer's module.
 
     Raises:
         InputError: a size or a ratio out of range; on `setup`, errors of the sources.
@@ -89,9 +94,13 @@ class CombinedDataModule(pl.LightningDataModule):
     # Lightning's CombinedLoader cannot alternate in fit, and repeats or loses batches when training
     # resumes within an epoch. Here each batch is computed from its number.
 
+    tree: WordTree
+    image_size: int
+    resize: Resize
+
     def __init__(
         self,
-        tree: str | list[str] | list[tuple[str, str, str]],
+        tree: str | list[str] | list[tuple[str, str, str]] | None = None,
         detection: DetectionSource | list[DetectionSource] | None = None,
         classification: ImageLabelSource | list[ImageLabelSource] | None = None,
         validation: EvaluationSource = None,
@@ -99,27 +108,28 @@ class CombinedDataModule(pl.LightningDataModule):
         detection_batch_size: int = 64,
         classification_batch_size: int = 64,
         classification_batches_per_detection_batch: float = 1,
-        image_size: int = 416,
+        image_size: int | None = None,
         canvas_size: int | None = None,
         steps_per_epoch: int | None = None,
-        resize: Resize = "letterbox",
+        resize: Resize | None = None,
         detection_augmentation: DetectionAugmentation | None = None,
         classification_augmentation: ClassificationAugmentation | None = None,
         num_workers: int = 2,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if detection is None and classification is None:
-            raise InputError("data.detection and data.classification: name at least one of them")
-        self.tree = WordTree.from_source(tree)
+        if tree is not None:
+            self.tree = WordTree.from_source(tree)
         self.detection = _concat(detection)
         self.classification = _concat(classification)
         self.validation = _concat(validation)
         self.test = self.validation if test is None else _concat(test)
-        self.image_size, self.canvas_size = image_size, canvas_size or image_size
-        for name, size in (("image_size", image_size), ("canvas_size", self.canvas_size)):
-            valid = size > 0 and size % 32 == 0
-            check_option(f"data.{name}", size, valid, "positive multiples of 32")
+        self._canvas_size = canvas_size
+        given = {"tree": tree, "image_size": image_size, "resize": resize}
+        self._not_given = [name for name, value in given.items() if value is None]
+        for name, default in PREPARATION.items():
+            setattr(self, name, default if given[name] is None else given[name])
+        self._check_sizes()
         ratio = classification_batches_per_detection_batch
         for name, value, minimum in (
             ("num_workers", num_workers, 0),
@@ -131,15 +141,43 @@ class CombinedDataModule(pl.LightningDataModule):
             check_option(f"data.{name}", value, value >= minimum, f"{minimum} or more")
         self.ratio = Fraction(ratio if classification is not None else 0).limit_denominator(1000)
         self.batch_sizes = (detection_batch_size, classification_batch_size)
-        self.steps_per_epoch, self.resize = steps_per_epoch, resize
+        self.steps_per_epoch = steps_per_epoch
         self.augmentations = (detection_augmentation, classification_augmentation)
         self.num_workers, self.seed = num_workers, seed
         self._bound: set[int] = set()
 
+    @property
+    def canvas_size(self) -> int:
+        """Side of training images, px."""
+        return self._canvas_size or self.image_size
+
+    def _check_sizes(self) -> None:
+        for name in ("image_size", "canvas_size"):
+            size = getattr(self, name)
+            valid = isinstance(size, int) and size > 0 and size % 32 == 0
+            check_option(f"data.{name}", size, valid, "positive multiples of 32, of a square")
+
+    def _take_from_model(self) -> None:
+        """Set the values that the constructor did not get from the model."""
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        for name in set(self._not_given) & set(PREPARATION):
+            if name in getattr(module, "hparams", {}):
+                setattr(self, name, module.hparams[name])
+        self._check_sizes()
+        if "tree" in self._not_given and hasattr(module, "tree"):
+            if getattr(self, "tree", None) is not module.tree:
+                self._bound.clear()
+            self.tree = module.tree
+        if not hasattr(self, "tree"):
+            raise InputError("data.tree is not set, and there is no model to take it from")
+
     def setup(self, stage: str | None = None) -> None:
-        """Bind the sources that a stage needs to the tree."""
+        """Take missing values from the model, and bind the sources of a stage to the tree."""
+        if stage == "fit" and self.detection is None and self.classification is None:
+            raise InputError("data.detection and data.classification: training needs one of them")
         if stage == "validate" and self.validation is None:
             raise InputError("data.validation is not set: nothing to validate on")
+        self._take_from_model()
         sources: dict[str, list[DetectionSource | ImageLabelSource | None]] = {
             "fit": [self.detection, self.classification, self.validation],
             "validate": [self.validation],
@@ -181,11 +219,11 @@ class CombinedDataModule(pl.LightningDataModule):
 
     def inputs(self) -> list[dict[str, Any]]:
         """Return one entry per bound source; ``labelled`` counts objects or images with a label."""
-        evaluated = "image labels" if self.detection is None else "boxes"
+        has_boxes = isinstance(self.validation, DetectionSource)
         entries = [
             ("training", "boxes", self.detection),
             ("training", "image labels", self._trained_labels),
-            ("validation", evaluated, self.validation),
+            ("validation", "boxes" if has_boxes else "image labels", self.validation),
         ]
         return [
             {

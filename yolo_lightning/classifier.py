@@ -26,7 +26,7 @@ class ClassifierModule(TrainingModule):
             (B, out_channels, H / stride, W / stride).
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: default network input of predictions, px: one side, or height and width;
-            training replaces it by that of the data.
+            training uses that of the data, if it has one.
         learning_rate: per optimizer step, for gradients averaged over the global batch.
         momentum: of SGD.
         weight_decay: of SGD; of weights of two or more dimensions, not of biases and norms, as

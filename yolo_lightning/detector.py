@@ -50,7 +50,7 @@ class DetectorModule(TrainingModule):
             require, or `space_to_depth`, as in the paper.
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: default network input of predictions, px: one side, or height and width;
-            training replaces it by that of the data.
+            training uses that of the data, if it has one.
         learning_rate: per optimizer step, for gradients averaged over the global batch.
         momentum: of SGD.
         weight_decay: of SGD; of weights of two or more dimensions, not of biases and norms, as
@@ -130,11 +130,6 @@ class DetectorModule(TrainingModule):
         self.evaluation = DetectionEvaluation(self.tree)
         self._exclusive_names: ExclusiveNames | None = None
 
-    def setup(self, stage: str) -> None:
-        """Check data and trainer, load pretrained weights, and copy `resize` from the data."""
-        super().setup(stage)
-        self.hparams["resize"] = getattr(self._datamodule, "resize", self.hparams["resize"])
-
     def _check_data(self, stage: str) -> None:
         data = self._datamodule
         if stage == "fit" and hasattr(data, "detection") and data.detection is None:
@@ -145,8 +140,7 @@ class DetectorModule(TrainingModule):
                 raise InputError(f"data.{name}: a detector is evaluated on images with boxes")
 
     def on_fit_start(self) -> None:
-        """Copy image size and classes with boxes from the data; weights are restored by now."""
-        super().on_fit_start()
+        """Copy the classes with boxes from the data; weights are restored by now."""
         boxed_nodes = getattr(self._datamodule, "boxed_nodes", None)
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True

@@ -16,6 +16,10 @@ from yolo_lightning.boxes import letterbox_geometry
 Image = NDArray[np.uint8]  # (H, W, 3), RGB
 Resize = Literal["letterbox", "stretch"]  # whole on grey, or with a changed aspect ratio
 
+# how images become network input, if neither the data nor the model says it; hyper-parameters of
+# models, and arguments of the datamodule that override them
+PREPARATION = {"image_size": 416, "resize": "letterbox"}
+
 GREY = 127
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")

@@ -12,6 +12,7 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import first_difference, network_layers
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import PREPARATION
 from yolo_lightning.models.backbones import backbone_layers, plain_backbone
 from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.models.networks import Classifier, YOLOv2
@@ -63,7 +64,11 @@ class TrainingModule(pl.LightningModule):
         return getattr(self.trainer, "datamodule", None)
 
     def setup(self, stage: str) -> None:
-        """Check data and trainer, and load pretrained weights."""
+        """Check data and trainer, prepare images as the data does, and load pretrained weights."""
+        self._own_preparation = {k: v for k, v in self.hparams.items() if k in PREPARATION}
+        for name in self._own_preparation:
+            value = getattr(self._datamodule, name, None)
+            self.hparams[name] = self.hparams[name] if value is None else value
         data_tree = getattr(self._datamodule, "tree", None)
         if data_tree is not None and data_tree.rows != self.tree.rows:
             difference = first_difference(data_tree.rows, self.tree.rows, "the data", "the model")
@@ -83,18 +88,17 @@ class TrainingModule(pl.LightningModule):
             for layer in self._backbone():
                 layer.eval().requires_grad_(False)
 
+    def teardown(self, stage: str) -> None:
+        """After an evaluation, prepare images as before it."""
+        if stage != "fit":
+            self.hparams.update(self._own_preparation)
+
     def _check_data(self, stage: str) -> None:
         """Raise an `InputError` if the data does not suit the module."""
         raise NotImplementedError
 
     def _backbone(self) -> list[nn.Module]:
         return list(self.network.body)[: len(self.backbone_layers)]
-
-    def on_fit_start(self) -> None:
-        """Copy the image size from the data."""
-        image_size = getattr(self._datamodule, "image_size", None)
-        if image_size is not None:
-            self.hparams["image_size"] = image_size
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its schedule; the backbone has a learning rate of its own.

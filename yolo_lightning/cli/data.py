@@ -11,13 +11,17 @@ from yolo_lightning.errors import InputError
 
 
 class DataCLI(RecipeCLI):
-    """Parse a recipe and options, and build the datamodule only; no folder is created."""
+    """Parse a recipe and options, and build the datamodule only; no folder is created.
+
+    With a checkpoint, the recipe need not repeat what the checkpoint holds, as for `test`.
+    """
 
     datamodule: CombinedDataModule
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], checkpoint: str | None = None) -> None:
         silence_libraries()
-        super().__init__(["fit", "--config", *args])
+        evaluated = [f"--ckpt_path={checkpoint}"] if checkpoint else []
+        super().__init__(["test" if checkpoint else "fit", "--config", *args, *evaluated])
         self.recipe: Namespace = self.config[self.config.subcommand]
 
     def before_instantiate_classes(self) -> None:
@@ -28,9 +32,10 @@ class DataCLI(RecipeCLI):
 
     def instantiate_classes(self) -> None:
         """Build the datamodule."""
-        config = self.config[self.config.subcommand]
+        command = self.config.subcommand
+        config = self.config[command]
         try:
-            objects = self._parser("fit").instantiate_classes(Namespace(data=config.data))
+            objects = self._parser(command).instantiate_classes(Namespace(data=config.data))
         except Exception as error:
             raise find_input_error(error) or error from None
         if not isinstance(objects.data, CombinedDataModule):
@@ -41,6 +46,6 @@ class DataCLI(RecipeCLI):
         """Do not train."""
 
 
-def recipe_data(args: Sequence[str]) -> CombinedDataModule:
+def recipe_data(args: Sequence[str], checkpoint: str | None = None) -> CombinedDataModule:
     """Return the datamodule of a recipe, not set up yet; see `DataCLI`."""
-    return DataCLI(args).datamodule
+    return DataCLI(args, checkpoint).datamodule

@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,15 +31,19 @@ from yolo_lightning.checkpoints.validation import read_checkpoint, resumable_che
 from yolo_lightning.cli import runs
 from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.cli.recipe_parser import (
+    ANY_MODEL,
     RecipeParser,
+    describe_preparation,
     model_from_checkpoint,
     parse,
     recipe_files,
+    take_from_model,
 )
 from yolo_lightning.cli.reports import apply_report_options, model_evaluation, save_report
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.report import ReportOptions, check_report_options
 from yolo_lightning.tracking.logger import run_loggers
+from yolo_lightning.training_module import TrainingModule
 
 _RESUME_HELP = (
     "`auto`: resume from the last checkpoint, or start a new run if there is none; in a SLURM or "
@@ -64,6 +67,7 @@ class RecipeCLI(LightningCLI):
         self.requested_config = Namespace()
         self.checkpoint_run_id: str | None = None
         self.checkpoint_step = 0
+        self.checkpoint: dict[str, Any] = {}  # its module and hyper-parameters
         self.recipes = recipe_files(args)
         super().__init__(
             pl.LightningModule,
@@ -107,30 +111,27 @@ class RecipeCLI(LightningCLI):
             InputError: an invalid value, or no checkpoint found.
         """
         check_report_options(args)
-        self.config = parse(parser, args, self.recipes)
-        config = self.config[self.config.subcommand]
-        if self.config.subcommand != "fit" and not config.ckpt_path:
+        command = args[0]
+        # until the checkpoint is known, any model stands for what an evaluation need not repeat
+        self.config = parse(parser, args, self.recipes, None if command == "fit" else ANY_MODEL)
+        config = self.config[command]
+        if command != "fit" and not config.ckpt_path:
             config.ckpt_path = str(runs.find_best_checkpoint(runs.runs_root(config, self.recipes)))
             print(f"checkpoint: {config.ckpt_path}")
-        path = config.ckpt_path
-        if self.config.subcommand == "fit":
-            path = self._checkpoint_to_resume(config)
-        if not path:
-            return
-        checkpoint = read_checkpoint(path)
-        self.checkpoint_run_id = checkpoint.get("mlflow_run_id")
-        self.checkpoint_step = checkpoint["global_step"]
-        with tempfile.TemporaryDirectory() as folder:
-            defaults = Path(folder) / "checkpoint.yaml"
+        path = self._checkpoint_to_resume(config) if command == "fit" else config.ckpt_path
+        checkpoint = read_checkpoint(path) if path else {}
+        if path:
+            self.checkpoint_run_id = checkpoint.get("mlflow_run_id")
+            self.checkpoint_step = checkpoint["global_step"]
+            self.checkpoint = {key: checkpoint.get(key) for key in ("module", "hyper_parameters")}
             model = model_from_checkpoint(checkpoint, config, args, self.recipes)
-            defaults.write_text(yaml.safe_dump({"model": model}))
-            args_with_defaults = [args[0], "--config", str(defaults), *args[1:]]
-            self.config = parse(parser, args_with_defaults, self.recipes)
-        config = self.config[self.config.subcommand]
-        config.ckpt_path = path
-        if self.config.subcommand == "fit" and "optimizer_states" not in checkpoint:
+            self.config = parse(parser, args, self.recipes, model)
+            config = self.config[command]
+            config.ckpt_path = path
+        if path and command == "fit" and "optimizer_states" not in checkpoint:
             rank_zero_only(print)(f"{path}: contains weights only; training starts from them")
             config.model.init_args.pretrained, config.ckpt_path = path, None
+        take_from_model(config)
 
     def _checkpoint_to_resume(self, config: Namespace) -> str | None:
         """Return the checkpoint to resume from, or the previous one if it is damaged."""
@@ -257,7 +258,12 @@ class RecipeCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def before_validate(self) -> None:
-        """Check the options of the report."""
+        """Check the model against the checkpoint, before the data is read, and the options."""
+        if isinstance(self.model, TrainingModule):
+            self.model.on_load_checkpoint(self.checkpoint)
+        config, saved = self.config[self.subcommand], self.checkpoint["hyper_parameters"]
+        if line := describe_preparation(config, saved):
+            rank_zero_only(print)(line)
         apply_report_options(self)
 
     before_test = before_validate

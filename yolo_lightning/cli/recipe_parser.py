@@ -1,6 +1,7 @@
 """Parse recipes and command lines, and turn a checkpoint into recipe values."""
 
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yolo_lightning.cli.launch import recipe_paths
 from yolo_lightning.cli.recipe_errors import readable_message
 from yolo_lightning.errors import InputError, read_text
+from yolo_lightning.images import PREPARATION
 
+ANY_MODEL = {
+    "class_path": "yolo_lightning.DetectorModule",
+    "init_args": {"tree": ["any"], "anchors_wh_cell": [[1.0, 1.0]]},
+}
 _NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
 
 
@@ -34,16 +40,24 @@ class RecipeParser(LightningArgumentParser):
 
 
 def parse(
-    parser: LightningArgumentParser, args: Sequence[str], recipes: Sequence[str]
+    parser: LightningArgumentParser,
+    args: Sequence[str],
+    recipes: Sequence[str],
+    model: dict[str, Any] | None = None,
 ) -> Namespace:
     """Parse a command line with a `RecipeParser`; the recipes are named in error messages.
+
+    `model` holds defaults of the section `model`, which the recipes override.
 
     Raises:
         InputError: an unknown key, a wrong value, or a reference to a missing key.
     """
     origin = "".join(f"{recipe}: " for recipe in recipes)
     try:
-        return parser.parse_args(list(args))
+        with tempfile.TemporaryDirectory() as folder:
+            defaults = Path(folder) / "model.yaml"
+            defaults.write_text(yaml.safe_dump({"model": model} if model else {}))
+            return parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
     except OmegaConfBaseException as error:
         raise InputError(f"{origin}{error.full_key}: {str(error).splitlines()[0]}") from None
     except _ParserError as error:
@@ -106,3 +120,31 @@ def model_from_checkpoint(
     if is_named and backbone != saved_backbone:
         values = {key: value for key, value in values.items() if key not in _NETWORK_KEYS}
     return {"class_path": f"yolo_lightning.{module}", "init_args": values}
+
+
+def take_from_model(config: Namespace) -> None:
+    """Set the tree, and how images are prepared, in the data that does not say it.
+
+    Raises:
+        InputError: the model's input is not square.
+    """
+    data = (config.get("data") or {}).get("init_args") or {}
+    model = (config.get("model") or {}).get("init_args") or {}
+    for name in ("tree", *PREPARATION):
+        if name in data and data[name] is None and name in model:
+            data[name] = model[name]
+            if name == "image_size" and not isinstance(model[name], int):
+                height, width = model[name]
+                raise InputError(
+                    f"the model's input is {width} x {height} px, but that of the data is square: "
+                    "set data.image_size"
+                )
+
+
+def describe_preparation(config: Namespace, saved: dict[str, Any]) -> str | None:
+    """Return how the data prepares images, and which of it a checkpoint's model says."""
+    data = (config.get("data") or {}).get("init_args") or {}
+    values = {name: data[name] for name in PREPARATION if data.get(name) is not None}
+    origins = {k: "checkpoint" if v == saved.get(k) else "recipe" for k, v in values.items()}
+    parts = [f"{name} {value} (from the {origins[name]})" for name, value in values.items()]
+    return f"images: {', '.join(parts)}" if parts else None

@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     from yolo_lightning.cli.data import DataCLI
     from yolo_lightning.explain import analysis, picture, text
 
-    cli = DataCLI([options.recipe, *overrides])
+    cli = DataCLI([options.recipe, *overrides], options.checkpoint)
     data = cli.datamodule
     module, settings = load_detector(options, cli)
     tree, anchors, stride = module.tree, module.network.anchors_wh_cell, module.network.stride

@@ -164,10 +164,11 @@ def storage(
 def loader_memory_bytes(values: Mapping[str, Any], nodes: int) -> int | None:
     """Return the shared memory of all loader workers on one of the nodes; None if unknown."""
 
-    def value(name: str, default: int | None) -> Any:
-        return values.get(f"data.init_args.{name}", values.get(f"data.{name}", default))
+    def value(name: str, default: int | None, section: str = "data") -> Any:
+        return values.get(f"{section}.init_args.{name}", values.get(f"{section}.{name}", default))
 
-    side = value("canvas_size", None) or value("image_size", 416)
+    size = value("image_size", None) or value("image_size", 416, "model")
+    side = value("canvas_size", None) or size
     batch = [value(f"{kind}_batch_size", 64) for kind in ("detection", "classification")]
     workers = value("num_workers", 2)
     if not all(isinstance(number, int) for number in (side, *batch, workers)):

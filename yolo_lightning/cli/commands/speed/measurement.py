@@ -51,7 +51,9 @@ def measure_all(options: argparse.Namespace, overrides: Sequence[str], folder: P
         raise InputError(f"{options.checkpoint}: holds a classifier; speed takes a detector")
     for size in options.image_sizes:
         module.input_size_hw(size)
-    data = load_test_data(options.recipe, overrides, module) if options.recipe else None
+    data = None
+    if options.recipe:
+        data = load_test_data(options.recipe, overrides, module, options.checkpoint)
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     dtype = half if options.half else torch.float32
     setup = measurement_setup(options, device, dtype)
@@ -90,12 +92,12 @@ def measurement_setup(
 
 
 def load_test_data(
-    recipe: str, overrides: Sequence[str], module: DetectorModule
+    recipe: str, overrides: Sequence[str], module: DetectorModule, checkpoint: str | None = None
 ) -> CombinedDataModule:
     """Set up the test images of a recipe, which must have boxes and the tree of the checkpoint."""
     # average precision is independent of the batch size; a small one needs little memory
     batch_size = f"--data.detection_batch_size={_EVALUATION_BATCH_SIZE}"
-    data = recipe_data([recipe, *overrides, batch_size])
+    data = recipe_data([recipe, *overrides, batch_size], checkpoint)
     if data.tree.rows != module.tree.rows:
         rows = (data.tree.rows, module.tree.rows)
         difference = first_difference(*rows, "the recipe", "the checkpoint")
