@@ -443,6 +443,31 @@ def test_the_tree_of_a_cfg_is_found_next_to_it_or_required(files, capsys):
     assert "tree=y.tree" in (files / "y.cfg").read_text()
 
 
+def test_all_classes_of_a_list_had_boxes_and_those_of_a_tree_are_named(files, capsys):
+    note = "which classes had boxes in training is unknown; --boxed FILE names them"
+
+    def boxed(*options: str) -> list[bool]:
+        assert main([*IMPORT, *options, "--output", "m.ckpt"]) == 0
+        state = torch.load("m.ckpt", weights_only=True)["state_dict"]
+        return [bool(value) for value in state["boxed"]]
+
+    assert boxed() == [True, True]
+    assert note not in capsys.readouterr().out
+    (files / "x.tree").write_text("n02121808 -1\nn1 0\n")  # COCO's cat, and a breed
+    assert boxed("--tree", "x.tree") == [False, False]
+    assert note in capsys.readouterr().out
+    assert boxed("--tree", "x.tree", "--boxed", "coco") == [True, False]
+    output = capsys.readouterr().out
+    assert "classes that had boxes in training: 1" in output
+    assert note not in output
+    (files / "boxed.txt").write_text("# by name\ndog\n")
+    assert boxed("--tree", "x.tree", "--boxed", "boxed.txt") == [False, True]
+    (files / "m.ckpt").unlink()
+    said = error_of([*IMPORT, "--boxed", "gone.txt", "--output", "m.ckpt"], capsys)
+    assert "list of seen classes 'gone.txt' not found" in said
+    assert "allowed: a file with one class per line, imagenet_det_44 or coco" in said
+
+
 def test_paths_are_read_from_a_data_file(files):
     (files / "sub").mkdir()
     (files / "sub/x.data").write_text("classes = 2\nnames = data/x.names\nlabels=x.labels\n")

@@ -37,7 +37,7 @@ def detections(*rows: tuple[list[float], int, float]) -> Detections:
 
 
 def make_evaluation(nodes: list[int], boxed: list[int]) -> DetectionEvaluation:
-    supervised = TREE.ancestors_or_self(torch.tensor(boxed))
+    supervised = TREE.ancestors_or_self(torch.tensor(boxed, dtype=torch.long))
     out = DetectionEvaluation(TREE)
     out.reset(torch.tensor(nodes), TREE.deepest_ancestor_in(supervised))
     return out
@@ -186,6 +186,15 @@ def test_seen_classes_replace_the_classes_of_the_training_boxes():
     means = evaluation.compute(torch.ones(5, dtype=torch.bool))
     assert (means["AP50_boxed"], means["AP50_unboxed"]) == (0, 1)
     assert (means["AP50_below_boxed"], means["AP50_never_boxed"]) == (1, 1)  # pug, Bengal
+
+
+def test_unknown_classes_of_training_boxes_give_no_groups():
+    evaluation = make_evaluation([2, 3, 4], boxed=[])
+    add(evaluation, [HERE], [2], detections((HERE, 2, 0.9)), None)
+    means = evaluation.compute(torch.zeros(5, dtype=torch.bool))
+    assert means["AP50"] == 1
+    assert not [name for name in means if "boxed" in name]
+    assert "boxes (" not in evaluation.table()
 
 
 def test_targets_and_detections_are_available_as_tables():

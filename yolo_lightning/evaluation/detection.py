@@ -230,7 +230,8 @@ class DetectionEvaluation(nn.Module):
         the latter ``_below_boxed`` over those with an ancestor with boxes and ``_never_boxed`` over
         the others; ``_coarse`` and ``_level1`` … at those levels; ``name_accuracy``; ``depth1`` …
         and the kinds of `TreeAccuracy`. Groups without classes are left out, except the first two.
-        `boxed`, bool (K,), are the classes of the training boxes.
+        `boxed`, bool (K,), are the classes of the training boxes; if there are none, they are
+        unknown, and all groups by training boxes are left out.
         """
         for level in self.levels:
             level.precision.compute()
@@ -265,6 +266,8 @@ class DetectionEvaluation(nn.Module):
             "_below_boxed": below,
             "_never_boxed": ~seen & ~below,
         }
+        if not seen.any():
+            groups = {"": groups[""]}
         means: dict[str, float] = {}
         self._group_sizes = {}
         for suffix, members in groups.items():

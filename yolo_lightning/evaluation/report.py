@@ -62,7 +62,7 @@ class ReportOptions:
         level: of the tree, 1 at the top, for the confusion matrix; null for the classes themselves.
         confidence: minimum score for the confusion matrix and the error analysis, 0…1.
         seen_classes: the classes that count as trained with boxes: a file with one class per line,
-            or imagenet_det_44; null for the classes of the training boxes.
+            imagenet_det_44 or coco; null for the classes of the training boxes.
 
     Raises:
         InputError: a value out of range, or a folder that is not empty.

@@ -92,7 +92,8 @@ def import_model(
         notes = [f"partial weights: layer {first_missing} and later layers are initialised"]
         return ImportedModel(module.eval(), metadata, notes)
     fill_last_conv(module.network, reader)
-    if isinstance(module, DetectorModule):
+    if isinstance(module, DetectorModule) and module.tree.num_groups == 1:
+        # of the classes of a tree, the files do not say which had boxes
         module.boxed.fill_(True)
     return ImportedModel(module.eval(), metadata, [])
 
@@ -308,6 +309,8 @@ def import_from_options(options: argparse.Namespace) -> ImportedModel:
         notes.append("the .cfg has no tree: its softmax was over all classes, now over siblings")
     if description.ignored:
         notes.append(f"ignored options: {', '.join(description.ignored)}")
+    if isinstance(imported.module, DetectorModule) and not imported.module.boxed.any():
+        notes.append("which classes had boxes in training is unknown; --boxed FILE names them")
     if not (names_path or tree_path or description.names):
         notes.append("the classes have numbers as names; use --names FILE")
     return imported

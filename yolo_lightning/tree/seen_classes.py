@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from yolo_lightning.errors import InputError, nearest, read_text
+from yolo_lightning.tree.labels import load_reviewed_labels
 from yolo_lightning.tree.wordtree import WordTree
 
 IMAGENET_DET_44 = "imagenet_det_44"
 """The classes of ImageNet detection that COCO has boxes for; see the comments in the table."""
+
+COCO = "coco"
+"""The classes of COCO, by the reviewed table of their names."""
 
 _TABLE = Path(__file__).parent / "data/imagenet_det_seen.tsv"
 
@@ -28,15 +32,17 @@ def seen_nodes(tree: WordTree, classes: str | Sequence[str]) -> Tensor:
     """Return bool (K,), the listed classes.
 
     Classes are keys or names, a text file with one per line (`#` before comments, text after a tab
-    ignored), or `imagenet_det_44` for those of the 44 that the tree contains.
+    ignored), or the name of a table, of whose classes the tree need not contain all:
+    `imagenet_det_44`, or `coco` for COCO's 80.
 
     Raises:
         InputError: no classes, a missing file, or a class that is ambiguous or not in the tree.
     """
     mask = torch.zeros(len(tree), dtype=torch.bool)
-    if classes == IMAGENET_DET_44:
+    if classes in (IMAGENET_DET_44, COCO):
         keys = {key: node for node, key in enumerate(tree.keys)}
-        pairs = imagenet_det_seen().items()
+        table = imagenet_det_seen() if classes == IMAGENET_DET_44 else load_reviewed_labels()[COCO]
+        pairs = table.items()
         nodes = [keys[key] for pair in pairs for key in pair if key in keys]
         if not nodes:
             raise InputError(f"{classes}: none of its wnids and names is a key of the tree")
@@ -58,8 +64,9 @@ def seen_nodes(tree: WordTree, classes: str | Sequence[str]) -> Tensor:
 
 
 def _read_classes(path: str) -> list[tuple[str, str]]:
-    allowed = f"allowed: a file with one class per line, or {IMAGENET_DET_44}"
-    text = read_text(path, "list of seen classes", nearest(path, [IMAGENET_DET_44]) or allowed)
+    allowed = f"allowed: a file with one class per line, {IMAGENET_DET_44} or {COCO}"
+    hint = nearest(path, [IMAGENET_DET_44, COCO]) or allowed
+    text = read_text(path, "list of seen classes", hint)
     entries = [
         (line.partition("\t")[0].strip(), f"{path}:{number}")
         for number, line in enumerate(text.splitlines(), start=1)

@@ -30,8 +30,15 @@ def _import(options: argparse.Namespace) -> None:
     from yolo_lightning.checkpoints.io import write_checkpoint
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.export.darknet import build_checkpoint, import_from_options, layer_sizes
+    from yolo_lightning.tree.seen_classes import seen_nodes
 
     module, metadata, notes = import_from_options(options)
+    if options.boxed:
+        if not isinstance(module, DetectorModule):
+            raise InputError("--boxed: the network is a classifier, which learns without boxes")
+        module.boxed.copy_(seen_nodes(module.tree, options.boxed))
+        notes = [note for note in notes if "--boxed" not in note]
+        notes.append(f"classes that had boxes in training: {int(module.boxed.sum())}")
     output = Path(options.output)
     if output.is_dir() or not output.name:
         raise InputError(f"--output {options.output!r} is a folder; expected a file to write")
@@ -79,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     importer = actions.add_parser("import", help="write a checkpoint from Darknet files")
     add_darknet_options(importer, True, f": {', '.join(LAYOUTS)}")
     importer.add_argument("--output", required=True, help="path of the checkpoint")
+    importer.add_argument(
+        "--boxed", metavar="FILE",
+        help="classes that had boxes in training: a file with one name or key per line, or `coco` "
+        "(default: all classes of a flat list; unknown for a tree)",
+    )  # fmt: skip
     exporter = actions.add_parser("export", help="write .cfg, .weights, .names and .tree")
     exporter.add_argument("checkpoint", help="trained or imported")
     exporter.add_argument("--output", required=True, help="path of the files without a suffix")
