@@ -71,12 +71,17 @@ def test_batches_are_equal_for_any_number_of_workers(files, single_process_batch
             assert torch.equal(a.boxes_cxcywh_norm, b.boxes_cxcywh_norm)
 
 
-def test_each_pass_has_every_sample_once_in_its_own_order(single_process_batches):
+def test_each_pass_has_every_sample_once_in_its_own_order(files, single_process_batches):
+    order = ordered_data(files).order
     for kind, size, passes in ((DetectionBatch, 10, 2), (ClassificationBatch, 11, 4)):
         chosen = [batch for batch in single_process_batches if isinstance(batch, kind)]
-        ids = torch.cat([batch.sample_ids for batch in chosen]).tolist()
-        found = [ids[k * size : (k + 1) * size] for k in range(passes)]
+        planned = [index for batch in chosen for index in order.plan(batch.step).indices]
+        found = [planned[k * size : (k + 1) * size] for k in range(passes)]
         assert all(sorted(one) == list(range(size)) for one in found)
+        # another image is read in place of the broken one, and has its own id
+        ids = torch.cat([batch.sample_ids for batch in chosen]).tolist()
+        replaced = {(plan, read) for plan, read in zip(planned, ids, strict=True) if plan != read}
+        assert len(replaced) == 1
         assert len({tuple(one) for one in found}) == passes
         images = torch.cat([batch.images for batch in chosen])
         again = images[ids.index(0)], images[size + ids[size:].index(0)]
