@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Image, UnreadableSample, fit
+from yolo_lightning.images import Image, UnreadableSample, decoding_side, fit
 from yolo_lightning.tracking.logger import run_loggers
 from yolo_lightning.visualization.drawing import draw_boxes, draw_caption, make_grid
 
@@ -92,9 +92,10 @@ class PredictionGrid(pl.Callback):
                 logger.log_image("predictions", image, step)
 
     def _draw(self, trainer: pl.Trainer, module: Any, source: Any) -> Image | None:
-        samples = _read_samples(
-            source, evenly_spaced(self.images, len(source)), max(_TILE, *module.input_size_hw())
-        )
+        indices = evenly_spaced(self.images, len(source))
+        side = max(_TILE, *module.input_size_hw())
+        min_side = decoding_side(side, module.hparams["interpolation"])
+        samples = _read_samples(source, indices, min_side)
         tiles: list[Image] = []
         for start in range(0, len(samples), _BATCH_SIZE):
             batch = samples[start : start + _BATCH_SIZE]
@@ -115,7 +116,7 @@ class PredictionGrid(pl.Callback):
         return make_grid(tiles, min(_COLUMNS, len(tiles)), legend) if tiles else None
 
 
-def _read_samples(source: Any, indices: list[int], min_side: int) -> list[Any]:
+def _read_samples(source: Any, indices: list[int], min_side: int | None) -> list[Any]:
     """Return the readable ones of some samples, without difficult objects."""
     samples = []
     for index in indices:

@@ -19,11 +19,18 @@ from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource,
 from yolo_lightning.datamodules.transforms import (
     ClassificationAugmentation,
     DetectionAugmentation,
-    centre_crop,
     fit_sample,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Image, Resize, UnreadableSample, fit
+from yolo_lightning.images import (
+    Image,
+    Interpolation,
+    Resize,
+    UnreadableSample,
+    centre_crop,
+    decoding_side,
+    fit,
+)
 
 Batch = DetectionBatch | ClassificationBatch
 _GOLDEN_RATIO = 0.618
@@ -92,16 +99,24 @@ class EvaluationDataset(Dataset[Batch]):
     """Whole images and their boxes in the network input; padding has the sample id -1."""
 
     def __init__(
-        self, source: DetectionSource, image_size: int, resize: Resize = "letterbox"
+        self,
+        source: DetectionSource,
+        image_size: int,
+        resize: Resize = "letterbox",
+        interpolation: Interpolation = "area",
     ) -> None:
-        self.source, self.image_size, self.resize = source, image_size, resize
+        self.source, self.image_size = source, image_size
+        self.resize, self.interpolation = resize, interpolation
 
     def __getitem__(self, positions: list[int]) -> DetectionBatch:
         """Return the images at these positions; positions beyond the end give padding."""
         boxes, no_labels = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
         blank = DetectionSample(_blank(self.image_size), boxes, no_labels, np.zeros(0, np.bool_))
-        samples, ids, faults = _read_or_blank(self.source, positions, self.image_size, blank)
-        batch = collate_detection([fit_sample(s, self.image_size, self.resize) for s in samples])
+        min_side = decoding_side(self.image_size, self.interpolation)
+        samples, ids, faults = _read_or_blank(self.source, positions, min_side, blank)
+        batch = collate_detection(
+            [fit_sample(s, self.image_size, self.resize, self.interpolation) for s in samples]
+        )
         batch.sizes_hw_orig = torch.tensor([sample.size_hw_orig for sample in samples])
         batch.sample_ids, batch.faults = torch.tensor(ids), [*batch.faults, *faults]
         return batch
@@ -110,15 +125,18 @@ class EvaluationDataset(Dataset[Batch]):
 class LabelEvaluationDataset(Dataset[Batch]):
     """Centre crops of images with one label each; padding has the sample id -1."""
 
-    def __init__(self, source: ImageLabelSource, image_size: int) -> None:
-        self.source, self.image_size = source, image_size
+    def __init__(
+        self, source: ImageLabelSource, image_size: int, interpolation: Interpolation = "area"
+    ) -> None:
+        self.source, self.image_size, self.interpolation = source, image_size, interpolation
 
     def __getitem__(self, positions: list[int]) -> ClassificationBatch:
         """Return the images at these positions; positions beyond the end give padding."""
-        blank = _blank(self.image_size), 0
-        pairs, ids, faults = _read_or_blank(self.source, positions, self.image_size, blank)
+        blank, size_hw = (_blank(self.image_size), 0), (self.image_size, self.image_size)
+        min_side = decoding_side(self.image_size, self.interpolation)
+        pairs, ids, faults = _read_or_blank(self.source, positions, min_side, blank)
         images, labels = zip(*pairs, strict=True)
-        crops = stack_images([centre_crop(image, self.image_size) for image in images])
+        crops = stack_images([centre_crop(image, size_hw, self.interpolation) for image in images])
         return ClassificationBatch(crops, torch.tensor(ids), torch.tensor(labels), faults=faults)
 
 
@@ -140,7 +158,7 @@ def _blank(size: int) -> Image:
 
 
 def _read_or_blank(
-    source: Source, positions: list[int], min_side: int, blank: Any
+    source: Source, positions: list[int], min_side: int | None, blank: Any
 ) -> tuple[list[Any], list[int], list[str]]:
     """Return samples, ids and faults; an unreadable image becomes `blank`, with the id -1."""
     # evaluation never replaces an image by another one

@@ -35,7 +35,7 @@ from yolo_lightning.datamodules.vocabulary import (
     vocabulary_table,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import PREPARATION, Resize
+from yolo_lightning.images import PREPARATION, Interpolation, Resize
 from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -79,6 +79,9 @@ class CombinedDataModule(pl.LightningDataModule):
             batches, or over the classification source alone.
         resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`;
             images with labels are cropped at the centre; the model's by default.
+        interpolation: how images are resized in evaluation: `area`, or `darknet`, for weights that
+            the original program trained; training images are always resized by area; the model's
+            by default.
         detection_augmentation: no augmentation if None.
         classification_augmentation: no augmentation if None.
         num_workers: loader processes per rank.
@@ -112,6 +115,7 @@ class CombinedDataModule(pl.LightningDataModule):
         canvas_size: int | None = None,
         steps_per_epoch: int | None = None,
         resize: Resize | None = None,
+        interpolation: Interpolation | None = None,
         detection_augmentation: DetectionAugmentation | None = None,
         classification_augmentation: ClassificationAugmentation | None = None,
         num_workers: int = 2,
@@ -125,7 +129,12 @@ class CombinedDataModule(pl.LightningDataModule):
         self.validation = _concat(validation)
         self.test = self.validation if test is None else _concat(test)
         self._canvas_size = canvas_size
-        given = {"tree": tree, "image_size": image_size, "resize": resize}
+        given = {
+            "tree": tree,
+            "image_size": image_size,
+            "resize": resize,
+            "interpolation": interpolation,
+        }
         self._not_given = [name for name, value in given.items() if value is None]
         for name, default in PREPARATION.items():
             setattr(self, name, default if given[name] is None else given[name])
@@ -329,10 +338,12 @@ class CombinedDataModule(pl.LightningDataModule):
         if source is None:
             return []
         if isinstance(source, DetectionSource):
-            dataset: Dataset[Batch] = EvaluationDataset(source, self.image_size, self.resize)
+            dataset: Dataset[Batch] = EvaluationDataset(
+                source, self.image_size, self.resize, self.interpolation
+            )
             batch_size = self.batch_sizes[0]
         else:
-            dataset = LabelEvaluationDataset(source, self.image_size)
+            dataset = LabelEvaluationDataset(source, self.image_size, self.interpolation)
             batch_size = self.batch_sizes[1]
         rank, world_size = self._rank_and_world_size
         share = max(1, batch_size // world_size)

@@ -12,26 +12,22 @@ from numpy.typing import NDArray
 
 from yolo_lightning.batches import DetectionSample
 from yolo_lightning.datamodules.source import check_option
-from yolo_lightning.images import GREY, Image, Resize, fit, resize_pixels
+from yolo_lightning.images import GREY, Image, Interpolation, Resize, fit, resize_pixels
 
 _MIN_VISIBLE, _PLACED_SIZES = 0.2, (0.25, 2.0)
 
 Geometry = Literal["crop", "place"]
 
 
-def centre_crop(image: Image, size: int) -> Image:
-    """Return the largest central square of an image, resized to `size` px."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side]
-    return resize_pixels(square, size, size)
-
-
-def fit_sample(sample: DetectionSample, size: int, resize: Resize = "letterbox") -> DetectionSample:
+def fit_sample(
+    sample: DetectionSample,
+    size: int,
+    resize: Resize = "letterbox",
+    interpolation: Interpolation = "area",
+) -> DetectionSample:
     """Fit an image and its boxes into a square."""
     image, (x_scale, y_scale), (left, top) = fit(
-        sample.image, (size, size), resize, sample.size_hw_orig
+        sample.image, (size, size), resize, sample.size_hw_orig, interpolation
     )
     boxes = sample.boxes_xyxy_px * np.array([x_scale, y_scale] * 2) + np.array([left, top] * 2)
     return replace(sample, image=image, boxes_xyxy_px=boxes.astype(np.float32))

@@ -26,7 +26,14 @@ from tests.helpers.miniatures import (
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules import ImageFolder, LabelCSV, VOCFolder, YOLOText, files
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import UnreadableSample, read_header, read_image
+from yolo_lightning.images import (
+    UnreadableSample,
+    centre_crop,
+    fit,
+    read_header,
+    read_image,
+    resize_image,
+)
 
 # --- damaged images
 
@@ -394,3 +401,47 @@ def test_reduced_decoding_moves_no_box_of_a_batch(tmp_path, monkeypatch):
         torch.testing.assert_close(a.boxes_cxcywh_norm, b.boxes_cxcywh_norm, atol=0.5 / 288, rtol=0)
         assert (a.images.float() - b.images.float()).abs().mean() < 2
     assert shrunk[1].sizes_hw_orig.tolist() == whole[1].sizes_hw_orig.tolist() == [[1203, 1601]]
+
+
+# --- network inputs
+
+
+def test_darknet_interpolates_without_averaging_from_corner_to_corner():
+    row = np.array([[0, 10, 100, 20, 200]], np.uint8)
+    image = np.repeat(np.concatenate([row, row // 2])[..., None], 3, axis=2)  # (2, 5, 3)
+    smaller = resize_image(image, (2, 3), "darknet")
+    assert smaller.dtype == np.float32
+    # each second pixel; those in between do not count, as they do for `area`
+    assert smaller[:, :, 0] * 255 == pytest.approx(np.array([[0, 100, 200], [0, 50, 100]]))
+    assert resize_image(image, (2, 3), "area")[0, 1, 0] < 80
+    larger = resize_image(image, (3, 9), "darknet")[:, :, 1] * 255
+    expected = [[0, 5, 10, 55, 100, 60, 20, 110, 200], [0, 3.75, 7.5, 41.25, 75, 45, 15, 82.5, 150]]
+    assert larger[:2] == pytest.approx(np.array(expected), abs=1e-4)
+    one_pixel = resize_image(image[:1, 3:4], (2, 2), "darknet")
+    assert one_pixel * 255 == pytest.approx(np.full((2, 2, 3), 20))
+
+
+def test_letterbox_of_darknet_is_half_grey():
+    image = np.full((2, 5, 3), 255, np.uint8)
+    fitted, scale, margin = fit(image, (8, 8), "letterbox", interpolation="darknet")
+    assert fitted.dtype == np.float32
+    # 5 x 2 in 8 x 8: 8 x 3 px, 2.5 px above rounded down
+    assert (fitted[:2] == 0.5).all()
+    assert (fitted[2:5] == 1).all()
+    assert (fitted[5:] == 0.5).all()
+    assert (scale, margin) == ((1.6, 1.5), (0, 2))
+    same_size, *_ = fit(image, (2, 5), "stretch", interpolation="darknet")
+    assert same_size.dtype == np.float32  # not the uint8 image itself
+
+
+def test_centre_crop():
+    image = np.zeros((40, 80, 3), dtype=np.uint8)
+    image[:, 20:60] = 200
+    assert (centre_crop(image, (40, 40)) == 200).all()
+    assert centre_crop(image, (20, 20)).shape == (20, 20, 3)
+    assert centre_crop(image[:, :40], (64, 64)).shape == (64, 64, 3)
+    assert centre_crop(image, (20, 20), "darknet") * 255 == pytest.approx(np.full((20, 20, 3), 200))
+    wide = centre_crop(image, (10, 30))  # of 27 x 80 px
+    assert wide.shape == (10, 30, 3)
+    assert (wide[:, 8:22] == 200).all()
+    assert (wide[:, :7] == 0).all()

@@ -20,7 +20,8 @@ _OBJECT_FIELDS = ("boxes_xyxy_px", "labels", "difficult", "crowd", "areas_orig_p
 class DetectionSample:
     """An image with its N objects."""
 
-    image: NDArray[np.uint8]  # (H, W, 3), RGB; may be smaller than the image file
+    # (H, W, 3), RGB, may be smaller than the image file; fitted by `darknet`: float32 in 0…1
+    image: NDArray[np.uint8]
     boxes_xyxy_px: NDArray[np.float32]  # (N, 4), corners in px of `image`, inside it, not empty
     labels: NDArray[np.int64]  # (N,), tree nodes
     difficult: NDArray[np.bool_]  # (N,), objects to ignore, regions of a crowd among them
@@ -103,8 +104,8 @@ class ClassificationBatch(_Batch):
     labels: Tensor  # int64 (B,), tree nodes
 
 
-def stack_images(images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Return uint8 (B, 3, H, W), channels last in memory, of images (H, W, 3)."""
+def stack_images(images: Sequence[NDArray[Any]]) -> Tensor:
+    """Return (B, 3, H, W), channels last in memory, of images (H, W, 3) of one type."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 

@@ -9,6 +9,7 @@ from yolo_lightning.batches import ClassificationBatch, unit_range
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
+from yolo_lightning.images import Interpolation
 from yolo_lightning.models.networks import Classifier
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.training_module import TrainingModule
@@ -34,6 +35,8 @@ class ClassifierModule(TrainingModule):
         backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
             running statistics.
         schedule: factor of the learning rate at each optimizer step.
+        interpolation: how images are resized to the network input: `area`, or `darknet`, for
+            weights that the original program trained; training replaces it by that of the data.
 
     Raises:
         InputError: an unknown backbone, or a checkpoint of another network.
@@ -54,6 +57,7 @@ class ClassifierModule(TrainingModule):
         weight_decay: float = 5e-4,
         backbone_lr_factor: float = 1.0,
         schedule: Schedule | None = None,
+        interpolation: Interpolation = "area",
     ) -> None:
         super().__init__(tree, backbone, pretrained, schedule)
         self.set_network(
@@ -64,6 +68,7 @@ class ClassifierModule(TrainingModule):
             momentum=momentum,
             weight_decay=weight_decay,
             backbone_lr_factor=backbone_lr_factor,
+            interpolation=interpolation,
         )
         self.evaluation = LabelAccuracy(self.tree)
         self.tree_accuracy = TreeAccuracy(self.tree)

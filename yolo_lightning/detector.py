@@ -14,7 +14,7 @@ from yolo_lightning.boxes import batched_nms
 from yolo_lightning.detections import BestPairs, Detection, Detections, to_original_px
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
-from yolo_lightning.images import Image, Resize, fit, read_image
+from yolo_lightning.images import Image, Interpolation, Resize, decoding_side, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.models.backbones import detector_layers
 from yolo_lightning.models.head import Candidates, select_candidates
@@ -62,6 +62,8 @@ class DetectorModule(TrainingModule):
         iou_threshold: of non-maximum suppression.
         resize: `letterbox` keeps the aspect ratio and pads with grey, `stretch` does not; training
             replaces it by that of the data.
+        interpolation: how images are resized to the network input: `area`, or `darknet`, for
+            weights that the original program trained; training replaces it by that of the data.
 
     Raises:
         InputError: an unknown backbone, invalid anchors, or a checkpoint of another network.
@@ -90,6 +92,7 @@ class DetectorModule(TrainingModule):
         loss: LossSettings | None = None,  # a dict in checkpoints
         iou_threshold: float = 0.45,
         resize: Resize = "letterbox",
+        interpolation: Interpolation = "area",
     ) -> None:
         super().__init__(tree, backbone, pretrained, schedule)
         anchors = torch.tensor([list(pair) for pair in anchors_wh_cell], dtype=torch.float32)
@@ -124,6 +127,7 @@ class DetectorModule(TrainingModule):
             loss=asdict(self.loss),
             iou_threshold=iou_threshold,
             resize=resize,
+            interpolation=interpolation,
         )
         # classes with boxes in training; saved in checkpoints because `test` needs them
         self.register_buffer("boxed", torch.zeros(len(self.tree), dtype=torch.bool))
@@ -221,21 +225,24 @@ class DetectorModule(TrainingModule):
     def preprocess(
         self, image: str | Path | Image, image_size: int | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
-        """Return an image as network input, uint8 (3, H, W), and its original height and width, px.
+        """Return an image as network input (3, H, W), and its original height and width, px.
+
+        The input is uint8, or float32 in 0…1 if `self.hparams["interpolation"]` is `darknet`.
 
         Raises:
             InputError: an invalid image size, or an array other than uint8 (H, W, 3).
         """
-        size_hw = self.input_size_hw(image_size)
+        size_hw, interpolation = self.input_size_hw(image_size), self.hparams["interpolation"]
         if isinstance(image, str | Path):
-            pixels, size_hw_orig = read_image(Path(image).expanduser(), max(size_hw))
+            min_side = decoding_side(max(size_hw), interpolation)
+            pixels, size_hw_orig = read_image(Path(image).expanduser(), min_side)
         else:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise InputError(
                     f"an image of {image.dtype} {image.shape}; allowed: uint8 (H, W, 3), RGB"
                 )
             pixels, size_hw_orig = image, (image.shape[0], image.shape[1])
-        resized, *_ = fit(pixels, size_hw, self.hparams["resize"], size_hw_orig)
+        resized, *_ = fit(pixels, size_hw, self.hparams["resize"], size_hw_orig, interpolation)
         return torch.from_numpy(resized).permute(2, 0, 1), size_hw_orig
 
     @torch.no_grad()

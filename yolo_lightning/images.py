@@ -4,23 +4,29 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from yolo_lightning.boxes import letterbox_geometry
 
 Image = NDArray[np.uint8]  # (H, W, 3), RGB
+NetworkInput = NDArray[Any]  # (H, W, 3), RGB: uint8, or float32 in 0…1
 Resize = Literal["letterbox", "stretch"]  # whole on grey, or with a changed aspect ratio
+Interpolation = Literal["area", "darknet"]
+"""How images are resized to the network input: `area`, averaging and rounded to uint8, or
+`darknet`, the original program's bilinear interpolation, without averaging and in float."""
 
 # how images become network input, if neither the data nor the model says it; hyper-parameters of
 # models, and arguments of the datamodule that override them
-PREPARATION = {"image_size": 416, "resize": "letterbox"}
+PREPARATION = {"image_size": 416, "resize": "letterbox", "interpolation": "area"}
 
-GREY = 127
+GREY = 127  # of padding; 0.5 in float, as in the original program
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -129,7 +135,8 @@ def fit(
     size_hw: tuple[int, int],
     resize: Resize = "letterbox",
     size_hw_orig: tuple[int, int] | None = None,
-) -> tuple[Image, tuple[float, float], tuple[int, int]]:
+    interpolation: Interpolation = "area",
+) -> tuple[NetworkInput, tuple[float, float], tuple[int, int]]:
     """Fit an image into the network input.
 
     Args:
@@ -137,6 +144,7 @@ def fit(
         size_hw: height and width of the network input, px.
         resize: `letterbox`, whole and centred on grey, or `stretch`.
         size_hw_orig: height and width of the image file, px, if it was decoded at reduced size.
+        interpolation: see `Interpolation`.
 
     Returns:
         The network input, and the mapping of boxes to it: (x, y) scale, (left, top) margin, px.
@@ -144,22 +152,55 @@ def fit(
     height, width = image.shape[:2]
     if resize == "stretch":
         return (
-            resize_pixels(image, size_hw[1], size_hw[0]),
+            resize_image(image, size_hw, interpolation),
             (size_hw[1] / width, size_hw[0] / height),
             (0, 0),
         )
     new_height, new_width, y, x = letterbox_geometry(size_hw_orig or (height, width), size_hw)
     top, left = int(y), int(x)
-    fitted = resize_pixels(image, new_width, new_height)
+    fitted = resize_image(image, (new_height, new_width), interpolation)
     if (new_height, new_width) != size_hw:
-        canvas = np.full((*size_hw, 3), GREY, dtype=np.uint8)
+        grey = GREY if fitted.dtype == np.uint8 else 0.5
+        canvas = np.full((*size_hw, 3), grey, fitted.dtype)
         canvas[top : top + new_height, left : left + new_width] = fitted
         fitted = canvas
     return fitted, (new_width / width, new_height / height), (left, top)
 
 
+def centre_crop(
+    image: Image, size_hw: tuple[int, int], interpolation: Interpolation = "area"
+) -> NetworkInput:
+    """Return the largest central window of the network input's shape, resized to it, px.
+
+    Source: the original program's `center_crop_image`.
+    """
+    height, width = image.shape[:2]
+    scale = min(height / size_hw[0], width / size_hw[1])
+    window_h, window_w = (max(1, round(side * scale)) for side in size_hw)
+    top, left = (height - window_h) // 2, (width - window_w) // 2
+    window = image[top : top + window_h, left : left + window_w]
+    return resize_image(window, size_hw, interpolation)
+
+
+def decoding_side(network_side: int, interpolation: Interpolation) -> int | None:
+    """Return the `min_side` of `read_image`; `darknet` needs images at their full size."""
+    return network_side if interpolation == "area" else None
+
+
+def resize_image(
+    image: Image, size_hw: tuple[int, int], interpolation: Interpolation
+) -> NetworkInput:
+    """Resize an image to height and width, px: uint8, or float32 in 0…1 for `darknet`."""
+    if interpolation == "area":
+        return resize_pixels(image, size_hw[1], size_hw[0])
+    # as the original program's `resize_image`: the centres of the corner pixels stay in the corners
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    resized = F.interpolate(pixels, size_hw, mode="bilinear", align_corners=True)
+    return np.asarray(resized[0].permute(1, 2, 0).numpy(), np.float32)
+
+
 def resize_pixels(image: Image, width: int, height: int) -> Image:
-    """Resize an image to width and height, px, without keeping its aspect ratio."""
+    """Resize an image to width and height, px, by area, without keeping its aspect ratio."""
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return image

@@ -344,6 +344,7 @@ def test_invalid_weights_are_reported_with_the_byte(files, capsys, change, messa
         ("filters=8", "filters=eight", "filters=eight; expected an integer"),
         ("width=64", "width=63", "x.cfg:4: [net] width=63, height=32; allowed: multiples of 2"),
         ("channels=3", "channels=1", "channels=1; allowed: 3 … 3"),
+        ("[net]", "[net]\ninterpolation=cubic", "interpolation=cubic; allowed: area, "),
         ("num=2", "num=3", "anchors has 4 numbers; expected 6, two for each of num=3"),
         ("num=2", "num=2000000000", "num=2000000000; allowed: 1 … 1000"),
         ("anchors = 1.5", "anchors = x", "expected numbers separated by commas"),
@@ -585,6 +586,22 @@ def test_a_checkpoint_keeps_the_training_options_of_the_cfg(files):
     held = read_checkpoint("m.ckpt")
     assert held["module"] == "DetectorModule"
     assert held["darknet"]["options"]["region"]["jitter"] == ".3"
+
+
+def test_the_interpolation_is_darknets_unless_the_cfg_says_otherwise(files):
+    """A network that was trained here keeps its own through Darknet's files."""
+    assert main([*IMPORT, "--output", "m.ckpt"]) == 0
+    module = load("m.ckpt")
+    assert module.hparams["interpolation"] == "darknet"
+    export_model(module, {}, Path("theirs"))
+    assert "interpolation" not in Path("theirs.cfg").read_text()
+    module.hparams["interpolation"] = "area"
+    export_model(module, {}, Path("ours"))
+    for name, expected in (("theirs", "darknet"), ("ours", "area")):
+        assert parse_network(read_cfg(f"{name}.cfg")).interpolation == expected
+    again = [f"--{part}=ours.{part}" for part in ("cfg", "weights", "names")]
+    assert main(["darknet", "import", *again, "--output", "again.ckpt"]) == 0
+    assert load("again.ckpt").hparams["interpolation"] == "area"
 
 
 def test_sections_round_trip(tmp_path):

@@ -21,7 +21,7 @@ from yolo_lightning.datamodules import (
     VOCFolder,
 )
 from yolo_lightning.datamodules.shapes import SHAPES, _draw_shape, _draw_shapes
-from yolo_lightning.datamodules.transforms import centre_crop, fit_sample
+from yolo_lightning.datamodules.transforms import fit_sample
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import fit
 from yolo_lightning.tree.wordtree import WordTree
@@ -245,14 +245,6 @@ def test_classification_augmentation_checks_its_options():
         ClassificationAugmentation((300, 200))
     with pytest.raises(InputError, match="aspect is 0; allowed: above 0"):
         ClassificationAugmentation(aspect=0)
-
-
-def test_centre_crop():
-    image = np.zeros((40, 80, 3), dtype=np.uint8)
-    image[:, 20:60] = 200
-    assert (centre_crop(image, 40) == 200).all()
-    assert centre_crop(image, 20).shape == (20, 20, 3)
-    assert centre_crop(image[:, :40], 64).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("geometry", ["crop", "place"])

@@ -23,8 +23,13 @@ NAMES = ["apple", "banana", "cherry"]
 SCORE = 0.1
 
 
+@pytest.fixture(scope="module", params=["area", "darknet"])
+def interpolation(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, interpolation):
     """Images of several shapes with a box each, and a network with confident predictions."""
     folder = tmp_path_factory.mktemp("parity")
     generator = np.random.default_rng(1)
@@ -36,7 +41,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(5)
     model = DetectorModule(
         tree=NAMES, anchors_wh_cell=[(1, 1), (2, 1.5)], backbone=BACKBONE, head_channels=0,
-        passthrough_channels=0, image_size=96,
+        passthrough_channels=0, image_size=96, interpolation=interpolation,
     )  # fmt: skip
     with torch.no_grad():
         model.network.box_conv.weight.mul_(40)
@@ -69,13 +74,13 @@ def test_detect_equals_python(folder, from_python):
             assert corners == pytest.approx(one.box_xyxy_orig_px, abs=1e-2)
 
 
-def test_validation_evaluates_the_same_detections(folder, from_python):
+def test_validation_evaluates_the_same_detections(folder, from_python, interpolation):
     """Validation evaluates all classes of a box; Python's detections are among them."""
     model: Any = load(folder / "model.ckpt")
     validation = VOCFolder(str(folder / "images"))
     data = CombinedDataModule(
         NAMES, VOCFolder(str(folder / "images")), validation=validation, image_size=96,
-        detection_batch_size=2, num_workers=0,
+        detection_batch_size=2, num_workers=0, interpolation=interpolation,
     )  # fmt: skip
     nodes = torch.arange(3)
     model._reset_evaluation = lambda stage: model.evaluation.reset(nodes, model.boxed_ancestors())
@@ -94,13 +99,15 @@ def test_validation_evaluates_the_same_detections(folder, from_python):
             assert same_class[differences.argmin(), 2] == pytest.approx(one.score, abs=1e-5)
 
 
-def test_exported_graph_equals_python(folder, from_python):
+def test_exported_graph_equals_python(folder, from_python, interpolation):
     onnxruntime = pytest.importorskip("onnxruntime")
     file = folder / "model.onnx"
     options = ("--score-threshold", str(SCORE), "--output", str(file))
     assert main(["export", str(folder / "model.ckpt"), *options]) == 0
     session = onnxruntime.InferenceSession(str(file))
-    names = json.loads(session.get_modelmeta().custom_metadata_map["names"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    names = json.loads(metadata["names"])
+    assert json.loads(metadata["interpolation"]) == interpolation
     module: Any = load(folder / "model.ckpt")
     for k, image in enumerate(from_python):
         fitted, size = module.preprocess(folder / f"images/{k}.png")
@@ -112,6 +119,21 @@ def test_exported_graph_equals_python(folder, from_python):
         assert boxes[valid] == pytest.approx(
             np.array([one.box_xyxy_orig_px for one in image]), abs=1e-2
         )
+
+
+def test_detect_overrides_the_interpolation(folder, interpolation, from_python):
+    other = {"area": "darknet", "darknet": "area"}[interpolation]
+    module: Any = load(folder / "model.ckpt")
+    module.hparams["interpolation"] = other
+    expected = module(folder / "images/0.png", SCORE)
+    assert [one.score for one in expected] != [one.score for one in from_python[0]]
+    out = folder / "other"
+    options = ("--score-threshold", str(SCORE), "--format", "csv", "--output", str(out))
+    command = ["detect", str(folder / "model.ckpt"), str(folder / "images/0.png"), *options]
+    assert main([*command, "--interpolation", other]) == 0
+    with (out / "detections.csv").open() as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    assert scores == pytest.approx([one.score for one in expected], abs=1e-5)
 
 
 @pytest.mark.slow

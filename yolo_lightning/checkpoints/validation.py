@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS, load_file, verify
 from yolo_lightning.errors import InputError
+from yolo_lightning.images import Interpolation, Resize
 from yolo_lightning.models.backbones import checkpoint_layers, detector_layers
 from yolo_lightning.models.layers import CustomBackbone, Layer
 from yolo_lightning.models.networks import Classifier, YOLOv2
@@ -41,6 +42,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         state, hparams = checkpoint["state_dict"], checkpoint["hyper_parameters"]
         _check_sizes(hparams["tree"], hparams.get("image_size", 32))
         if checkpoint.get("module") in ("DetectorModule", "ClassifierModule"):
+            _check_preparation(hparams)
             _check_state(state, hparams, Path(path).expanduser().stat().st_size)
     except InputError as error:
         raise InputError(f"{path}: {str(error)[:500]}") from None
@@ -92,6 +94,14 @@ def _check_sizes(tree: Any, image_size: Any) -> None:
     sides = image_size if isinstance(image_size, list | tuple) else [image_size, image_size]
     if len(sides) != 2 or not all(type(v) is int and 0 < v <= MAX_IMAGE_PX for v in sides):
         raise InputError(f"image_size is {str(image_size)[:40]}; allowed: 1 … {MAX_IMAGE_PX} px")
+
+
+def _check_preparation(hparams: dict[str, Any]) -> None:
+    for name, options in (("resize", Resize), ("interpolation", Interpolation)):
+        allowed = get_args(options)
+        if hparams.get(name, allowed[0]) not in allowed:
+            value = str(hparams[name])[:40]
+            raise InputError(f"{name} is {value}; allowed: {', '.join(allowed)}")
 
 
 def _is_tree_row(row: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from yolo_lightning.darknet.files import Section
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.images import Interpolation
 from yolo_lightning.models.layers import (
     Conv,
     Dropout,
@@ -49,6 +51,7 @@ class NetworkDescription:
     training: dict[str, float] = field(default_factory=dict)  # learning_rate and others, if set
     options: dict[str, dict[str, str]] = field(default_factory=dict)  # of [net] and [region]
     ignored: list[str] = field(default_factory=list)  # options without an effect here
+    interpolation: Interpolation = "darknet"  # of images; our own option of [net]
 
     @property
     def outputs(self) -> int:
@@ -123,6 +126,10 @@ def parse_network(sections: Sequence[Section]) -> NetworkDescription:
         raise InputError(f"{origin}: {error}") from None
     end = _last_section(tail or body[-1:])
     options = {"net": dict(net.options)}
+    interpolation: Any = net.options.get("interpolation", "darknet")
+    if interpolation not in get_args(Interpolation):
+        allowed = ", ".join(get_args(Interpolation))
+        raise net.error(f"interpolation={interpolation}; allowed: {allowed}", "interpolation")
     region, classes = None, last.filters
     if end.kind == "region":
         region, classes = _read_region(end)
@@ -146,6 +153,7 @@ def parse_network(sections: Sequence[Section]) -> NetworkDescription:
         },
         options=options,
         ignored=ignored,
+        interpolation=interpolation,
     )
     if region is not None and last.filters != description.outputs:
         raise body[-1].error(

@@ -90,7 +90,9 @@ def max_difference(expected: Detections, actual: Detections, size_hw_orig: Seque
     return torch.cat([pairs.amin(dim=0), pairs.amin(dim=1)]).amax()
 
 
-def generate_inputs(size_hw: tuple[int, int], stride: int, seed: int) -> list[Batch]:
+def generate_inputs(
+    size_hw: tuple[int, int], stride: int, seed: int, dtype: torch.dtype = torch.uint8
+) -> list[Batch]:
     """Return batches of generated images and original sizes: two of one size, one of another.
 
     Smooth colours make neighbouring cells detect overlapping boxes, as objects do.
@@ -105,7 +107,8 @@ def generate_inputs(size_hw: tuple[int, int], stride: int, seed: int) -> list[Ba
         grid = (h // (2 * stride) + 1, w // (2 * stride) + 1)
         colours = torch.rand(len(sizes), 3, *grid, generator=random)
         smooth = F.interpolate(colours, (h, w), mode="bicubic").clamp(0, 1)
-        batches.append(((255 * smooth).byte(), torch.tensor(sizes)))
+        images = (255 * smooth).byte() if dtype == torch.uint8 else smooth
+        batches.append((images, torch.tensor(sizes)))
     return batches
 
 
@@ -140,7 +143,7 @@ def compare(
     Raises:
         InputError: no box of the module has a score above 0.
     """
-    batches = generate_inputs(size_hw, module.network.stride, seed)
+    batches = generate_inputs(size_hw, module.network.stride, seed, settings.images_dtype)
     sizes = [size for _, batch_sizes in batches for size in batch_sizes.tolist()]
     all_detections = [
         detections

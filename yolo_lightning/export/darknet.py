@@ -136,6 +136,7 @@ def _build_module(
         "tree": [tuple(row) for row in tree.rows],
         "backbone": layers_to_rows(description.layers),
         "image_size": height if height == width else [height, width],
+        "interpolation": description.interpolation,
         **description.training,
     }
     region = description.region
@@ -227,6 +228,7 @@ def describe_network(
         module.tree.names,
         training={name: module.hparams[name] for name in TRAINING_OPTIONS.values()},
         options=metadata.get("options", {}),
+        interpolation=module.hparams["interpolation"],
     )
 
 

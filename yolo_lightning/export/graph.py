@@ -17,7 +17,7 @@ from torch._higher_order_ops import while_loop
 from torch.export import Dim, ExportedProgram
 
 from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou
-from yolo_lightning.images import Resize
+from yolo_lightning.images import Interpolation, Resize
 from yolo_lightning.models.head import SparseClassLogits, decode_boxes
 from yolo_lightning.models.layers import Reorg
 from yolo_lightning.models.networks import YOLOv2, space_to_depth
@@ -42,6 +42,12 @@ class GraphSettings:
     tree_threshold: float = 0.5  # minimum P(node) of a label
     iou_threshold: float = 0.45
     top: int = 100  # output rows per image
+    interpolation: Interpolation = "area"  # of the images; determines their type
+
+    @property
+    def images_dtype(self) -> torch.dtype:
+        """Return the type of the input `images`: uint8, or float32 in 0…1 for `darknet`."""
+        return torch.uint8 if self.interpolation == "area" else torch.float32
 
 
 class TreeDescent(nn.Module):
@@ -152,7 +158,8 @@ class DetectorGraph(nn.Module):
     def forward(self, images: Tensor, sizes_hw_orig: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best boxes of each image, by descending score.
 
-        Images are uint8 RGB (B, 3, H, W), resized, with H and W multiples of the stride;
+        Images are RGB (B, 3, H, W), resized, with H and W multiples of the stride, of the type
+        `GraphSettings.images_dtype`;
         sizes_hw_orig are int64 (B, 2), px of the original images.
 
         Returns:
@@ -163,7 +170,7 @@ class DetectorGraph(nn.Module):
         stride = self.network.stride
         height, width = (side // stride * stride for side in images.shape[2:])
         images = images.narrow(2, 0, height).narrow(3, 0, width)
-        output = self.network(images.float() / 255)
+        output = self.network(images if images.is_floating_point() else images.float() / 255)
         objectness = output.box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
         boxes = decode_boxes(output.box_logits, self.network.anchors_wh_cell)
         boxes = boxes.flatten(3).transpose(2, 3).flatten(1, 2)  # (B, A * G, 4)
@@ -252,7 +259,8 @@ def trace(graph: DetectorGraph) -> ExportedProgram:
     """Trace the graph for any batch size and image sizes of at least two cells per side."""
     stride = graph.network.stride
     batch, rows, columns = Dim("batch", min=1), Dim("rows", min=2), Dim("columns", min=2)
-    example = torch.zeros(2, 3, 2 * stride, 3 * stride, dtype=torch.uint8)
+    dtype = graph.settings.images_dtype
+    example = torch.zeros(2, 3, 2 * stride, 3 * stride, dtype=dtype)
     sizes = torch.tensor([[stride, 2 * stride], [2 * stride, stride]])
     program = torch.export.export(
         graph,

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Image, Resize, UnreadableSample, fit, is_image, read_image
+from yolo_lightning.images import (
+    Image,
+    Interpolation,
+    NetworkInput,
+    Resize,
+    UnreadableSample,
+    decoding_side,
+    fit,
+    is_image,
+    read_image,
+)
 from yolo_lightning.inference.video import (
     VIDEO_SUFFIXES,
     VideoFrame,
@@ -45,7 +55,7 @@ class Frame:
 
     source: FrameSource
     image: Image  # may be smaller than the original if it will not be drawn on
-    network_input: Image
+    network_input: NetworkInput
     size_hw_orig: tuple[int, int]  # px
     index: int = 0  # position in the video
     time_s: float = 0.0  # timestamp in the video
@@ -138,6 +148,7 @@ class FrameReader:
     duration_s: float | None  # to read from videos; None reads to the end
     full_resolution: bool  # whether `Frame.image` must have the original size
     errors: list[str]  # one message per source that could not be read completely
+    interpolation: Interpolation = "area"
     reading_s: float = 0.0  # time spent reading and resizing
     frame_count: int | None = None  # total number of frames, if known
 
@@ -163,8 +174,9 @@ class FrameReader:
 
     def _read_image(self, source: FrameSource) -> Iterator[Frame]:
         path = Path(source.location)
-        image, size_hw_orig = read_image(path, max(self.size_hw))
-        network_input, *_ = fit(image, self.size_hw, self.resize, size_hw_orig)
+        min_side = decoding_side(max(self.size_hw), self.interpolation)
+        image, size_hw_orig = read_image(path, min_side)
+        network_input, *_ = fit(image, self.size_hw, self.resize, size_hw_orig, self.interpolation)
         if self.full_resolution and image.shape[:2] != size_hw_orig:  # was decoded at reduced size
             image, _ = read_image(path)
         yield Frame(source, image, network_input, size_hw_orig)
@@ -182,8 +194,10 @@ class FrameReader:
                 ahead = prefetch(video, 1, drop_oldest=True)
                 frames = stack.enter_context(contextlib.closing(ahead))
             for index, (image, time_s) in enumerate(frames):
-                network_input, *_ = fit(image, self.size_hw, self.resize)
                 size_hw = (image.shape[0], image.shape[1])
+                network_input, *_ = fit(
+                    image, self.size_hw, self.resize, size_hw, self.interpolation
+                )
                 yield Frame(source, image, network_input, size_hw, index, time_s, rate)
 
 

@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the aspect ratio with grey borders, or not (default: as in training)",
     )
     add(
+        "--interpolation",
+        choices=("area", "darknet"),
+        help="of resized images: averaging, or as the original program (default: the model's own)",
+    )
+    add(
         "--classes",
         nargs="+",
         action="extend",
@@ -144,6 +149,8 @@ def _load_detector(options: argparse.Namespace, checkpoint: str | None) -> "Dete
         module.iou_threshold = options.iou_threshold
     if options.resize is not None:
         module.hparams["resize"] = options.resize
+    if options.interpolation is not None:
+        module.hparams["interpolation"] = options.interpolation
     return module
 
 
@@ -321,6 +328,7 @@ def main(argv: Sequence[str]) -> None:
         options.duration,
         full_resolution=not options.no_pictures,
         errors=[],
+        interpolation=module.hparams["interpolation"],
     )
     batches = batched(reader.frames(sources), options.batch_size)
     # SIGTERM also keeps the results so far, as Ctrl-C does

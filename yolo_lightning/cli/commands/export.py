@@ -23,8 +23,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="yolo-lightning export",
         description="Export a detector as one graph, from pixels to boxes, scores and tree nodes, "
         "including non-maximum suppression, and compare it with the checkpoint.",
-        epilog="Inputs: images (uint8 B x 3 x H x W, RGB, resized) and sizes_hw_orig (int64 B x "
-        "2, px of the original images). Outputs: boxes_xyxy_orig_px (B x top x 4), scores (B x "
+        epilog="Inputs: images (uint8 B x 3 x H x W, RGB, resized; float32 in 0…1 for a model with "
+        "the interpolation darknet) and sizes_hw_orig (int64 B x 2, px of the original images). "
+        "Outputs: boxes_xyxy_orig_px (B x top x 4), scores (B x "
         "top, descending) and nodes (B x top, padded with -1). The metadata contains the names "
         "of the nodes and all settings.",
     )
@@ -49,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PX",
         help="size in the metadata and for the comparison; the graph accepts any size (default: "
         "the model's own)",
+    )
+    parser.add_argument(
+        "--interpolation",
+        choices=("area", "darknet"),
+        help="how the images will be resized: averaging, or as the original program (default: the "
+        "model's own)",
     )
     parser.add_argument(
         "--top", type=int, default=100, help="maximum number of boxes per image (default: 100)"
@@ -142,6 +149,7 @@ def _write_and_compare(
         options.tree_threshold,
         module.iou_threshold,
         options.top,
+        options.interpolation or module.hparams["interpolation"],
     )
     to_onnx = options.format == "onnx"
     write = graph.write_onnx if to_onnx else graph.write_torch

@@ -22,7 +22,7 @@ from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import UnreadableSample
+from yolo_lightning.images import UnreadableSample, decoding_side
 from yolo_lightning.inference.loading import load, select_device
 from yolo_lightning.inference.timing import (
     SCORE_THRESHOLD,
@@ -149,14 +149,15 @@ def load_images(
     """Read up to `count` test images, spread evenly over the source.
 
     Returns:
-        uint8 (N, 3, H, W), and int64 (N, 2), height and width of the original images, px.
+        Network inputs (N, 3, H, W), and int64 (N, 2), height and width of the original images, px.
     """
     source = data.test
     assert isinstance(source, DetectionSource)
+    min_side = decoding_side(image_size, module.hparams["interpolation"])
     images, sizes, reason = [], [], "it has none"
     for index in sorted({k * len(source) // count for k in range(count)} if len(source) else ()):
         try:
-            image = source.read(index, image_size).image
+            image = source.read(index, min_side).image
         except UnreadableSample as error:
             reason = str(error)
             continue
