@@ -1,6 +1,7 @@
 """The classifier: training, metrics, pretrained weights, and the command `classify`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import torch
 
 from tests.helpers.darknet import write_values
 from tests.helpers.images import write_image
-from yolo_lightning import ClassifierModule, WordTree, load
+from yolo_lightning import ClassifierModule, CombinedDataModule, WordTree, load
 from yolo_lightning.batches import ClassificationBatch
+from yolo_lightning.boxes import letterbox_geometry
 from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli.main import main
+from yolo_lightning.datamodules import ImageFolder
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import KINDS
 from yolo_lightning.export.darknet import build_checkpoint
-from yolo_lightning.inference.classification import resize_image
+from yolo_lightning.images import read_image
+from yolo_lightning.inference.classification import class_logits, prepare
 from yolo_lightning.models.backbones import SMALL, detector_layers
 from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.models.networks import Classifier, YOLOv2
@@ -404,13 +408,11 @@ def test_classify_prints_the_path_or_the_leaves_of_a_tree(tmp_path, capsys, monk
         (["m.ckpt", "a.png", "--top", "0"], "--top is 0; allowed: 1 or more"),
         (["m.ckpt", "a.png", "--image-size", "100"], "--image-size is 100; allowed: multiples"),
         (["m.ckpt", "a.png", "--device", "cuba"], "device 'cuba'"),
-        (["d.ckpt", "a.png"], "d.ckpt: holds a detector; classify takes a classifier"),
     ],
 )
 def test_classify_reports_invalid_input(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     save_module(Path("m.ckpt"), ClassifierModule(TREE, "small"))
-    save_module(Path("d.ckpt"), DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4))
     write_noise(Path("a.png"), 40, 40)
     Path("empty").mkdir()
     assert main(["classify", *argv]) == 2
@@ -419,35 +421,135 @@ def test_classify_reports_invalid_input(tmp_path, capsys, monkeypatch, argv, mes
     assert "Traceback" not in output
 
 
-def test_three_resize_modes():
-    image = torch.rand(3, 30, 60)
-    frame = resize_image(image, (64, 64), "letterbox")
-    assert frame.shape == (1, 3, 64, 64)
+def test_ways_to_prepare_an_image(tmp_path):
+    write_noise(tmp_path / "a.png", 30, 60)
+    pixels = torch.from_numpy(read_image(tmp_path / "a.png")[0]).permute(2, 0, 1)[None] / 255
+    module = ClassifierModule(TREE, "small", interpolation="darknet")
+    frame, stretched, whole = (
+        prepare(tmp_path / "a.png", module, (64, 64), way)
+        for way in ("letterbox", "stretch", "shorter-side")
+    )
+    assert frame.shape == stretched.shape == (1, 3, 64, 64)
     assert (frame[:, :, :16] == 0.5).all()
     assert (frame[:, :, 48:] == 0.5).all()
-    whole = resize_image(image, (64, 64), "shorter-side")
     assert whole.shape == (1, 3, 64, 128)
-    middle = resize_image(image, (64, 64), "crop")
-    assert torch.equal(middle, whole[:, :, :, 32:96])
-    # corners lie on corners
-    assert torch.equal(
-        whole[0, :, [0, 0, -1, -1], [0, -1, 0, -1]], image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    )
+    corners = (..., [0, 0, -1, -1], [0, -1, 0, -1])
+    for resized in (frame[:, :, 16:48], stretched, whole):
+        torch.testing.assert_close(resized[corners], pixels[corners])
+
+
+@pytest.mark.parametrize("interpolation", ["area", "darknet"])
+def test_classify_and_test_prepare_an_image_alike(tmp_path, interpolation):
+    """A large JPEG, which may be decoded at a reduced size."""
+    file = tmp_path / "photos/cat/a.jpg"
+    write_noise(file, 300, 500)
+    source = ImageFolder(str(tmp_path / "photos"))
+    data = CombinedDataModule(
+        ["cat", "dog"], classification=source, test=source, image_size=64, num_workers=0,
+        interpolation=interpolation,
+    )  # fmt: skip
+    data.setup("test")
+    (batch,) = list(data.test_dataloader())
+    module = ClassifierModule(["cat", "dog"], "small", interpolation=interpolation)
+    ours = prepare(file, module, (64, 64), "crop")
+    assert ours.dtype == batch.images.dtype
+    assert torch.equal(ours, batch.images)
+
+
+def test_interpolation_of_a_checkpoint_and_of_the_command_line(folders, capsys):
+    """Training copies it from the data to the checkpoint, which `classify` reads."""
+    write_noise(Path("a.png"), 100, 100)
+
+    def probability(checkpoint: str, *options: str) -> float:
+        assert main(["classify", checkpoint, "a.png", "--json", *options]) == 0
+        (result,) = json.loads(capsys.readouterr().out)
+        return float(result["classes"][0]["probability"])
+
+    for name in ("area", "darknet"):
+        torch.manual_seed(0)
+        module = ClassifierModule(["cat", "dog"], "small", image_size=64, interpolation=name)
+        with torch.no_grad():
+            module.network.class_conv.weight.mul_(3)
+        save_module(Path(f"{name}.ckpt"), module)
+    area, darknet = probability("area.ckpt"), probability("darknet.ckpt")
+    assert abs(area - darknet) > 1e-4
+    assert probability("area.ckpt", "--interpolation", "darknet") == darknet
+    assert probability("darknet.ckpt", "--interpolation", "area") == area
+    Path("r.yaml").write_text(RECIPE.format(tree="[cat, dog]"))
+    for options, expected in (([], "area"), (["--data.interpolation", "darknet"], "darknet")):
+        assert main(["fit", "--config", "r.yaml", "--trainer.max_steps=1", *options]) == 0
+        newest = max(Path("runs").glob("*/checkpoints/last.ckpt"), key=os.path.getmtime)
+        assert read_checkpoint(newest)["hyper_parameters"]["interpolation"] == expected
+
+
+def test_classify_names_an_image_by_the_box_of_the_highest_objectness(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    module = DetectorModule(TREE, [(1.0, 1.0), (2.0, 2.0)], "small", 8, 4, image_size=64).eval()
+    with torch.no_grad():
+        for weight in (module.network.box_conv.weight, module.network.class_weight):
+            weight.zero_()
+        bias = module.network.box_conv.bias
+        assert bias is not None
+        bias.copy_(torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0, 0, 2]))  # the second anchor is surer
+        module.network.class_bias.copy_(torch.tensor([[0.5] * 4, [0.8, 0.1, 0.9, 0.2]]).log())
+    save_module(Path("d.ckpt"), module)
+    write_noise(Path("a.png"), 50, 90)
+    assert main(["classify", "d.ckpt", "a.png"]) == 0
+    assert capsys.readouterr().out == "a.png\n   80.00 %  pet\n   72.00 %    dog\n"
+    assert main(["classify", "d.ckpt", "a.png", "--top", "2", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "a.png\n   72.00 %  dog\n   20.00 %  car\n"
+
+
+def test_a_detector_names_each_image_of_a_batch_as_it_detects(tmp_path):
+    torch.manual_seed(0)
+    module = DetectorModule(["a", "b", "c"], [(1.0, 1.0), (2.0, 2.0)], "small", 8, 4).eval()
+    with torch.no_grad():
+        module.network.box_conv.weight.mul_(40)
+        module.network.class_weight.mul_(40)
+    images = torch.rand(3, 3, 64, 96)
+    logits = class_logits(module, images)
+    for image, row in zip(images, logits, strict=True):
+        ((candidates, _),) = module._candidates(image[None], torch.tensor([[64, 96]]), 0.0)
+        expected = candidates.logits[candidates.objectness.argmax()]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("interpolation", ["area", "darknet"])
+def test_a_detector_sees_the_whole_image_as_in_detect(tmp_path, capsys, monkeypatch, interpolation):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module = DetectorModule(
+        ["a", "b", "c"], [(1.0, 1.0)], "small", 8, 4, image_size=64, interpolation=interpolation
+    ).eval()
+    write_noise(Path("a.jpg"), 40, 80)
+    ours, size_hw = module.preprocess("a.jpg")
+    assert torch.equal(prepare(Path("a.jpg"), module, (64, 64), "letterbox")[0], ours)
+    assert letterbox_geometry(size_hw, (64, 64)) == (32, 64, 16, 0)
+    save_module(Path("d.ckpt"), module)
+    printed = []
+    for options in ([], ["--resize", "letterbox"], ["--resize", "crop"]):
+        assert main(["classify", "d.ckpt", "a.jpg", "--json", *options]) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1] != printed[2]
 
 
 def test_classify_rejects_images_that_are_too_large(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_module(Path("m.ckpt"), ClassifierModule(TREE, "small", image_size=64))
-    monkeypatch.setattr("yolo_lightning.inference.classification.MAX_BYTES", 1000)
-    write_noise(Path("large.png"), 40, 40)
-    assert main(["classify", "m.ckpt", "large.png"]) == 2
-    assert "large.png: too large" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    module = ClassifierModule(TREE, "small", image_size=64, interpolation="darknet")
+    save_module(Path("m.ckpt"), module)
     write_noise(Path("thin.png"), 1, 3000)
     assert main(["classify", "m.ckpt", "thin.png", "--resize", "shorter-side"]) == 2
     assert "thin.png: 3000 x 1 px is too thin for shorter-side" in capsys.readouterr().err
-    assert main(["classify", "m.ckpt", "thin.png"]) == 0
+    for resize in ("crop", "letterbox"):
+        assert main(["classify", "m.ckpt", "thin.png", "--resize", resize]) == 0
+        monkeypatch.setattr("yolo_lightning.images.MAX_PIXELS", 1000)
+        monkeypatch.setattr("yolo_lightning.inference.classification.MAX_PIXELS", 1000)
+        assert main(["classify", "m.ckpt", "thin.png", "--resize", resize]) == 2
+        assert "thin.png: 3000 x 1 px, more than " in capsys.readouterr().err
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
 
 
 def test_load_restores_the_saved_module(tmp_path):

@@ -73,7 +73,8 @@ def test_tiny_darknet_classifies_the_dog_as_the_original_program(real_data, work
     names += ["--labels", str(tiny / "imagenet.labels.list")]
     files = ["--cfg", str(tiny / "tiny.cfg"), "--weights", str(tiny / "tiny.weights")]
     assert main(["darknet", "import", *files, *names, "--output", "tiny.ckpt"]) == 0
-    assert main(["classify", "tiny.ckpt", str(tiny / "dog.jpg"), "--json"]) == 0
+    letterbox = ["--resize", "letterbox"]  # as `darknet classifier predict`
+    assert main(["classify", "tiny.ckpt", str(tiny / "dog.jpg"), "--json", *letterbox]) == 0
     out = capsys.readouterr().out
     (result,) = json.loads(out[out.index("[\n") :])
     found = [(row["name"], 100 * row["probability"]) for row in result["classes"]]

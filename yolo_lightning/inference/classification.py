@@ -1,70 +1,32 @@
-"""Image classification: decoding, resizing, and the most probable classes."""
+"""Naming whole images, with a classifier or a detector."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import libstb
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from yolo_lightning.boxes import letterbox_geometry
+from yolo_lightning.batches import stack_images, unit_range
 from yolo_lightning.classifier import ClassifierModule
+from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError, require_path
-from yolo_lightning.images import IMAGE_SUFFIXES, UnreadableSample
-from yolo_lightning.images import read_image as decode
+from yolo_lightning.images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    Image,
+    UnreadableSample,
+    centre_crop,
+    decoding_side,
+    fit,
+    read_image,
+    resize_image,
+)
 
-MAX_BYTES = 2**28  # of a decoded image: 89 million pixels
+Preparation = Literal["crop", "letterbox", "stretch", "shorter-side"]
+
 MAX_SIDE = 8192  # of the network input, px; thin images reach it with `shorter-side`
-GREY = 0.5
-
-
-def read_image(path: Path) -> Tensor:
-    """Read an image as float (3, H, W) in 0…1, with its EXIF orientation applied.
-
-    Decodes with stb_image, as Darknet does: other decoders round chroma differently, which changes
-    a probability of 14.5 % by 0.3 percentage points.
-
-    Raises:
-        UnreadableSample: the file does not exist or is not an image.
-    """
-    try:
-        pixels = libstb.imread(str(path), channels=3, orient=True, max_bytes=MAX_BYTES)
-    except libstb.LimitError as error:
-        raise UnreadableSample(f"{path}: too large ({error})") from None
-    except (OSError, ValueError, libstb.Error):
-        pixels, _ = decode(path)  # formats that stb_image does not support, such as WebP
-    return torch.tensor(pixels).permute(2, 0, 1).float().div_(255)
-
-
-def resize_image(image: Tensor, size_hw: tuple[int, int], resize: str) -> Tensor:
-    """Resize an image (3, H, W) in 0…1 to a network input (1, 3, H, W).
-
-    ``letterbox`` centres the whole image on grey, as Darknet does; ``shorter-side`` scales the
-    shorter side to the network's; ``crop`` then crops the centre, as in validation.
-    Raises `UnreadableSample` if the image is too thin.
-    """
-    height, width = image.shape[1:]
-    if resize == "letterbox":
-        new_height, new_width, top, left = letterbox_geometry((height, width), size_hw)
-    else:
-        scale = max(size_hw[0] / height, size_hw[1] / width)
-        new_height = max(size_hw[0], int(height * scale))
-        new_width = max(size_hw[1], int(width * scale))
-    if max(new_height, new_width) > MAX_SIDE:
-        raise UnreadableSample(f"{width} x {height} px is too thin for {resize}; use letterbox")
-    # align_corners: as Darknet interpolates
-    small = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)
-    if resize == "letterbox":
-        canvas = torch.full((1, 3, *size_hw), GREY)
-        y, x = int(top), int(left)
-        canvas[:, :, y : y + new_height, x : x + new_width] = small
-        return canvas
-    if resize == "crop":
-        y, x = (new_height - size_hw[0]) // 2, (new_width - size_hw[1]) // 2
-        return small[:, :, y : y + size_hw[0], x : x + size_hw[1]]
-    return small
 
 
 def find_images(locations: Sequence[str]) -> Iterator[Path]:
@@ -80,18 +42,86 @@ def find_images(locations: Sequence[str]) -> Iterator[Path]:
             yield path
 
 
+def prepare(
+    path: Path,
+    module: ClassifierModule | DetectorModule,
+    size_hw: tuple[int, int],
+    resize: Preparation,
+) -> Tensor:
+    """Return an image file as network input (1, 3, H, W), with the module's interpolation.
+
+    Args:
+        path: of the image.
+        module: that the input is for.
+        size_hw: height and width of the network input, px.
+        resize: `crop` is the central window, as in validation on image labels; `letterbox` is the
+            whole image on grey; `stretch` changes its aspect ratio; `shorter-side` makes the
+            network input larger than `size_hw`, so that it shows the whole image.
+
+    Raises:
+        UnreadableSample: the file is missing, not an image, damaged, too large, or too thin.
+
+    Source: the original program's `classifier predict`, for `letterbox` and `darknet`.
+    """
+    interpolation = module.hparams["interpolation"]
+    is_darknets_way = resize == "letterbox" and interpolation == "darknet"
+    if is_darknets_way and isinstance(module, ClassifierModule):  # a detector reads as `detect`
+        image, size_hw_orig = _decode_as_darknet(path)
+    else:
+        image, size_hw_orig = read_image(path, decoding_side(max(size_hw), interpolation))
+    if resize == "crop":
+        return stack_images([centre_crop(image, size_hw, interpolation)])
+    if resize == "shorter-side":
+        (height, width), (net_height, net_width) = size_hw_orig, size_hw
+        scale = max(net_height / height, net_width / width)
+        larger_hw = max(net_height, int(height * scale)), max(net_width, int(width * scale))
+        if max(larger_hw) > MAX_SIDE:
+            raise UnreadableSample(
+                f"{path}: {width} x {height} px is too thin for shorter-side; use letterbox"
+            )
+        return stack_images([resize_image(image, larger_hw, interpolation)])
+    fitted, *_ = fit(image, size_hw, resize, size_hw_orig, interpolation)
+    return stack_images([fitted])
+
+
+def _decode_as_darknet(path: Path) -> tuple[Image, tuple[int, int]]:
+    """Decode with stb_image, which rounds chroma differently from libjpeg-turbo."""
+    try:
+        image = libstb.imread(str(path), channels=3, orient=True, max_bytes=3 * MAX_PIXELS)
+    except (OSError, ValueError, libstb.Error):
+        return read_image(path)  # too large, damaged, or a format that stb_image does not support
+    return image, (image.shape[0], image.shape[1])
+
+
+def class_logits(module: ClassifierModule | DetectorModule, images: Tensor) -> Tensor:
+    """Return class logits, float (B, K), of network inputs (B, 3, H, W).
+
+    A detector returns those of the box with the highest objectness, the first of equal ones.
+
+    Source: YOLO9000, section 4, "Joint classification and detection", trains image labels at the
+    box with the highest P(label); here the label is not known, so objectness alone chooses the box.
+    """
+    if isinstance(module, ClassifierModule):
+        return torch.as_tensor(module(images)).float()
+    output = module.network(unit_range(images))
+    objectness = output.box_logits[:, :, 4].float().flatten(2)  # (B, A, G)
+    best, num_cells = objectness.flatten(1).argmax(dim=1), objectness.shape[2]
+    image = torch.arange(len(best), device=best.device)
+    logits: Tensor = output.class_logits.gather_boxes(image, best // num_cells, best % num_cells)
+    return logits.float()
+
+
 @torch.no_grad()
 def classify(
-    module: ClassifierModule, image: Tensor, size_hw: tuple[int, int], resize: str, top_k: int
+    module: ClassifierModule | DetectorModule, network_input: Tensor, top_k: int
 ) -> dict[str, Any]:
-    """Return the `top_k` classes of an image (3, H, W) in 0…1; see `resize_image`.
+    """Return the `top_k` classes of a network input (1, 3, H, W); see `prepare`, `class_logits`.
 
     ``classes``: key, name and probability of the most probable leaves, in descending order; for a
     tree of several levels also ``path``: the most probable child of each level, root first.
     """
     tree = module.tree
-    device = module.network.class_conv.weight.device
-    logits = module(resize_image(image, size_hw, resize).to(device)).float().cpu()
+    logits = class_logits(module, network_input.to(module.device)).cpu()
     probs = tree.log_probs(logits)[0].exp()
     leaves = tree.leaves
     best = leaves[probs[leaves].topk(min(top_k, len(leaves))).indices].tolist()

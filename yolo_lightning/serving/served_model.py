@@ -15,7 +15,7 @@ from mlflow.types.schema import DataType
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import UnreadableSample
-from yolo_lightning.inference.classification import classify, read_image
+from yolo_lightning.inference.classification import classify, prepare
 from yolo_lightning.inference.loading import load, select_device
 from yolo_lightning.serving.mlflow_model import CHECKPOINT, COLUMNS, IMAGE
 
@@ -88,7 +88,8 @@ class ServedModel(PythonModel):
             return
         size = module.hparams["image_size"]
         size_hw = (size, size) if isinstance(size, int) else (size[0], size[1])
-        result = classify(module, read_image(file), size_hw, "letterbox", params.get("top", 5))
+        network_input = prepare(file, module, size_hw, "crop")
+        result = classify(module, network_input, params.get("top", 5))
         for row in result["classes"]:
             yield self._class_columns(module.tree.keys.index(row["key"]), row["probability"])
 

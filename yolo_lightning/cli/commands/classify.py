@@ -21,7 +21,11 @@ def _format_table(path: Path, result: dict[str, Any], as_path: bool) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="yolo-lightning classify", description="Classify images.")
-    parser.add_argument("checkpoint", help="a classifier, trained or imported")
+    parser.add_argument(
+        "checkpoint",
+        help="a classifier, or a detector, which names an image by its box of the highest "
+        "objectness",
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="images and folders of images")
     parser.add_argument(
         "--top",
@@ -34,10 +38,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--resize",
-        choices=("letterbox", "shorter-side", "crop"),
-        default="letterbox",
-        help="whole image on grey; or scale the shorter side, and keep all of the image or crop "
-        "its centre (default: letterbox)",
+        choices=("crop", "letterbox", "stretch", "shorter-side"),
+        help="crop the centre, as in validation; the whole image on grey; the whole image with a "
+        "changed aspect ratio; the whole image in a larger network input (default: crop; for a "
+        "detector as in its training)",
+    )
+    parser.add_argument(
+        "--interpolation",
+        choices=("area", "darknet"),
+        help="of resized images: averaging, or as the original program (default: the model's own)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of tables")
@@ -52,26 +61,25 @@ def main(argv: Sequence[str]) -> None:
     if options.image_size is not None and (options.image_size < 32 or options.image_size % 32):
         raise InputError(f"--image-size is {options.image_size}; allowed: multiples of 32")
 
-    from yolo_lightning.classifier import ClassifierModule
     from yolo_lightning.images import UnreadableSample
-    from yolo_lightning.inference.classification import classify, find_images, read_image
+    from yolo_lightning.inference.classification import classify, find_images, prepare
     from yolo_lightning.inference.loading import load
 
     paths = list(find_images(options.images))
     module = load(options.checkpoint, options.device)
-    if not isinstance(module, ClassifierModule):
-        raise InputError(f"{options.checkpoint}: holds a detector; classify takes a classifier")
+    if options.interpolation is not None:
+        module.hparams["interpolation"] = options.interpolation
+    resize = options.resize or module.hparams.get("resize", "crop")  # classifiers have none
     size = options.image_size or module.hparams["image_size"]
     size_hw = (size, size) if isinstance(size, int) else (size[0], size[1])
     results, errors = [], []
     for path in paths:
         try:
-            image = read_image(path)
-            result = classify(module, image, size_hw, options.resize, options.top or 5)
+            network_input = prepare(path, module, size_hw, resize)
         except UnreadableSample as error:
-            message = str(error)
-            errors.append(message if str(path) in message else f"{path}: {message}")
+            errors.append(str(error))
             continue
+        result = classify(module, network_input, options.top or 5)
         if options.json:
             results.append({"image": str(path), **result})
         else:
