@@ -100,6 +100,7 @@ class CombinedDataModule(pl.LightningDataModule):
     tree: WordTree
     image_size: int
     resize: Resize
+    interpolation: Interpolation
 
     def __init__(
         self,

@@ -512,7 +512,8 @@ def test_a_detector_names_each_image_of_a_batch_as_it_detects(tmp_path):
     logits = class_logits(module, images)
     for image, row in zip(images, logits, strict=True):
         ((candidates, _),) = module._candidates(image[None], torch.tensor([[64, 96]]), 0.0)
-        expected = candidates.logits[candidates.objectness.argmax()]
+        ((_, of_boxes),) = candidates.chunks()
+        expected = of_boxes[candidates.objectness.argmax()]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -118,13 +118,14 @@ def classify(
     """Return the `top_k` classes of a network input (1, 3, H, W); see `prepare`, `class_logits`.
 
     ``classes``: key, name and probability of the most probable leaves, in descending order; for a
-    tree of several levels also ``path``: the most probable child of each level, root first.
+    tree of several levels also ``path``: the most probable child of each level, root first. Leaves
+    that cannot be told from their parents are named as these, see `WordTree.reported`.
     """
     tree = module.tree
     logits = class_logits(module, network_input.to(module.device)).cpu()
     probs = tree.log_probs(logits)[0].exp()
-    leaves = tree.leaves
-    best = leaves[probs[leaves].topk(min(top_k, len(leaves))).indices].tolist()
+    named = tree.reported[tree.leaves].unique()
+    best = named[probs[named].topk(min(top_k, len(named))).indices].tolist()
 
     def row(node: int) -> dict[str, Any]:
         return {
@@ -136,6 +137,6 @@ def classify(
     result: dict[str, Any] = {"classes": [row(node) for node in best]}
     if tree.paths.shape[1] > 1:
         deepest = int(tree.most_specific_nodes(logits, threshold=0.0)[0])
-        path = [node for node in tree.paths[deepest].tolist() if node >= 0]
-        result["path"] = [row(node) for node in reversed(path)]
+        path = tree.reported[tree.paths[deepest]][tree.paths[deepest] >= 0].unique_consecutive()
+        result["path"] = [row(node) for node in reversed(path.tolist())]
     return result
