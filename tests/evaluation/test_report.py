@@ -368,7 +368,7 @@ def test_other_ranks_write_nothing(workplace, monkeypatch):
     assert not (workplace / "outputs").exists()
 
 
-def test_a_classifier_has_no_report(workplace, capsys):
+def test_the_report_of_a_classifier(workplace, capsys):
     for label in ("cat", "dog"):
         save_grey(workplace / f"val/{label}/1.jpg")
     folder = {"class_path": "yolo_lightning.datamodules.ImageFolder", "init_args": {"root": "val"}}
@@ -382,10 +382,14 @@ def test_a_classifier_has_no_report(workplace, capsys):
     }
     Path("c.yaml").write_text(yaml.safe_dump(recipe))
     torch.save(build_checkpoint(ClassifierModule(**init), {}), "c.ckpt")
-    before = {*workplace.iterdir()}
     test = ["test", "--config=c.yaml", "--ckpt_path=c.ckpt"]
-    assert main(test) == 0
-    assert "top-1" in capsys.readouterr().out
-    assert {*workplace.iterdir()} == before
-    assert main([*test, "--report.level=1"]) == 2
-    assert "report: these options need a detector; the model is not one" in capsys.readouterr().err
+    for options, report in (([], "outputs/c/test-001"), (["--report.folder=mine"], "mine")):
+        assert main([*test, *options]) == 0
+        output = capsys.readouterr().out
+        assert "top-1" in output
+        assert f"report: {report}" in output
+        assert {file.name for file in Path(report).iterdir()} == {"metrics.json", "per_class.csv"}
+    assert json.loads(Path("mine/metrics.json").read_text())["images"] == 2
+    for option in ("level=1", "confidence=0.5", "seen_classes=imagenet_det_44"):
+        assert main([*test, f"--report.{option}"]) == 2
+        assert "report: level, confidence and seen_classes need a" in capsys.readouterr().err
