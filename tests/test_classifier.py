@@ -25,7 +25,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.tree_accuracy import KINDS
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.images import read_image
-from yolo_lightning.inference.classification import class_logits, prepare
+from yolo_lightning.inference.classification import class_logits, classify, prepare
 from yolo_lightning.models.backbones import SMALL, detector_layers
 from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.models.networks import Classifier, YOLOv2
@@ -594,3 +594,25 @@ def test_backbone_lr_factor(folders, factor):
     if not factor:
         for key in in_backbone | {k for k in before if k.startswith("network.body")}:
             assert torch.equal(before[key], resumed["state_dict"][key]), key
+
+
+def test_only_children_and_rests_are_named_by_their_parents():
+    tree = [
+        ("cake", "-", "cake"), ("tool", "-", "tool"), ("donut", "cake", "donut"),
+        ("cake/other", "cake", "other cake"), ("saw", "tool", "saw"), ("hand saw", "saw", "a"),
+        ("jig saw", "saw", "b"),
+    ]  # fmt: skip
+    module = ClassifierModule(tree, "small").eval()
+    bias = module.network.class_conv.bias
+    assert bias is not None
+    with torch.no_grad():
+        module.network.class_conv.weight.zero_()
+        bias.copy_(torch.tensor([0.6, 0.4, 0.3, 0.7, 1.0, 0.9, 0.1]).log())
+    result = classify(module, torch.zeros(1, 3, 32, 32), top_k=9)
+    named = {row["name"]: round(row["probability"], 4) for row in result["classes"]}
+    assert named == {"cake": 0.6, "a": 0.36, "donut": 0.18, "b": 0.04}
+    assert [row["name"] for row in result["path"]] == ["cake"]
+    with torch.no_grad():
+        bias.copy_(torch.tensor([0.4, 0.6, 0.3, 0.7, 1.0, 0.9, 0.1]).log())
+    result = classify(module, torch.zeros(1, 3, 32, 32), top_k=9)
+    assert [row["name"] for row in result["path"]] == ["tool", "a"]

@@ -38,6 +38,16 @@ def test_labels_at_several_levels_exclude_each_other():
     torch.testing.assert_close(accuracy.class_probs(logits), torch.tensor([[0.54, 0.3, 0.06]]))
 
 
+def test_a_class_and_its_only_child_count_as_one():
+    tree = WordTree([("pet", "-", "pet"), ("dog", "pet", "dog"), ("car", "-", "car")])
+    accuracy = LabelAccuracy(tree)
+    accuracy.set_labels(torch.tensor([0, 1, 2]))
+    logits = torch.tensor([[0.8, 1.0, 0.2], [0.3, 1.0, 0.7]]).log()
+    accuracy.update(logits[[0, 0, 1]], torch.tensor([0, 1, 0]))
+    assert accuracy.compute()["top1"] == pytest.approx(2 / 3)
+    assert (accuracy.per_class["pet"]["top1"], accuracy.per_class["dog"]["top1"]) == (0.5, 1)
+
+
 def test_leaves_compete_with_all_leaves(monkeypatch):
     accuracy = LabelAccuracy(TREE)
     accuracy.set_labels(torch.tensor([4, 6]))

@@ -17,7 +17,8 @@ class LabelAccuracy(Metric):
 
     The classes to choose from are all leaves. If a label of the evaluated images is an inner node,
     they are the labels instead: an image has one label, so a class X means X and none of the other
-    labels below it, and its probability is P(X) minus that of the topmost other labels below X.
+    labels below it, and its probability is P(X) minus that of the topmost other labels below X. A
+    node and its only child count as one.
 
     Paper is silent: labels at several levels of the tree.
 
@@ -71,7 +72,8 @@ class LabelAccuracy(Metric):
         for part, own in zip(logits.split(size), labels.split(size), strict=True):
             probs = self.class_probs(part)
             best = probs.topk(min(5, probs.shape[1])).indices
-            hits = self.nodes.to(best.device)[best] == own[:, None]
+            reported = self.tree.reported.to(best.device)
+            hits = reported[self.nodes.to(best.device)[best]] == reported[own][:, None]
             self.images += torch.bincount(own, minlength=len(self.images))
             self.top1 += torch.bincount(own[hits[:, 0]], minlength=len(self.images))
             self.top5 += torch.bincount(own[hits.any(dim=1)], minlength=len(self.images))
