@@ -181,10 +181,15 @@ class CombinedDataModule(pl.LightningDataModule):
         if not hasattr(self, "tree"):
             raise InputError("data.tree is not set, and there is no model to take it from")
 
+    def require_training_data(self) -> None:
+        """Raise an `InputError` if there is neither `detection` nor `classification`."""
+        if self.detection is None and self.classification is None:
+            raise InputError("data.detection and data.classification: training needs one of them")
+
     def setup(self, stage: str | None = None) -> None:
         """Take missing values from the model, and bind the sources of a stage to the tree."""
-        if stage == "fit" and self.detection is None and self.classification is None:
-            raise InputError("data.detection and data.classification: training needs one of them")
+        if stage == "fit":
+            self.require_training_data()
         if stage == "validate" and self.validation is None:
             raise InputError("data.validation is not set: nothing to validate on")
         self._take_from_model()

@@ -60,14 +60,17 @@ class FileSource(Source):
         for number, (name, origin) in enumerate(
             zip(metadata["names"], metadata["origins"], strict=True)
         ):
+            label = self.mapping.get(name, name)
+            if not counts[name]:
+                matches = tree.matching_nodes(label)
+                self._named_nodes.update(matches if len(matches) == 1 else ())
+                continue
             try:
-                node = tree.find_node(self.mapping.get(name, name), origin)
+                node = tree.find_node(label, origin)
             except InputError as error:
-                errors += [str(error)] if counts[name] else []
+                errors.append(str(error))
                 continue
             self._named_nodes.add(node)
-            if not counts[name]:
-                continue
             self._nodes[number] = node
             if learned[number]:
                 self._node_counts.setdefault(node, Counter())[name] += learned[number]

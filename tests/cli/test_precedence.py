@@ -191,6 +191,7 @@ def test_training_needs_training_data(workplace, capsys):
     assert main(["fit", *QUICK, *options]) == 2
     message = "data.detection and data.classification: training needs one of them"
     assert message in capsys.readouterr().err
+    assert not list(Path("outputs/quickstart").glob("*"))  # no run folder is left
 
 
 def test_training_uses_the_size_of_the_model_if_the_data_has_none(workplace):

@@ -1,12 +1,16 @@
 """Training and evaluation where a dataset names a class and one below it."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
 
+from tests.helpers.images import write_image
 from yolo_lightning import CombinedDataModule, DetectorModule
-from yolo_lightning.datamodules import VOCFolder
+from yolo_lightning.datamodules import COCOJson, VOCFolder
 from yolo_lightning.models.head import HeadOutput
+from yolo_lightning.tree.wordtree import WordTree
 
 TREE = [
     ("food", "-", "food"), ("sandwich", "food", "sandwich"), ("fruit", "food", "fruit"),
@@ -92,6 +96,24 @@ def test_loss_of_each_source(photos, module, exclusive_names):
         sandwich = 1 / 4 if without_hot_dogs else 1 / 2
         expected = [1 / 4 if label == HOT_DOG else sandwich for label in labels.tolist()]
         torch.testing.assert_close(losses.exp().reciprocal(), torch.tensor(expected))
+
+
+def test_names_without_objects_exclude_too(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    names = ["sandwich", "hot dog", "unknown"]
+    text = {
+        "categories": [{"id": k, "name": name} for k, name in enumerate(names)],
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 20, 20]}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(text))
+    source = COCOJson(str(tmp_path / "a.json"))
+    source.bind(WordTree(TREE))
+    assert source.nodes.tolist() == [SANDWICH]
+    assert source.exclusive_nodes == [SANDWICH, HOT_DOG]
+    mixed = COCOJson(str(tmp_path / "a.json"), exclusive_names=False)
+    mixed.bind(WordTree(TREE))
+    assert mixed.exclusive_nodes == []
 
 
 @pytest.mark.parametrize("exclusive_names", [True, False])

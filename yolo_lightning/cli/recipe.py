@@ -176,6 +176,8 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self._record_backbone()
+            if self.run_folder is not None and hasattr(self.datamodule, "require_training_data"):
+                self.datamodule.require_training_data()
         except Exception as error:
             if self.run_folder is not None:
                 runs.remove_if_empty(self.run_folder)

@@ -67,8 +67,8 @@ class WordTree:
             index[row[0]] = number
         self.keys = tuple(row[0] for row in self.rows)
         # datasets may name the same class differently
-        self._alternatives = [row[2].split(" | ") for row in self.rows]
-        self.names = tuple(names[0] for names in self._alternatives)
+        alternatives = [row[2].split(" | ") for row in self.rows]
+        self.names = tuple(names[0] for names in alternatives)
         self._index = index
         parents = [self._parent_of(row, where(number)) for number, row in enumerate(self.rows)]
         self.parents = torch.tensor(parents)  # int64 (K,), -1 at the top
@@ -82,6 +82,10 @@ class WordTree:
         self._group_below = {parents[members[0]]: g for g, members in enumerate(self._members)}
         self.is_other = self._others()  # bool (K,), which nodes are leaves X/other
         self.reported = self._reported()
+        self._named: dict[str, list[int]] = {}  # nodes by each of their names
+        for node, names in enumerate(alternatives):
+            for name in () if self.is_other[node] else dict.fromkeys(names):
+                self._named.setdefault(name, []).append(node)
         self._tables: dict[torch.device, TreeTables] = {}
 
     def _others(self) -> Tensor:
@@ -170,13 +174,7 @@ class WordTree:
 
         Leaves ``X/other`` are never found.
         """
-        if label in self._index and not self.is_other[self._index[label]]:
-            return self._index[label]
-        matches = [
-            node
-            for node, names in enumerate(self._alternatives)
-            if label in names and not self.is_other[node]
-        ]
+        matches = self.matching_nodes(label)
         if len(matches) == 1:
             return matches[0]
         prefix = f"{where}: " if where else ""
@@ -187,6 +185,13 @@ class WordTree:
         if not hint and len(self) <= 30:
             hint = f"allowed: {', '.join(self.names)}"
         raise InputError(f"{prefix}label {label!r} is not in the tree; {hint}".rstrip("; "))
+
+    def matching_nodes(self, label: str) -> list[int]:
+        """Return the node with this key, or else all with this name; see `find_node`."""
+        node = self._index.get(label)
+        if node is not None and not self.is_other[node]:
+            return [node]
+        return self._named.get(label, [])
 
     def children(self, node: int) -> list[int]:
         """Return the nodes directly below a node."""
