@@ -13,7 +13,6 @@ from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.callbacks.preemption import PreemptionExit
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import read_checkpoint
-from yolo_lightning.images import PREPARATION
 from yolo_lightning.serving.mlflow_model import save_model
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER
 from yolo_lightning.tracking.logger import RunLogger, run_loggers
@@ -56,7 +55,7 @@ class RunRecord(pl.Callback):
         model = dict((values.get("model") or {}).get("init_args") or {})
         data = (values.get("data") or {}).get("init_args") or {}
         if model:  # it uses the values of the data
-            model = {k: v for k, v in model.items() if k not in PREPARATION or k not in data}
+            model = {k: v for k, v in model.items() if k == "tree" or k not in data}
             values["model"] = {**values["model"], "init_args": model}
         return values
 

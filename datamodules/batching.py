@@ -22,15 +22,8 @@ from yolo_lightning.datamodules.transforms import (
     fit_sample,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import (
-    Image,
-    Interpolation,
-    Resize,
-    UnreadableSample,
-    centre_crop,
-    decoding_side,
-    fit,
-)
+from yolo_lightning.images import Image, UnreadableSample, centre_crop, decoding_side, fit
+from yolo_lightning.models.preparation import Interpolation, Resize
 
 Batch = DetectionBatch | ClassificationBatch
 _GOLDEN_RATIO = 0.618

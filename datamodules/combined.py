@@ -35,7 +35,7 @@ from yolo_lightning.datamodules.vocabulary import (
     vocabulary_table,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import PREPARATION, Interpolation, Resize
+from yolo_lightning.models.preparation import PREPARATION, Interpolation, Resize
 from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 

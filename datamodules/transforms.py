@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from yolo_lightning.batches import DetectionSample
 from yolo_lightning.datamodules.source import check_option
-from yolo_lightning.images import GREY, Image, Interpolation, Resize, fit, resize_pixels
+from yolo_lightning.images import GREY, Image, fit, resize_pixels
+from yolo_lightning.models.preparation import Interpolation, Resize
 
 _MIN_VISIBLE, _PLACED_SIZES = 0.2, (0.25, 2.0)
 

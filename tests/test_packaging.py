@@ -185,8 +185,8 @@ print(sorted({"torch", "lightning", "mlflow", "cv2", "numpy"} & set(sys.modules)
 # each part of the library may import the parts of the rows above its own, and no others
 LAYERS = [
     {"errors", "version", "batches", "boxes", "signals"},
-    {"images"},
     {"tree", "models", "schedules"},
+    {"images"},
     {"losses", "detections", "darknet", "datamodules"},
     {"checkpoints", "visualization"},
     {"evaluation", "explain", "training_module"},

@@ -9,8 +9,8 @@ from yolo_lightning.batches import ClassificationBatch, unit_range
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
-from yolo_lightning.images import Interpolation
 from yolo_lightning.models.networks import Classifier
+from yolo_lightning.models.preparation import Interpolation
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.training_module import TrainingModule
 

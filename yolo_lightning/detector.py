@@ -14,12 +14,13 @@ from yolo_lightning.boxes import batched_nms
 from yolo_lightning.detections import BestPairs, Detection, Detections, to_original_px
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
-from yolo_lightning.images import Image, Interpolation, Resize, decoding_side, fit, read_image
+from yolo_lightning.images import Image, decoding_side, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.models.backbones import detector_layers
 from yolo_lightning.models.head import Candidates, select_candidates
 from yolo_lightning.models.layers import ReorgKind
 from yolo_lightning.models.networks import YOLOv2
+from yolo_lightning.models.preparation import Interpolation, Resize
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.training_module import TrainingModule
 from yolo_lightning.tree.exclusive import ExclusiveNames

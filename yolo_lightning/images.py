@@ -4,7 +4,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -14,17 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from yolo_lightning.boxes import letterbox_geometry
+from yolo_lightning.models.preparation import Interpolation, Resize
 
 Image = NDArray[np.uint8]  # (H, W, 3), RGB
 NetworkInput = NDArray[Any]  # (H, W, 3), RGB: uint8, or float32 in 0…1
-Resize = Literal["letterbox", "stretch"]  # whole on grey, or with a changed aspect ratio
-Interpolation = Literal["area", "darknet"]
-"""How images are resized to the network input: `area`, averaging and rounded to uint8, or
-`darknet`, the original program's bilinear interpolation, without averaging and in float."""
-
-# how images become network input, if neither the data nor the model says it; hyper-parameters of
-# models, and arguments of the datamodule that override them
-PREPARATION = {"image_size": 416, "resize": "letterbox", "interpolation": "area"}
 
 GREY = 127  # of padding; 0.5 in float, as in the original program
 

@@ -12,10 +12,10 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import first_difference, network_layers
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import PREPARATION
 from yolo_lightning.models.backbones import backbone_layers, plain_backbone
 from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.models.networks import Classifier, YOLOv2
+from yolo_lightning.models.preparation import PREPARATION
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree
 

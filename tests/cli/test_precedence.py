@@ -18,7 +18,7 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.errors import InputError
 from yolo_lightning.export.darknet import build_checkpoint
-from yolo_lightning.images import Resize
+from yolo_lightning.models.preparation import Resize
 
 pytestmark = pytest.mark.end_to_end
 

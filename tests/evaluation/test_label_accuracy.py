@@ -57,7 +57,7 @@ def test_leaves_compete_with_all_leaves(monkeypatch):
     logits[1, 6] += 1
     logits[2, 6] -= 1
     for max_logits in (2**21, 1):
-        monkeypatch.setattr(label_accuracy, "MAX_LOGITS", max_logits)
+        monkeypatch.setattr(label_accuracy, "_MAX_LOGITS", max_logits)
         accuracy.update(logits, torch.tensor([4, 6, 6]))
         assert accuracy.compute() == pytest.approx({"top1": 1 / 3, "top5": 2 / 3})
         assert accuracy.per_class["dog0"] == {"name": "dog 0", "images": 2, "top1": 0, "top5": 0.5}

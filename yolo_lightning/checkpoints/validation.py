@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS, load_file, verify
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Interpolation, Resize
 from yolo_lightning.models.backbones import checkpoint_layers, detector_layers
 from yolo_lightning.models.layers import CustomBackbone, Layer
 from yolo_lightning.models.networks import Classifier, YOLOv2
+from yolo_lightning.models.preparation import Interpolation, Resize
 
 # limits of what a checkpoint may describe
 MAX_NODES = 100_000  # WordNet has 82,115 nouns

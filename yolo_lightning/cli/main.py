@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from yolo_lightning import __version__, signals
+from yolo_lightning import signals
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.version import __version__
 
 COMMANDS = {
     "fit": ("recipe", "train a model from a recipe"),

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yolo_lightning.cli.launch import recipe_paths
 from yolo_lightning.cli.recipe_errors import readable_message
 from yolo_lightning.errors import InputError, read_text
-from yolo_lightning.images import PREPARATION
+from yolo_lightning.models.preparation import PREPARATION
 
 ANY_MODEL = {
     "class_path": "yolo_lightning.DetectorModule",

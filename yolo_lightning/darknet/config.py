@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 from yolo_lightning.darknet.files import Section
 from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.images import Interpolation
 from yolo_lightning.models.layers import (
     Conv,
     Dropout,
@@ -17,6 +16,7 @@ from yolo_lightning.models.layers import (
     check_sizes,
     layer_outputs,
 )
+from yolo_lightning.models.preparation import Interpolation
 
 MAX_VALUES = 200_000_000
 """Maximum number of weights: four times those of YOLO9000."""

@@ -8,8 +8,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.head import MAX_LOGITS
 from yolo_lightning.tree.wordtree import WordTree
+
+_MAX_LOGITS = 2**21  # that are converted to probabilities at a time
 
 
 class LabelAccuracy(Metric):
@@ -68,7 +69,7 @@ class LabelAccuracy(Metric):
                 f"an image has the label {name!r}, which is not in the evaluated dataset's list "
                 "of labels, and not a leaf"
             )
-        size = max(1, MAX_LOGITS // len(self.tree))
+        size = max(1, _MAX_LOGITS // len(self.tree))
         for part, own in zip(logits.split(size), labels.split(size), strict=True):
             probs = self.class_probs(part)
             best = probs.topk(min(5, probs.shape[1])).indices

@@ -17,10 +17,10 @@ from torch._higher_order_ops import while_loop
 from torch.export import Dim, ExportedProgram
 
 from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou
-from yolo_lightning.images import Interpolation, Resize
 from yolo_lightning.models.head import SparseClassLogits, decode_boxes
 from yolo_lightning.models.layers import Reorg
 from yolo_lightning.models.networks import YOLOv2, space_to_depth
+from yolo_lightning.models.preparation import Interpolation, Resize
 from yolo_lightning.tree.tables import TreeTables
 from yolo_lightning.tree.wordtree import WordTree
 

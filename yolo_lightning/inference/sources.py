@@ -14,9 +14,7 @@ from typing import Literal, TypeVar
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import (
     Image,
-    Interpolation,
     NetworkInput,
-    Resize,
     UnreadableSample,
     decoding_side,
     fit,
@@ -32,6 +30,7 @@ from yolo_lightning.inference.video import (
     is_video,
     without_password,
 )
+from yolo_lightning.models.preparation import Interpolation, Resize
 
 T = TypeVar("T")
 Kind = Literal["image", "video", "live"]

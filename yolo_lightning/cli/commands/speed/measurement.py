@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolo_lightning import __version__
 from yolo_lightning.checkpoints.validation import first_difference
 from yolo_lightning.cli.commands.speed import report
 from yolo_lightning.cli.commands.speed.report import SizeResult
@@ -34,6 +33,7 @@ from yolo_lightning.inference.timing import (
     precision_name,
 )
 from yolo_lightning.tracking.provenance import processor_name
+from yolo_lightning.version import __version__
 
 MIN_IMAGES = 8  # number of different images for timing single images
 _EVALUATION_BATCH_SIZE, _NOISE_CELLS = 8, 9
