@@ -148,7 +148,10 @@ class DetectionEvaluation(nn.Module):
         self.exclusive_names = exclusive_names
         labels_by_source = exclusive_names.nodes if exclusive_names else []
         for level in self.levels:
-            level.parts = [self._parts(level, labels) for labels in labels_by_source]
+            # at the coarse level, which asks whether an object is found at all under a more
+            # general name, a class includes those below it
+            if level is not self.coarse:
+                level.parts = [self._parts(level, labels) for labels in labels_by_source]
         self._reset_metrics()
 
     def source_numbers(self, sample_ids: Tensor) -> list[int]:
