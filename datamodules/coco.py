@@ -25,9 +25,9 @@ class COCOJson(AnnotatedImages):
         annotations: the file, such as ``annotations/instances_train2017.json``.
         images: folder of the images; by default searched near the file, such as in ``train2017``.
         mapping: nodes by category name, if the tree has other names.
+        allow_outside: whether ``file_name`` may lead out of the folder of images.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
-        allow_outside: whether ``file_name`` may lead out of the folder of images.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class COCOJson(AnnotatedImages):
         annotations: str,
         images: str | None = None,
         mapping: dict[str, str] | None = None,
-        exclusive_names: bool = True,
         allow_outside: bool = False,
+        exclusive_names: bool = True,
     ) -> None:
         super().__init__(mapping, exclusive_names)
         self.annotations, self.images, self.allow_outside = annotations, images, allow_outside

@@ -56,21 +56,16 @@ class FileSource(Source):
         learned = np.bincount(self._learned_classes(), minlength=len(counts)).tolist()
         self._nodes = np.full(len(counts), -1, dtype=np.int64)
         self._node_counts: dict[int, Counter[str]] = {}
-        self._named_nodes: set[int] = set()  # those of names without objects too
         for number, (name, origin) in enumerate(
             zip(metadata["names"], metadata["origins"], strict=True)
         ):
-            label = self.mapping.get(name, name)
             if not counts[name]:
-                matches = tree.matching_nodes(label)
-                self._named_nodes.update(matches if len(matches) == 1 else ())
                 continue
             try:
-                node = tree.find_node(label, origin)
+                node = tree.find_node(self.mapping.get(name, name), origin)
             except InputError as error:
                 errors.append(str(error))
                 continue
-            self._named_nodes.add(node)
             self._nodes[number] = node
             if learned[number]:
                 self._node_counts.setdefault(node, Counter())[name] += learned[number]
@@ -126,8 +121,8 @@ class AnnotatedImages(FileSource, DetectionSource):
 
     @property
     def exclusive_nodes(self) -> list[int]:
-        """The nodes of all names, unless ``exclusive_names`` is false."""
-        return sorted(self._named_nodes) if self.exclusive_names else []
+        """The nodes of all names that occur, unless ``exclusive_names`` is false."""
+        return sorted(set(self._nodes[self._nodes >= 0].tolist())) if self.exclusive_names else []
 
     def read(self, index: int, min_side: int | None = None) -> DetectionSample:
         """Return one sample, its boxes clipped to the image."""

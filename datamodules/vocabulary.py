@@ -1,7 +1,10 @@
 """Report what each class learns from: boxes, image labels, or labels of its descendants."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+
+import torch
 
 from yolo_lightning.tree.exclusive import exclusive_parts
 from yolo_lightning.tree.wordtree import OTHER, WordTree
@@ -118,39 +121,49 @@ def _without_boxed_ancestor(tree: WordTree, boxes: Counts, images: Counts) -> It
 
 def _exclusions(tree: WordTree, labels: set[int], exclusive: Sequence[Sequence[int]]) -> list[str]:
     """Return which names mean less than their class, and which classes cannot be learnt."""
-    narrower: dict[int, str] = {}
-    inseparable: dict[int, str] = {}
+    names, narrower, inseparable, trained = tree.names, {}, {}, set(labels)
     for nodes in exclusive:
+        paths = tree.paths[list(nodes)]
         for node, parts in exclusive_parts(tree, nodes).items():
-            (narrower if parts else inseparable)[node] = _names_below(tree, node, nodes)
-    names = tree.names
-    lines = _summary(
-        "boxes exclude other names below theirs",
-        (f"{names[node]} without {below}" for node, below in narrower.items()),
-    )
-    lines += _summary(
-        "cannot be learnt, since nothing else is below the class; add a row such as "
-        f"{next((tree.keys[node] for node in inseparable), '')}{OTHER} to the tree",
-        (f"{names[node]} without {below}" for node, below in inseparable.items()),
-        _MAX_UNLEARNT,
-    )
-    only = [pair for pair in _only_children(tree, labels) if pair[1] not in inseparable]
-    lines += _summary(
-        "cannot be learnt, since it is the only class below another; add labels of a second one",
-        (f"{names[node]} below {names[above]}" for node, above in only),
-        _MAX_UNLEARNT,
-    )
-    return lines
+            below = torch.tensor(nodes)[(paths[:, 1:] == node).any(dim=1)].tolist()
+            text = f"{names[node]} without {' and '.join(names[k] for k in below[:_MAX_NAMES])}"
+            if parts:
+                more = " or …" if len(parts) > 3 else ""
+                narrower[node] = f"{text} is {' or '.join(names[k] for k in parts[:3])}{more}"
+            else:
+                inseparable[node] = text
+            trained.update(parts)
+    row = f"{tree.keys[min(inseparable)]}{OTHER}" if inseparable else ""
+    only = [pair for pair in _only_labelled(tree, labels, trained) if pair[1] not in inseparable]
+    return [
+        *_summary("boxes exclude other names below theirs", narrower.values()),
+        *_summary(
+            "cannot be learnt, since nothing else is below the class; add a row such as "
+            f"{row} to the tree",
+            inseparable.values(),
+            _MAX_UNLEARNT,
+        ),
+        *_summary(
+            "cannot be learnt, since no other class below the same one has labels; add some",
+            (f"{names[node]} below {names[above]}" for node, above in only),
+            _MAX_UNLEARNT,
+        ),
+    ]
 
 
-def _names_below(tree: WordTree, top: int, nodes: Sequence[int]) -> str:
-    below = [node for node in nodes if node != top and top in tree.paths[node].tolist()]
-    return " and ".join(tree.names[node] for node in below[:_MAX_NAMES])
+def _only_labelled(
+    tree: WordTree, labels: set[int], trained: set[int]
+) -> Iterable[tuple[int, int]]:
+    """Yield labels that nothing tells from a label above them, and the nearest of these.
 
-
-def _only_children(tree: WordTree, labels: set[int]) -> Iterable[tuple[int, int]]:
-    """Yield labels that cannot be told from a label above them, and the node they are named."""
+    P(node | above) tends to 1 if no other class below the same one is trained.
+    """
+    is_trained = tree.ancestors_or_self(torch.tensor(sorted(trained), dtype=torch.long)).tolist()
     for node in sorted(labels):
-        path, above = tree.paths[node].tolist(), int(tree.reported[node])
-        if not labels.isdisjoint(path[1 : path.index(above) + 1]):
-            yield node, above
+        for current, above in itertools.pairwise(tree.paths[node].tolist()):
+            siblings = tree.children(above) if above >= 0 else []
+            if above < 0 or any(is_trained[k] for k in siblings if k != current):
+                break
+            if above in labels:
+                yield node, above
+                break

@@ -30,9 +30,9 @@ class YOLOText(AnnotatedImages):
         split: which of the lists or folders in `root`.
         names: the classes: a file with one name per line, or a list; by default those of `root`.
         mapping: nodes by class name, if the tree has other names.
+        allow_outside: whether listed paths may lead out of the dataset's folder.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
-        allow_outside: whether listed paths may lead out of the dataset's folder.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class YOLOText(AnnotatedImages):
         split: str = "train",
         names: str | list[str] | None = None,
         mapping: dict[str, str] | None = None,
-        exclusive_names: bool = True,
         allow_outside: bool = False,
+        exclusive_names: bool = True,
     ) -> None:
         super().__init__(mapping, exclusive_names)
         self.root, self.split, self.names = root, split, names

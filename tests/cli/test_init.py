@@ -118,7 +118,7 @@ def test_init_and_fit_name_a_class_that_cannot_be_learnt(workdir, capsys):
     (workdir / "own.yaml").write_text("round: [ring, semicircle]\nangular: [rhombus]\n")
     argv = ["init", "--detection", "photos", "--classification", "labels", "--image-size", "96"]
     assert main([*argv, "--hierarchy", "own.yaml", "--output", "own/recipe.yaml"]) == 0
-    warning = "only class below another; add labels of a second one: rhombus below angular"
+    warning = "no other class below the same one has labels; add some: rhombus below angular"
     assert warning in capsys.readouterr().out
     assert main(["fit", "--config", "own/recipe.yaml", *SHORT]) == 0
     assert warning in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_init_adds_a_leaf_for_boxes_that_are_none_of_the_names_below(workdir, wr
     argv = ["init", "--detection", "set", "--hierarchy", "own.yaml", "--image-size", "96"]
     assert main([*argv, "--output", "a.yaml"]) == 0
     printed = capsys.readouterr().out
-    assert "boxes exclude other names below theirs: cake without doughnut" in printed
+    assert "names below theirs: cake without doughnut is other cake" in printed
     rows = [
         ("cake", "-", "cake"),
         ("cake/other", "cake", "other cake"),
@@ -142,7 +142,7 @@ def test_init_adds_a_leaf_for_boxes_that_are_none_of_the_names_below(workdir, wr
     assert "exclusive_names" not in (workdir / "a.yaml").read_text()
     assert main([*argv, "--output", "b.yaml", "--mixed-names"]) == 0
     assert (
-        "only class below another; add labels of a second one: doughnut below cake"
+        "no other class below the same one has labels; add some: doughnut below cake"
         in capsys.readouterr().out
     )
     assert WordTree.from_file("b.tsv").rows == [rows[0], rows[2]]

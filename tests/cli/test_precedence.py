@@ -116,14 +116,14 @@ def test_test_data_alone_gives_the_figures_of_a_whole_recipe(detector, capsys):
     write_recipe({}, {})
     assert main([*TEST, "--report.folder=short"]) == 0
     output = capsys.readouterr().out
-    line = "images: image_size 96 (from the checkpoint), resize stretch (from the checkpoint)\n"
+    line = "images: image_size 96 (the checkpoint's), resize stretch (the checkpoint's), "
     assert line in output
     whole = {"tree": [list(row) for row in TREE], "anchors_wh_cell": [list(p) for p in ANCHORS]}
     whole |= {"backbone": "small", "head_channels": 8, "iou_threshold": 0.3}
     write_recipe({"tree": whole["tree"], "image_size": 96, "resize": "stretch"}, whole)
     assert main([*TEST, "--report.folder=whole"]) == 0
     assert main([*TEST, "--report.folder=other", "--data.image_size=416"]) == 0
-    line = "images: image_size 416 (from the recipe), resize stretch (from the checkpoint)\n"
+    line = "images: image_size 416 (not 96), resize stretch (the checkpoint's), "
     assert line in capsys.readouterr().out
     short, full, other = (read_metrics(name) for name in ("short", "whole", "other"))
     assert short["image_size"] == 96
@@ -135,9 +135,15 @@ def test_a_classifier_is_tested_at_the_size_of_its_checkpoint(workplace, capsys)
     save(ClassifierModule(TREE, "small", image_size=64))
     write_recipe({}, {}, "ShapesImageLabels")
     assert main(TEST) == 0
-    assert "images: image_size 64 (from the checkpoint)\n" in capsys.readouterr().out
+    assert (
+        "images: image_size 64 (the checkpoint's), interpolation area (the checkpoint's)\n"
+        in capsys.readouterr().out
+    )
     assert main([*TEST, "--data.image_size=96"]) == 0
-    assert "images: image_size 96 (from the recipe)\n" in capsys.readouterr().out
+    assert (
+        "images: image_size 96 (not 64), interpolation area (the checkpoint's)\n"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +179,7 @@ def test_the_checkpoint_that_is_found_fills_a_recipe_of_test_data(detector, work
     assert main([*TEST[:3], "--trainer.default_root_dir=runs"]) == 0
     output = capsys.readouterr().out
     assert "checkpoint: runs/one/checkpoints/best.ckpt" in output
-    assert "images: image_size 96 (from the checkpoint)" in output
+    assert "images: image_size 96 (the checkpoint's)" in output
 
 
 def test_speed_and_explain_take_a_recipe_of_test_data(detector, capsys):

@@ -1,6 +1,7 @@
 """Training and evaluation where a dataset names a class and one below it."""
 
 import json
+import math
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +10,10 @@ import torch
 from tests.helpers.images import write_image
 from yolo_lightning import CombinedDataModule, DetectorModule
 from yolo_lightning.datamodules import COCOJson, VOCFolder
+from yolo_lightning.evaluation.detection import DetectionEvaluation
+from yolo_lightning.losses import LossSettings, detection_loss
 from yolo_lightning.models.head import HeadOutput
+from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
 TREE = [
@@ -58,6 +62,41 @@ def test_average_precision_of_a_perfect_detector(photos, module, exclusive_names
     assert rows["sandwich"]["AP50"] == pytest.approx(expected, abs=0.01)
 
 
+def test_each_image_is_scored_by_the_names_of_its_source(photos, write_voc, module):
+    # in the second source, where hot dogs are called sandwiches, P(sandwich) finds both
+    others = photos.parent / "others"
+    boxes = [("sandwich", 1, 1, 32, 32), ("sandwich", 65, 65, 96, 96)]
+    write_voc(others, "b", boxes, size=(96, 96))
+    data = CombinedDataModule(
+        TREE, validation=[VOCFolder(str(photos)), VOCFolder(str(others))],
+        detection_batch_size=1, image_size=96, num_workers=0,
+    )  # fmt: skip
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    trainer.validate(module, data, verbose=False)
+    assert module.evaluation.per_class["sandwich"]["AP50"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_level_above_keeps_names_apart(module):
+    tree = WordTree(
+        [
+            ("food", "-", "food"), ("sandwich", "food", "sandwich"), ("bun", "sandwich", "bun"),
+            ("toast", "sandwich", "toast"), ("hot dog", "bun", "hot dog"),
+            ("burger", "bun", "burger"), ("big burger", "burger", "b"), ("small", "burger", "s"),
+        ]
+    )  # fmt: skip
+    labels = [1, 4, 6]  # sandwich, hot dog, big burger
+    evaluation = DetectionEvaluation(tree)
+    names = ExclusiveNames(tree, [1], [labels])
+    evaluation.reset(torch.tensor(labels), torch.full((len(tree),), -1), names)
+    levels = {level.suffix: level for level in evaluation.levels}
+    probs = torch.tensor([[1.0, 1.0, 0.8, 0.2, 0.3, 0.5, 0.4, 0.1]])
+    # sandwich without hot dogs and big burgers; at level 3, both are buns
+    expected = {"": [0.3, 0.3, 0.4], "_level3": [0.3, 0.7], "_level2": [1.0]}
+    for suffix, values in expected.items():
+        found = levels[suffix].class_probs(probs, 0)
+        torch.testing.assert_close(found, torch.tensor([values]))
+
+
 def test_scores_of_a_source_by_hand(photos, module):
     data = build_data(photos, True)
     data.setup("validate")
@@ -75,36 +114,39 @@ def test_scores_of_a_source_by_hand(photos, module):
 
 
 @pytest.mark.parametrize("exclusive_names", [True, False])
-def test_loss_of_each_source(photos, module, exclusive_names):
-    only_sandwiches = photos.parent / "others"
-    only_sandwiches.mkdir()
-    for file in photos.glob("a.*"):
-        text = file.read_bytes().replace(b"hot dog", b"sandwich")
-        (only_sandwiches / file.name).write_bytes(text)
-    sources = [VOCFolder(str(only_sandwiches)), build_data(photos, exclusive_names).detection]
+def test_loss_of_each_source(photos, write_voc, exclusive_names):
+    # the first source has no other name below sandwich
+    write_voc(photos.parent / "others", "b", [("sandwich", 1, 1, 32, 32)], size=(96, 96))
+    write_voc(photos.parent / "hot", "c", [("hot dog", 1, 1, 32, 32)], size=(96, 96))
+    sources = [
+        VOCFolder(str(photos.parent / "others")),
+        VOCFolder(str(photos), exclusive_names=exclusive_names),
+        VOCFolder(str(photos.parent / "hot")),
+    ]
     data = CombinedDataModule(
-        TREE, detection=sources, detection_batch_size=2, image_size=96, num_workers=0
+        TREE, detection=sources, detection_batch_size=3, image_size=96, num_workers=0
     )
     data.setup("fit")
-    batch = data.batch(0)
-    logits = torch.zeros(4, len(TREE))
-    names = data.exclusive_names(data.detection)
-    for row, sample_id in enumerate(batch.sample_ids.tolist()):
-        labels = batch.labels[row][batch.labels[row] >= 0]
-        losses = names.path_loss(logits[: len(labels)], labels, torch.full_like(labels, sample_id))
-        without_hot_dogs = exclusive_names and sample_id == 1
-        sandwich = 1 / 4 if without_hot_dogs else 1 / 2
-        expected = [1 / 4 if label == HOT_DOG else sandwich for label in labels.tolist()]
-        torch.testing.assert_close(losses.exp().reciprocal(), torch.tensor(expected))
+    names, batch = data.exclusive_names(data.detection), data.batch(0)
+    output = HeadOutput.from_dense(torch.zeros(3, 5 + len(TREE), 3, 3), 1)
+    anchors, tree = torch.tensor([[1.0, 1.0]]), WordTree(TREE)
+    terms = detection_loss(output, batch, anchors, tree, LossSettings(), names)
+    # P(sandwich), P(sandwich) - P(hot dog), P(hot dog) twice
+    probs = [1 / 2, 1 / 4 if exclusive_names else 1 / 2, 1 / 4, 1 / 4]
+    assert float(terms["loss_class"]) == pytest.approx(-sum(map(math.log, probs)), rel=1e-6)
 
 
-def test_names_without_objects_exclude_too(tmp_path):
+def test_names_that_occur_exclude_each_other(tmp_path):
     write_image(tmp_path / "a.jpg")
-    names = ["sandwich", "hot dog", "unknown"]
+    names = ["sandwich", "hot dog", "club sandwich"]
+    boxes = [(0, 0), (1, 1)]  # category, and whether it is a crowd
     text = {
         "categories": [{"id": k, "name": name} for k, name in enumerate(names)],
         "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 20, 20]}],
+        "annotations": [
+            {"id": k, "image_id": 1, "category_id": k, "iscrowd": crowd, "bbox": [1, 1, 20, 20]}
+            for k, crowd in boxes
+        ],
     }
     (tmp_path / "a.json").write_text(json.dumps(text))
     source = COCOJson(str(tmp_path / "a.json"))

@@ -162,7 +162,8 @@ def test_signature_and_input_example(folder, model):
         {"type": "binary", "name": "image", "required": True}
     ]
     defaults = {row["name"]: row["default"] for row in json.loads(signature["params"])}
-    assert defaults == {"score_threshold": 0.25, "tree_threshold": 0.5, "iou_threshold": 0.4}
+    thresholds = {"score_threshold": 0.25, "tree_threshold": 0.5, "iou_threshold": 0.4}
+    assert defaults == {**thresholds, "interpolation": "area"}
     outputs = [row["name"] for row in json.loads(signature["outputs"])]
     assert outputs == model.predict(model.input_example).columns.tolist()
     (example,) = model.input_example["image"]
@@ -226,6 +227,16 @@ def test_classifier_predictions_equal_those_of_classify(tmp_path, interpolation)
         assert all(path[-1] == name for path, name in zip(rows["path"], rows["name"], strict=True))
     with pytest.raises(MlflowException, match="top is 0; allowed: 1 or more"):
         model.predict(image_table(file), params={"top": 0})
+    other = "darknet" if interpolation == "area" else "area"
+    module.hparams["interpolation"] = other
+    changed = classify(module, prepare(file, module, (64, 64), "crop"), 3)["classes"]
+    rows = model.predict(image_table(file), params={"top": 3, "interpolation": other})
+    assert rows["score"].tolist() == [row["probability"] for row in changed]
+    rows = model.predict(image_table(file), params={"top": 3})  # the model's own again
+    assert rows["score"].tolist() == [row["probability"] for row in expected]
+    assert changed != expected
+    with pytest.raises(MlflowException, match="interpolation is cubic; allowed: area, darknet"):
+        model.predict(image_table(file), params={"interpolation": "cubic"})
 
 
 def test_the_saved_code_is_used_if_the_package_is_not_installed(folder, tmp_path):

@@ -145,9 +145,10 @@ def test_imagenet_1k_tree_has_the_size_of_the_paper_in_any_order():
     started = time.process_time()
     tree = build_tree(IN1K)
     assert time.process_time() - started < 10  # measured: 0.5 s
-    assert abs(len(tree) - 1369) <= 5
+    assert len(tree) == 1371  # the paper reports 1,369
     assert len(tree.leaves) == 1000
     assert build_tree(IN1K[::-1]).rows == tree.rows
+    assert build_tree(IN1K, exclusive=[IN1K]).rows == tree.rows  # none is above another one
     parents = tree.parents.tolist()
     assert all(parent < node for node, parent in enumerate(parents))  # as Darknet needs it
     singles = [p for p in set(parents) if parents.count(p) == 1 and p >= 0]
@@ -244,8 +245,15 @@ def test_build_adds_a_leaf_to_names_that_exclude_each_other(workdir):
     (workdir / "n.names").write_text("cake\ndoughnut\n")
     rows = build_rows("--names", "n.names", "--hierarchy", "own.yaml")
     assert [key for key, *_ in rows] == ["cake", "cake/other", "doughnut"]
+    (workdir / "tree.tsv").rename("first.tsv")
     rows = build_rows("--names", "n.names", "--hierarchy", "own.yaml", "--mixed-names")
     assert [key for key, *_ in rows] == ["cake", "doughnut"]
+    # the leaf stays when a class is added that could hold the rest
+    (workdir / "own.yaml").write_text("cake: [doughnut, cheesecake]\n")
+    grow = ["--names", "n.names", "--hierarchy", "own.yaml"]
+    assert [key for key, *_ in build_rows(*grow)] == ["cake", "cheesecake", "doughnut"]
+    keys = [key for key, *_ in build_rows(*grow, "--previous", "first.tsv")]
+    assert keys == ["cake", "cake/other", "cheesecake", "doughnut"]
 
 
 def test_build_accepts_coco_names_wnids_and_hierarchies(workdir):

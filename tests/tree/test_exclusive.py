@@ -138,6 +138,7 @@ def test_others_are_never_found_by_label():
     for label in ("cake/other", "other cake"):
         with pytest.raises(InputError, match="is not in the tree"):
             FOOD.find_node(label)
+    assert WordTree([("-/other", "-", "a"), ("b", "-", "b")]).find_node("-/other") == 0
     # with children it is a class like any other
     tree = WordTree([("x", "-", "x"), ("x/other", "x", "x/other"), ("y", "x/other", "y")])
     assert tree.find_node("x/other") == 1

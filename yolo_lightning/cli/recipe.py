@@ -125,6 +125,9 @@ class RecipeCLI(LightningCLI):
             self.checkpoint_step = checkpoint["global_step"]
             self.checkpoint = {key: checkpoint.get(key) for key in ("module", "hyper_parameters")}
             model = model_from_checkpoint(checkpoint, config, args, self.recipes)
+            if command == "fit" and "optimizer_states" not in checkpoint:
+                # weights alone: their training prepared images otherwise
+                model["init_args"].pop("interpolation", None)
             self.config = parse(parser, args, self.recipes, model)
             config = self.config[command]
             config.ckpt_path = path

@@ -144,7 +144,10 @@ def take_from_model(config: Namespace) -> None:
 def describe_preparation(config: Namespace, saved: dict[str, Any]) -> str | None:
     """Return how the data prepares images, and which of it a checkpoint's model says."""
     data = (config.get("data") or {}).get("init_args") or {}
-    values = {name: data[name] for name in PREPARATION if data.get(name) is not None}
-    origins = {k: "checkpoint" if v == saved.get(k) else "recipe" for k, v in values.items()}
-    parts = [f"{name} {value} (from the {origins[name]})" for name, value in values.items()]
+    parts = []
+    for name in PREPARATION:
+        value, own = data.get(name), saved.get(name)
+        if value is not None:
+            note = "" if own is None else " (the checkpoint's)" if value == own else f" (not {own})"
+            parts.append(f"{name} {value}{note}")
     return f"images: {', '.join(parts)}" if parts else None

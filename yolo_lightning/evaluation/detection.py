@@ -1,6 +1,7 @@
 """Detection metrics: average precision at several levels of the tree, and label accuracy."""
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,15 +163,19 @@ class DetectionEvaluation(nn.Module):
         return numbers
 
     def _parts(self, level: Level, labels: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """Return the parts of a level's classes in a source whose `labels` exclude each other."""
+        """Return the parts of a level's classes in a source whose `labels` exclude each other.
+
+        A class above or below another one has the parts of all labels that it stands for.
+        """
         column = {node: k for k, node in enumerate(level.nodes.tolist())}
         at_level = level.labels.cpu()[list(labels)].tolist()
-        parts = exclusive_parts(self.tree, at_level)
-        return [
-            (column[node], torch.tensor(nodes, device=level.nodes.device))
-            for node, nodes in parts.items()
-            if nodes and node in column
-        ]
+        above = set(exclusive_parts(self.tree, at_level))
+        nested = {node for node in at_level if not above.isdisjoint(self.tree.paths[node].tolist())}
+        parts_of_labels, parts = exclusive_parts(self.tree, labels), defaultdict(list)
+        for label, node in zip(labels, at_level, strict=True):
+            if node in nested and node in column:
+                parts[column[node]] += parts_of_labels.get(label) or [label]
+        return [(k, torch.tensor(v, device=level.nodes.device)) for k, v in parts.items()]
 
     def _reset_metrics(self) -> None:
         metrics: list[Metric] = [level.precision for level in self.levels]

@@ -118,19 +118,20 @@ def classify(
     """Return the `top_k` classes of a network input (1, 3, H, W); see `prepare`, `class_logits`.
 
     ``classes``: key, name and probability of the most probable leaves, in descending order; for a
-    tree of several levels also ``path``: the most probable child of each level, root first. Leaves
-    that cannot be told from their parents are named as these, see `WordTree.reported`.
+    tree of several levels also ``path``: the most probable child of each level, root first. Nodes
+    that cannot be told from their parents have the names of these, see `WordTree.reported`.
     """
     tree = module.tree
     logits = class_logits(module, network_input.to(module.device)).cpu()
     probs = tree.log_probs(logits)[0].exp()
-    named = tree.reported[tree.leaves].unique()
-    best = named[probs[named].topk(min(top_k, len(named))).indices].tolist()
+    leaves = tree.leaves
+    best = leaves[probs[leaves].topk(min(top_k, len(leaves))).indices].tolist()
 
     def row(node: int) -> dict[str, Any]:
+        named = int(tree.reported[node])
         return {
-            "key": tree.keys[node],
-            "name": tree.names[node],
+            "key": tree.keys[named],
+            "name": tree.names[named],
             "probability": float(probs[node]),
         }
 

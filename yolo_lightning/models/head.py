@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -45,15 +44,12 @@ class SparseClassLogits:
         """K, the number of nodes."""
         return self.weight.shape[1]
 
-    @cached_property
-    def _rows(self) -> Tensor:  # (B * Gh * Gw, C)
-        return self.features.flatten(2).transpose(1, 2).flatten(0, 1)
-
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K); all class weights stay in the autograd graph, even if M is 0."""
+        rows = self.features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * Gh * Gw, C)
         num_cells = self.features.shape[2] * self.features.shape[3]
         order = anchor.argsort(stable=True)
-        selected = self._rows.index_select(0, (image * num_cells + cell)[order])
+        selected = rows.index_select(0, (image * num_cells + cell)[order])
         counts = torch.bincount(anchor, minlength=len(self.weight)).tolist()
         logits = torch.cat(
             [

@@ -156,10 +156,11 @@ def _signature(module: str, hparams: dict[str, Any]) -> ModelSignature:
         params = [ParamSpec(name, DataType.double, value) for name, value in defaults.items()]
     else:
         params = [ParamSpec("top", DataType.long, 5)]
+    interpolation = ParamSpec("interpolation", DataType.string, hparams["interpolation"])
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, IMAGE)]),
         outputs=Schema([ColSpec(type_, name) for name, type_ in COLUMNS[module].items()]),
-        params=ParamSchema(params),
+        params=ParamSchema([*params, interpolation]),
     )
 
 

@@ -27,6 +27,7 @@ class ServedModel(PythonModel):
         """Load and verify the checkpoint, on a GPU if there is one."""
         self.module = load(context.artifacts[CHECKPOINT], select_device(None))
         self.iou_threshold = getattr(self.module, "iou_threshold", None)
+        self.interpolation = self.module.hparams["interpolation"]
         self.lock = threading.Lock()  # servers call from several threads
 
     def predict(
@@ -41,7 +42,7 @@ class ServedModel(PythonModel):
             context: not used.
             model_input: column `image`, the bytes of an image file per row.
             params: for a detector `score_threshold`, `tree_threshold`, `iou_threshold`, 0 to 1; for
-                a classifier `top`, 1 or more.
+                a classifier `top`, 1 or more; `interpolation`, area or darknet.
 
         Returns:
             `COLUMNS`: `image` is the input row, `path` has the class names from the root down.
@@ -52,6 +53,8 @@ class ServedModel(PythonModel):
         params = _check_params(params or {})
         with self.lock, tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "image"
+            interpolation = params.pop("interpolation", self.interpolation)
+            self.module.hparams["interpolation"] = interpolation
             if isinstance(self.module, DetectorModule):
                 self.module.iou_threshold = params.pop("iou_threshold", self.iou_threshold)
             rows = [
@@ -103,9 +106,14 @@ class ServedModel(PythonModel):
 def _check_params(params: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of the parameters, after checking their ranges."""
     for name, value in params.items():
-        if name == "top" and value < 1:
+        if name == "interpolation":
+            if value not in ("area", "darknet"):
+                raise MlflowException.invalid_parameter_value(
+                    f"interpolation is {value}; allowed: area, darknet"
+                )
+        elif name == "top" and value < 1:
             raise MlflowException.invalid_parameter_value(f"top is {value}; allowed: 1 or more")
-        if name != "top" and not 0 <= value <= 1:
+        elif name != "top" and not 0 <= value <= 1:
             raise MlflowException.invalid_parameter_value(f"{name} is {value}; allowed: 0 … 1")
     return dict(params)
 

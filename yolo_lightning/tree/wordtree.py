@@ -90,6 +90,7 @@ class WordTree:
 
     def _others(self) -> Tensor:
         is_other = torch.tensor([row[0] == row[1] + OTHER for row in self.rows])
+        is_other &= self.parents >= 0
         is_other[self.parents[self.parents >= 0]] = False  # a leaf has no children
         return is_other
 
@@ -169,6 +170,11 @@ class WordTree:
         is_parent[self.parents[self.parents >= 0]] = True
         return (~is_parent).nonzero().flatten()
 
+    @property
+    def others(self) -> list[str]:
+        """The keys of the leaves ``X/other``."""
+        return [self.keys[node] for node in self.is_other.nonzero().flatten().tolist()]
+
     def find_node(self, label: str, where: str = "") -> int:
         """Find a node by its key, else by its name; raise `InputError` if none or several match.
 
@@ -181,9 +187,10 @@ class WordTree:
         if matches:
             keys = ", ".join(self.keys[node] for node in matches)
             raise InputError(f"{prefix}label {label!r} is ambiguous in the tree; use a key: {keys}")
-        hint = nearest(label, (*self.names, *self.keys))
+        others = set(self.others)
+        hint = nearest(label, (*self._named, *(key for key in self.keys if key not in others)))
         if not hint and len(self) <= 30:
-            hint = f"allowed: {', '.join(self.names)}"
+            hint = f"allowed: {', '.join(self._named)}"
         raise InputError(f"{prefix}label {label!r} is not in the tree; {hint}".rstrip("; "))
 
     def matching_nodes(self, label: str) -> list[int]:

@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     if options.image_size is not None and (options.image_size < 32 or options.image_size % 32):
         raise InputError(f"--image-size is {options.image_size}; allowed: multiples of 32")
 
+    from yolo_lightning.detector import DetectorModule
     from yolo_lightning.images import UnreadableSample
     from yolo_lightning.inference.classification import classify, find_images, prepare
     from yolo_lightning.inference.loading import load
@@ -69,6 +70,8 @@ def main(argv: Sequence[str]) -> None:
     module = load(options.checkpoint, options.device)
     if options.interpolation is not None:
         module.hparams["interpolation"] = options.interpolation
+    if options.resize == "shorter-side" and isinstance(module, DetectorModule):
+        raise InputError("--resize shorter-side; allowed for a detector: letterbox, stretch, crop")
     resize = options.resize or module.hparams.get("resize", "crop")  # classifiers have none
     size = options.image_size or module.hparams["image_size"]
     size_hw = (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -20,7 +20,7 @@ from yolo_lightning.images import UnreadableSample, read_header
 from yolo_lightning.models.backbones import BACKBONES
 from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import load_reviewed_labels
-from yolo_lightning.tree.wordtree import OTHER, WordTree
+from yolo_lightning.tree.wordtree import WordTree
 
 _IMAGES_READ, _MAX_SHOWN = 64, 10
 
@@ -86,7 +86,7 @@ def _tree(
             options.table,
             options.root,
             exclusive,
-            [key for key, *_ in pretrained.get("tree", ()) if key.endswith(OTHER)],
+            WordTree(pretrained["tree"]).others if pretrained else (),
         )
     except InputError as error:
         raise InputError(

@@ -88,7 +88,10 @@ def _build(options: argparse.Namespace) -> None:
         )
     meanings = read_mapping(options.mapping) if options.mapping else {}
     exclusive = [] if options.mixed_names else [*options.names, *options.detection]
-    tree = build_class_tree(datasets, hierarchy, meanings, options.table, options.root, exclusive)
+    others = read(options.previous).others if options.previous else ()
+    tree = build_class_tree(
+        datasets, hierarchy, meanings, options.table, options.root, exclusive, others
+    )
     write(tree, options.output)
     levels = tree.paths.shape[1]
     size = f"{len(tree)} nodes, {len(tree.leaves)} leaves, {tree.num_groups} groups"
@@ -203,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the N synsets with the most images in --classification: a folder, or a CSV of "
         "wnid,count",
     )  # fmt: skip
+    builder.add_argument(
+        "--previous", metavar="TREE", help="earlier tree or checkpoint, whose leaves X/other stay"
+    )
     builder.add_argument("--mixed-names", action="store_true", help=MIXED_NAMES)
     shower = actions.add_parser("show", help="print a tree")
     shower.add_argument("tree", help="tree.tsv, a checkpoint, or Darknet's NAME.tree")
