@@ -9,7 +9,9 @@ import torch
 
 from tests.helpers.images import write_image
 from yolo_lightning import CombinedDataModule, DetectorModule
+from yolo_lightning.batches import DetectionBatch
 from yolo_lightning.datamodules import COCOJson, VOCFolder
+from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.losses import LossSettings, detection_loss
 from yolo_lightning.models.head import HeadOutput
@@ -118,7 +120,7 @@ def test_loss_of_each_source(photos, write_voc, exclusive_names):
     # the first source has no other name below sandwich
     write_voc(photos.parent / "others", "b", [("sandwich", 1, 1, 32, 32)], size=(96, 96))
     write_voc(photos.parent / "hot", "c", [("hot dog", 1, 1, 32, 32)], size=(96, 96))
-    sources = [
+    sources: list[DetectionSource] = [
         VOCFolder(str(photos.parent / "others")),
         VOCFolder(str(photos), exclusive_names=exclusive_names),
         VOCFolder(str(photos.parent / "hot")),
@@ -128,6 +130,7 @@ def test_loss_of_each_source(photos, write_voc, exclusive_names):
     )
     data.setup("fit")
     names, batch = data.exclusive_names(data.detection), data.batch(0)
+    assert isinstance(batch, DetectionBatch)
     output = HeadOutput.from_dense(torch.zeros(3, 5 + len(TREE), 3, 3), 1)
     anchors, tree = torch.tensor([[1.0, 1.0]]), WordTree(TREE)
     terms = detection_loss(output, batch, anchors, tree, LossSettings(), names)

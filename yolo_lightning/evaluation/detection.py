@@ -171,7 +171,8 @@ class DetectionEvaluation(nn.Module):
         at_level = level.labels.cpu()[list(labels)].tolist()
         above = set(exclusive_parts(self.tree, at_level))
         nested = {node for node in at_level if not above.isdisjoint(self.tree.paths[node].tolist())}
-        parts_of_labels, parts = exclusive_parts(self.tree, labels), defaultdict(list)
+        parts_of_labels = exclusive_parts(self.tree, labels)
+        parts: dict[int, list[int]] = defaultdict(list)
         for label, node in zip(labels, at_level, strict=True):
             if node in nested and node in column:
                 parts[column[node]] += parts_of_labels.get(label) or [label]

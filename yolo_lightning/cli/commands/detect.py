@@ -206,8 +206,8 @@ def _make_predictor(module: "DetectorModule", options: argparse.Namespace) -> Pr
 
     nodes = None
     if options.classes:
-        nodes = [module.tree.find_node(name, "--classes") for name in options.classes]
-        nodes = module.tree.reported[nodes]
+        asked = [module.tree.find_node(name, "--classes") for name in options.classes]
+        nodes = module.tree.reported[asked]
     device = module.device
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
 
