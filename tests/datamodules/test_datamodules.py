@@ -366,16 +366,19 @@ def test_unreadable_image_is_replaced_and_reported(tmp_path, write_voc):
 
 def test_difficult_objects_are_evaluated_but_not_trained(tmp_path, write_voc):
     write_voc(tmp_path, "a", [("apple", 1, 1, 30, 30)], difficult=1)
+    write_voc(tmp_path, "b", [("apple", 1, 1, 30, 30)])
     source = VOCFolder(str(tmp_path))
     data = combined(
         tree=["apple"], detection=source, classification=None, validation=source,
-        detection_batch_size=1, detection_augmentation=None,
+        detection_batch_size=2, detection_augmentation=None,
     )  # fmt: skip
     (trained,), (evaluated,) = list(data.train_dataloader()), list(data.val_dataloader())
     assert isinstance(trained, DetectionBatch)
     assert isinstance(evaluated, DetectionBatch)
-    assert (trained.labels >= 0).sum() == 0
-    assert evaluated.difficult.sum() == 1
+    in_order = trained.sample_ids.argsort()
+    assert (trained.labels >= 0).sum(dim=1)[in_order].tolist() == [0, 1]
+    assert evaluated.difficult.sum(dim=1).tolist() == [1, 0]
+    assert (evaluated.labels >= 0).sum() == 2
 
 
 def test_exif_orientation_is_applied(tmp_path):
