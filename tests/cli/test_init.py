@@ -13,7 +13,9 @@ import yaml
 from tests.helpers.images import write_image
 from tests.helpers.paths import REPO
 from yolo_lightning import DetectorModule, WordTree, load
+from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.shapes import SHAPES
@@ -112,7 +114,7 @@ def test_the_page_on_own_classes_runs_as_written(workdir, capsys):
     assert len(found.labels)
 
 
-def test_init_and_fit_name_a_class_that_cannot_be_learnt(workdir, capsys):
+def test_init_and_data_name_a_class_that_cannot_be_learnt(workdir, capsys):
     write_photos(workdir / "photos", 8)
     write_labels(workdir / "labels", ["ring", "semicircle", "rhombus"], 4)
     (workdir / "own.yaml").write_text("round: [ring, semicircle]\nangular: [rhombus]\n")
@@ -120,8 +122,9 @@ def test_init_and_fit_name_a_class_that_cannot_be_learnt(workdir, capsys):
     assert main([*argv, "--hierarchy", "own.yaml", "--output", "own/recipe.yaml"]) == 0
     warning = "no other class below the same one has labels; add some: rhombus below angular"
     assert warning in capsys.readouterr().out
-    assert main(["fit", "--config", "own/recipe.yaml", *SHORT]) == 0
-    assert warning in capsys.readouterr().out
+    data = recipe_data(["own/recipe.yaml"])  # `fit` prints its report
+    data.setup("fit")
+    assert warning in data.vocabulary_report()
 
 
 def test_init_adds_a_leaf_for_boxes_that_are_none_of_the_names_below(workdir, write_voc, capsys):
@@ -150,7 +153,7 @@ def test_init_adds_a_leaf_for_boxes_that_are_none_of_the_names_below(workdir, wr
     assert source["init_args"]["exclusive_names"] is False
 
 
-def test_a_leaf_for_the_rest_keeps_its_row_when_a_class_is_added(workdir, write_voc, capsys):
+def test_a_leaf_for_the_rest_keeps_its_row_when_a_class_is_added(workdir, write_voc):
     for k in range(4):
         boxes = [("cake", 1, 1, 20, 20), ("doughnut", 30, 5, 60, 40)]
         write_voc(workdir / "set", str(k), boxes)
@@ -164,10 +167,13 @@ def test_a_leaf_for_the_rest_keeps_its_row_when_a_class_is_added(workdir, write_
     assert main(argv) == 0
     grown = WordTree.from_file("grown.tsv")
     assert set(grown.keys) == {"cake", "cake/other", "doughnut", "cheesecake"}
-    assert main(["fit", "--config", "grown.yaml", *SHORT]) == 0
-    printed = capsys.readouterr().out
-    assert "3 of 4 classes, by key" in printed
-    assert "initialized  1 classes (cheesecake)" in printed
+    new = DetectorModule(grown.rows, [(1.0, 1.0)], "tiny_darknet", 128, 64, reorg="space_to_depth")
+    report = str(load_pretrained(new.network, grown, "old.ckpt", len(new.backbone_layers)))
+    assert "3 of 4 classes, by key" in report
+    assert "initialized  1 classes (cheesecake)" in report
+    rows = [(grown.find_node("doughnut"), 2), (grown.keys.index("cake/other"), 1)]
+    for node, old in rows:
+        assert torch.equal(new.network.class_weight[:, node], module.network.class_weight[:, old])
 
 
 def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
