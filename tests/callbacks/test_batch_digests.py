@@ -24,6 +24,7 @@ def train(workplace, *options: str, recipe: str = QUICK[1]):
     return folder, digests(folder)
 
 
+@pytest.mark.slow
 def test_digests_depend_on_image_size_samples_and_sources(workplace):
     _, first = train(workplace)
     assert len(first) == len(set(first)) == 4

@@ -185,6 +185,7 @@ def test_metrics_do_not_depend_on_the_split_over_ranks(tmp_path: Path):
         assert second[0][name] == [figures, 0, classes]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_one_folder_and_one_mlflow_run(workplace):
     options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     result = subprocess.run(
@@ -202,6 +203,7 @@ def test_two_ranks_share_one_folder_and_one_mlflow_run(workplace):
     store.close()
 
 
+@pytest.mark.slow
 def test_batch_size_must_be_divisible_by_the_ranks(workplace):
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.detection_batch_size=3"]
     result = subprocess.run(
