@@ -96,15 +96,7 @@ class ClassifierModule(TrainingModule):
         self._log_step(batch, {"train/loss_class": loss.detach()})
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Choose the classes of the accuracies."""
-        self._set_labels("validation")
-
-    def on_test_epoch_start(self) -> None:
-        """Choose the classes of the accuracies."""
-        self._set_labels("test")
-
-    def _set_labels(self, stage: str) -> None:
+    def _reset_evaluation(self, stage: str) -> None:
         source = getattr(self._datamodule, stage, None)
         self.evaluation.set_labels(self.tree.leaves if source is None else source.nodes)
 

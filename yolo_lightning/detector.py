@@ -314,14 +314,6 @@ class DetectorModule(TrainingModule):
         rows = selected[kept]
         return Detections(boxes_xyxy_px[rows], labels[rows], scores[rows]), rows
 
-    def on_validation_epoch_start(self) -> None:
-        """Reset the metrics."""
-        self._reset_evaluation("validation")
-
-    def on_test_epoch_start(self) -> None:
-        """Reset the metrics."""
-        self._reset_evaluation("test")
-
     def _reset_evaluation(self, stage: str) -> None:
         source = getattr(self._datamodule, stage, None)
         nodes = source.nodes if source is not None else self.tree.leaves

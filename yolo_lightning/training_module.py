@@ -23,8 +23,8 @@ from yolo_lightning.tree.wordtree import WordTree
 class TrainingModule(pl.LightningModule):
     """Train `network` with SGD and a schedule of the learning rate.
 
-    A subclass calls `set_network` in its constructor, and implements the steps, `_check_data` and
-    `_log_metrics`. For the parameters, see `DetectorModule`.
+    A subclass calls `set_network` in its constructor, and implements the steps, `_check_data`,
+    `_reset_evaluation` and `_log_metrics`. For the parameters, see `DetectorModule`.
     """
 
     network: YOLOv2 | Classifier
@@ -166,6 +166,18 @@ class TrainingModule(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update the metrics, as in a validation."""
         self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Set the classes of the metrics."""
+        self._reset_evaluation("validation")
+
+    def on_test_epoch_start(self) -> None:
+        """Set the classes of the metrics."""
+        self._reset_evaluation("test")
+
+    def _reset_evaluation(self, stage: str) -> None:
+        """Set the classes of the metrics to those of a source of the data."""
+        raise NotImplementedError
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""

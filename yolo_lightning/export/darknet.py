@@ -311,8 +311,6 @@ def import_from_options(options: argparse.Namespace) -> ImportedModel:
         notes.append("the .cfg has no tree: its softmax was over all classes, now over siblings")
     if description.ignored:
         notes.append(f"ignored options: {', '.join(description.ignored)}")
-    if isinstance(imported.module, DetectorModule) and not imported.module.boxed.any():
-        notes.append("which classes had boxes in training is unknown; --boxed FILE names them")
     if not (names_path or tree_path or description.names):
         notes.append("the classes have numbers as names; use --names FILE")
     return imported

@@ -37,8 +37,9 @@ def _import(options: argparse.Namespace) -> None:
         if not isinstance(module, DetectorModule):
             raise InputError("--boxed: the network is a classifier, which learns without boxes")
         module.boxed.copy_(seen_nodes(module.tree, options.boxed))
-        notes = [note for note in notes if "--boxed" not in note]
         notes.append(f"classes that had boxes in training: {int(module.boxed.sum())}")
+    elif isinstance(module, DetectorModule) and not module.boxed.any():
+        notes.append("which classes had boxes in training is unknown; --boxed FILE names them")
     output = Path(options.output)
     if output.is_dir() or not output.name:
         raise InputError(f"--output {options.output!r} is a folder; expected a file to write")
