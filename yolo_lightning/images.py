@@ -165,7 +165,7 @@ def centre_crop(
 ) -> NetworkInput:
     """Return the largest central window of the network input's shape, resized to it, px.
 
-    Source: the original program's `center_crop_image`.
+    Source: the original program's `center_crop_image`, whose window is always square.
     """
     height, width = image.shape[:2]
     scale = min(height / size_hw[0], width / size_hw[1])

@@ -25,9 +25,9 @@ def to_sections(description: NetworkDescription) -> list[Section]:
     net = {"batch": "1", "subdivisions": "1", **description.options.get("net", {})}
     height, width = description.size_hw
     net |= {"width": str(width), "height": str(height), "channels": "3"}
-    net["interpolation"] = description.interpolation
-    if description.interpolation == "darknet":  # Darknet knows no such option, and ignores it
-        del net["interpolation"]
+    net.pop("interpolation", None)
+    if description.interpolation != "darknet":  # our own option, which Darknet ignores
+        net["interpolation"] = description.interpolation
     for option, name in TRAINING_OPTIONS.items():
         if name in description.training:
             net[option] = _format_number(description.training[name])
