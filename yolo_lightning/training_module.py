@@ -197,12 +197,6 @@ class TrainingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has the same module class, tree, anchors and layers."""
         saved, name = checkpoint["hyper_parameters"], type(self).__name__
-        groups = [state["param_groups"] for state in checkpoint.get("optimizer_states", ())]
-        if any(len(one) != len(self._group_options()) for one in groups):
-            raise InputError(
-                "the checkpoint's optimizer is that of an older version: start with its weights, "
-                "model.pretrained"
-            )
         if checkpoint.get("module") != name:
             raise InputError(
                 f"the checkpoint holds a {checkpoint.get('module', 'module of an older version')}, "
@@ -219,6 +213,14 @@ class TrainingModule(pl.LightningModule):
             if mine != theirs:
                 difference = first_difference(mine, theirs, "the recipe", "the checkpoint")
                 raise InputError(f"{part} differs from the checkpoint's: {difference}")
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        groups = [state["param_groups"] for state in checkpoint.get("optimizer_states", ())]
+        if any(len(one) != len(self._group_options()) for one in groups):
+            raise InputError(
+                "the checkpoint's optimizer is that of an older version and cannot be resumed; to "
+                "start from its weights, use model.pretrained"
+            )
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

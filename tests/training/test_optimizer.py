@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from yolo_lightning import ClassifierModule, DetectorModule
+from yolo_lightning.errors import InputError
 from yolo_lightning.models.layers import Activation, Conv
 from yolo_lightning.models.networks import ConvBlock
 from yolo_lightning.schedules import StepDecay
@@ -150,3 +151,18 @@ def test_batch_norm_divides_as_the_original_program_on_gpus():
     statistics["running_var"].fill_(6e-5)
     result = block.eval()(torch.full((1, 1, 1, 1), 7e-3))
     assert result.item() == pytest.approx(7e-3 / 7e-5**0.5)
+
+
+def test_another_optimizer_cannot_be_resumed_but_its_network_be_tested():
+    module: Any = detector()
+    checkpoint: dict[str, Any] = {"hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(checkpoint)
+    for groups, message in ((4, None), (2, "older version and cannot be resumed")):
+        checkpoint["optimizer_states"] = [{"param_groups": [{}] * groups}]
+        for command in ("fit", "test"):
+            module._trainer = SimpleNamespace(state=SimpleNamespace(fn=command))
+            if message is not None and command == "fit":
+                with pytest.raises(InputError, match=message):
+                    module.on_load_checkpoint(checkpoint)
+            else:
+                module.on_load_checkpoint(checkpoint)
