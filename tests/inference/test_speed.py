@@ -27,6 +27,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.inference import timing
+from yolo_lightning.inference.classification import prepare
 from yolo_lightning.inference.loading import load
 from yolo_lightning.inference.timing import WARM_UP, Timing, billion_operations, measure_latency
 from yolo_lightning.models.head import HeadOutput
@@ -232,10 +233,9 @@ def test_average_precision_equals_trainer_test(checkpoint, module, recipe):
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         figures = tester.test(twin, own, verbose=False)[0]
-        expected = (figures["test/AP50"], figures["test/AP"])
-        assert measurement.average_precision(module, data, size, half=False) == pytest.approx(
-            expected
-        )
+        expected = {name: figures[f"test/{name}"] for name in ("AP50", "AP")}
+        found = measurement.measure_accuracy(module, data, size, half=False)
+        assert found == pytest.approx(expected)
     assert not module.training
 
 
@@ -351,11 +351,83 @@ def test_invalid_input_writes_nothing(checkpoint, recipe, workplace, capsys, arg
     assert [path.name for path in (workplace / "full").iterdir()] == ["notes.txt"]
 
 
-def test_classifier_is_rejected(workplace, capsys):
-    module = ClassifierModule(tree=["a", "b"], backbone=BACKBONE)
-    torch.save(build_checkpoint(module, {}), workplace / "classifier.ckpt")
-    assert run("classifier.ckpt") == 2
-    assert "holds a classifier; speed takes a detector" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier that ranks every image's classes alphabetically, a first."""
+    module = ClassifierModule(tree=list("abcdefg"), backbone=BACKBONE, image_size=64)
+    with torch.no_grad():
+        module.network.class_conv.weight.zero_()
+        assert module.network.class_conv.bias is not None
+        module.network.class_conv.bias.copy_(torch.arange(7.0, 0, -1))
+    path = tmp_path_factory.mktemp("model") / "letters.ckpt"
+    torch.save(build_checkpoint(module, {}), path)
+    return str(path)
+
+
+@pytest.fixture
+def labels(workplace):
+    """A recipe of test data alone: two images of a, one of b, one of g."""
+    for k, (name, side) in enumerate([("a", 40), ("a", 64), ("b", 96), ("g", 50)]):
+        miniatures.save_grey(workplace / f"labels/{name}/{k}.png", 60 * k, side, 48)
+    source = {"class_path": "yolo_lightning.datamodules.ImageFolder",
+              "init_args": {"root": "labels"}}  # fmt: skip
+    data = {"test": source, "tree": list("abcdefg"), "num_workers": 0}
+    values = {"class_path": "yolo_lightning.CombinedDataModule", "init_args": data}
+    return miniatures.write(workplace / "labels.yaml", yaml.safe_dump({"data": values}))
+
+
+def test_a_classifier_is_measured_with_its_accuracy(classifier, labels, workplace, capsys):
+    options = ("--image-sizes", 64, 96, *FEW_RUNS, "--output", "out")
+    assert run(classifier, "--recipe", labels, *options) == 0
+    content, rows, table = read_output(workplace / "out")
+    assert [(row["image_size"], row["top1"], row["top5"]) for row in rows] == [
+        (64, 0.5, 0.75), (96, 0.5, 0.75),
+    ]  # fmt: skip
+    assert table[0]["top1"] == "0.5"
+    network = load(classifier).network
+    assert [row["billion_operations"] for row in rows] == [
+        billion_operations(network, size) for size in (64, 96)
+    ]
+    assert all(row["network_share"] == 1 and row["suppression_share"] == 0 for row in rows)
+    assert (content["metrics"], content["until"]) == (["top1", "top5"], "class logits")
+    text = capsys.readouterr().out
+    assert re.search(r"^ *px +top1 +top5 ", text, re.MULTILINE)
+    assert re.search(r"^ *64 +0\.500 +0\.750 ", text, re.MULTILINE)
+    with Image.open(workplace / "out/speed.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_sizes_of_a_classifier_are_the_papers_by_default(classifier, workplace):
+    assert run(classifier, "--runs", 1, "--batch-size", 1, "--output", "out") == 0
+    content, rows, _ = read_output(workplace / "out")
+    assert [(row["image_size"], row["top1"]) for row in rows] == [(224, None), (448, None)]
+    assert content["images"] == "smooth noise"
+
+
+def test_timed_images_of_a_classifier_are_prepared_as_in_test(classifier, labels, workplace):
+    module = load(classifier)
+    data = measurement.load_test_data(str(labels), [], module, classifier)
+    images, _ = measurement.load_images(data, module, 64, 8)
+    files = sorted((workplace / "labels").glob("*/*.png"))
+    prepared = [prepare(file, module, (64, 64), "crop")[0] for file in files]
+    assert torch.equal(images, torch.stack(prepared))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--image-sizes", "100"], "image size 100: allowed are multiples of 32"),
+        (["--recipe", "recipe.yaml"], "data.tree differs from the checkpoint's tree"),
+        (
+            ["--recipe", "recipe.yaml", "--data.tree=[a, b, c, d, e, f, g]"],
+            "data.test has boxes; a classifier needs image labels",
+        ),
+    ],
+)
+def test_invalid_input_for_a_classifier(classifier, recipe, workplace, capsys, args, message):
+    assert run(classifier, *args) == 2
+    assert message in capsys.readouterr().err
+    assert not (workplace / "outputs").exists()
 
 
 def test_images_without_boxes_are_rejected(checkpoint, recipe, workplace, capsys):
@@ -365,7 +437,7 @@ def test_images_without_boxes_are_rejected(checkpoint, recipe, workplace, capsys
     values["data"]["init_args"]["test"] = {"class_path": folders, "init_args": {"root": "labels"}}
     recipe.write_text(yaml.safe_dump(values))
     assert run(checkpoint, "--recipe", recipe) == 2
-    assert "data.test has no boxes" in capsys.readouterr().err
+    assert "data.test has no boxes; a detector needs boxes" in capsys.readouterr().err
 
 
 COCO_ANCHORS = [(0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778),

@@ -1,9 +1,8 @@
-"""Speed of a detector: latency percentiles, time per stage, operation counts."""
+"""Speed of a network: latency percentiles, time per stage, operation counts."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,29 +10,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from yolo_lightning.checkpoints.pretrained import last_conv
-from yolo_lightning.detections import Detections
+from yolo_lightning.classifier import ClassifierModule
+from yolo_lightning.detector import DetectorModule
 from yolo_lightning.models.head import HeadOutput, select_candidates
 from yolo_lightning.models.layers import check_sizes
-from yolo_lightning.models.networks import YOLOv2
+from yolo_lightning.models.networks import Classifier, YOLOv2
 
 SCORE_THRESHOLD = 0.25  # the default of `detect`
 WARM_UP = 3  # runs before the timed ones, for memory allocation and kernel selection
 
 
-class Detector(Protocol):
-    """Interface of the timed module; `DetectorModule` implements it."""
-
-    network: YOLOv2
-
-    def detect_most_specific(
-        self, images: Tensor, sizes_hw_orig: Tensor, score_threshold: float = ...
-    ) -> list[Detections]:
-        """Detect objects in a batch of images."""
-
-
 @dataclass(frozen=True)
 class Timing:
-    """Latency percentiles of a batch, from uint8 images on the device to detections."""
+    """Latency percentiles of a batch, from images on the device to detections or class logits."""
 
     batch_size: int
     median_ms: float
@@ -72,7 +61,7 @@ class SynchronizedClock:
 
 
 def measure_latency(
-    detector: Detector,
+    module: DetectorModule | ClassifierModule,
     images: Tensor,
     sizes_hw_orig: Tensor,
     batch_size: int,
@@ -81,50 +70,70 @@ def measure_latency(
 ) -> Timing:
     """Time batches, drawn in turn from the images, after `WARM_UP` runs that are not counted.
 
-    A GPU is also synchronized after the network, to separate the stages. Decoding is timed again
-    after each run; the rest, including the class prediction along the tree, counts as suppression.
-    The detector is in evaluation mode, images are uint8 (N, 3, H, W) on its device, sizes int64
-    (N, 2), px; the network uses autocast unless `dtype` is float32.
+    A GPU is also synchronized after the network, to separate the stages of a detector. Decoding is
+    timed again after each run; the rest, including the class prediction along the tree, counts as
+    suppression. All of a classifier's time is the network's.
+    The module is in evaluation mode, images are (N, 3, H, W) on its device, sizes int64 (N, 2), px;
+    the network uses autocast unless `dtype` is float32.
     """
     clock = SynchronizedClock(images.device)
+    autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
+    seconds = []
+    with torch.inference_mode(), autocast:
+        for run in range(WARM_UP + runs):
+            rows = (run * batch_size + torch.arange(batch_size)) % len(images)
+            batch = images[rows.to(images.device)]
+            if isinstance(module, ClassifierModule):
+                start = clock()
+                module(batch)
+                total = clock() - start
+                seconds.append((total, total, 0.0))
+            else:
+                seconds.append(_time_detection(module, batch, sizes_hw_orig[rows], clock))
+    return Timing.from_runs(batch_size, seconds[WARM_UP:])
+
+
+def _time_detection(
+    detector: DetectorModule, images: Tensor, sizes_hw_orig: Tensor, clock: SynchronizedClock
+) -> tuple[float, float, float]:
+    """Return the seconds of one detection: in total, of the network, and of decoding again."""
     after_network: list[float] = []
     outputs: list[HeadOutput] = []
 
     def record(_module: nn.Module, _images: object, output: HeadOutput) -> None:
         after_network[:], outputs[:] = [clock()], [output]
 
-    seconds = []
     handle = detector.network.register_forward_hook(record)
-    autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
     try:
-        with torch.inference_mode(), autocast:
-            for run in range(WARM_UP + runs):
-                rows = (run * batch_size + torch.arange(batch_size)) % len(images)
-                batch, sizes = images[rows.to(images.device)], sizes_hw_orig[rows]
-                start = clock()
-                detector.detect_most_specific(batch, sizes, SCORE_THRESHOLD)
-                total = clock() - start
-                start_decode = clock()
-                anchors = detector.network.anchors_wh_cell
-                for candidates in select_candidates(outputs[0], anchors, SCORE_THRESHOLD):
-                    for _ in candidates.chunks():  # computes the class logits
-                        pass
-                seconds.append((total, after_network[0] - start, clock() - start_decode))
+        start = clock()
+        detector.detect_most_specific(images, sizes_hw_orig, SCORE_THRESHOLD)
+        total = clock() - start
     finally:
         handle.remove()
-    return Timing.from_runs(batch_size, seconds[WARM_UP:])
+    start_decode = clock()
+    anchors = detector.network.anchors_wh_cell
+    for candidates in select_candidates(outputs[0], anchors, SCORE_THRESHOLD):
+        for _ in candidates.chunks():  # computes the class logits
+            pass
+    return total, after_network[0] - start, clock() - start_decode
 
 
-def billion_operations(network: YOLOv2, image_size: int) -> float:
+def billion_operations(network: YOLOv2 | Classifier, image_size: int) -> float:
     """Count the operations for one image; a multiplication and an addition count as two.
 
-    Includes the class scores of all boxes, as other programs compute them, although this network
-    computes them only above the threshold. Runs on the meta device.
+    Includes the class scores of all boxes or cells, as other programs compute them, although these
+    networks compute fewer. Only convolutions are counted, as in the original program. Runs on the
+    meta device.
     """
-    layers, nodes = network.body.layers, network.class_weight.shape[1]
+    layers = network.body.layers
     check_sizes(layers, (image_size, image_size))
     with torch.device("meta"):
-        shapes = YOLOv2(layers, nodes, torch.empty(network.anchors_wh_cell.shape))
+        shapes: YOLOv2 | Classifier
+        if isinstance(network, Classifier):
+            shapes = Classifier(layers, network.class_conv.out_channels)
+        else:
+            anchors = torch.empty(network.anchors_wh_cell.shape)
+            shapes = YOLOv2(layers, network.class_weight.shape[1], anchors)
         with FlopCounterMode(display=False) as counter:
             features = shapes.body(torch.empty(1, 3, image_size, image_size))
             nn.functional.conv2d(features, *last_conv(shapes))

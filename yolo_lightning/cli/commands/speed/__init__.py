@@ -10,6 +10,8 @@ from yolo_lightning.errors import InputError, nearest
 
 SIZES = (288, 352, 416, 480, 544, 608)
 """px. Source: YOLO9000, table 3 and figure 4; 608 is the largest size of its training."""
+CLASSIFIER_SIZES = (224, 448)
+"""px. Source: YOLO9000, section 3, "Training for classification"."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,15 +22,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("checkpoint", help="a detector, trained or imported")
-    add("--recipe", help="time its test images and measure average precision on them")
+    add("checkpoint", help="a detector or a classifier, trained or imported")
+    add("--recipe", help="time its test images and measure the accuracy on them")
     add(
         "--image-sizes",
         type=int,
         nargs="+",
-        default=SIZES,
         metavar="PX",
-        help="(default: 288 352 416 480 544 608)",
+        help="(default: 288 352 416 480 544 608, of a classifier 224 448)",
     )
     add("--batch-size", type=int, default=8, metavar="N", help="images per batch (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if available)")
@@ -47,9 +48,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
-    options.image_sizes = sorted(set(options.image_sizes))
-    if options.image_sizes[0] < 1:
-        raise InputError(f"--image-sizes contains {options.image_sizes[0]}; allowed: 32, 64 …")
+    if options.image_sizes is not None:
+        options.image_sizes = sorted(set(options.image_sizes))
+        if options.image_sizes[0] < 1:
+            raise InputError(f"--image-sizes contains {options.image_sizes[0]}; allowed: 32, 64 …")
     for arg in overrides:  # names of recipe options have a dot; an argument may also be a value
         if not options.recipe or (arg.startswith("--") and "." not in arg.partition("=")[0]):
             raise InputError(f"{arg}: no such option; {_hint(parser, arg)}")

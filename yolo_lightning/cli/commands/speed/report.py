@@ -21,7 +21,7 @@ _TIMING_COLUMNS = {
 }  # fmt: skip
 """Column name to attribute of `Timing`."""
 _COLUMNS = (
-    ("", "px", 5), ("", "AP50", 5), ("", "AP", 5), ("billion", "operations", 10),
+    ("", "px", 5), ("", "{}", 5), ("", "{}", 5), ("billion", "operations", 10),
     ("one image", "images/s", 9), ("", "ms (10 … 90 %)", 22),
     ("batch of {}", "images/s", 11), ("", "ms (10 … 90 %)", 22),
     ("network", "%", 7), ("decode", "%", 6), ("suppress", "%", 8),
@@ -36,16 +36,14 @@ class SizeResult:
     image_size: int  # px
     billion_operations: float  # for one image
     single: Timing  # of single images
-    batch: Timing | None = None  # of batches; None if the memory is too small
-    ap50: float | None = None  # 0…1; None without test images of the classes
-    ap: float | None = None
+    batch: Timing | None  # of batches; None if the memory is too small
+    accuracy: dict[str, float | None]  # two metrics, 0…1; None without test images of the classes
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Return all values by column name; columns of batches start with ``batch_``."""
         values: dict[str, float | int | None] = {
             "image_size": self.image_size,
-            "AP50": self.ap50,
-            "AP": self.ap,
+            **self.accuracy,
             "billion_operations": self.billion_operations,
         }
         for prefix, timing in (("", self.single), ("batch_", self.batch)):
@@ -57,12 +55,15 @@ class SizeResult:
 
 def table_header(setup: dict[str, Any]) -> str:
     """Return the measurement setup and the headings of the table."""
-    headings = [[part.format(setup["batch_size"]) for part in column[:2]] for column in _COLUMNS]
+    values = iter((*setup["metrics"], setup["batch_size"]))
+    headings = [
+        [part.format(next(values)) if "{}" in part else part for part in column[:2]]
+        for column in _COLUMNS
+    ]
     return (
         f"{setup['checkpoint']} on {_format_machine(setup)}\n"
         f"yolo-lightning {setup['yolo_lightning']}, torch {setup['torch']}\n"
-        f"{setup['images']}; from uint8 on the device to detections above "
-        f"{setup['score_threshold']}\n"
+        f"{setup['images']}; from uint8 on the device to {setup['until']}\n"
         f"medians of {setup['runs']} runs after {setup['warm_up_runs']} warm-up runs; load before: "
         f"{setup['load_before']:.1f} of {setup['cores']} cores\n"
         "network, decoding and suppression: % of the time of one image\n\n"
@@ -80,7 +81,7 @@ def table_line(row: SizeResult) -> str:
     single, batch = row.single, row.batch
     cells = (
         str(row.image_size),
-        *("-" if value is None else f"{value:.3f}" for value in (row.ap50, row.ap)),
+        *("-" if value is None else f"{value:.3f}" for value in row.accuracy.values()),
         f"{row.billion_operations:.2f}",
         f"{single.images_per_second:.1f}",
         _format_ms(single),
@@ -122,7 +123,8 @@ def draw_plot(path: Path, setup: dict[str, Any], rows: Sequence[SizeResult]) -> 
 
     Source: YOLO9000, figure 4.
     """
-    has_accuracy = any(row.ap50 is not None for row in rows)
+    metric = setup["metrics"][0]
+    has_accuracy = any(row.accuracy[metric] is not None for row in rows)
     figure = new_figure(9.0, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
     panels[0].set_title("one image at a time", fontsize=10, color=TEXT)
@@ -130,7 +132,9 @@ def draw_plot(path: Path, setup: dict[str, Any], rows: Sequence[SizeResult]) -> 
     draw_panel = _draw_accuracy if has_accuracy else _draw_latency
     draw_panel(panels[0], [(row, row.single) for row in rows])
     draw_panel(panels[1], [(row, row.batch) for row in rows if row.batch is not None])
-    ylabel = "AP50 on the test images" if has_accuracy else "ms per image, median and 10 … 90 %"
+    ylabel = (
+        f"{metric} on the test images" if has_accuracy else "ms per image, median and 10 … 90 %"
+    )
     panels[0].set_ylabel(ylabel, color=TEXT)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -146,13 +150,14 @@ def _draw_accuracy(axes: "Axes", points: Sequence[tuple[SizeResult, Timing]]) ->
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    values = [(t.images_per_second, row.ap50, row) for row, t in points if row.ap50 is not None]
-    axes.plot(
-        [speed for speed, _, _ in values], [ap50 for _, ap50, _ in values], "o-", color=COLOURS[0]
-    )
-    for speed, ap50, row in values:
+    values = [
+        (timing.images_per_second, next(iter(row.accuracy.values())), row) for row, timing in points
+    ]
+    values = [value for value in values if value[1] is not None]
+    axes.plot([speed for speed, *_ in values], [y for _, y, _ in values], "o-", color=COLOURS[0])
+    for speed, y, row in values:
         axes.annotate(
-            f"{row.image_size} px", (speed, ap50), (0, 8), textcoords="offset points", ha="center",
+            f"{row.image_size} px", (speed, y), (0, 8), textcoords="offset points", ha="center",
             fontsize=9, color=TEXT, path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
     axes.set(xscale="log", xlabel="images per second")
