@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import original_program
-from tests.helpers.darknet import conv_layers
+from tests.helpers.darknet import conv_layers, operations
 from tests.helpers.golden_weights import write_random_weights
 from tests.helpers.original_program import FILES, LIBRARY
 from yolo_lightning.cli.main import main
@@ -99,3 +99,10 @@ def test_tiny_darknet_names_the_dog_as_the_original_program(real_data, workplace
     assert len(theirs) == 5
     assert [name for name, _ in ours] == [name for name, _ in theirs]
     assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=MAX_POINTS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_operations_are_those_that_the_original_program_prints(name):
+    size, printed = original_program.billion_operations(FILES / f"cfg/{name}.cfg")
+    # printed with three decimals for each layer
+    assert operations(name, size) == pytest.approx(printed, rel=2e-3)

@@ -6,6 +6,7 @@ the image, and the score of each class, 0 below the threshold.
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,15 @@ def classify(cfg: Path, weights: Path, names: Path, image: Path) -> list[tuple[s
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     rows = (line.partition("%: ") for line in done.stdout.splitlines() if "%: " in line)
     return [(name, float(percent)) for percent, _, name in rows]
+
+
+def billion_operations(cfg: Path) -> tuple[int, float]:
+    """Return the size of a `.cfg`, px, and the sum of what is printed for its layers."""
+    data, missing = FILES / "cfg/coco.data", "missing.weights"
+    command = [str(PROGRAM), "detector", "test", *map(str, (data, cfg, missing, missing))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    (size,) = re.findall(r"^ +0 conv .*? (\d+) x +\d+ x +3 ", done.stderr, re.M)
+    return int(size), sum(map(float, re.findall(r"([\d.]+) BFLOPs", done.stderr)))
 
 
 def _call_library(

@@ -21,6 +21,7 @@ COMMANDS = {
     "detect": ("commands.detect", "detect objects in images, videos and streams"),
     "explain": ("commands.explain", "draw every term of the loss on one image"),
     "speed": ("commands.speed", "measure speed, and accuracy, at every image size"),
+    "networks": ("commands.networks", "list the built-in networks with their size and operations"),
     "export": ("commands.export", "export a detector to ONNX or torch.export"),
     "classify": ("commands.classify", "classify images"),
     "darknet": ("commands.darknet", "convert Darknet files to a checkpoint and back"),
