@@ -8,11 +8,6 @@ from pathlib import Path
 from yolo_lightning.cli.commands.detect import check_output_folder
 from yolo_lightning.errors import InputError, nearest
 
-SIZES = (288, 352, 416, 480, 544, 608)
-"""px. Source: YOLO9000, table 3 and figure 4; 608 is the largest size of its training."""
-CLASSIFIER_SIZES = (224, 448)
-"""px. Source: YOLO9000, section 3, "Training for classification"."""
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_lightning.checkpoints.validation import first_difference
-from yolo_lightning.cli.commands.speed import CLASSIFIER_SIZES, SIZES, report
+from yolo_lightning.cli.commands.speed import report
 from yolo_lightning.cli.commands.speed.report import SizeResult
 from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.datamodules import CombinedDataModule
@@ -35,6 +35,10 @@ from yolo_lightning.inference.timing import (
 from yolo_lightning.tracking.provenance import processor_name
 from yolo_lightning.version import __version__
 
+SIZES = (288, 352, 416, 480, 544, 608)
+"""px. Source: YOLO9000, table 3 and figure 4; 608 is the largest size of its training."""
+CLASSIFIER_SIZES = (224, 448)
+"""px. Source: YOLO9000, section 3, "Training for classification"."""
 METRICS = {True: ("AP50", "AP"), False: ("top1", "top5")}
 """Names of the two metrics, of detectors and of classifiers."""
 MIN_IMAGES = 8  # number of different images for timing single images

@@ -151,13 +151,14 @@ def _draw_accuracy(axes: "Axes", points: Sequence[tuple[SizeResult, Timing]]) ->
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     values = [
-        (timing.images_per_second, next(iter(row.accuracy.values())), row) for row, timing in points
+        (timing.images_per_second, accuracy, row.image_size)
+        for row, timing in points
+        if (accuracy := next(iter(row.accuracy.values()))) is not None
     ]
-    values = [value for value in values if value[1] is not None]
     axes.plot([speed for speed, *_ in values], [y for _, y, _ in values], "o-", color=COLOURS[0])
-    for speed, y, row in values:
+    for speed, accuracy, size in values:
         axes.annotate(
-            f"{row.image_size} px", (speed, y), (0, 8), textcoords="offset points", ha="center",
+            f"{size} px", (speed, accuracy), (0, 8), textcoords="offset points", ha="center",
             fontsize=9, color=TEXT, path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
     axes.set(xscale="log", xlabel="images per second")
