@@ -92,6 +92,8 @@ def test_a_classifier_trains_and_logs_accuracy_per_class(folders, capsys, tree):
     rows = [line.split() for line in output.splitlines() if line.startswith(("cat ", "dog "))]
     table = {name: (accuracy, images) for name, accuracy, images in rows}
     assert set(table) == {"cat", "dog"}  # no image shows a car
+    along_tree = "along the tree: depth1 1.000, depth2 1.000, right 1.000, not specific enough"
+    assert (along_tree in output) == (tree == "tree.tsv")
     assert all(float(value) > 0.9 for value, _ in table.values())
     (folder,) = Path("runs").glob("*/test-001")
     assert f"report: {folder}" in output

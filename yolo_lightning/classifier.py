@@ -128,7 +128,7 @@ class ClassifierModule(TrainingModule):
             self.log_dict({f"{stage}/top1/{k}": row["top1"] for k, row in rows}, sync_dist=True)
 
     def table(self) -> str:
-        """Return the accuracy of each class as text, lowest first."""
+        """Return the accuracy of each class as text, lowest first, and that along the tree."""
         rows = sorted(self.evaluation.per_class.values(), key=lambda row: float(row["top1"]))
         width = max([5, *(len(row["name"]) for row in rows)]) + 2
         lines = [
@@ -137,4 +137,8 @@ class ClassifierModule(TrainingModule):
         ]
         if len(rows) > MAX_LOGGED_CLASSES:
             lines.append(f"… and {len(rows) - MAX_LOGGED_CLASSES} classes with higher accuracies")
+        on_path = {k: v for k, v in self.evaluation.metrics.items() if k not in ("top1", "top5")}
+        if on_path:
+            shares = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in on_path.items())
+            lines.append(f"along the tree: {shares}")
         return "\n".join([f"{'class':<{width}}{'top-1':>8}{'images':>8}", *lines])
