@@ -29,8 +29,8 @@ def build_tree(
     Raises:
         InputError: a custom key without a parent, a cycle, or a synset that is not below the root.
 
-    Source: YOLO9000, section 4, "Building WordTree": synsets with one path to the root are added
-    first, then for each other synset the path that adds the fewest nodes.
+    Source: YOLO9000, section 4, "Hierarchical classification": synsets with one path to the root
+    are added first, then for each other synset the path that adds the fewest nodes.
     Paper is silent: the order of the others (ascending wnid), paths of equal length (lowest wnids),
     and nodes with one child, which are removed unless they are labels or explicit parents.
     Deviation: the leaves ``X/other``; without them, COCO's donut, the only child of cake, has the
