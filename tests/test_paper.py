@@ -28,7 +28,8 @@ def named(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST, str |
                 yield from named(statement, f"{name}.")
         elif isinstance(statement, ast.Assign | ast.AnnAssign):
             text = following.value if isinstance(following, ast.Expr) else None
-            docstring = text.value if isinstance(text, ast.Constant) else None
+            value = text.value if isinstance(text, ast.Constant) else None
+            docstring = value if isinstance(value, str) else None
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             for target in targets:
                 for part in ast.walk(target):
