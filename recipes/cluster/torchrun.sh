@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run a recipe on several machines without a scheduler; start this script on each of them:
 #
-#   NODES=2 NODE_RANK=0 MASTER=first-host:29500 recipes/cluster/torchrun.sh recipes/yolov2_voc2007.yaml
-#   NODES=2 NODE_RANK=1 MASTER=first-host:29500 recipes/cluster/torchrun.sh recipes/yolov2_voc2007.yaml
+#   NODES=2 NODE_RANK=0 MASTER=first-host:29500 recipes/cluster/torchrun.sh recipes/detect_voc.yaml
+#   NODES=2 NODE_RANK=1 MASTER=first-host:29500 recipes/cluster/torchrun.sh recipes/detect_voc.yaml
 #
 # If a rank fails, torchrun restarts all ranks, and they resume from the last checkpoint, which must be in
 # a folder that every machine can read. Further arguments are passed to fit. Environment variables:

@@ -138,7 +138,7 @@ def test_synsets_with_one_path_come_first_then_the_shortest_addition():
     assert build_tree([dog]).keys == (dog,)
 
 
-IN1K = (REPO / "tests/golden/imagenet1k.wnids").read_text().split()
+IN1K = (REPO / "recipes/trees/imagenet1k.wnids").read_text().split()
 
 
 def test_imagenet_1k_tree_has_the_size_of_the_paper_in_any_order():

@@ -38,7 +38,7 @@ def test_plots_show_every_node_once(tmp_path, monkeypatch, capsys):
 
 
 def test_the_depth_of_plots_of_large_trees_is_limited():
-    tree = build_tree((REPO / "tests/golden/imagenet1k.wnids").read_text().split())
+    tree = build_tree((REPO / "recipes/trees/imagenet1k.wnids").read_text().split())
     assert visible_depth(tree) == tree.paths.shape[1]
     assert visible_depth(tree, 300) < tree.paths.shape[1]
     levels = (tree.paths >= 0).sum(dim=1)
