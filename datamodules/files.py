@@ -16,12 +16,14 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, read_image
 from yolo_lightning.tree.wordtree import WordTree
 
+_MAX_LABEL_ERRORS = 20
+
 
 class FileSource(Source):
     """A source whose images are files; subclasses find and parse their annotations."""
 
-    def __init__(self, mapping: dict[str, str] | None) -> None:
-        self.mapping = dict(mapping or {})
+    def __init__(self, mapping: dict[str, str] | None, skip_unknown: bool = False) -> None:
+        self.mapping, self.skip_unknown = dict(mapping or {}), skip_unknown
         self.faults = []
         self._index: Index | None = None
 
@@ -52,28 +54,37 @@ class FileSource(Source):
         if not len(self):
             hint = f": {self.faults[0]}" if self.faults else ""
             raise InputError(f"{self.name}: contains no images{hint}")
-        counts, errors = self.name_counts(), []
+        counts = self.name_counts()
         learned = np.bincount(self._learned_classes(), minlength=len(counts)).tolist()
-        self._nodes = np.full(len(counts), -1, dtype=np.int64)
+        self._nodes = self._find_nodes(tree, counts)
         self._node_counts: dict[int, Counter[str]] = {}
-        for number, (name, origin) in enumerate(
-            zip(metadata["names"], metadata["origins"], strict=True)
+        for node, name, number in zip(
+            self._nodes.tolist(), metadata["names"], learned, strict=True
         ):
-            if not counts[name]:
-                continue
-            try:
-                node = tree.find_node(self.mapping.get(name, name), origin)
-            except InputError as error:
-                errors.append(str(error))
-                continue
-            self._nodes[number] = node
-            if learned[number]:
-                self._node_counts.setdefault(node, Counter())[name] += learned[number]
-        if errors:
-            raise InputError(
-                "\n  ".join(errors) + "\n  add the missing labels to the tree, or map them to its "
-                "nodes: mapping: {label: node} on the source"
-            )
+            if node >= 0 and number:
+                self._node_counts.setdefault(node, Counter())[name] += number
+
+    def _find_nodes(self, tree: WordTree, counts: Counter[str]) -> NDArray[np.int64]:
+        """Return the node of each label name; -1 if it does not occur, or is left out."""
+        metadata, wrong = self.load_index().metadata, []
+        nodes = np.full(len(metadata["names"]), -1, dtype=np.int64)
+        for number, name in enumerate(metadata["names"]):
+            label = self.mapping.get(name, name)
+            matches = tree.matching_nodes(label) if counts[name] else []
+            if len(matches) == 1:
+                nodes[number] = matches[0]
+            elif counts[name] and (matches or name in self.mapping or not self.skip_unknown):
+                wrong.append((label, metadata["origins"][number]))
+        if wrong:
+            raise InputError(f"{_label_errors(tree, wrong)}\n  {self._label_hint}")
+        return nodes
+
+    @property
+    def _label_hint(self) -> str:
+        return (
+            "add the missing labels to the tree, or map them to its nodes: mapping: {label: node} "
+            "on the source"
+        )
 
     def name_counts(self) -> Counter[str]:
         """Return the number of objects, or images, by label name. Needs no tree."""
@@ -178,7 +189,76 @@ class AnnotatedImages(FileSource, DetectionSource):
 class LabelledImages(FileSource, ImageLabelSource):
     """An image-label source whose images are files."""
 
+    _kept: NDArray[np.int32] | None = None  # positions of the images in the index; None for all
+
+    def bind(self, tree: WordTree) -> None:
+        """Load the index, map label names to nodes, and leave out unknown ones; see `Source`."""
+        self._kept = None
+        super().bind(tree)
+        classes, is_known = self.load_index().arrays["classes"], self._nodes >= 0
+        keep = is_known[classes]
+        if keep.all():
+            return
+        counts = self.name_counts()
+        unknown = [name for name, known in zip(counts, is_known, strict=True) if not known]
+        unknown = [name for name in unknown if counts[name]]
+        if not keep.any():
+            raise InputError(
+                f"{self.name}: none of its {len(unknown):,} labels is in the tree, such as "
+                f"{', '.join(unknown[:3])}; is it the tree of another dataset?"
+            )
+        self._kept = np.arange(len(classes), dtype=np.int32)[keep]
+        self.faults = [
+            f"{self.name}: {len(classes) - len(self._kept):,} images of {len(unknown):,} labels "
+            f"that are not in the tree, left out: {', '.join(unknown[:3])}"
+            + (" …" if len(unknown) > 3 else ""),
+            *self.faults,
+        ]
+
+    @property
+    def _label_hint(self) -> str:
+        return f"{super()._label_hint}; skip_unknown: true leaves out the images of labels without"
+
+    def __len__(self) -> int:
+        """Return the number of images, without those left out."""
+        return super().__len__() if self._kept is None else len(self._kept)
+
+    def name_counts(self) -> Counter[str]:
+        """Return the number of images by label name; once bound, without those left out."""
+        counts = super().name_counts()
+        if self._kept is None:
+            return counts
+        return Counter(
+            {n: c for (n, c), k in zip(counts.items(), self._nodes, strict=True) if k >= 0}
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash of file names and labels, and of which images are left out."""
+        whole = super().fingerprint()
+        return whole if self._kept is None else digest(whole, self._kept)
+
+    def image_path(self, index: int) -> Path:
+        """Return the path of an image."""
+        return super().image_path(self._position(index))
+
+    def _position(self, index: int) -> int:
+        """Return the position of an image in the index."""
+        return index if self._kept is None else int(self._kept[index])
+
     def read(self, index: int, min_side: int | None = None) -> tuple[Image, int]:
         """Return one image and its node."""
         image, _ = read_image(self.image_path(index), min_side)
-        return image, int(self._nodes[self.load_index().arrays["classes"][index]])
+        return image, int(self._nodes[self.load_index().arrays["classes"][self._position(index)]])
+
+
+def _label_errors(tree: WordTree, labels: list[tuple[str, str]]) -> str:
+    """Return why these labels, with the place of each, are no nodes; not all of a long list."""
+    errors = []
+    for label, origin in labels[:_MAX_LABEL_ERRORS]:  # a hint compares a label with all names
+        try:
+            tree.find_node(label, origin)
+        except InputError as error:
+            errors.append(str(error))
+    if len(labels) > _MAX_LABEL_ERRORS:
+        errors.append(f"… and {len(labels) - _MAX_LABEL_ERRORS:,} more labels")
+    return "\n  ".join(errors)

@@ -20,10 +20,13 @@ class ImageFolder(LabelledImages):
     Args:
         root: the folder with one folder per class.
         mapping: nodes by folder name, if the tree has other names.
+        skip_unknown: whether to leave out images whose class is not in the tree.
     """
 
-    def __init__(self, root: str, mapping: dict[str, str] | None = None) -> None:
-        super().__init__(mapping)
+    def __init__(
+        self, root: str, mapping: dict[str, str] | None = None, skip_unknown: bool = False
+    ) -> None:
+        super().__init__(mapping, skip_unknown)
         self.root = root
         self.name = f"image folder {root}"
 
@@ -49,6 +52,7 @@ class LabelCSV(LabelledImages):
         root: folder that the paths are relative to; by default the table's own.
         mapping: nodes by label, if the tree has other names.
         allow_outside: whether paths may lead out of that folder.
+        skip_unknown: whether to leave out images whose label is not in the tree.
     """
 
     def __init__(
@@ -57,8 +61,9 @@ class LabelCSV(LabelledImages):
         root: str | None = None,
         mapping: dict[str, str] | None = None,
         allow_outside: bool = False,
+        skip_unknown: bool = False,
     ) -> None:
-        super().__init__(mapping)
+        super().__init__(mapping, skip_unknown)
         self.file, self.root, self.allow_outside = file, root, allow_outside
         self.name = f"table {file}"
 

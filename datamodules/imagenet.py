@@ -31,6 +31,7 @@ class ImageNet(LabelledImages):
         split: which folder.
         labels: file or folder with the labels of images in one folder, if not in a usual place.
         mapping: nodes by wnid, if the tree has other keys.
+        skip_unknown: whether to leave out images whose wnid is not in the tree.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class ImageNet(LabelledImages):
         split: str = "train",
         labels: str | None = None,
         mapping: dict[str, str] | None = None,
+        skip_unknown: bool = False,
     ) -> None:
-        super().__init__(mapping)
+        super().__init__(mapping, skip_unknown)
         self.root, self.split, self.labels = root, split, labels
         self.name = f"ImageNet {root} ({split})"
 

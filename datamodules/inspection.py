@@ -130,7 +130,7 @@ def inspect(source: Source, tree: WordTree) -> Report:
     except InputError:
         return report
     report.images, report.classes = len(source), source.name_counts()
-    report.faults = list(index.metadata["faults"])
+    report.faults = list(source.faults)
     if isinstance(source, AnnotatedImages):
         report.objects_per_image = np.diff(index.arrays["box_offsets"])
         report.boxes_wh_px, report.boxes_of_wh_px, report.centres_norm = _boxes_of(source)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from yolo_lightning.errors import InputError, nearest, read_text
 from yolo_lightning.tree.tables import TreeTables
+from yolo_lightning.tree.wordnet import wordnet
 
 MAX_LEVELS = 200
 """The authors' tree has 17 levels; the table of paths grows with the number of levels."""
@@ -121,14 +122,21 @@ class WordTree:
     def from_file(cls, path: str | Path) -> "WordTree":
         """Read a file of tab-separated lines: key, parent's key or ``-``, name; ``#`` comments.
 
-        A ``.names`` file has one name per line, and becomes a tree of one level.
+        A ``.names`` file has one name per line, and becomes a tree of one level; so does a
+        ``.wnids`` file with one wnid per line, whose names are WordNet's first words.
 
         Raises:
             InputError: the file is missing or a line is malformed; names file and line.
         """
-        lines = read_text(path, "tree file").splitlines()
-        if Path(path).suffix == ".names":
-            return cls.from_names([line.strip() for line in lines if line.strip()], str(path))
+        hint = "`yolo-lightning wordtree build` builds one; see the top of the recipe"
+        lines = read_text(path, "tree file", hint).splitlines()
+        if Path(path).suffix in (".names", ".wnids"):
+            keys = [line.strip() for line in lines if line.strip()]
+            if Path(path).suffix == ".names":
+                return cls.from_names(keys, str(path))
+            words = wordnet()
+            names = [words.name(key) if key in words else key for key in keys]
+            return cls([(k, "-", n) for k, n in zip(keys, names, strict=True)], str(path))
         rows, numbers = [], []
         for number, line in enumerate(lines, start=1):
             if not line.strip() or line.startswith("#"):
