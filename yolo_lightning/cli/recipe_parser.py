@@ -20,6 +20,7 @@ ANY_MODEL = {
     "class_path": "yolo_lightning.DetectorModule",
     "init_args": {"tree": ["any"], "anchors_wh_cell": [[1.0, 1.0]]},
 }
+_SAVED_TREE = "(the checkpoint's tree)"
 _NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
 
 
@@ -53,15 +54,23 @@ def parse(
         InputError: an unknown key, a wrong value, or a reference to a missing key.
     """
     origin = "".join(f"{recipe}: " for recipe in recipes)
+    rows = (model or {}).get("init_args", {}).get("tree")
+    if model and rows is not None:  # the parser's time grows with the square of the length of a list
+        model = {**model, "init_args": {**model["init_args"], "tree": _SAVED_TREE}}
     try:
         with tempfile.TemporaryDirectory() as folder:
             defaults = Path(folder) / "model.yaml"
             defaults.write_text(yaml.safe_dump({"model": model} if model else {}))
-            return parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
+            config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
     except OmegaConfBaseException as error:
         raise InputError(f"{origin}{error.full_key}: {str(error).splitlines()[0]}") from None
     except _ParserError as error:
         raise InputError(origin + readable_message(str(error), recipes)) from None
+    for section in ("model", "data"):
+        init_args = (config[args[0]].get(section) or {}).get("init_args") or {}
+        if init_args.get("tree") == _SAVED_TREE:
+            init_args["tree"] = rows
+    return config
 
 
 def recipe_files(args: Sequence[str]) -> list[str]:
