@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.commands import header_commands
 from tests.helpers.images import write_image
+from tests.helpers.miniatures import save_grey
+from tests.helpers.paper_data import write_paper_data
 from tests.helpers.paths import REPO, SHARED_DATA
+from yolo_lightning.cli.main import main
 
 torch.set_num_threads(1)
 
@@ -69,6 +74,41 @@ def real_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real datasets are not installed")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def paper_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+    """Write the datasets, and build the trees with the commands at the top of the recipes."""
+    root = tmp_path_factory.mktemp("paper")
+    variables = write_paper_data(root)
+    commands = {
+        command.replace("$IMAGENET22K", variables["IMAGENET22K"])
+        for recipe in (REPO / "recipes").rglob("*.yaml")
+        for command in header_commands(recipe.read_text(encoding="utf-8"))
+        if command.startswith("yolo-lightning wordtree build ")
+    }
+    (root / "recipes").symlink_to(REPO / "recipes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for command in sorted(commands):
+            assert main(shlex.split(command)[1:]) == 0
+    # pooch, beyond the top 9,000
+    save_grey(Path(variables["IMAGENET22K"]) / "n02084732/n02084732_1.JPEG")
+    return variables, root / "datasets"
+
+
+@pytest.fixture
+def paper(
+    paper_data: tuple[dict[str, str], Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A working folder with the datasets of the paper in miniature, and the trees."""
+    variables, trees = paper_data
+    (workplace / "datasets").symlink_to(trees)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    yield workplace
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 Box = tuple[str, float, float, float, float]

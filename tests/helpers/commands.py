@@ -73,6 +73,13 @@ def commands_of(text: str) -> Iterator[str]:
             yield span
 
 
+def header_commands(recipe: str) -> list[str]:
+    """Return the commands in the comment at the top of a recipe, without the words beside them."""
+    header = recipe.partition("\nseed_everything")[0]
+    lines = re.sub(r"\\\n#\s*", "", header)
+    return [re.split(r"\s{2,}", line)[0] for line in re.findall(r"^#   (\S.*)$", lines, re.M)]
+
+
 def check(command: str) -> None:
     """Parse a command line.
 

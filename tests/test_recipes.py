@@ -1,0 +1,141 @@
+"""Every recipe trains on a miniature of its datasets."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.paths import REPO
+from yolo_lightning import ClassifierModule, DetectorModule
+from yolo_lightning.cli.main import main
+from yolo_lightning.export.darknet import build_checkpoint
+from yolo_lightning.tree.wordtree import WordTree
+
+RECIPES = sorted(path.relative_to(REPO) for path in (REPO / "recipes").rglob("*.yaml"))
+# a network of the same stride as Darknet-19, and finer features for the passthrough
+BACKBONE = f"[{'[conv,4],[pool],' * 5}[conv,8]]"
+SMALL = [
+    f"--model.backbone={BACKBONE}", "--model.pretrained=null", "--data.num_workers=0",
+    "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.logger=false",
+    "--trainer.check_val_every_n_epoch=null",
+    "--trainer.num_sanity_val_steps=0",
+]  # fmt: skip
+BOXES, LABELS = ["--data.detection_batch_size=2"], ["--data.classification_batch_size=2"]
+HEAD = ["--model.head_channels=8", "--model.passthrough_channels=4"]
+
+# options, and how many batches of each kind: the 1st and the 6th of a joint training have boxes
+TRAININGS: dict[str, tuple[list[str], dict[str, int]]] = {
+    "detect_voc": ([*BOXES, *HEAD], {"DetectionBatch": 2}),
+    "detect_coco": ([*BOXES, *HEAD], {"DetectionBatch": 2}),
+    "classify_imagenet_224": (LABELS, {"ClassificationBatch": 2}),
+    "classify_imagenet_448": (LABELS, {"ClassificationBatch": 2}),
+    "classify_wordtree_1k": (LABELS, {"ClassificationBatch": 2}),
+    "classify_wordtree_9k": (LABELS, {"ClassificationBatch": 2}),
+    "joint_yolo9000": ([*BOXES, *LABELS], {"DetectionBatch": 2, "ClassificationBatch": 4}),
+    "joint_voc_imagenet1k": ([*BOXES, *LABELS], {"DetectionBatch": 2, "ClassificationBatch": 4}),
+}
+TESTS = {"test_imagenet", "test_imagenet_det"}
+ELSEWHERE = {"quickstart", "fruit", "pets_joint"}  # trained by tests of their own
+
+
+def name_of(recipe: Path) -> str:
+    return recipe.stem
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The number of training batches of each kind, and of validations with a finite metric."""
+    counts: Counter[str] = Counter()
+
+    def log_step(module: Any, batch: Any, losses: dict[str, torch.Tensor]) -> None:
+        assert all(value.isfinite() for value in losses.values())
+        counts[type(batch).__name__] += 1
+
+    monkeypatch.setattr("yolo_lightning.training_module.TrainingModule._log_step", log_step)
+    for module in (DetectorModule, ClassifierModule):
+        original = module._log_metrics
+
+        def log_metrics(self: Any, stage: str, original: Any = original) -> None:
+            original(self, stage)
+            metrics = self.trainer.callback_metrics
+            value = metrics.get(f"{stage}/AP50", metrics.get(f"{stage}/top1"))
+            counts[stage] += value is not None and 0 <= value <= 1
+
+        monkeypatch.setattr(module, "_log_metrics", log_metrics)
+    return counts
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_every_recipe_has_a_training(recipe):
+    assert recipe.stem in {*TRAININGS, *TESTS, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_recipe_trains_on_a_miniature(paper, batches, name, capsys):
+    options, expected = TRAININGS[name]
+    steps = sum(expected.values())
+    ends = [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+    ends.append(f"--data.steps_per_epoch={steps}")
+    assert main(["fit", "--config", f"recipes/{name}.yaml", *SMALL, *options, *ends]) == 0
+    assert batches == {**expected, "val": 1}
+    assert (paper / f"outputs/{name}").is_dir()
+    left_out = "1 images of 1 labels that are not in the tree, left out: n02084732"
+    assert (left_out in capsys.readouterr().out) == (
+        name in ("classify_wordtree_9k", "joint_yolo9000")
+    )
+
+
+@pytest.mark.parametrize("name", sorted(TESTS))
+def test_a_recipe_of_test_data_alone_tests_a_checkpoint(paper, batches, name, capsys):
+    torch.manual_seed(0)
+    layers = [["conv", 4, 3], ["pool"], ["conv", 4, 3], ["pool"]]
+    if name == "test_imagenet":
+        tree = WordTree.from_source("recipes/trees/imagenet1k.wnids")
+        module: Any = ClassifierModule(tree=tree.rows, backbone=layers, image_size=32)
+    else:
+        module = DetectorModule(
+            "datasets/trees/yolo9000.tsv", [(1, 1), (4, 4)], layers, 0, 0, image_size=32
+        )
+    torch.save(build_checkpoint(module.eval(), {}), "best.ckpt")
+    fast = ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    recipe = f"recipes/{name}.yaml"
+    assert main(["test", "--config", recipe, "--ckpt_path", "best.ckpt", *fast]) == 0
+    assert batches == {"test": 1}
+    if name == "test_imagenet_det":  # two of the four classes are shared with COCO
+        output = capsys.readouterr().out
+        assert "test/AP50_boxed" in output
+        assert "test/AP50_unboxed" in output
+
+
+@pytest.mark.parametrize("name", ["joint_yolo9000", "classify_wordtree_1k"])
+def test_a_tree_that_was_not_built_is_named_with_the_command(workplace, name, capsys):
+    assert main(["fit", "--config", f"recipes/{name}.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "tree file 'datasets/trees/" in error
+    assert "yolo-lightning wordtree build" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "message"),
+    [
+        ("joint_yolo9000", "IMAGENET22K", "image folder 'nowhere' not found"),
+        ("joint_yolo9000", "COCO_DATA", "'nowhere/annotations/instances_train2017.json' not found"),
+        ("detect_voc", "VOC_DATA", "VOC folder 'nowhere' not found"),
+    ],
+)
+def test_a_missing_dataset_is_named_before_training(
+    paper, monkeypatch, name, variable, message, capsys
+):
+    monkeypatch.setenv(variable, "nowhere")
+    assert main(["fit", "--config", f"recipes/{name}.yaml", *SMALL, *TRAININGS[name][0]]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_tree_of_another_dataset_is_named_before_training(paper, capsys):
+    options = [*SMALL, *LABELS, "--model.tree=recipes/trees/voc.names"]
+    assert main(["fit", "--config", "recipes/classify_wordtree_9k.yaml", *options]) == 2
+    assert "none of its 5 labels is in the tree" in capsys.readouterr().err
+    assert main(["fit", "--config", "recipes/classify_wordtree_1k.yaml", *options]) == 2
+    assert "label 'n02119789' is not in the tree" in capsys.readouterr().err
