@@ -10,13 +10,22 @@ import torch
 import yaml
 
 from tests.helpers import miniatures
-from tests.helpers.commands import FOLDERS, BadCommand, check, commands_of, fences, inline_code
+from tests.helpers.commands import (
+    FOLDERS,
+    BadCommand,
+    check,
+    commands_of,
+    fences,
+    header_commands,
+    inline_code,
+)
 from tests.helpers.paths import REPO
 from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning.cli.main import COMMANDS, main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.export.darknet import build_checkpoint
 
+RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
 DOCS = sorted((REPO / "docs").glob("*.md"))
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *DOCS]
 LANGUAGES = {"sh", "text", "python", "yaml", "json", "bibtex"}
@@ -85,13 +94,28 @@ def test_every_command_of_a_page_parses(page):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("recipe", sorted((REPO / "recipes").glob("*.yaml")), ids=name_of)
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_every_command_at_the_top_of_a_recipe_parses(recipe):
-    lines = re.findall(r"^#   (\S.*)$", recipe.read_text(encoding="utf-8"), re.M)
-    commands = [re.split(r"\s{2,}", line)[0] for line in lines]
-    assert any(command.startswith("yolo-lightning fit ") for command in commands)
+    commands = header_commands(recipe.read_text(encoding="utf-8"))
+    started = f" --config {name_of(recipe)}"
+    first = "test" if recipe.stem.startswith("test_") else "fit"
+    assert any(command.startswith(f"yolo-lightning {first}{started}") for command in commands)
     for command in commands:
         check(command)
+
+
+def test_commands_at_the_top_of_a_recipe_may_take_several_lines():
+    text = "# A.\n#\n#   yolo-lightning fit --a 1 \\\n#     --b 2   one GPU\n#   make x\nmodel: 1\n"
+    assert header_commands(text) == ["yolo-lightning fit --a 1 --b 2", "make x"]
+    end = "seed_everything: 0\n#   make y\n"
+    assert header_commands(text + end) == header_commands(text)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_a_page_with_a_table_of_recipes_lists_every_recipe(page):
+    text = (REPO / page).read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(recipes/[\w/]+\.yaml)`", text, re.M)
+    assert sorted(listed) == [name_of(recipe) for recipe in RECIPES]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every recipe trains on a miniature of its datasets."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.commands import header_commands
 from tests.helpers.paths import REPO
 from yolo_lightning import ClassifierModule, DetectorModule
+from yolo_lightning.cli import recipe
 from yolo_lightning.cli.main import main
+from yolo_lightning.cli.recipe import RecipeCLI
+from yolo_lightning.darknet.released import LAYOUTS
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -40,8 +45,8 @@ TESTS = {"test_imagenet", "test_imagenet_det"}
 ELSEWHERE = {"quickstart", "fruit", "pets_joint"}  # trained by tests of their own
 
 
-def name_of(recipe: Path) -> str:
-    return recipe.stem
+def name_of(path: Path) -> str:
+    return path.stem
 
 
 @pytest.fixture
@@ -67,9 +72,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
-def test_every_recipe_has_a_training(recipe):
-    assert recipe.stem in {*TRAININGS, *TESTS, *ELSEWHERE}
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_every_recipe_has_a_training(path):
+    assert path.stem in {*TRAININGS, *TESTS, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -87,6 +92,49 @@ def test_a_recipe_trains_on_a_miniature(paper, batches, name, capsys):
     )
 
 
+def overrides_of(name: str) -> list[list[str]]:
+    """Return the options of `fit` in each command at the top of a recipe that has some."""
+    commands = header_commands((REPO / f"recipes/{name}.yaml").read_text(encoding="utf-8"))
+    words = [shlex.split(c) for c in commands if c.startswith(("yolo-lightning fit", "sbatch"))]
+    options = [line[4 if line[0] == "yolo-lightning" else 3 :] for line in words]
+    return [line for line in options if line]
+
+
+@pytest.fixture
+def build(paper, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that builds model, data and trainer of a recipe, without training."""
+    monkeypatch.setattr(RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    return lambda name, *options: recipe.main(["fit", "--config", f"recipes/{name}.yaml", *options])
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("detect_voc", "yolov2-tiny-voc"), ("detect_coco", "yolov2-tiny")]
+)
+def test_the_tiny_variants_are_the_released_networks(build, name, layout):
+    (options,) = [line for line in overrides_of(name) if "--model.backbone" in line]
+    run, released = build(name, *options), LAYOUTS[layout]()
+    assert run.model.network.body.layers == tuple(released.layers)
+    anchors = torch.tensor(released.region.anchors).view(-1, 2)
+    assert torch.equal(run.model.network.anchors_wh_cell, anchors)
+    assert run.model.loss.rescore == released.region.rescore
+    assert list(run.model.tree.names) == list(released.names) or name == "detect_coco"
+    rates = [run.model.hparams.learning_rate * run.model.schedule(step) for step in (50, 10_000)]
+    assert rates == pytest.approx([1e-4, 1e-3] if name == "detect_voc" else [1e-3 * 0.051**4, 1e-3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_overrides_at_the_top_of_a_recipe_build(build, name):
+    large = 0
+    for options in overrides_of(name):
+        run = build(name, *options)
+        large += max(run.datamodule.batch_sizes) == 1024
+        schedule, steps = run.model.schedule, run.trainer.max_steps
+        assert max(getattr(schedule, "milestones", [0])) < steps
+        assert getattr(schedule, "total_steps", steps) == steps
+    assert large == (name not in ("detect_voc", "joint_voc_imagenet1k"))
+
+
 @pytest.mark.parametrize("name", sorted(TESTS))
 def test_a_recipe_of_test_data_alone_tests_a_checkpoint(paper, batches, name, capsys):
     torch.manual_seed(0)
@@ -100,8 +148,8 @@ def test_a_recipe_of_test_data_alone_tests_a_checkpoint(paper, batches, name, ca
         )
     torch.save(build_checkpoint(module.eval(), {}), "best.ckpt")
     fast = ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.logger=false"]
-    recipe = f"recipes/{name}.yaml"
-    assert main(["test", "--config", recipe, "--ckpt_path", "best.ckpt", *fast]) == 0
+    config = f"recipes/{name}.yaml"
+    assert main(["test", "--config", config, "--ckpt_path", "best.ckpt", *fast]) == 0
     assert batches == {"test": 1}
     if name == "test_imagenet_det":  # two of the four classes are shared with COCO
         output = capsys.readouterr().out

@@ -23,6 +23,7 @@ import pytest
 from tests.helpers.paths import REPO
 from yolo_lightning.cli.main import main
 from yolo_lightning.cli.recipe import RecipeCLI
+from yolo_lightning.cli.recipe_parser import ANY_MODEL, parse
 
 RECIPE = "recipes/quickstart.yaml"
 PLACEHOLDERS = {
@@ -31,7 +32,7 @@ PLACEHOLDERS = {
 }  # fmt: skip
 FOLDERS = ("yolo_lightning", "datamodules", "callbacks", "recipes", "tests", "docs", ".ci")
 # known to every reader, and nothing of ours to check
-SHELL = {"git", "cd", ".", "echo", "curl", "mlflow", "for", "do", "done", "$EDITOR"}
+SHELL = {"git", "cd", ".", "echo", "curl", "mlflow", "for", "do", "done", "export", "$EDITOR"}
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
 MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
 _built: list[Any] = []  # the parser of recipes
@@ -210,7 +211,7 @@ def _set_up_once(cli: RecipeCLI, *args: Any, original: Any = RecipeCLI.setup_par
 
 
 def _parse_recipe(cli: RecipeCLI, parser: Any, args: Sequence[str]) -> None:
-    parser.parse_args(list(args))
+    parse(parser, args, cli.recipes, None if args[0] == "fit" else ANY_MODEL)
     raise Parsed
 
 
