@@ -12,7 +12,7 @@ from tests.helpers.trees import trees
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.losses import LossSettings, assign_objects, select_boxes, yolo9000_loss
 from yolo_lightning.models.backbones import SMALL, detector_layers
-from yolo_lightning.models.head import DenseClassLogits, HeadOutput, SparseClassLogits
+from yolo_lightning.models.head import DenseClassLogits, HeadOutput, SparseClassLogits, decode_boxes
 from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -59,6 +59,44 @@ def test_terms_of_one_object_by_hand():
     assert terms["loss_noobj"].item() == pytest.approx(0.5 * 7 * 0.25, rel=1e-5)
     assert terms["loss_class"].item() == pytest.approx(math.log(1 + math.exp(1.5)), rel=1e-5)
     assert terms["loss_anchor_prior"].item() == 0
+
+
+def test_terms_of_unbounded_locations_by_hand():
+    # an object of 3 x 2 cells about (1.4, 0.5) cells: anchor 1, cell (0, 1)
+    boxes = torch.tensor([[[0.7, 0.25, 1.5, 1.0]]])
+    early = detection_batch(boxes, torch.tensor([[1]]), images_seen=0)
+    raw = head(fill=0.2)
+    raw[0, 7:12, 0, 1] = torch.tensor([0.4, -0.2, 0.1, 0.3, 0.7])
+    output = HeadOutput.from_dense(raw, len(ANCHORS))
+    output.location = "offset"
+    terms = yolo9000_loss(output, early, ANCHORS, TREE, torch.arange(2), LossSettings())
+    # targets: (1.4 - 1.5) / 3 and (0.5 - 0.5) / 2 sides of the anchor
+    coord = (0.4 + 0.1 / 3) ** 2 + 0.2**2 + 0.1**2 + 0.3**2
+    assert terms["loss_coord"].item() == pytest.approx(0.5 * (2 - 1.5) * coord, rel=1e-5)
+    # seven other boxes, whose x, y, w and h are 0.2
+    assert terms["loss_anchor_prior"].item() == pytest.approx(0.005 * 7 * 4 * 0.04, rel=1e-5)
+    # the responsible box is about (2.7, 0.1) cells
+    w, h = 3 * math.exp(0.1), 2 * math.exp(0.3)
+    inter_w, inter_h = 2.9 - (2.7 - w / 2), min(0.1 + h / 2, 1.5) - max(0.1 - h / 2, -0.5)
+    iou = inter_w * inter_h / (w * h + 6 - inter_w * inter_h)
+    sig = 1 / (1 + math.exp(-0.7))
+    assert terms["loss_obj"].item() == pytest.approx(2.5 * (iou - sig) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("location", ["direct", "offset"])
+def test_a_box_that_decodes_to_its_object_has_no_coordinate_loss(location):
+    box = torch.tensor([[[0.7, 0.3, 0.75, 0.5]]])
+    xy = torch.tensor([1.4 - 1, 0.6])
+    xy = xy.logit() if location == "direct" else (xy - 0.5) / ANCHORS[0]
+    raw = head()
+    raw[0, :4, 0, 1] = torch.cat([xy, torch.tensor([1.5, 1.0]).log()])
+    output = HeadOutput.from_dense(raw, len(ANCHORS))
+    output.location = location
+    decoded = decode_boxes(output.box_logits, ANCHORS, location)[0, 0, :, 0, 1]
+    torch.testing.assert_close(decoded, box[0, 0])
+    batch = detection_batch(box, torch.tensor([[1]]))
+    terms = yolo9000_loss(output, batch, ANCHORS, TREE, torch.arange(2), LossSettings())
+    assert terms["loss_coord"].item() == pytest.approx(0, abs=1e-12)
 
 
 def test_anchor_prior_by_hand_only_at_the_start_of_training():

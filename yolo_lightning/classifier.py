@@ -9,6 +9,7 @@ from yolo_lightning.batches import ClassificationBatch, unit_range
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
+from yolo_lightning.models.backbones import without_batch_norm
 from yolo_lightning.models.networks import Classifier
 from yolo_lightning.models.preparation import Interpolation
 from yolo_lightning.schedules import Schedule
@@ -25,6 +26,8 @@ class ClassifierModule(TrainingModule):
         backbone: a name, layers as rows such as ``[conv, 32, 3]``, or a module with attributes
             `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to
             (B, out_channels, H / stride, W / stride).
+        batch_norm: false gives every convolution of the network a bias instead of its batch norm;
+            only for a backbone that is a name or a list of layers.
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: default network input of predictions, px: one side, or height and width;
             training uses that of the data, if it has one.
@@ -50,6 +53,7 @@ class ClassifierModule(TrainingModule):
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
         backbone: str | list[list[Any]] | nn.Module = "darknet19",
+        batch_norm: bool = True,
         pretrained: str | None = None,
         image_size: int | list[int] = 224,
         learning_rate: float = 0.1,
@@ -60,9 +64,11 @@ class ClassifierModule(TrainingModule):
         interpolation: Interpolation = "area",
     ) -> None:
         super().__init__(tree, backbone, pretrained, schedule)
+        layers = self.backbone_layers if batch_norm else without_batch_norm(self.backbone_layers)
         self.set_network(
-            Classifier(self.backbone_layers, len(self.tree)),
+            Classifier(layers, len(self.tree)),
             backbone,
+            batch_norm=batch_norm,
             image_size=image_size,
             learning_rate=learning_rate,
             momentum=momentum,

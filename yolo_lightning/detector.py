@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
 from yolo_lightning.images import Image, decoding_side, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
-from yolo_lightning.models.backbones import detector_layers
-from yolo_lightning.models.head import Candidates, select_candidates
+from yolo_lightning.models.backbones import detector_layers, without_batch_norm
+from yolo_lightning.models.head import Candidates, Location, select_candidates
 from yolo_lightning.models.layers import ReorgKind
 from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.models.preparation import Interpolation, Resize
@@ -49,6 +49,10 @@ class DetectorModule(TrainingModule):
             the passthrough; null for no reduction, 0 for no passthrough.
         reorg: how the passthrough folds cells into channels: `darknet`, as its weights and exports
             require, or `space_to_depth`, as in the paper.
+        batch_norm: false gives every convolution of the network a bias instead of its batch norm;
+            only for a backbone that is a name or a list of layers.
+        location: how the centre of a box is predicted: `direct`, inside its cell, as in the paper,
+            or `offset`, anywhere, in sides of the anchor, as in Faster R-CNN.
         pretrained: Darknet weights or a checkpoint to start from.
         image_size: default network input of predictions, px: one side, or height and width;
             training uses that of the data, if it has one.
@@ -83,6 +87,8 @@ class DetectorModule(TrainingModule):
         head_channels: int = 1024,
         passthrough_channels: int | None = 64,
         reorg: ReorgKind = "darknet",
+        batch_norm: bool = True,
+        location: Location = "direct",
         pretrained: str | None = None,
         image_size: int | list[int] = 416,
         learning_rate: float = 1e-3,
@@ -108,18 +114,24 @@ class DetectorModule(TrainingModule):
         ):
             if value < 0:
                 raise InputError(f"model.{name} is {value}; allowed: 0 or more")
+        if location not in get_args(Location):
+            allowed = ", ".join(get_args(Location))
+            raise InputError(f"model.location is {location!r}; allowed: {allowed}")
         if not 0 <= iou_threshold <= 1:
             raise InputError(f"model.iou_threshold is {iou_threshold}; allowed: 0 … 1")
         self.loss = LossSettings(**loss) if isinstance(loss, dict) else loss or LossSettings()
         self.iou_threshold = iou_threshold
         layers = detector_layers(self.backbone_layers, head_channels, passthrough_channels, reorg)
+        layers = layers if batch_norm else without_batch_norm(layers)
         self.set_network(
-            YOLOv2(layers, len(self.tree), anchors),
+            YOLOv2(layers, len(self.tree), anchors, location),
             backbone,
             anchors_wh_cell=[[float(side) for side in pair] for pair in anchors_wh_cell],
             head_channels=head_channels,
             passthrough_channels=passthrough_channels,
             reorg=reorg,
+            batch_norm=batch_norm,
+            location=location,
             image_size=image_size,
             learning_rate=learning_rate,
             momentum=momentum,

@@ -18,7 +18,7 @@ from torch import Tensor
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import cxcywh_to_xyxy, pairwise_iou, shape_iou
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.head import HeadOutput, decode_boxes
+from yolo_lightning.models.head import HeadOutput, Location, decode_boxes
 from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree, segment_log_softmax
 
@@ -115,8 +115,15 @@ def _last_occurrences(values: Tensor) -> Tensor:
     return last[last >= 0]
 
 
-def loss_coord(box_logits: Tensor, assignment: Assignment, anchors_wh_cell: Tensor) -> Tensor:
+def loss_coord(
+    box_logits: Tensor,
+    assignment: Assignment,
+    anchors_wh_cell: Tensor,
+    location: Location = "direct",
+) -> Tensor:
     """Return the squared errors of centre and size, with larger weights for small boxes.
+
+    The error of the centre is in cells, with the location `offset` in sides of the anchor.
 
     Source: YOLO9000, section 2, "Direct location prediction"; the weight 2 - w * h is from the
     original program.
@@ -129,8 +136,11 @@ def loss_coord(box_logits: Tensor, assignment: Assignment, anchors_wh_cell: Tens
     target_xy = target[:, :2] * grid_wh - cell_xy
     anchors = anchors_wh_cell.to(target)[assignment.anchor]
     target_wh = (target[:, 2:] * grid_wh / anchors).clamp(min=1e-6).log()
-    error = (predicted[:, :2].sigmoid() - target_xy).square().sum(dim=1)
-    error = error + (predicted[:, 2:] - target_wh).square().sum(dim=1)
+    if location == "direct":
+        error_xy = predicted[:, :2].sigmoid() - target_xy
+    else:
+        error_xy = predicted[:, :2] - (target_xy - 0.5) / anchors
+    error = error_xy.square().sum(dim=1) + (predicted[:, 2:] - target_wh).square().sum(dim=1)
     weight = 2 - target[:, 2] * target[:, 3]
     return 0.5 * (weight * error).sum()
 
@@ -146,9 +156,11 @@ def loss_noobj(objectness_logits: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * (objectness_logits.sigmoid().square() * mask).sum()
 
 
-def loss_anchor_prior(box_logits: Tensor, mask: Tensor) -> Tensor:
+def loss_anchor_prior(box_logits: Tensor, mask: Tensor, location: Location = "direct") -> Tensor:
     """Return the squared distances of boxes in the mask from anchors centred in their cells."""
-    centre = (box_logits[:, :, :2].sigmoid() - 0.5).square().sum(dim=2)
+    xy_logits = box_logits[:, :, :2]
+    error_xy = xy_logits.sigmoid() - 0.5 if location == "direct" else xy_logits
+    centre = error_xy.square().sum(dim=2)
     size = box_logits[:, :, 2:4].square().sum(dim=2)
     return 0.5 * ((centre + size) * mask).sum()
 
@@ -174,7 +186,8 @@ def detection_loss(
     responsible = torch.zeros_like(objectness, dtype=torch.bool).flatten(2)
     responsible[assigned] = True
     with torch.no_grad():
-        boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3).transpose(2, 3)  # (B, A, G, 4)
+        boxes = decode_boxes(box_logits, anchors_wh_cell, output.location)
+        boxes = boxes.flatten(3).transpose(2, 3)  # (B, A, G, 4)
         iou = pairwise_iou(cxcywh_to_xyxy(boxes.flatten(1, 2)), cxcywh_to_xyxy(targets))
         max_iou = iou.masked_fill(batch.labels[:, None] < 0, 0).amax(dim=2).view_as(responsible)
         assigned_xyxy = cxcywh_to_xyxy(boxes[assigned])[:, None]
@@ -193,11 +206,13 @@ def detection_loss(
         sample_ids = batch.sample_ids[assignment.image]
         class_losses = exclusive_names.path_loss(logits, assignment.labels, sample_ids)
     return {
-        "loss_coord": settings.coord_scale * loss_coord(box_logits, assignment, anchors_wh_cell),
+        "loss_coord": settings.coord_scale
+        * loss_coord(box_logits, assignment, anchors_wh_cell, output.location),
         "loss_obj": settings.obj_scale * loss_obj(objectness, assignment, objectness_target),
         "loss_noobj": settings.noobj_scale * loss_noobj(objectness, noobj_mask),
         "loss_class": settings.class_scale * class_losses.sum(),
-        "loss_anchor_prior": prior_scale * loss_anchor_prior(box_logits, prior_mask),
+        "loss_anchor_prior": prior_scale
+        * loss_anchor_prior(box_logits, prior_mask, output.location),
     }
 
 
@@ -219,7 +234,7 @@ def select_boxes(
     box_logits = output.box_logits.float()
     objectness = box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
     if rule == "largest":
-        boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3)
+        boxes = decode_boxes(box_logits, anchors_wh_cell, output.location).flatten(3)
         area = (boxes[:, :, 2] * boxes[:, :, 3]).clamp(max=1)
         is_object = objectness > LARGEST_MIN_OBJECTNESS
         has_object = is_object.flatten(1).any(dim=1)[:, None, None]

@@ -203,10 +203,14 @@ class TrainingModule(pl.LightningModule):
                 f"the recipe names a {name}; to load only its backbone, use model.pretrained"
             )
         parts = [("model.tree", self.hparams["tree"], saved["tree"])]
+        batch_norm = self.hparams["batch_norm"], saved.get("batch_norm", True)
+        parts.append(("model.batch_norm", *batch_norm))
         layers = "model.backbone"
         if isinstance(self.network, YOLOv2):
             anchors = self.hparams["anchors_wh_cell"], saved["anchors_wh_cell"]
             parts.append(("model.anchors_wh_cell", *anchors))
+            location = self.hparams["location"], saved.get("location", "direct")
+            parts.append(("model.location", *location))
             layers = "the network's list of layers"
         rows = layers_to_rows(self.network.body.layers), layers_to_rows(network_layers(saved))
         for part, mine, theirs in [*parts, (layers, *rows)]:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.paths import REPO
 from tests.helpers.recipes import QUICK, TINY
+from yolo_lightning import DetectorModule, load
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.checkpoints import io as checkpoint_io
 from yolo_lightning.checkpoints.io import (
@@ -28,9 +29,11 @@ from yolo_lightning.checkpoints.io import (
     verify,
     write_checkpoint,
 )
+from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import resumable_checkpoint
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
+from yolo_lightning.export.darknet import build_checkpoint
 
 
 class TinyModule(pl.LightningModule):
@@ -383,6 +386,24 @@ def test_writing_needs_no_second_copy_in_memory(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert (tmp_path / "a.ckpt").stat().st_size > 50 << 20
+
+
+def test_a_checkpoint_keeps_the_options_of_the_network(tmp_path):
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"batch_norm": False, "location": "offset"}
+    saved = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4, **options).eval()
+    torch.save(build_checkpoint(saved, {}), tmp_path / "m.ckpt")
+    loaded = load(tmp_path / "m.ckpt")
+    assert loaded.network.location == "offset"
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded.network(images).box_logits, saved.network(images).box_logits)
+    # the x and y of an offset mean something else in a cell; layers without batch norm do not fit
+    direct = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4, batch_norm=False)
+    report = load_pretrained(direct.network, direct.tree, tmp_path / "m.ckpt", 12)
+    assert report.initialized == ["boxes and objectness"]
+    usual = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4)
+    with pytest.raises(InputError, match="nothing in it fits"):
+        load_pretrained(usual.network, usual.tree, tmp_path / "m.ckpt", 12)
 
 
 def test_every_torch_load_uses_weights_only():

@@ -274,6 +274,8 @@ for _ in range(200):
         ({"image_size": [64, "64"]}, "image_size is"),
         ({"interpolation": "cubic"}, "interpolation is cubic; allowed: area, darknet"),
         ({"interpolation": ["area"]}, "interpolation is"),
+        ({"location": "cell"}, "location is cell; allowed: direct, offset"),
+        ({"batch_norm": False}, "body.0.conv.bias is missing, but its hyper-parameters describe"),
         ({"resize": "crop"}, "resize is crop; allowed: letterbox, stretch"),
         ({"momentum": BILLION_LAUGHS}, "more than 2,000,000 values"),
         ({"momentum": DEEP}, "more than 50 levels"),

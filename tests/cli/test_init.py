@@ -158,16 +158,23 @@ def test_a_leaf_for_the_rest_keeps_its_row_when_a_class_is_added(workdir, write_
         boxes = [("cake", 1, 1, 20, 20), ("doughnut", 30, 5, 60, 40)]
         write_voc(workdir / "set", str(k), boxes)
     tree = [("cake", "-", "cake"), ("cake/other", "cake", "x"), ("doughnut", "cake", "y")]
-    module = DetectorModule(tree, [(1.0, 1.0)], "tiny_darknet", 128, 64, reorg="space_to_depth")
+    module = DetectorModule(
+        tree, [(1.0, 1.0)], "tiny_darknet", 128, 64, reorg="space_to_depth", location="offset"
+    )
     torch.save(build_checkpoint(module, {}), "old.ckpt")
     write_image(workdir / "labels/cheesecake/1.png")
     (workdir / "own.yaml").write_text("cake: [doughnut, cheesecake]\n")
     argv = ["init", "--detection", "set", "--classification", "labels", "--hierarchy", "own.yaml"]
     argv += ["--image-size", "96", "--pretrained", "old.ckpt", "--output", "grown.yaml"]
     assert main(argv) == 0
+    recipe = yaml.safe_load(Path("grown.yaml").read_text())
+    assert recipe["model"]["init_args"]["location"] == "offset"
+    assert "batch_norm" not in recipe["model"]["init_args"]  # as by default
     grown = WordTree.from_file("grown.tsv")
     assert set(grown.keys) == {"cake", "cake/other", "doughnut", "cheesecake"}
-    new = DetectorModule(grown.rows, [(1.0, 1.0)], "tiny_darknet", 128, 64, reorg="space_to_depth")
+    new = DetectorModule(
+        grown.rows, [(1.0, 1.0)], "tiny_darknet", 128, 64, reorg="space_to_depth", location="offset"
+    )
     report = str(load_pretrained(new.network, grown, "old.ckpt", len(new.backbone_layers)))
     assert "3 of 4 classes, by key" in report
     assert "initialized  1 classes (cheesecake)" in report

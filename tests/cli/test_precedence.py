@@ -151,6 +151,11 @@ def test_a_classifier_is_tested_at_the_size_of_its_checkpoint(workplace, capsys)
     [
         ("--model.tree=[a]", "model.tree differs from the checkpoint's: 1 entries in the recipe"),
         ("--model.anchors_wh_cell=[[1,2]]", "model.anchors_wh_cell differs from the checkpoint's"),
+        (
+            "--model.batch_norm=false",
+            "model.batch_norm differs from the checkpoint's: False in",
+        ),
+        ("--model.location=offset", "model.location differs from the checkpoint's: offset in the"),
         ("--model.backbone=tiny_darknet", "the network's list of layers differs from the check"),
         ("--model.head_channels=16", "the network's list of layers differs from the checkpoint's"),
         ("--data.image_size=100", "data.image_size is 100; allowed: positive multiples of 32"),

@@ -564,13 +564,32 @@ def write_lines(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_networks_that_darknet_does_not_support_are_not_exported(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reorg": "space_to_depth"}, "Darknet only supports model.reorg: darknet"),
+        ({"location": "offset"}, "model.location is offset; Darknet only supports direct"),
+    ],
+)
+def test_networks_that_darknet_does_not_support_are_not_exported(
+    tmp_path, capsys, monkeypatch, options, message
+):
     monkeypatch.chdir(tmp_path)
-    module = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4, reorg="space_to_depth")
+    module = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4, **options)
     torch.save(build_checkpoint(module, {}), "m.ckpt")
     assert main(["darknet", "export", "m.ckpt", "--output", "out/y"]) == 2
-    assert "Darknet only supports model.reorg: darknet" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_network_without_batch_norm_round_trips(tmp_path):
+    torch.manual_seed(0)
+    module = DetectorModule(["a", "b"], [(1.0, 1.0)], "small", 8, 4, batch_norm=False).eval()
+    export_model(module, {}, tmp_path / "y")
+    description = parse_network(read_cfg(tmp_path / "y.cfg"))
+    again = import_model(description, tmp_path / "y.weights", module.tree).module
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(again.network(images).box_logits, module.network(images).box_logits)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

@@ -102,6 +102,17 @@ def test_responsible_cell_and_anchor_and_decoded_box_equal_those_by_hand():
     assert found.terms["loss_class"] == pytest.approx(-math.log(sigmoid(1.5)))
 
 
+def test_the_decoded_box_of_an_unbounded_location_by_hand():
+    raw = torch.zeros(1, 14, 2, 2)
+    raw[0, 7:9, 1, 0] = torch.tensor([0.5, -0.25])
+    batch = detection_batch(torch.tensor([[[0.4, 0.75, 1.2, 1.0]]]), torch.tensor([[0]]))
+    output = HeadOutput.from_dense(raw, len(ANCHORS))
+    output.location = "offset"
+    (found,) = explain_boxes(output, batch, ANCHORS, FLAT, LossSettings()).objects
+    # 3 x 2 cells about (0.5 + 1.5, 1.5 - 0.5) cells
+    assert found.box.xyxy_norm == pytest.approx((0.25, 0.0, 1.75, 1.0))
+
+
 @pytest.mark.parametrize("images_seen", [0, 20_000])
 @pytest.mark.parametrize("rescore", [True, False])
 def test_terms_of_objects_and_other_boxes_sum_to_the_loss(images_seen, rescore):
@@ -466,10 +477,10 @@ def save_classifier(path) -> None:
     torch.save(build_checkpoint(module, {}), path)
 
 
-def save_detector(path, tree=None, anchors=((1.6, 1.7), (2.4, 2.5))) -> None:
+def save_detector(path, tree=None, anchors=((1.6, 1.7), (2.4, 2.5)), **options) -> None:
     module = DetectorModule(
         tree=tree or str(REPO / "recipes/trees/shapes.tsv"), anchors_wh_cell=[*anchors],
-        backbone=BACKBONE, head_channels=0, passthrough_channels=0,
+        backbone=BACKBONE, head_channels=0, passthrough_channels=0, **options,
     )  # fmt: skip
     torch.save(build_checkpoint(module, {}), path)
 
@@ -513,6 +524,10 @@ def recipe():
         (
             lambda path: save_detector(path, anchors=((1.6, 1.7), (2.4, 2.6))),
             r"model.anchors_wh_cell differs from the checkpoint's: entry 2 is \[2.4, 2.5\] in",
+        ),
+        (
+            lambda path: save_detector(path, location="offset"),
+            "model.location differs from the checkpoint's: direct in the recipe, offset in the",
         ),
     ],
 )

@@ -216,7 +216,8 @@ def test_three_implementations_of_nms_agree(iou_threshold, top, expected):
     [
         {"resize": "stretch"},
         {"reorg": "space_to_depth", "passthrough_channels": None},
-        {"tree": ["a", "b", "c"], "passthrough_channels": 0},
+        {"tree": ["a", "b", "c"], "passthrough_channels": 0, "batch_norm": False},
+        {"location": "offset"},
         {"tree": ["alone"], "head_channels": 0, "passthrough_channels": 0},
         {
             "backbone": [

@@ -16,6 +16,7 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import VOCFolder
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.export.darknet import build_checkpoint
+from yolo_lightning.models.head import Location
 
 pytestmark = pytest.mark.end_to_end
 
@@ -39,9 +40,11 @@ def folder(tmp_path_factory, interpolation):
         miniatures.save(folder / f"images/{k}.png", image)
         miniatures.write_xml(folder / f"images/{k}.xml", "banana", (5, 5, 40, 40))
     torch.manual_seed(5)
+    location: Location = "direct" if interpolation == "area" else "offset"
     model = DetectorModule(
         tree=NAMES, anchors_wh_cell=[(1, 1), (2, 1.5)], backbone=BACKBONE, head_channels=0,
         passthrough_channels=0, image_size=96, interpolation=interpolation,
+        location=location,
     )  # fmt: skip
     with torch.no_grad():
         model.network.box_conv.weight.mul_(40)

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.darknet import build_network, conv_layers, operations
 from tests.helpers.golden import load
 from tests.helpers.golden_weights import random_image, write_random_weights
+from tests.helpers.own_backbone import PatchBackbone
+from yolo_lightning import ClassifierModule, DetectorModule
 from yolo_lightning.checkpoints.pretrained import fill_last_conv, last_conv
 from yolo_lightning.darknet.config import NetworkDescription
 from yolo_lightning.darknet.released import LAYOUTS
@@ -183,6 +186,35 @@ def test_an_unknown_backbone_suggests_a_similar_name():
         backbone_layers("darknet_19")
 
 
+def test_every_convolution_of_a_network_without_batch_norm_has_a_bias():
+    module = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4, batch_norm=False)
+    classifier = ClassifierModule(["a"], "small", batch_norm=False)
+    for network in (module.network, classifier.network):
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
+        convs = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+        assert all(conv.bias is not None for conv in convs)
+    assert len([part for part in module.network.modules() if isinstance(part, nn.Conv2d)]) == 12
+    usual = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4)
+    assert len([p for p in usual.network.modules() if isinstance(p, nn.BatchNorm2d)]) == 11
+    # with batch norm, layers keep what they say themselves
+    rows = [["conv", 8], ["conv", 4, 1, 1, 0, False]]
+    norms = [block.norm is not None for block in ClassifierModule(["a"], rows).network.body]
+    assert norms == [True, False]
+
+
+def test_the_batch_norm_of_a_module_cannot_be_removed():
+    message = "model.batch_norm is false; allowed for a backbone that is a module: true"
+    with pytest.raises(InputError, match=message):
+        ClassifierModule(["a"], PatchBackbone(), batch_norm=False)
+    with pytest.raises(InputError, match=message):
+        DetectorModule(["a"], [(1, 1)], PatchBackbone(), 8, 0, batch_norm=False)
+
+
+def test_an_unknown_location_is_refused():
+    with pytest.raises(InputError, match="model.location is 'cell'; allowed: direct, offset"):
+        DetectorModule(["a"], [(1, 1)], "small", 8, 4, location="cell")  # type: ignore[arg-type]
+
+
 def test_no_passthrough_without_a_head():
     assert detector_layers(SMALL, 0, 0) == SMALL
     with pytest.raises(InputError, match="passthrough_channels is 64; allowed without a head"):
@@ -191,6 +223,19 @@ def test_no_passthrough_without_a_head():
 
 def test_darknet19_has_as_many_operations_as_in_the_paper():
     assert operations("darknet19", 224) == pytest.approx(5.58, abs=0.005)
+
+
+def test_the_extraction_network_of_yolo_has_as_many_operations_as_published():
+    with torch.device("meta"):
+        network = Classifier(BACKBONES["extraction"], 1000)
+        with FlopCounterMode(display=False) as counter:
+            features = network.body(torch.empty(1, 3, 224, 224))
+            nn.functional.conv2d(features, network.class_conv.weight)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(8.52, abs=0.005)
+    # kernels, scales and shifts of 21 convolutions, kernels and biases of the last, as in its .cfg
+    assert sum(p.numel() for p in network.parameters()) == 23_437_224
+    assert (network.body.stride, network.body.out_channels) == (32, 1024)
+    assert LayerStack(BACKBONES["yolov1"]).stride == 64
 
 
 def test_tensors_are_read_in_the_order_of_the_file(tmp_path):

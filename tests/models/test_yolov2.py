@@ -51,6 +51,17 @@ def test_decode_boxes_by_hand():
     torch.testing.assert_close(boxes[0, 0, :, 1, 3], torch.tensor([3.5 / 4, 1.5 / 2, 2 / 4, 0.25]))
 
 
+def test_boxes_with_unbounded_locations_by_hand():
+    logits = torch.zeros(1, 2, 5, 2, 4)
+    logits[0, 1, :4, 1, 3] = torch.tensor([-0.75, 0.5, np.log(2.0), 0.0])
+    boxes = decode_boxes(logits, torch.tensor([[3.0, 4.0], [2.0, 0.5]]), "offset")
+    centre = torch.tensor([0.5 / 4, 0.5 / 2, 3 / 4, 4 / 2])
+    torch.testing.assert_close(boxes[0, 0, :, 0, 0], centre)
+    # 1.5 cells to the left of the centre of its cell, a quarter of a cell below
+    expected = torch.tensor([2.0 / 4, 1.75 / 2, 4 / 4, 0.5 / 2])
+    torch.testing.assert_close(boxes[0, 1, :, 1, 3], expected)
+
+
 def test_candidates_of_a_batch_equal_those_of_single_images():
     torch.manual_seed(1)
     network = YOLOv2(detector_layers(SMALL, 8, 4), 3, torch.ones(2, 2)).eval()

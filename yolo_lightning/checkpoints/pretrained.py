@@ -102,7 +102,8 @@ def _from_checkpoint(
     is_complete = loaded == numbers
     if isinstance(network, YOLOv2):
         boxes = ["box_conv.weight", "box_conv.bias"]
-        boxes_fit = is_complete and fits(boxes)
+        same_location = checkpoint["hyper_parameters"].get("location", "direct") == network.location
+        boxes_fit = is_complete and fits(boxes) and same_location
         used += boxes if boxes_fit else []
         (report.loaded if boxes_fit else report.initialized).append("boxes and objectness")
     for name in used:

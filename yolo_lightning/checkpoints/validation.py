@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS, load_file, verify
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.backbones import checkpoint_layers, detector_layers
+from yolo_lightning.models.backbones import (
+    checkpoint_layers,
+    detector_layers,
+    without_batch_norm,
+)
+from yolo_lightning.models.head import Location
 from yolo_lightning.models.layers import CustomBackbone, Layer
 from yolo_lightning.models.networks import Classifier, YOLOv2
 from yolo_lightning.models.preparation import Interpolation, Resize
@@ -42,7 +47,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         state, hparams = checkpoint["state_dict"], checkpoint["hyper_parameters"]
         _check_sizes(hparams["tree"], hparams.get("image_size", 32))
         if checkpoint.get("module") in ("DetectorModule", "ClassifierModule"):
-            _check_preparation(hparams)
+            _check_options(hparams)
             _check_state(state, hparams, Path(path).expanduser().stat().st_size)
     except InputError as error:
         raise InputError(f"{path}: {str(error)[:500]}") from None
@@ -82,10 +87,10 @@ def network_layers(hparams: dict[str, Any], out_channels: int = 1) -> tuple[Laye
     `out_channels` are those of a backbone whose class they name; it is not imported.
     """
     layers = checkpoint_layers(hparams["backbone"], out_channels)
-    if "anchors_wh_cell" not in hparams:  # a classifier
-        return layers
-    head, passthrough = hparams["head_channels"], hparams["passthrough_channels"]
-    return detector_layers(layers, head, passthrough, hparams["reorg"])
+    if "anchors_wh_cell" in hparams:  # a detector
+        head, passthrough = hparams["head_channels"], hparams["passthrough_channels"]
+        layers = detector_layers(layers, head, passthrough, hparams["reorg"])
+    return layers if hparams.get("batch_norm", True) else without_batch_norm(layers)
 
 
 def _check_sizes(tree: Any, image_size: Any) -> None:
@@ -96,8 +101,12 @@ def _check_sizes(tree: Any, image_size: Any) -> None:
         raise InputError(f"image_size is {str(image_size)[:40]}; allowed: 1 … {MAX_IMAGE_PX} px")
 
 
-def _check_preparation(hparams: dict[str, Any]) -> None:
-    for name, options in (("resize", Resize), ("interpolation", Interpolation)):
+def _check_options(hparams: dict[str, Any]) -> None:
+    for name, options in (
+        ("resize", Resize),
+        ("interpolation", Interpolation),
+        ("location", Location),
+    ):
         allowed = get_args(options)
         if hparams.get(name, allowed[0]) not in allowed:
             value = str(hparams[name])[:40]
@@ -157,8 +166,10 @@ def _describe(tensor: Tensor | None, missing: str) -> str:
     return f"{kind} {list(tensor.shape)}"
 
 
-def first_difference(first: list[Any], second: list[Any], in_first: str, in_second: str) -> str:
-    """Describe the first difference of two lists."""
+def first_difference(first: Any, second: Any, in_first: str, in_second: str) -> str:
+    """Describe the first difference of two lists, or that of two values."""
+    if not isinstance(first, list | tuple):
+        return f"{first} in {in_first}, {second} in {in_second}"
     if len(first) != len(second):
         return f"{len(first)} entries in {in_first}, {len(second)} in {in_second}"
     number = next(k for k, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1])

@@ -153,7 +153,8 @@ def _decode(output: HeadOutput, anchors_wh_cell: Tensor) -> list[PredictedBox]:
     """Return the boxes of an image, by anchor, row and column; their index is used below."""
     logits = output.box_logits.float()
     grid = logits.shape[-1]
-    boxes = decode_boxes(logits, anchors_wh_cell).flatten(3).transpose(2, 3).reshape(-1, 4)
+    boxes = decode_boxes(logits, anchors_wh_cell, output.location).flatten(3)
+    boxes = boxes.transpose(2, 3).reshape(-1, 4)
     objectness = logits[0, :, 4].sigmoid().flatten().tolist()
     return [
         PredictedBox(k // grid**2, k // grid % grid, k % grid, tuple(xyxy), objectness[k])

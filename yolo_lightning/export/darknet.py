@@ -216,6 +216,10 @@ def describe_network(
     size = module.hparams["image_size"]
     region = None
     if isinstance(module, DetectorModule):
+        if module.network.location != "direct":
+            raise InputError(
+                f"model.location is {module.network.location}; Darknet only supports direct"
+            )
         region = Region(
             tuple(float(v) for pair in module.hparams["anchors_wh_cell"] for v in pair),
             **{name: getattr(module.loss, ours) for ours, name in _LOSS_NAMES.items()},

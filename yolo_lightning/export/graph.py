@@ -172,7 +172,7 @@ class DetectorGraph(nn.Module):
         images = images.narrow(2, 0, height).narrow(3, 0, width)
         output = self.network(images if images.is_floating_point() else images.float() / 255)
         objectness = output.box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
-        boxes = decode_boxes(output.box_logits, self.network.anchors_wh_cell)
+        boxes = decode_boxes(output.box_logits, self.network.anchors_wh_cell, output.location)
         boxes = boxes.flatten(3).transpose(2, 3).flatten(1, 2)  # (B, A * G, 4)
         if self.settings.resize == "letterbox":
             boxes = unletterbox_each(boxes, sizes_hw_orig, height, width)

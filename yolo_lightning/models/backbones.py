@@ -1,6 +1,7 @@
 """Backbones as lists of layers, and the layers of a detector."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.errors import InputError, nearest
@@ -50,6 +51,21 @@ TINY_YOLOV2_VOC: tuple[Layer, ...] = (
 
 TINY_YOLOV2: tuple[Layer, ...] = (*TINY_YOLOV2_VOC[:-1], Conv(512))  # as released for COCO
 
+EXTRACTION: tuple[Layer, ...] = (
+    Conv(64, 7, 2), Pool(),
+    Conv(192), Pool(),
+    Conv(128, 1), Conv(256), Conv(256, 1), Conv(512), Pool(),
+    Conv(256, 1), Conv(512), Conv(256, 1), Conv(512),
+    Conv(256, 1), Conv(512), Conv(256, 1), Conv(512),
+    Conv(512, 1), Conv(1024), Pool(),
+    Conv(512, 1), Conv(1024), Conv(512, 1), Conv(1024),
+)  # fmt: skip
+"""YOLOv1's backbone, of which the paper says "a custom network based on the Googlenet
+architecture"; without the classifier's last convolution."""
+
+YOLOV1: tuple[Layer, ...] = (*EXTRACTION, Conv(1024, 3, 2))
+"""YOLOv1's stride of 64 px, which makes 7 x 7 cells of 448 px."""
+
 SMALL: tuple[Layer, ...] = (
     Conv(16), Pool(),
     Conv(32), Pool(),
@@ -64,6 +80,8 @@ BACKBONES: dict[str, tuple[Layer, ...]] = {
     "tiny_darknet": TINY_DARKNET,
     "tiny_yolov2_voc": TINY_YOLOV2_VOC,
     "tiny_yolov2": TINY_YOLOV2,
+    "extraction": EXTRACTION,
+    "yolov1": YOLOV1,
     "small": SMALL,
 }
 
@@ -97,6 +115,22 @@ def backbone_layers(backbone: "str | Sequence[Sequence[Any]] | nn.Module") -> tu
                 f"model.backbone: {module_class.__qualname__}.{name} is {value}; allowed: 1 or more"
             )
     return (CustomBackbone(_class_path(backbone), out_channels, stride, backbone),)
+
+
+def without_batch_norm(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return the layers with a bias instead of the batch norm in every convolution.
+
+    Raises:
+        InputError: a backbone that is a module.
+    """
+    if any(isinstance(layer, CustomBackbone) for layer in layers):
+        raise InputError(
+            "model.batch_norm is false; allowed for a backbone that is a module: true, because "
+            "only a list of layers says where its batch norms are"
+        )
+    return tuple(
+        replace(layer, batch_norm=False) if isinstance(layer, Conv) else layer for layer in layers
+    )
 
 
 def checkpoint_layers(backbone: Any, out_channels: int = 1) -> tuple[Layer, ...]:

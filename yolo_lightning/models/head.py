@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Location = Literal["direct", "offset"]
+"""How the centre of a box is predicted, see `decode_boxes`."""
 
 MAX_LOGITS = 2**21
 """Class logits of boxes computed at once, which bounds the memory of evaluation and prediction:
@@ -100,6 +103,7 @@ class HeadOutput:
 
     box_logits: Tensor
     class_logits: ClassLogits
+    location: Location = "direct"
 
     @classmethod
     def from_dense(cls, raw: Tensor, num_anchors: int) -> "HeadOutput":
@@ -108,19 +112,27 @@ class HeadOutput:
         return cls(dense[:, :, :5], DenseClassLogits(dense[:, :, 5:]))
 
 
-def decode_boxes(box_logits: Tensor, anchors_wh_cell: Tensor) -> Tensor:
+def decode_boxes(
+    box_logits: Tensor, anchors_wh_cell: Tensor, location: Location = "direct"
+) -> Tensor:
     """Return boxes_cxcywh_norm (B, A, 4, Gh, Gw) in 0…1 of the network input; anchors are (A, 2).
 
-    Source: YOLO9000, section 2, "Direct location prediction".
+    The centre of a box is inside its cell if `location` is `direct`; with `offset`, it is anywhere:
+    x = t_x * w_a + x_a, where (x_a, y_a) is the centre of the cell and w_a the width of the anchor.
+
+    Source: YOLO9000, section 2, "Direct location prediction"; `offset` is that of Faster R-CNN.
+    Deviation: the paper prints x = t_x * w_a - x_a; Faster R-CNN has a plus, as here.
     """
     height, width = box_logits.shape[-2:]
     x = torch.arange(width, device=box_logits.device, dtype=box_logits.dtype)
     y = torch.arange(height, device=box_logits.device, dtype=box_logits.dtype)[:, None]
     anchors = anchors_wh_cell.to(box_logits.dtype)[:, :, None, None]
+    xy_logits = box_logits[:, :, :2]
+    xy_cell = xy_logits.sigmoid() if location == "direct" else 0.5 + xy_logits * anchors
     return torch.stack(
         [
-            (box_logits[:, :, 0].sigmoid() + x) / width,
-            (box_logits[:, :, 1].sigmoid() + y) / height,
+            (xy_cell[:, :, 0] + x) / width,
+            (xy_cell[:, :, 1] + y) / height,
             box_logits[:, :, 2].exp() * anchors[:, 0] / width,
             box_logits[:, :, 3].exp() * anchors[:, 1] / height,
         ],
@@ -157,7 +169,7 @@ def select_candidates(
     """
     box_logits = output.box_logits.float()
     objectness = box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
-    boxes = decode_boxes(box_logits, anchors_wh_cell).flatten(3)  # (B, A, 4, G)
+    boxes = decode_boxes(box_logits, anchors_wh_cell, output.location).flatten(3)  # (B, A, 4, G)
     image, anchor, cell = (objectness > objectness_threshold).nonzero(as_tuple=True)
     fields = boxes[image, anchor, :, cell], objectness[image, anchor, cell], image, anchor, cell
     counts = torch.bincount(image, minlength=len(box_logits)).tolist()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_lightning.models.head import HeadOutput, SparseClassLogits
+from yolo_lightning.models.head import HeadOutput, Location, SparseClassLogits
 from yolo_lightning.models.layers import (
     Conv,
     CustomBackbone,
@@ -198,10 +198,16 @@ class YOLOv2(nn.Module):
 
     anchors_wh_cell: Tensor
 
-    def __init__(self, layers: Sequence[Layer], num_nodes: int, anchors_wh_cell: Tensor) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        num_nodes: int,
+        anchors_wh_cell: Tensor,
+        location: Location = "direct",
+    ) -> None:
         super().__init__()
         self.body = LayerStack(layers)
-        self.stride = self.body.stride
+        self.stride, self.location = self.body.stride, location
         channels, num_anchors = self.body.out_channels, len(anchors_wh_cell)
         self.box_conv = nn.Conv2d(channels, num_anchors * 5, 1)
         init_weights(self)
@@ -215,4 +221,4 @@ class YOLOv2(nn.Module):
         features = self.body(images)
         box_logits = self.box_conv(features).unflatten(1, (-1, 5))
         class_logits = SparseClassLogits(features, self.class_weight, self.class_bias)
-        return HeadOutput(box_logits, class_logits)
+        return HeadOutput(box_logits, class_logits, self.location)

@@ -113,6 +113,7 @@ def load_detector(options: argparse.Namespace, cli: Any) -> "tuple[DetectorModul
     for name, value, checkpoint_value in (
         ("data.tree", cli.datamodule.tree.rows, module.tree.rows),
         ("model.anchors_wh_cell", anchors, module.hparams["anchors_wh_cell"]),
+        ("model.location", model.init_args.get("location", "direct"), module.network.location),
     ):
         if value != checkpoint_value:
             difference = first_difference(value, checkpoint_value, "the recipe", "the checkpoint")

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
-from yolo_lightning.cli.commands.recipe_template import ANCHORS, Source, recipe_text
+from yolo_lightning.cli.commands.recipe_template import (
+    ANCHORS,
+    NOT_IN_TEMPLATE,
+    Source,
+    recipe_text,
+)
 from yolo_lightning.cli.commands.wordtree import MIXED_NAMES, write
 from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, read_mapping
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
@@ -114,6 +119,7 @@ def _network(options: argparse.Namespace, pretrained: Mapping[str, Any]) -> dict
         "reorg": "space_to_depth",
         "anchor_prior_images": 3200,
     }
+    values |= {name: pretrained[name] for name in NOT_IN_TEMPLATE if name in pretrained}
     if "anchors_wh_cell" in pretrained:  # a detector keeps its head and anchors
         names = ("head_channels", "passthrough_channels", "reorg", "anchors_wh_cell")
         values |= {name: pretrained[name] for name in names} | {"anchor_prior_images": 0}

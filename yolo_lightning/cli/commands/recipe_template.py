@@ -17,6 +17,9 @@ from yolo_lightning.models.layers import layer_outputs
 ANCHORS = 5
 BATCH, PASSES, MIN_STEPS, MAX_STEPS = 16, 60, 600, 80_000
 
+NOT_IN_TEMPLATE = {"batch_norm": True, "location": "direct"}
+"""Options of the network with their defaults, which a recipe names only if they have others."""
+
 _TEMPLATE = Path(__file__).with_suffix(".yaml")
 _BEST = """\
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
@@ -89,6 +92,11 @@ def recipe_text(
         head_channels=network["head_channels"],
         passthrough_channels=_as_yaml(network["passthrough_channels"]),
         reorg=network["reorg"],
+        others="".join(
+            f"\n    {name}: {_as_yaml(network[name])}"
+            for name, default in NOT_IN_TEMPLATE.items()
+            if network.get(name, default) != default
+        ),
         anchor_prior_images=network["anchor_prior_images"],
         learning_rate=0.001 if network["backbone"] == "darknet19" else 0.005,
         detection=_source_lines(boxes),
