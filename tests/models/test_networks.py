@@ -232,7 +232,7 @@ def test_the_extraction_network_of_yolo_has_as_many_operations_as_published():
             features = network.body(torch.empty(1, 3, 224, 224))
             nn.functional.conv2d(features, network.class_conv.weight)
     assert counter.get_total_flops() / 1e9 == pytest.approx(8.52, abs=0.005)
-    # kernels, scales and shifts of 21 convolutions, kernels and biases of the last, as in its .cfg
+    # kernels, scales and shifts of 20 convolutions, kernels and biases of the last, as in its .cfg
     assert sum(p.numel() for p in network.parameters()) == 23_437_224
     assert (network.body.stride, network.body.out_channels) == (32, 1024)
     assert LayerStack(BACKBONES["yolov1"]).stride == 64
