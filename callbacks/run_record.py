@@ -60,9 +60,12 @@ class RunRecord(pl.Callback):
         return values
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log tags, datasets, the tree and the anchors."""
+        """Write the tree and the anchors; log them, tags and datasets."""
+        if not trainer.is_global_zero:
+            return
+        files = self._write_tables(pl_module)
         loggers = run_loggers(trainer)
-        if not loggers or not trainer.is_global_zero:
+        if not loggers:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         inputs: list[dict[str, Any]] = data.inputs() if hasattr(data, "inputs") else []
@@ -79,7 +82,6 @@ class RunRecord(pl.Callback):
             **_data_tags(inputs),
             "mlflow.note.content": self._description(inputs),
         }
-        files = self._write_tables(pl_module)
         for logger in loggers:
             logger.set_tags(tags)
             logger.log_inputs([_to_mlflow_dataset(data) for data in inputs])

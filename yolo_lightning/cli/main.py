@@ -13,6 +13,7 @@ COMMANDS = {
     "fit": ("recipe", "train a model from a recipe"),
     "validate": ("recipe", "evaluate a checkpoint on the validation images of a recipe"),
     "test": ("recipe", "evaluate a checkpoint on the test images of a recipe"),
+    "chain": ("commands.chain", "check trainings that start from each other, list what is left"),
     "init": ("commands.init", "write a recipe for your own datasets"),
     "check-data": ("commands.check_data", "read all of a dataset and report errors"),
     "anchors": ("commands.anchors", "cluster the boxes of a dataset into anchors"),
@@ -32,7 +33,8 @@ COMMANDS = {
 }
 _LIGHTNING_COMMANDS = ("fit", "validate", "test")
 _RECIPE_COMMANDS = {
-    *_LIGHTNING_COMMANDS, "check-data", "anchors", "batch", "explain", "speed", "quickstart",
+    *_LIGHTNING_COMMANDS, "chain", "check-data", "anchors", "batch", "explain", "speed",
+    "quickstart",
 }  # fmt: skip
 
 

@@ -157,11 +157,15 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Set the run folder, and the folder of checkpoints if the recipe does not set it."""
         config = self.config[self.config.subcommand]
+        if self.config.subcommand == "fit":
+            _find_pretrained(config)
         self.requested_config = config.clone()
         if self.config.subcommand == "fit":
             root = runs.runs_root(config, self.recipes)
             self.run_folder = runs.prepare_run_folder(root, config.ckpt_path, self.job_folder)
             runs.lock(self.run_folder)
+            if runs.rank() == 0:  # until its end is reached again
+                (self.run_folder / runs.FINISHED).unlink(missing_ok=True)
             config.trainer.default_root_dir = str(self.run_folder)
             checkpoints = str(self.run_folder / "checkpoints")
         else:
@@ -306,8 +310,18 @@ class RecipeCLI(LightningCLI):
             )
         if trainer.fast_dev_run and self.run_folder is not None:  # type: ignore[attr-defined]
             runs.remove_if_empty(self.run_folder)
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and self.run_folder is not None:
+            runs.mark_finished(self.run_folder, trainer.global_step)
             print(f"run folder: {self.run_folder}")
+
+
+def _find_pretrained(config: Namespace) -> None:
+    """Replace a folder of runs in `model.pretrained` by the best checkpoint of its newest run."""
+    model = (config.get("model") or {}).get("init_args") or {}
+    path = model.get("pretrained")
+    if isinstance(path, str) and Path(path).expanduser().is_dir():
+        found = runs.find_best_checkpoint(Path(path).expanduser(), "model.pretrained: no run in")
+        model["pretrained"] = str(found)
 
 
 def silence_libraries() -> None:

@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import resumable_checkpoint
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, write_atomically
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, RUN_ID_FILE
 
 BEST = "best.ckpt"
+FINISHED = "finished.yaml"  # in the folder of a run that was trained to its end
 _RECORD, _LOCK = "resolved.yaml", ".lock"
 
 
@@ -77,8 +79,10 @@ def find_resume_checkpoint(folder: Path) -> Path | None:
     return resumable_checkpoint(newest.with_name(LAST))
 
 
-def find_best_checkpoint(root: Path) -> Path:
+def find_best_checkpoint(root: Path, missing: str = "no --ckpt_path given, and no run in") -> Path:
     """Return the best checkpoint of the newest run, or its last one if none was marked as best.
+
+    `missing` begins the message of the error.
 
     Raises:
         InputError: no run has a checkpoint.
@@ -89,9 +93,15 @@ def find_best_checkpoint(root: Path) -> Path:
             return found[-1]
     nested = sorted(str(path) for path in root.rglob(f"checkpoints/{LAST}"))
     hint = f"pass one of: {', '.join(nested[-4:])}" if nested else "train first"
-    raise InputError(
-        f"no --ckpt_path given, and no run in {str(root)!r} has checkpoints/{BEST}; {hint}"
-    )
+    raise InputError(f"{missing} {str(root)!r} has checkpoints/{BEST}; {hint}")
+
+
+def mark_finished(folder: Path, step: int) -> None:
+    """Record that a run was trained to its end, and which checkpoint is its best one."""
+    names = [name for name in (BEST, LAST) if (folder / "checkpoints" / name).is_file()]
+    checkpoint = f"checkpoints/{names[0]}" if names else None
+    text = yaml.safe_dump({"step": step, "checkpoint": checkpoint}, sort_keys=False)
+    write_atomically(folder / FINISHED, text)
 
 
 def prepare_run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = None) -> Path:
