@@ -101,6 +101,9 @@ def check(command: str) -> None:
     if program.endswith(("torchrun.sh", "sbatch")):
         recipe, *options = args if program.endswith(".sh") else args[1:]
         program, args = "yolo-lightning", ["fit", "--config", recipe, *options]
+    if program.endswith("chain.sh"):
+        name, *rest = [word for word in args if word not in ("--slurm", "--dry-run")]
+        program, args = "yolo-lightning", ["chain", name, RECIPE, *rest]
     checks = {
         "yolo-lightning": _check_ours, "make": _check_make, "pip": _check_pip,
         "pytest": _check_pytest, "python": _check_python, "python3": _check_python,

@@ -299,7 +299,7 @@ def test_bad_options_of_the_script(script, args):
 # --- a miniature, killed in its third stage
 
 
-def start(folder: Path, log: str) -> subprocess.Popen:
+def start(folder: Path, log: str) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
