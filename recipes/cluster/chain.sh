@@ -28,9 +28,11 @@ shift
 recipes=()
 while [[ $# -gt 0 && $1 != -* ]]; do recipes+=("$1"); shift; done
 scripts=$(dirname "$0")
-main=$(dirname "$scripts")
-[ ${#recipes[@]} -gt 0 ] || recipes=("$main/classify_imagenet_224.yaml" "$main/classify_imagenet_448.yaml" \
-    "$main/detect_coco.yaml" "$main/joint_yolo9000.yaml")
+if [ ${#recipes[@]} = 0 ]; then
+    for stage in classify_imagenet_224 classify_imagenet_448 detect_coco joint_yolo9000; do
+        recipes+=("$(dirname "$scripts")/$stage.yaml")
+    done
+fi
 
 # SITE: activate the environment
 if [ -f .venv/bin/activate ]; then
@@ -63,9 +65,8 @@ fi
 plan=$(python -m yolo_lightning chain "$name" "${recipes[@]}" --folder "${FOLDER:-outputs/chain}" "$@") || exit
 trap : INT # the stage stops by itself; then its exit code is ours
 job='' stage=''
-while read -r line <&3; do
-    [ -n "$line" ] || continue
+while read -r line <&3 && [ -n "$line" ]; do
     eval "words=($line)"
     stage=${words[0]}
-    train "${words[0]}" "$@" "${words[@]:1}" || stop $?
+    train "$stage" "$@" "${words[@]:1}" || stop $?
 done 3<<< "$plan"
