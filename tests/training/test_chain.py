@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def edit(file: Path, **values) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def one_parser():
     """Build the parser of recipes once: it takes a third of a second."""
-    original, built = RecipeCLI.setup_parser, {}
+    original = RecipeCLI.setup_parser
+    built: dict[str, Any] = {}
 
     def set_up(cli, *args):
         before = set(vars(cli))
