@@ -176,6 +176,7 @@ def test_the_report_reads_the_files_of_several_seeds(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_miniature_road_with_two_steps_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     for name in (*VARIABLES, "DARKNET19_224"):
