@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes on few cores: threads that spin while they wait slow each other 30-fold.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: quickstart test test-fast test-slow lint types structure format clean
+.PHONY: quickstart road rehearsal test test-fast test-slow lint types structure format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -17,6 +17,14 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: $(READY)
 	$(BIN)/yolo-lightning quickstart
+
+# the steps from YOLO to YOLOv2 in miniature; options by ARGS, such as ARGS='--seed 1'
+road: $(READY)
+	$(BIN)/python -m tests.benchmarks.road $(ARGS)
+
+# joint training at its true size, for a few steps, on two nodes of this machine
+rehearsal: $(READY)
+	$(BIN)/python -m tests.benchmarks.rehearsal $(ARGS)
 
 # one process a core, with one thread each
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8

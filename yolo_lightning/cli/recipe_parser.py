@@ -55,7 +55,8 @@ def parse(
     """
     origin = "".join(f"{recipe}: " for recipe in recipes)
     rows = (model or {}).get("init_args", {}).get("tree")
-    if model and rows is not None:  # the parser's time grows with the square of the length of a list
+    # the parser's time grows with the square of the length of a list
+    if model and rows is not None:
         model = {**model, "init_args": {**model["init_args"], "tree": _SAVED_TREE}}
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -276,9 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", help="of the chain: its folder, and the MLflow tag of its runs")
     parser.add_argument("recipes", nargs="+", metavar="recipe", help="of a stage, in order")
-    parser.add_argument(
-        "--folder", default="outputs/chain", help="default: %(default)s"
-    )
+    parser.add_argument("--folder", default="outputs/chain", help="default: %(default)s")
     return parser
 
 

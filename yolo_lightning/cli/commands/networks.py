@@ -20,6 +20,7 @@ class Network(NamedTuple):
 NETWORKS = {
     "`darknet19`": Network("backbone: darknet19", 1000),
     "`tiny`": Network("backbone: tiny_darknet", 1000),
+    "YOLOv1's classifier": Network("backbone: extraction", 1000),
     "YOLOv2 as in the paper": Network(
         "backbone: darknet19, reorg: space_to_depth, passthrough_channels: null", 20, 5
     ),
