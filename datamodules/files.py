@@ -217,7 +217,7 @@ class LabelledImages(FileSource, ImageLabelSource):
 
     @property
     def _label_hint(self) -> str:
-        return f"{super()._label_hint}; skip_unknown: true leaves out the images of labels without"
+        return f"{super()._label_hint}; skip_unknown: true leaves out their images"
 
     def __len__(self) -> int:
         """Return the number of images, without those left out."""

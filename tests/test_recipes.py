@@ -114,6 +114,7 @@ def test_the_tiny_variants_are_the_released_networks(build, name, layout):
     (options,) = [line for line in overrides_of(name) if "--model.backbone" in line]
     run, released = build(name, *options), LAYOUTS[layout]()
     assert run.model.network.body.layers == tuple(released.layers)
+    assert released.region is not None
     anchors = torch.tensor(released.region.anchors).view(-1, 2)
     assert torch.equal(run.model.network.anchors_wh_cell, anchors)
     assert run.model.loss.rescore == released.region.rescore
@@ -138,9 +139,10 @@ def test_the_overrides_at_the_top_of_a_recipe_build(build, name):
 @pytest.mark.parametrize("name", sorted(TESTS))
 def test_a_recipe_of_test_data_alone_tests_a_checkpoint(paper, batches, name, capsys):
     torch.manual_seed(0)
-    layers = [["conv", 4, 3], ["pool"], ["conv", 4, 3], ["pool"]]
+    layers: list[Any] = [["conv", 4, 3], ["pool"], ["conv", 4, 3], ["pool"]]
     if name == "test_imagenet":
         tree = WordTree.from_source("recipes/trees/imagenet1k.wnids")
+        assert tree.rows[0] == ("n02119789", "-", "kit fox")
         module: Any = ClassifierModule(tree=tree.rows, backbone=layers, image_size=32)
     else:
         module = DetectorModule(

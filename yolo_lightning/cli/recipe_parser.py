@@ -55,8 +55,7 @@ def parse(
     """
     origin = "".join(f"{recipe}: " for recipe in recipes)
     rows = (model or {}).get("init_args", {}).get("tree")
-    # the parser's time grows with the square of the length of a list
-    if model and rows is not None:
+    if model and rows is not None:  # parsing takes time by the square of the length of a list
         model = {**model, "init_args": {**model["init_args"], "tree": _SAVED_TREE}}
     try:
         with tempfile.TemporaryDirectory() as folder:
