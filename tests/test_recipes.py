@@ -42,7 +42,7 @@ TRAININGS: dict[str, tuple[list[str], dict[str, int]]] = {
     "joint_voc_imagenet1k": ([*BOXES, *LABELS], {"DetectionBatch": 2, "ClassificationBatch": 4}),
 }
 TESTS = {"test_imagenet", "test_imagenet_det"}
-ELSEWHERE = {"quickstart", "fruit", "pets_joint"}  # trained by tests of their own
+ELSEWHERE = {"quickstart", "fruit", "pets_joint", "road"}  # trained by tests of their own
 
 
 def name_of(path: Path) -> str:
