@@ -71,13 +71,18 @@ class DatasetFiles:
     def find_image(self, folder: Path, stem: str) -> str | None:
         """Return the name of an image given without its suffix; .jpg is preferred."""
         if folder not in self._images:
-            images = [name for name in self.names(folder) if is_image(Path(name))]
+            images = [name for name in self.names(folder) if is_image(name)]
             images.sort(key=lambda name: not name.endswith(".jpg"))
             self._images[folder] = {os.path.splitext(name)[0]: name for name in reversed(images)}
         return self._images[folder].get(stem)
 
     def walk(self, folder: Path) -> Iterator[Path]:
         """Yield the files in a folder and below it, without hidden files and folders."""
+        for parent, names in self.walk_folders(folder):
+            yield from (Path(parent) / name for name in names)
+
+    def walk_folders(self, folder: Path) -> Iterator[tuple[str, list[str]]]:
+        """Yield a folder and each one below it, and the names of the files in it."""
         # links to folders are followed, but no folder is visited twice
         visited: set[str] = set()
         start = os.path.realpath(folder)
@@ -89,7 +94,7 @@ class DatasetFiles:
             visited.add(real)
             subfolders[:] = sorted(name for name in subfolders if name[:1] != ".")
             self.watched.append(Path(parent))
-            yield from (Path(parent) / name for name in sorted(names) if name[:1] != ".")
+            yield parent, sorted(name for name in names if name[:1] != ".")
 
     def read_lines(self, file: Path) -> list[str]:
         """Return the lines of a text; see `read_text`."""

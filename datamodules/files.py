@@ -44,6 +44,10 @@ class FileSource(Source):
             if self._index is None:
                 parsing_since_ns = time_ns()
                 index = self._parse(root)
+                arrays = (part for item in sorted(index.arrays.items()) for part in item)
+                # of 0.6 GB for 14 million images, which no rank reads again
+                fingerprint = digest(list(index.metadata["names"]), *arrays)
+                index.metadata["fingerprint"] = fingerprint
                 self._index = save(index, file, parsing_since_ns) if file is not None else index
         return self._index
 
@@ -107,9 +111,7 @@ class FileSource(Source):
 
     def fingerprint(self) -> str:
         """Return a hash of file names, labels and boxes; no image is read."""
-        index = self.load_index()
-        arrays = (part for item in sorted(index.arrays.items()) for part in item)
-        return digest(list(index.metadata["names"]), *arrays)
+        return str(self.load_index().metadata["fingerprint"])
 
     def image_path(self, index: int) -> Path:
         """Return the path of an image."""

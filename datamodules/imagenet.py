@@ -59,7 +59,7 @@ class ImageNet(LabelledImages):
             raise missing_split(self.name, self.split, choices)
         labels = ImageLabels(root)
         labels.watched.append(root)
-        names = [name for name in labels.names(folder) if is_image(Path(name))]
+        names = [name for name in labels.names(folder) if is_image(name)]
         if names:
             self._add_listed(labels, folder, names)
         else:

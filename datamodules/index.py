@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-VERSION = 4  # increase it when the content changes: files of other versions are rebuilt
+VERSION = 5  # increase it when the content changes: files of other versions are rebuilt
 # environment variable: one folder for all indices, instead of a folder in each dataset
 CACHE_VARIABLE = "YOLO_LIGHTNING_CACHE"
 CACHE_FOLDER = ".yolo_lightning"
@@ -44,10 +44,22 @@ class Index:
 
 def pack_strings(name: str, strings: Iterable[str]) -> dict[str, Array]:
     """Return strings as two arrays: their UTF-8 bytes, and the offset of each (N + 1)."""
-    encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-    np.cumsum([len(string) for string in encoded], out=offsets[1:])
-    return {name: np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{name}_offsets": offsets}
+    encoded = [encode(string) for string in strings]
+    lengths = np.array([len(string) for string in encoded], np.int64)
+    packed = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    return {name: packed, f"{name}_offsets": offsets(lengths)}
+
+
+def encode(string: str) -> bytes:
+    """Return a string, such as the name of a file that is not UTF-8, as bytes."""
+    return string.encode("utf-8", "surrogateescape")
+
+
+def offsets(lengths: Array) -> NDArray[np.int64]:
+    """Return where each of N parts starts, and the end, (N + 1)."""
+    result = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=result[1:])
+    return result
 
 
 def cache_file(root: Path, options: Mapping[str, Any]) -> Path | None:

@@ -1,6 +1,7 @@
 """Image files: read sizes, decode to RGB, and fit into a network input."""
 
 import io
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,9 @@ class Header:
     format: str  # such as JPEG
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: str | Path) -> bool:
     """Return whether a file has the suffix of a supported image format."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def read_header(path: Path) -> Header:

@@ -1,9 +1,11 @@
 """Every file source: mapping of labels, and the cached index."""
 
+import json
 import mmap
 import os
 import pickle
 import shutil
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,15 @@ from tests.helpers.miniatures import (
     write_devkit,
     write_ilsvrc,
 )
-from yolo_lightning.datamodules import ILSVRCDetection, ImageFolder, VOCFolder, index
+from yolo_lightning.datamodules import (
+    COCOJson,
+    ILSVRCDetection,
+    ImageFolder,
+    VOCFolder,
+    files,
+    index,
+)
+from yolo_lightning.datamodules.annotations import ImageLabels
 from yolo_lightning.errors import InputError
 
 # --- labels and the tree
@@ -387,3 +397,49 @@ def test_index_is_memory_mapped(tmp_path, kind):
             assert base is not None, name
             base = base.base
         assert not array.flags.writeable
+
+
+# --- size of datasets such as COCO and ImageNet-22k
+
+
+def peak_bytes(function, *arguments) -> int:
+    """Return the peak memory of Python objects while a function runs."""
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_image_labels_take_little_memory_while_they_are_parsed(tmp_path):
+    def parse():
+        labels = ImageLabels(tmp_path)
+        for k in range(20_000):
+            labels.add(f"n{k % 100:08d}/n{k % 100:08d}_{k}.JPEG", f"n{k % 100:08d}", "folder")
+        arrays = labels.build_index().arrays
+        assert len(arrays["classes"]) == 20_000
+        assert bytes(arrays["paths"][: arrays["paths_offsets"][1]]) == b"n00000000/n00000000_0.JPEG"
+
+    # 30 bytes of the path, 8 of its offset, 8 of lengths and labels, and what growing arrays
+    # reserve; lists of strings take 200
+    assert peak_bytes(parse) < 20_000 * 100
+
+
+def test_outlines_are_freed_while_coco_is_parsed(tmp_path):
+    file = build_coco(tmp_path)(mapping=FRENCH).annotations
+    data = json.loads(Path(file).read_text())
+    data["annotations"] *= 500
+    for item in data["annotations"]:
+        item["segmentation"] = [[k + 0.5 for k in range(100)]]
+    Path(file).write_text(json.dumps(data))
+    size = Path(file).stat().st_size
+    # bytes, then text as well, and what is kept of an annotation; all outlines take 5 times more
+    assert peak_bytes(COCOJson(file).load_index) < 3 * size
+
+
+def test_fingerprint_is_computed_when_a_dataset_is_parsed(tmp_path, monkeypatch):
+    make = SOURCES["class folders"](tmp_path)
+    expected = bind_source(make(mapping=FRENCH)).fingerprint()
+    monkeypatch.setattr(files, "digest", lambda *parts: pytest.fail("all arrays are read again"))
+    assert bind_source(make(mapping=FRENCH)).fingerprint() == expected
