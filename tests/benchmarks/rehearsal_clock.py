@@ -140,8 +140,8 @@ class Clock(pl.Callback):
             after(loop)
             _seconds["wait for data"] += time.time() - self._at_s["fetch"]
 
-        _TrainingEpochLoop._on_before_fetch = before_fetch  # type: ignore[method-assign]
-        _TrainingEpochLoop._on_after_fetch = after_fetch  # type: ignore[method-assign]
+        loop: Any = _TrainingEpochLoop
+        loop._on_before_fetch, loop._on_after_fetch = before_fetch, after_fetch
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the memory before gradients and momentum exist."""

@@ -145,7 +145,7 @@ def _start(results: Results) -> str:
 
 def _order(starts: list[Record]) -> Callable[[str], float]:
     def longest_first(name: str) -> float:
-        return -max(start["parts"].get(name, 0.0) for start in starts)
+        return -max(float(start["parts"].get(name, 0.0)) for start in starts)
 
     return longest_first
 
