@@ -200,7 +200,7 @@ class ImageLabels(DatasetFiles):
         order = [self._numbers[name] for name in names]
         sorted_numbers = np.empty(len(names), np.int32)
         sorted_numbers[order] = np.arange(len(names), dtype=np.int32)
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "paths": np.frombuffer(self._paths, np.uint8),
             "paths_offsets": offsets(np.frombuffer(self._lengths, np.int32)),
             "classes": sorted_numbers[np.frombuffer(self._labels, np.int32)],
