@@ -69,7 +69,7 @@ def test_the_top_level_is_the_agreed_one():
     }  # fmt: skip
 
 
-@pytest.mark.end_to_end
+@pytest.mark.slow
 def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
     source = copy_without_links(tmp_path)
     build = (

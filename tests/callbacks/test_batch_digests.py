@@ -41,6 +41,7 @@ def test_digests_depend_on_image_size_samples_and_sources(workplace):
     assert sum(a == b for a, b in zip(first, other, strict=True)) < 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_overwrites_digests_with_equal_values(workplace):
     folder, first = train(workplace)
     path = folder / "batches/steps.crc32"

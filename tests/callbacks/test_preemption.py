@@ -232,6 +232,7 @@ def test_loader_workers_ignore_the_signals():
     assert [list(batch) for batch in loader] == [[1, 1], [1, 1]]
 
 
+@pytest.mark.slow
 def test_signal_during_imports_stops_after_one_step(tmp_path):
     process = start(tmp_path, "--trainer.max_epochs=50")
     time.sleep(1.0)

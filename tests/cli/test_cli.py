@@ -502,6 +502,7 @@ def test_help_version_and_unknown_commands(capsys):
     assert "did you mean 'fit'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quickstart_keeps_the_results_of_every_run(workplace, capsys):
     for number in (1, 2):
         assert main(["quickstart", *TINY]) == 0

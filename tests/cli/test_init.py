@@ -76,6 +76,7 @@ def page_blocks(kind: str) -> list[str]:
     return [text for fence, text in blocks if fence == kind]
 
 
+@pytest.mark.slow
 def test_the_page_on_own_classes_runs_as_written(workdir, capsys):
     write_photos(workdir / "photos", 24)
     write_labels(workdir / "labels", ["ring", "semicircle", "rhombus", "square"], 20)
