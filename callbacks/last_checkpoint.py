@@ -82,7 +82,7 @@ class LastCheckpoint(Checkpoint):
         self._log_step(trainer)
         step = trainer.global_step
         self._validation_is_due = _validation_follows(trainer)
-        if step == trainer.max_steps:
+        if step == trainer.max_steps or trainer.should_stop:  # the latter by `max_time`
             self.save_now(trainer)
         elif self._validation_is_due or step % self.every_n_steps == 0:
             self._save(trainer)  # before a validation too, so that a stop during it loses nothing

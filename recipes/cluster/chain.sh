@@ -12,7 +12,11 @@
 # FOLDER/NAME (default: outputs/chain/NAME), and have the MLflow tag chain = NAME.
 set -euo pipefail
 
-command=("$0" "$@")
+command=${FOLDER:+FOLDER=${FOLDER@Q} }
+for name in DEVICES NODES NODE_RANK MASTER; do
+    [ -z "${!name:-}" ] || command+="$name=${!name@Q} "
+done
+command+=$(printf '%q ' "$0" "$@")
 launcher=fit dry_run=
 [ -z "${DEVICES:-}${NODES:-}" ] || launcher=torchrun
 while [[ ${1:-} == --* ]]; do
@@ -53,7 +57,7 @@ train() {
 }
 
 stop() {
-    echo "chain $name: stopped in ${stage:-its check} with code $1; to go on: ${command[*]@Q}" >&2
+    echo "chain $name: stopped in ${stage:-its check} with code $1; to go on: $command" >&2
     exit "$1"
 }
 

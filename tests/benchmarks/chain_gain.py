@@ -27,8 +27,10 @@ MINIATURE = Miniature(
     labelled_images=8192,
     evaluated_images=200,
     batch_size=16,
+    labels_batch_size=32,
+    crops={"aspect": 1.0, "degrees": 0.0},
     head_channels=64,
-    learning_rates=(0.03, 0.01, 0.02, 0.02),
+    learning_rates=(0.05, 0.01, 0.02, 0.02),
     validations=1,
     logger=False,
 )

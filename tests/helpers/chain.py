@@ -1,6 +1,6 @@
 """Four recipes in miniature: a classifier at two sizes, a detector, a joint detector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Miniature:
     labelled_images: int = 24
     evaluated_images: int = 6
     batch_size: int = 4
+    labels_batch_size: int = 4
+    crops: dict[str, Any] = field(default_factory=dict)  # of images with labels
     head_channels: int = 8
     learning_rates: tuple[float, float, float, float] = (0.05, 0.01, 0.01, 0.01)
     validations: int = 2  # in each stage
@@ -45,7 +47,10 @@ class Miniature:
             "validation": self._source("ImageLabels", self.evaluated_images, number, 1_000_001),
             "classification_augmentation": {
                 "class_path": "yolo_lightning.datamodules.ClassificationAugmentation",
-                "init_args": {"shorter_side": [self._size(number), self._size(number) * 5 // 4]},
+                "init_args": {
+                    "shorter_side": [self._size(number), self._size(number) * 5 // 4],
+                    **self.crops,
+                },
             },
         }
         return self._recipe(number, model, data, "val/top1")
@@ -105,7 +110,7 @@ class Miniature:
             "tree": TREE,
             **data,
             "detection_batch_size": self.batch_size,
-            "classification_batch_size": self.batch_size,
+            "classification_batch_size": self.labels_batch_size,
             "image_size": size,
             "num_workers": 0,
         }

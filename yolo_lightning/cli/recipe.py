@@ -319,9 +319,8 @@ def _find_pretrained(config: Namespace) -> None:
     """Replace a folder of runs in `model.pretrained` by the best checkpoint of its newest run."""
     model = (config.get("model") or {}).get("init_args") or {}
     path = model.get("pretrained")
-    if isinstance(path, str) and Path(path).expanduser().is_dir():
-        found = runs.find_best_checkpoint(Path(path).expanduser(), "model.pretrained: no run in")
-        model["pretrained"] = str(found)
+    if isinstance(path, str):
+        model["pretrained"] = runs.find_pretrained(path)
 
 
 def silence_libraries() -> None:

@@ -82,26 +82,40 @@ def find_resume_checkpoint(folder: Path) -> Path | None:
 def find_best_checkpoint(root: Path, missing: str = "no --ckpt_path given, and no run in") -> Path:
     """Return the best checkpoint of the newest run, or its last one if none was marked as best.
 
-    `missing` begins the message of the error.
+    `root` is a folder of runs, or a run; `missing` begins the message of the error.
 
     Raises:
         InputError: no run has a checkpoint.
     """
     for name in (BEST, LAST):
-        found = sorted(root.glob(f"*/checkpoints/{name}"), key=lambda p: p.stat().st_mtime)
+        found = [*root.glob(f"checkpoints/{name}"), *root.glob(f"*/checkpoints/{name}")]
         if found:
-            return found[-1]
+            return max(found, key=lambda path: path.stat().st_mtime)
     nested = sorted(str(path) for path in root.rglob(f"checkpoints/{LAST}"))
     hint = f"pass one of: {', '.join(nested[-4:])}" if nested else "train first"
-    raise InputError(f"{missing} {str(root)!r} has checkpoints/{BEST}; {hint}")
+    raise InputError(f"{missing} {str(root)!r} has checkpoints/{BEST} or {LAST}; {hint}")
+
+
+def find_pretrained(path: str) -> str:
+    """Return a path to weights; of a folder of runs, the best checkpoint of its newest run.
+
+    Raises:
+        InputError: an empty path, or a folder without checkpoints.
+    """
+    if not path:
+        raise InputError("model.pretrained is ''; allowed: a file, a folder of runs, or null")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    return str(find_best_checkpoint(folder, "model.pretrained: no run in"))
 
 
 def mark_finished(folder: Path, step: int) -> None:
     """Record that a run was trained to its end, and which checkpoint is its best one."""
     names = [name for name in (BEST, LAST) if (folder / "checkpoints" / name).is_file()]
-    checkpoint = f"checkpoints/{names[0]}" if names else None
-    text = yaml.safe_dump({"step": step, "checkpoint": checkpoint}, sort_keys=False)
-    write_atomically(folder / FINISHED, text)
+    if names:
+        values = {"step": step, "checkpoint": f"checkpoints/{names[0]}"}
+        write_atomically(folder / FINISHED, yaml.safe_dump(values, sort_keys=False))
 
 
 def prepare_run_folder(root: Path, checkpoint: str | None, job_folder: Path | None = None) -> Path:

@@ -28,12 +28,12 @@ from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.tracking.store import strip_passwords
 from yolo_lightning.tree.wordtree import WordTree
 
-# what a finished stage may not change of its trainer; of its callbacks, MultiScale
+# what a finished stage may not change of its trainer and of its callbacks
 _TRAINER_KEYS = (
     "max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "gradient_clip_val",
     "gradient_clip_algorithm", "sync_batchnorm",
 )  # fmt: skip
-_AGAIN = "move its folder away to train it again"
+_CALLBACKS = ("MultiScale", "ModelCheckpoint", "WeightAveraging")
 
 
 class StageCLI(DataCLI):
@@ -109,13 +109,24 @@ def plan(folder: Path, recipes: Sequence[str], options: Sequence[str]) -> list[S
     return stages
 
 
+def _again(stage: Stage) -> str:
+    return f"move {stage.root} away to train it again"
+
+
 def _find_run(stage: Stage) -> None:
     """Set the finished run of a stage, or the interrupted one and its checkpoint."""
     markers = sorted(stage.root.glob(f"*/{runs.FINISHED}"), key=lambda path: path.stat().st_mtime)
     if markers:
-        values = yaml.safe_load(markers[-1].read_text(encoding="utf-8"))
-        stage.run, stage.finished_step = markers[-1].parent, values["step"]
-        stage.checkpoint = stage.run / (values["checkpoint"] or f"checkpoints/{runs.BEST}")
+        stage.run = markers[-1].parent
+        try:
+            values = yaml.safe_load(markers[-1].read_text(encoding="utf-8"))
+            stage.finished_step, checkpoint = int(values["step"]), str(values["checkpoint"])
+        except (ValueError, TypeError, KeyError, yaml.YAMLError):
+            raise InputError(
+                f"{markers[-1]}: expected the keys step and checkpoint; remove it, and the stage "
+                "resumes at its last checkpoint"
+            ) from None
+        stage.checkpoint = stage.run / checkpoint
         return
     stage.checkpoint = runs.find_resume_checkpoint(stage.root)
     if stage.checkpoint is not None:
@@ -149,12 +160,11 @@ def _check_stage(before: Stage | None, stage: Stage) -> None:
         return
     start = stage.model.pretrained if before is None else None
     if before is not None and before.finished_step is not None and before.checkpoint is not None:
-        require_file(before.checkpoint, f"the best checkpoint of {before.root.name}", _AGAIN)
+        what = f"the best checkpoint of {before.root.name}"
+        require_file(before.checkpoint, what, _again(before))
         verify(before.checkpoint)
-    elif start is not None and stage.run is None and not Path(start).expanduser().is_dir():
-        require_file(start, "model.pretrained", "null starts from random weights")
     elif start is not None and stage.run is None:
-        runs.find_best_checkpoint(Path(start).expanduser(), "model.pretrained: no run in")
+        require_file(runs.find_pretrained(start), "model.pretrained", "null: random weights")
     stage.cli.check_model_and_data()
 
 
@@ -162,14 +172,15 @@ def _check_origin(before: Stage, stage: Stage) -> None:
     """Raise `InputError` unless a run started from the stage before as it is now."""
     if before.finished_step is None or before.checkpoint is None:
         raise InputError(
-            f"has a run, but {before.root.name}, which it starts from, is not finished: {_AGAIN}"
+            f"has a run, but {before.root.name}, which it starts from, is not finished: "
+            f"{_again(stage)}"
         )
     started_from = str(_record(stage)["model"]["init_args"].get("pretrained"))
     # the folder of all runs may have moved
     if Path(started_from).parts[-3:] != before.checkpoint.parts[-3:]:
         raise InputError(
             f"was started from {started_from}, but the best checkpoint of {before.root.name} is "
-            f"{before.checkpoint}: {_AGAIN}"
+            f"{before.checkpoint}: {_again(stage)}"
         )
 
 
@@ -178,7 +189,7 @@ def _record(stage: Stage) -> dict[str, Any]:
     assert stage.run is not None
     files = [*stage.run.glob("resolved.yaml"), *stage.run.glob("resumed-*-resolved.yaml")]
     if not files:
-        raise InputError(f"{stage.run} has no resolved.yaml, so it is no run: {_AGAIN}")
+        raise InputError(f"{stage.run} has no resolved.yaml, so it is no run: {_again(stage)}")
     newest = max(files, key=lambda path: path.stat().st_mtime)
     return dict(yaml.safe_load(newest.read_text(encoding="utf-8")))
 
@@ -192,7 +203,7 @@ def _check_unchanged(stage: Stage) -> None:
         key = changed[0]
         raise InputError(
             f"{key} is {now.get(key)}, but was {then.get(key)} when the stage was trained; change "
-            f"it back, or {_AGAIN}"
+            f"it back, or {_again(stage)}"
         )
     tree, saved = stage.model.tree, stage.run / "tree.tsv" if stage.run else Path()
     if saved.is_file() and (not isinstance(tree, str) or Path(tree).expanduser().is_file()):
@@ -206,16 +217,17 @@ def _kept(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a recipe that decide what is learnt."""
     trainer = values.get("trainer") or {}
     model, data = (dict(values[name].get("init_args") or {}) for name in ("model", "data"))
-    data.pop("num_workers", None)
+    for name in ("num_workers", "tree"):  # the rows of trees are compared instead
+        data.pop(name, None)
     # preparation is that of the data, and a resumed run has it from its checkpoint
-    model = {k: v for k, v in model.items() if k not in ("pretrained", *data) or k == "tree"}
+    model = {k: v for k, v in model.items() if k not in ("pretrained", "tree", *data)}
     callbacks = trainer.get("callbacks") or []
     return {
         "seed_everything": values.get("seed_everything"),
         "model": {"class_path": values["model"]["class_path"], **model},
         "data": {"class_path": values["data"]["class_path"], **data},
         "trainer": {name: trainer.get(name) for name in _TRAINER_KEYS},
-        "MultiScale": [c for c in callbacks if c["class_path"].endswith("MultiScale")],
+        "callbacks": [c for c in callbacks if c["class_path"].endswith(_CALLBACKS)],
     }
 
 
@@ -272,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Check the stages of a chain of trainings, each of which starts from the best "
         "checkpoint of the one before. Prints their state, and the recipe and options of fit for "
         "each stage that is not finished. recipes/cluster/chain.sh runs them. Further options are "
-        "those of fit, for all stages.",
+        "those of fit, for all stages, and follow the recipes.",
     )
     parser.add_argument("name", help="of the chain: its folder, and the MLflow tag of its runs")
     parser.add_argument("recipes", nargs="+", metavar="recipe", help="of a stage, in order")
