@@ -31,7 +31,7 @@ def edit(file: Path, **values) -> Path:
         *parents, last = key.split("__")
         part = recipe
         for name in parents:
-            part = part[name]
+            part = part[int(name) if isinstance(part, list) else name]
         part[last] = value
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file
@@ -132,6 +132,10 @@ def test_finished_run_is_marked_again_after_resuming_it(folder, capsys):
         ({"model__init_args__learning_rate": 0.5}, "model.learning_rate is 0.5, but was 0.05"),
         ({"trainer__max_steps": 9}, "trainer.max_steps is 9, but was 2"),
         ({"data__init_args__image_size": 64}, "data.image_size is 64, but was 32"),
+        (
+            {"trainer__callbacks__0__init_args__monitor": "val/top5"},
+            "callbacks.0.monitor is top5, but was top1",
+        ),
     ],
 )
 def test_stage_that_was_changed_after_it_finished_is_refused(folder, capsys, change, key):
@@ -148,6 +152,14 @@ def test_tree_whose_rows_changed_after_the_stage_finished_is_refused(folder, cap
     code, _, messages = chain(capsys, stages=1)
     assert code == 2
     assert "model.tree was changed after the stage was trained: entry 4" in messages
+
+
+@pytest.mark.parametrize("text", ["", "garbage: [", "step: many\n"])
+def test_damaged_record_of_a_finished_stage_is_named(folder, capsys, text):
+    (run_folder(folder) / FINISHED).write_text(text)
+    code, output, messages = chain(capsys)
+    assert (code, output) == (2, "")
+    assert f"{run_folder(Path()) / FINISHED}: expected the keys step and checkpoint" in messages
 
 
 def test_stages_that_disagree_in_backbone_are_refused(folder, capsys):
@@ -171,6 +183,8 @@ def test_missing_pretrained_weights_are_reported(folder, capsys):
     code, output, messages = chain(capsys, name="new", stages=1)
     assert (code, output) == (2, "")
     assert "stage 1-classify_small: model.pretrained 'gone.weights'" in messages
+    edit(folder / "classify_small.yaml", model__init_args__pretrained="")
+    assert "model.pretrained is ''; allowed: a file, a folder" in chain(capsys, "new", 1)[2]
 
 
 def test_stage_trained_from_another_checkpoint_is_refused(folder, capsys):
@@ -263,11 +277,12 @@ def test_script_trains_one_stage_after_another(script):
 
 
 def test_script_stops_at_a_failing_stage_and_says_how_to_go_on(script):
-    code, lines, messages = script("mine", "a b.yaml", FIT_CODE="7")
+    code, lines, messages = script("mine", "a b.yaml", FIT_CODE="7", FOLDER="my out")
     assert code == 7
     assert len(lines) == 1
     assert "chain mine: stopped in a b.yaml with code 7; to go on: " in messages
-    assert messages.endswith("chain.sh' 'mine' 'a b.yaml'\n")
+    assert "; to go on: FOLDER='my out' /" in messages
+    assert messages.endswith("chain.sh mine a\\ b.yaml \n")
 
 
 def test_interrupted_script_ends_with_the_code_of_its_stage(script, tmp_path):
