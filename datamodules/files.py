@@ -51,6 +51,10 @@ class FileSource(Source):
                 self._index = save(index, file, parsing_since_ns) if file is not None else index
         return self._index
 
+    def prepare(self) -> None:
+        """Parse the dataset, unless the cache has a fresh index."""
+        self.load_index()
+
     def bind(self, tree: WordTree) -> None:
         """Load the index and map label names to nodes; see `Source.bind`."""
         metadata = self.load_index().metadata

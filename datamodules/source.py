@@ -31,6 +31,9 @@ class Source(ABC):
     name: str = "custom source"  # in messages and reports
     faults: Sequence[str] = ()  # what `bind` repaired or skipped, one sentence each
 
+    def prepare(self) -> None:  # noqa: B027
+        """Parse annotations that are cached on disk, if there are any; `bind` finds them there."""
+
     @abstractmethod
     def bind(self, tree: WordTree) -> None:
         """Find the images and map their labels to nodes.
@@ -123,6 +126,11 @@ class ConcatSource(Source):
         if not sources:
             raise InputError("a list of sources is empty; name at least one")
         self.sources: list[Any] = list(sources)
+
+    def prepare(self) -> None:
+        """Prepare every source."""
+        for source in self.sources:
+            source.prepare()
 
     def bind(self, tree: WordTree) -> None:
         """Bind every source."""

@@ -30,6 +30,7 @@ from tests.helpers.miniatures import (
     write_devkit,
     write_ilsvrc,
 )
+from yolo_lightning import CombinedDataModule
 from yolo_lightning.datamodules import (
     COCOJson,
     ILSVRCDetection,
@@ -436,6 +437,19 @@ def test_outlines_are_freed_while_coco_is_parsed(tmp_path):
     size = Path(file).stat().st_size
     # bytes, then text as well, and what is kept of an annotation; all outlines take 5 times more
     assert peak_bytes(COCOJson(file).load_index) < 3 * size
+
+
+def test_one_rank_of_a_machine_parses_and_the_others_open_the_index(tmp_path, monkeypatch):
+    make = SOURCES["class folders"](tmp_path)
+    missing = ImageFolder(str(tmp_path / "missing"))
+    first = CombinedDataModule(list(FRUIT.names), classification=[make(mapping=FRENCH), missing])
+    first.prepare_data()  # the missing folder is reported by setup, on every rank
+    monkeypatch.setattr(ImageFolder, "_parse", lambda self, root: pytest.fail("parsed again"))
+    with pytest.raises(InputError, match="missing"):
+        first.setup("fit")
+    data = CombinedDataModule(list(FRUIT.names), classification=make(mapping=FRENCH))
+    data.setup("fit")
+    assert len(data.order.plan(0).indices) == 64
 
 
 def test_fingerprint_is_computed_when_a_dataset_is_parsed(tmp_path, monkeypatch):
