@@ -12,7 +12,6 @@ network, and writes the page into its own folder. Exits with 1 if a check fails.
 import argparse
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -20,7 +19,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,8 @@ def rehearse(folder: Path, plan: Plan) -> Results:
         command = ["--parse", name, "--folder", str(folder)]
         results.indices[name] = [json.loads(_python(folder, command)) for _ in range(2)]
     announce("memory with a small network")
-    small = Run(folder, "small-network", plan, steps=10, is_small=True, validation_batches=20)
+    alone = replace(plan, sizes=(64,), batch_size=1)
+    small = Run(folder, "small-network", alone, steps=10, is_small=True, validation_batches=40)
     small.finish(small.start_one())
     announce(f"{plan.compared_steps} steps without interruption")
     whole = Run(folder, "uninterrupted", plan, steps=plan.compared_steps)
@@ -169,7 +169,9 @@ def parse(name: str, folder: Path) -> int:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not ru_maxrss, which includes the memory of the parent process
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 1024
 
 
 def _python(folder: Path, arguments: list[str]) -> str:
@@ -234,7 +236,7 @@ class Run:
             "data.init_args.classification_batch_size": plan.batch_size,
             "data.init_args.num_workers": 1,
             "data.init_args.image_size": plan.image_size,
-            "data.init_args.canvas_size": max(plan.sizes),
+            "data.init_args.canvas_size": max(*plan.sizes, plan.image_size),
             "trainer.accelerator": "cpu",
             "trainer.max_steps": steps,
             "trainer.val_check_interval": steps,
@@ -246,7 +248,8 @@ class Run:
         if is_small:
             values["model.init_args.backbone"] = BACKBONE
         if plan.is_small:
-            side = [max(plan.sizes), max(plan.sizes) + 32]
+            canvas = values["data.init_args.canvas_size"]
+            side = [canvas, canvas + 32]
             values["data.init_args.classification_augmentation.init_args.shorter_side"] = side
         return values
 
