@@ -1,5 +1,6 @@
 """Every recipe trains on a miniature of its datasets."""
 
+import math
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.helpers.commands import header_commands
 from tests.helpers.paths import REPO
@@ -75,6 +77,108 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_recipe_has_a_training(path):
     assert path.stem in {*TRAININGS, *TESTS, *ELSEWHERE}
+
+
+def read(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the options of a recipe's model, data and trainer, without resolving references."""
+    values = yaml.safe_load((REPO / f"recipes/{name}.yaml").read_text(encoding="utf-8"))
+    return values["model"]["init_args"], values["data"]["init_args"], values["trainer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "batch_size", "epochs"),
+    [
+        ("detect_voc", 16_551, 64, [60, 90, 160]),
+        ("road", 16_551, 64, [60, 90, 160]),
+        ("detect_coco", 118_287, 64, [60, 90, 160]),
+        ("classify_imagenet_224", 1_281_167, 128, [160]),
+        ("classify_imagenet_448", 1_281_167, 128, [10]),
+        ("classify_wordtree_1k", 1_281_167, 128, [160]),
+    ],
+)
+def test_the_epochs_are_those_of_the_paper(name, images, batch_size, epochs):
+    model, data, trainer = read(name)
+    kind = "detection" if len(epochs) > 1 else "classification"
+    assert data[f"{kind}_batch_size"] == batch_size
+    steps = [epoch * math.ceil(images / batch_size) for epoch in epochs]
+    milestones = model["schedule"]["init_args"].get("milestones", [])
+    assert [*milestones, trainer["max_steps"]] == steps
+    assert (trainer["accumulate_grad_batches"], trainer["max_epochs"]) == (1, -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "jitter", "colour"),
+    [
+        ("detect_voc", "yolov2-voc", 0.3, 1.5),
+        ("detect_coco", "yolov2", 0.3, 1.5),
+        ("joint_yolo9000", "yolo9000", 0.2, 1.33),
+        ("joint_voc_imagenet1k", "yolo9000", 0.2, 1.33),
+        ("road", None, 0.3, 1.5),
+    ],
+)
+def test_a_detector_has_the_hyperparameters_of_its_cfg_file(name, layout, jitter, colour):
+    model, data, trainer = read(name)
+    sgd = {"learning_rate": 0.001, "momentum": 0.9, "weight_decay": 0.0005}
+    assert {key: model[key] for key in sgd} == sgd
+    schedule = model["schedule"]["init_args"]
+    assert (schedule["burn_in_steps"], schedule["factors"]) == (1000, [0.1, 0.1])
+    loss = {"coord_scale": 1, "obj_scale": 5, "noobj_scale": 1, "class_scale": 1, "ignore_iou": 0.6}
+    assert {key: model["loss"][key] for key in loss} == loss
+    assert data["detection_augmentation"]["init_args"] == {
+        "geometry": "crop", "jitter": jitter, "flip": 0.5,
+        "hue": 0.1, "saturation": colour, "exposure": colour,
+    }  # fmt: skip
+    if layout is None:  # the first row of the road has one box a cell and one size
+        return
+    region = LAYOUTS[layout]().region
+    assert region is not None
+    assert sum(model["anchors_wh_cell"], []) == list(region.anchors)
+    (multi_scale,) = [one for one in trainer["callbacks"] if "MultiScale" in one["class_path"]]
+    assert multi_scale["init_args"] == {
+        "sizes": [320, 352, 384, 416, 448, 480, 512, 544, 576, 608],
+        "every_n_batches": 10, "last_batches_at_largest": 200,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "milestones"),
+    [
+        ("joint_yolo9000", 500_200, [400_000, 450_000]),
+        ("joint_voc_imagenet1k", 80_200, [40_000, 60_000]),
+    ],
+)
+def test_a_joint_training_has_the_length_and_the_ratio_of_its_source(name, steps, milestones):
+    model, data, trainer = read(name)
+    assert trainer["max_steps"] == steps
+    assert model["schedule"]["init_args"]["milestones"] == milestones
+    assert data["classification_batches_per_detection_batch"] == 4
+    assert (data["detection_batch_size"], data["classification_batch_size"]) == (64, 64)
+    assert len(model["anchors_wh_cell"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "burn_in", "shorter_side", "image_size"),
+    [
+        ("classify_imagenet_224", 0.1, 1000, [112, 392], 224),  # 128 … 448 px for 256 px
+        ("classify_imagenet_448", 0.001, 0, [448, 512], 448),
+        ("classify_wordtree_1k", 0.1, 1000, [112, 392], 224),
+        ("classify_wordtree_9k", 0.001, 0, [448, 512], 448),
+    ],
+)
+def test_a_classifier_has_the_hyperparameters_of_its_cfg_file(
+    name, rate, burn_in, shorter_side, image_size
+):
+    model, data, _ = read(name)
+    sgd = {"learning_rate": rate, "momentum": 0.9, "weight_decay": 0.0005}
+    assert {key: model[key] for key in sgd} == sgd
+    assert model["schedule"]["init_args"] == {
+        "burn_in_steps": burn_in, "power": 4, "total_steps": "${.....trainer.max_steps}",
+    }  # fmt: skip
+    assert data["image_size"] == image_size
+    assert data["classification_augmentation"]["init_args"] == {
+        "shorter_side": shorter_side, "aspect": 0.75, "degrees": 7, "flip": 0.5,
+        "hue": 0.1, "saturation": 1.33, "exposure": 1.33,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TRAININGS)
