@@ -83,7 +83,12 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Any:
         ({"image_size": 128}, {}, [], (128, "stretch")),
         ({"image_size": 416, "resize": "letterbox"}, {}, [], (416, "letterbox")),  # the defaults
         ({}, {"image_size": 64, "resize": "letterbox"}, [], (64, "letterbox")),
-        ({"image_size": 128}, {"image_size": 64}, [], (128, "stretch")),
+        (
+            {"image_size": 128, "tree": "${...model.init_args.tree}"},
+            {"image_size": 64},
+            [],
+            (128, "stretch"),
+        ),
         ({"image_size": 128}, {}, ["--data.image_size=160"], (160, "stretch")),
         ({}, {"image_size": 64}, ["--data.image_size=160"], (160, "stretch")),
         ({}, {"image_size": 64}, ["--model.image_size=160"], (160, "stretch")),
