@@ -192,6 +192,15 @@ def test_the_checkpoint_that_is_found_fills_a_recipe_of_test_data(detector, work
     assert "images: image_size 96 (the checkpoint's)" in output
 
 
+def test_the_printed_values_are_those_of_the_checkpoint(detector, capsys):
+    write_recipe({}, {})
+    with pytest.raises(SystemExit):
+        main([*TEST, "--print_config"])
+    values = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert list(map(tuple, values["tree"])) == TREE
+    assert (values["head_channels"], values["iou_threshold"]) == (8, 0.3)
+
+
 def test_speed_and_explain_take_a_recipe_of_test_data(detector, capsys):
     write_recipe({}, {})
     argv = ["speed", "m.ckpt", "--recipe", "t.yaml", "--image-sizes", "64", "--runs", "1"]

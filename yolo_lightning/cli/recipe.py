@@ -32,6 +32,7 @@ from yolo_lightning.cli import runs
 from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.cli.recipe_parser import (
     ANY_MODEL,
+    PRINT_CONFIG,
     RecipeParser,
     describe_preparation,
     model_from_checkpoint,
@@ -107,14 +108,19 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line; with a checkpoint, parse again with its values as defaults.
 
+        `--print_config` prints the values of the last parse, and exits.
+
         Raises:
             InputError: an invalid value, or no checkpoint found.
         """
         check_report_options(args)
         command = args[0]
         # until the checkpoint is known, any model stands for what an evaluation need not repeat
-        self.config = parse(parser, args, self.recipes, None if command == "fit" else ANY_MODEL)
+        quiet = [arg for arg in args if not arg.startswith(PRINT_CONFIG)]
+        self.config = parse(parser, quiet, self.recipes, None if command == "fit" else ANY_MODEL)
         config = self.config[command]
+        if len(quiet) < len(args) and not config.ckpt_path:
+            parse(parser, args, self.recipes)
         if command != "fit" and not config.ckpt_path:
             config.ckpt_path = str(runs.find_best_checkpoint(runs.runs_root(config, self.recipes)))
             print(f"checkpoint: {config.ckpt_path}")

@@ -20,6 +20,7 @@ ANY_MODEL = {
     "class_path": "yolo_lightning.DetectorModule",
     "init_args": {"tree": ["any"], "anchors_wh_cell": [[1.0, 1.0]]},
 }
+PRINT_CONFIG = "--print_config"
 _SAVED_TREE = "(the checkpoint's tree)"
 _NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
 
@@ -55,7 +56,9 @@ def parse(
     """
     origin = "".join(f"{recipe}: " for recipe in recipes)
     rows = (model or {}).get("init_args", {}).get("tree")
-    if model and rows is not None:  # parsing takes time by the square of the length of a list
+    is_printing = any(arg.startswith(PRINT_CONFIG) for arg in args)
+    # parsing takes time by the square of the length of a list
+    if model and rows is not None and not is_printing:
         model = {**model, "init_args": {**model["init_args"], "tree": _SAVED_TREE}}
     try:
         with tempfile.TemporaryDirectory() as folder:
