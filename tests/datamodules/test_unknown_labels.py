@@ -37,6 +37,9 @@ def test_a_tree_of_other_data_is_named(tmp_path):
         make(skip_unknown=True).bind(WordTree.from_names(["car"]))
     with pytest.raises(InputError, match="label 'bnaana' is not in the tree"):  # not left out
         make(skip_unknown=True, mapping={"banane": "bnaana"}).bind(FRUIT)
+    rows = [("n1", "-", "banane"), ("n2", "-", "banane"), ("n3", "-", "pomme")]
+    with pytest.raises(InputError, match="label 'banane' is ambiguous"):
+        make(skip_unknown=True).bind(WordTree(rows))
 
 
 def test_only_some_of_many_unknown_labels_are_listed(tmp_path):
