@@ -33,7 +33,7 @@ from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import resumable_checkpoint
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.export.darknet import build_checkpoint
+from yolo_lightning.export.darknet import build_checkpoint, export_model
 
 
 class TinyModule(pl.LightningModule):
@@ -402,8 +402,23 @@ def test_a_checkpoint_keeps_the_options_of_the_network(tmp_path):
     report = load_pretrained(direct.network, direct.tree, tmp_path / "m.ckpt", 12)
     assert report.initialized == ["boxes and objectness"]
     usual = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4)
-    with pytest.raises(InputError, match="nothing in it fits"):
+    message = "the checkpoint has no batch norm, the network has; model.batch_norm is true"
+    with pytest.raises(InputError, match=message):
         load_pretrained(usual.network, usual.tree, tmp_path / "m.ckpt", 12)
+
+
+def test_weights_with_batch_norm_for_a_network_without_it(tmp_path):
+    usual = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4).eval()
+    plain = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4, batch_norm=False)
+    torch.save(build_checkpoint(usual, {}), tmp_path / "m.ckpt")
+    message = "the network has no batch norm, the checkpoint has; model.batch_norm is false"
+    with pytest.raises(InputError, match=message):
+        load_pretrained(plain.network, plain.tree, tmp_path / "m.ckpt", 12)
+    export_model(usual, {}, tmp_path / "y")
+    with pytest.raises(
+        InputError, match=r"the network has no batch norm \(model.batch_norm: false"
+    ):
+        load_pretrained(plain.network, plain.tree, tmp_path / "y.weights", 12)
 
 
 def test_every_torch_load_uses_weights_only():

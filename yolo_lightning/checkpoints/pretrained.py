@@ -97,6 +97,8 @@ def _from_checkpoint(
             layers.setdefault(_layer_of(name), []).append(name)
     numbers = sorted(layers)
     loaded = list(takewhile(lambda number: fits(layers[number]), numbers))
+    if not loaded:
+        _check_batch_norm(target, saved, path)
     _report_layers(report, loaded, numbers[len(loaded) :])
     used = [name for number in loaded for name in layers[number]]
     is_complete = loaded == numbers
@@ -118,6 +120,21 @@ def _from_checkpoint(
     if unused:
         values = sum(saved[name].numel() for name in unused)
         report.unused.append(f"{values:,} values: {', '.join(_layer_names(unused))}")
+
+
+def _check_batch_norm(
+    target: dict[str, Tensor], saved: dict[str, Tensor], path: str | Path
+) -> None:
+    """Raise `InputError` if the first layers differ in batch norm alone."""
+    weight, norm = "body.0.conv.weight", "body.0.norm.weight"
+    same = weight in target and weight in saved and target[weight].shape == saved[weight].shape
+    if same and (norm in target) != (norm in saved):
+        without, other = ("checkpoint", "network") if norm in target else ("network", "checkpoint")
+        value = str(norm in target).lower()
+        raise InputError(
+            f"model.pretrained {str(path)!r}: the {without} has no batch norm, the {other} has; "
+            f"model.batch_norm is {value}"
+        )
 
 
 def _layer_of(name: str) -> int:
@@ -192,12 +209,14 @@ def _from_darknet(
             break
     else:
         named = {"its body": blocks, "its backbone": backbone}
+        without = "; the network has no batch norm (model.batch_norm: false)"
+        cause = "" if blocks[0][1].norm else without
         sizes = [f"{name} {sum(_size(b) for _, b in p):,}" for name, p in named.items()]
         raise InputError(
             f"model.pretrained {path}: {len(weights.values):,} values; the network has "
             f"{sum(_size(b) for _, b in blocks) + sum(t.numel() for t in last):,}, "
             f"{', '.join(sizes)}, and the values after those are no 1x1 convolution; for another "
-            "network, use `yolo-lightning darknet import` with its .cfg file"
+            f"network, use `yolo-lightning darknet import` with its .cfg file{cause}"
         )
     reader = WeightsReader(weights)
     for _, block in part:
