@@ -193,6 +193,8 @@ def test_table_without_recipe(checkpoint, module, workplace, capsys):
         assert {k: "" if v is None else str(v) for k, v in row.items()} == line
         printed = f"^ *{row['image_size']} +- +- .*{row['images_per_second']:.1f} .*"
         assert re.search(printed + f"{row['batch_images_per_second']:.1f} ", text, re.MULTILINE)
+    assert re.search(r"network +decode +suppress$", text, re.MULTILINE)
+    assert "network, decoding and suppression: % of the time" in text
     assert (content["runs"], content["batch_size"], content["threads"]) == (2, 3, 1)
     for name in ("device_name", "torch", "yolo_lightning"):
         assert content[name]
@@ -392,7 +394,8 @@ def test_a_classifier_is_measured_with_its_accuracy(classifier, labels, workplac
     assert (content["metrics"], content["until"]) == (["top1", "top5"], "class logits")
     text = capsys.readouterr().out
     assert re.search(r"^ *px +top1 +top5 ", text, re.MULTILINE)
-    assert re.search(r"^ *64 +0\.500 +0\.750 ", text, re.MULTILINE)
+    assert re.search(r"^ *64 +0\.500 +0\.750 .* … \d+\.\d\)$", text, re.MULTILINE)
+    assert not re.search("network|decod|suppress|%$", text, re.MULTILINE)
     with Image.open(workplace / "out/speed.png") as picture:
         assert min(picture.size) > 500
 

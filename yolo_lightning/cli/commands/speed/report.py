@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,19 +56,26 @@ class SizeResult:
 def table_header(setup: dict[str, Any]) -> str:
     """Return the measurement setup and the headings of the table."""
     values = iter((*setup["metrics"], setup["batch_size"]))
+    has_stages = _has_stages(setup["metrics"])
+    columns = _COLUMNS if has_stages else _COLUMNS[: -len(_STAGES)]
     headings = [
         [part.format(next(values)) if "{}" in part else part for part in column[:2]]
-        for column in _COLUMNS
+        for column in columns
     ]
+    stages = "network, decoding and suppression: % of the time of one image\n" if has_stages else ""
     return (
         f"{setup['checkpoint']} on {_format_machine(setup)}\n"
         f"yolo-lightning {setup['yolo_lightning']}, torch {setup['torch']}\n"
         f"{setup['images']}; from uint8 on the device to {setup['until']}\n"
         f"medians of {setup['runs']} runs after {setup['warm_up_runs']} warm-up runs; load before: "
         f"{setup['load_before']:.1f} of {setup['cores']} cores\n"
-        "network, decoding and suppression: % of the time of one image\n\n"
-        + "\n".join(map(_format_row, zip(*headings, strict=True)))
+        f"{stages}\n" + "\n".join(map(_format_row, zip(*headings, strict=True)))
     )
+
+
+def _has_stages(metrics: Iterable[str]) -> bool:
+    """Return whether the table has the stages of a detector; a classifier has one only."""
+    return "AP50" in metrics
 
 
 def _format_machine(setup: dict[str, Any]) -> str:
@@ -79,6 +86,7 @@ def _format_machine(setup: dict[str, Any]) -> str:
 def table_line(row: SizeResult) -> str:
     """Return one line of the table."""
     single, batch = row.single, row.batch
+    stages = _STAGES if _has_stages(row.accuracy) else ()
     cells = (
         str(row.image_size),
         *("-" if value is None else f"{value:.3f}" for value in row.accuracy.values()),
@@ -87,13 +95,13 @@ def table_line(row: SizeResult) -> str:
         _format_ms(single),
         f"{batch.images_per_second:.1f}" if batch else "-",
         _format_ms(batch) if batch else "too little memory",
-        *(f"{100 * getattr(single, f'{part}_share'):.1f}" for part in _STAGES),
+        *(f"{100 * getattr(single, f'{part}_share'):.1f}" for part in stages),
     )
     return _format_row(cells)
 
 
 def _format_row(cells: Sequence[str]) -> str:
-    return "  ".join(f"{cell:>{width}}" for cell, (*_, width) in zip(cells, _COLUMNS, strict=True))
+    return "  ".join(f"{cell:>{width}}" for cell, (*_, width) in zip(cells, _COLUMNS, strict=False))
 
 
 def _format_ms(timing: Timing) -> str:
