@@ -147,9 +147,9 @@ def test_pooling_windows_extend_beyond_the_right_and_lower_edges():
 def test_backbones_accept_any_multiple_of_their_stride(name):
     with torch.device("meta"):
         body = LayerStack(BACKBONES[name])
-        for height, width in ((64, 64), (96, 160)):
-            out = body(torch.empty(1, 3, height, width))
-            assert out.shape[2:] == (height // body.stride, width // body.stride)
+        for height, width in ((2, 2), (3, 5)):
+            out = body(torch.empty(1, 3, height * body.stride, width * body.stride))
+            assert out.shape[2:] == (height, width)
 
 
 def test_layers_round_trip_through_plain_values():

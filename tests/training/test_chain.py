@@ -287,16 +287,17 @@ def test_script_stops_at_a_failing_stage_and_says_how_to_go_on(script):
 
 def test_interrupted_script_ends_with_the_code_of_its_stage(script, tmp_path):
     text = (tmp_path / "bin/python").read_text().replace(
-        "echo; exit", 'touch started; trap "exit 1" INT; sleep 20; exit'
+        "echo; exit", 'trap "exit 1" INT; touch started; sleep 20; exit'
     )  # fmt: skip
     (tmp_path / "bin/python").write_text(text)
     with subprocess.Popen(
         ["bash", SCRIPT, "mine"], cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True,
         env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, stdout=subprocess.DEVNULL,
+        # tests that run in the background ignore the signal, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:  # fmt: skip
         while not (tmp_path / "started").exists():
             time.sleep(0.01)
-        time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
         _, messages = process.communicate(timeout=10)
     assert process.returncode == 1
