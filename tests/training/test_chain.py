@@ -134,7 +134,7 @@ def test_finished_run_is_marked_again_after_resuming_it(folder, capsys):
         ({"data__init_args__image_size": 64}, "data.image_size is 64, but was 32"),
         (
             {"trainer__callbacks__0__init_args__monitor": "val/top5"},
-            "callbacks.0.monitor is top5, but was top1",
+            "callbacks.ModelCheckpoint.monitor is top5, but was top1",
         ),
     ],
 )

@@ -60,8 +60,7 @@ EXTRACTION: tuple[Layer, ...] = (
     Conv(512, 1), Conv(1024), Pool(),
     Conv(512, 1), Conv(1024), Conv(512, 1), Conv(1024),
 )  # fmt: skip
-"""YOLOv1's backbone, of which the paper says "a custom network based on the Googlenet
-architecture"; without the classifier's last convolution."""
+"""YOLOv1's backbone, as the original program calls it, without its last convolution."""
 
 YOLOV1: tuple[Layer, ...] = (*EXTRACTION, Conv(1024, 3, 2))
 """YOLOv1's stride of 64 px, which makes 7 x 7 cells of 448 px."""

@@ -25,6 +25,7 @@ from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.errors import InputError, require_file
 from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import layers_to_rows
+from yolo_lightning.tracking.names import flatten_params
 from yolo_lightning.tracking.store import strip_passwords
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -197,7 +198,7 @@ def _record(stage: Stage) -> dict[str, Any]:
 def _check_unchanged(stage: Stage) -> None:
     """Raise `InputError` with the first value that differs from those of the finished run."""
     text = strip_passwords(yaml.safe_dump(stage.cli.resolved_config(), sort_keys=False))
-    now, then = (dict(_flat(_kept(values))) for values in (yaml.safe_load(text), _record(stage)))
+    now, then = (_flat(_kept(values)) for values in (yaml.safe_load(text), _record(stage)))
     changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if changed:
         key = changed[0]
@@ -231,19 +232,10 @@ def _kept(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all values by dotted key; of a path, its last part."""
-    items: Iterator[tuple[Any, Any]] | None = None
-    if isinstance(value, dict):
-        items = iter(value.items())
-    elif isinstance(value, list):
-        items = enumerate(value)
-    if items is None:
-        yield prefix, Path(value).name if isinstance(value, str) and "/" in value else value
-        return
-    for key, item in items:
-        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
-        yield from _flat(item, name)
+def _flat(values: dict[str, Any]) -> dict[str, str]:
+    """Return all values by dotted key; of a path, its last part."""
+    flat = flatten_params(values)
+    return {key: Path(value).name if "/" in value else value for key, value in flat.items()}
 
 
 def describe(stages: Sequence[Stage]) -> Iterator[str]:
