@@ -203,13 +203,13 @@ class TrainingModule(pl.LightningModule):
                 f"the recipe names a {name}; to load only its backbone, use model.pretrained"
             )
         parts = [("model.tree", self.hparams["tree"], saved["tree"])]
-        batch_norm = self.hparams["batch_norm"], saved.get("batch_norm", True)
+        batch_norm = self.hparams["batch_norm"], saved["batch_norm"]
         parts.append(("model.batch_norm", *batch_norm))
         layers = "model.backbone"
         if isinstance(self.network, YOLOv2):
             anchors = self.hparams["anchors_wh_cell"], saved["anchors_wh_cell"]
             parts.append(("model.anchors_wh_cell", *anchors))
-            location = self.hparams["location"], saved.get("location", "direct")
+            location = self.hparams["location"], saved["location"]
             parts.append(("model.location", *location))
             layers = "the network's list of layers"
         rows = layers_to_rows(self.network.body.layers), layers_to_rows(network_layers(saved))

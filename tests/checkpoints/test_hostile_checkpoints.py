@@ -460,6 +460,7 @@ def test_layers_that_share_their_weights_are_rejected(tmp_path):
     state["network.class_conv.weight"] = torch.zeros(1, 1024, 1, 1)
     state["network.class_conv.bias"] = torch.zeros(1)
     hparams = {"tree": [["a", "-", "a"]], "backbone": backbone, "image_size": 32}
+    hparams["batch_norm"] = True
     checkpoint = {"module": "ClassifierModule", "state_dict": state, "hyper_parameters": hparams}
     torch.save(checkpoint, tmp_path / "m.ckpt")
     with limited_memory(), pytest.raises(InputError, match="weights that share their data"):

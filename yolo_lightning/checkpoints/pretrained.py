@@ -104,8 +104,11 @@ def _from_checkpoint(
     is_complete = loaded == numbers
     if isinstance(network, YOLOv2):
         boxes = ["box_conv.weight", "box_conv.bias"]
-        same_location = checkpoint["hyper_parameters"].get("location", "direct") == network.location
-        boxes_fit = is_complete and fits(boxes) and same_location
+        boxes_fit = (
+            is_complete
+            and fits(boxes)
+            and checkpoint["hyper_parameters"]["location"] == network.location
+        )
         used += boxes if boxes_fit else []
         (report.loaded if boxes_fit else report.initialized).append("boxes and objectness")
     for name in used:

@@ -90,7 +90,7 @@ def network_layers(hparams: dict[str, Any], out_channels: int = 1) -> tuple[Laye
     if "anchors_wh_cell" in hparams:  # a detector
         head, passthrough = hparams["head_channels"], hparams["passthrough_channels"]
         layers = detector_layers(layers, head, passthrough, hparams["reorg"])
-    return layers if hparams.get("batch_norm", True) else without_batch_norm(layers)
+    return layers if hparams["batch_norm"] else without_batch_norm(layers)
 
 
 def _check_sizes(tree: Any, image_size: Any) -> None:
