@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import shlex
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.helpers.paths import REPO, SHARED_DATA
 from yolo_lightning.cli.main import main
 
 torch.set_num_threads(1)
+# a shell starts its background jobs with Ctrl-C ignored, and their children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

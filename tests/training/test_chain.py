@@ -287,19 +287,21 @@ def test_script_stops_at_a_failing_stage_and_says_how_to_go_on(script):
 
 def test_interrupted_script_ends_with_the_code_of_its_stage(script, tmp_path):
     text = (tmp_path / "bin/python").read_text().replace(
-        "echo; exit", 'trap "exit 1" INT; touch started; sleep 20; exit'
+        "echo; exit", 'trap "exit 1" INT; touch started; while :; do sleep 0.1; done; exit'
     )  # fmt: skip
     (tmp_path / "bin/python").write_text(text)
     with subprocess.Popen(
         ["bash", SCRIPT, "mine"], cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True,
         env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, stdout=subprocess.DEVNULL,
-        # tests that run in the background ignore the signal, and so would their children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:  # fmt: skip
-        while not (tmp_path / "started").exists():
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
-        _, messages = process.communicate(timeout=10)
+        try:
+            while not (tmp_path / "started").exists():
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGINT)
+            _, messages = process.communicate(timeout=10)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1
     assert b"stopped in a b.yaml with code 1; to go on: " in messages
 
