@@ -1,11 +1,15 @@
 """Checks of files, and files that are replaced as a whole."""
 
 import os
+import time
 
 import pytest
 
+from yolo_lightning.cli.main import main
 from yolo_lightning.errors import (
     InputError,
+    mask_secrets,
+    printable,
     read_text,
     require_file,
     require_folder,
@@ -79,3 +83,62 @@ def test_a_file_that_cannot_be_written_is_one_message(tmp_path):
     with pytest.raises(InputError, match=r"folder' cannot be written"):
         write_atomically(tmp_path / "folder", "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(("text", "masked"), [
+    ("http://ann:pw@host/x", "http://***@host/x"),
+    ("http://a:b/c@d@host/x", "http://***@host/x"),
+    ("http://ann:p?w#1@host:80/x", "http://***@host:80/x"),
+    ('http://ann:p"w@host', "http://***@host"),
+    ("https://ghp_0123@host/repo.git", "https://***@host/repo.git"),
+    ("postgresql://u:12345678/x@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+    ("http:/a:b@c/x", "http:/***@c/x"),
+    ("see http://a:b@c, then 'rtsp://d:e@f'", "see http://***@c, then 'rtsp://***@f'"),
+    ("http://h?access_token=ab.c&x=1&api_key=2&sig=a%2Fb",
+     "http://h?access_token=***&x=1&api_key=***&sig=***"),
+    ("http://cam/v?user=admin&password=pw&channel=1",
+     "http://cam/v?user=***&password=***&channel=1"),
+    ("rtsp://cam/user=admin&password=pw&channel=1.sdp",
+     "rtsp://cam/user=***&password=***&channel=1.sdp"),
+    ("https://s3/b?X-Amz-Credential=A/b&X-Amz-Signature=c0",
+     "https://s3/b?X-Amz-Credential=***&X-Amz-Signature=***"),
+    ("mssql+pyodbc:///?odbc_connect=SERVER%3Dx%3BPWD%3Da%21b%3BUID%3Dsa",
+     "mssql+pyodbc:///?odbc_connect=SERVER%3Dx%3BPWD%3D***%3BUID%3Dsa"),
+    ("DRIVER={x};UID=sa;PWD={a;b};DATABASE=m", "DRIVER={x};UID=***;PWD=***;DATABASE=m"),
+    ("SERVER=x;Password=a b;DATABASE=m", "SERVER=x;Password=***;DATABASE=m"),
+    ("fit --logger.api_key=abc --x='http://h?token=t' --y=1",
+     "fit --logger.api_key=*** --x='http://h?token=***' --y=1"),
+    ("logger:\n  api_key: abc\n  name: x", "logger:\n  api_key: ***\n  name: x"),
+    ('{"password": "a, b", "name": "x"}', '{"password": ***, "name": "x"}'),
+    ("Authorization: Bearer eyJhbGci.x-y", "Authorization: Bearer ***"),
+])  # fmt: skip
+def test_secrets_are_masked_once(text, masked):
+    assert mask_secrets(text) == masked
+    assert mask_secrets(masked) == masked
+
+
+@pytest.mark.parametrize("text", [
+    "/home/ann@corp/runs", "sqlite:////home/ann@corp/mlflow.db", "file:///data/a:b@c",
+    "http://host:5000/files/ann@corp", "http://[::1]:5000/a@b", "http://host/x?mail=ann@corp",
+    "http://host:80?x=a@b", "ann@corp: see http://host", "unknown key: monitor", "--data.user=ann",
+    "Unexpected token: <", "author: Ann", "tokens: 5", "a bearer token", "compass=3",
+    "basic authentication failed",
+    "a bearer of news", '"http://host:80" and ann@corp',
+])  # fmt: skip
+def test_other_text_is_not_masked(text):
+    assert mask_secrets(text) == text
+
+
+def test_masking_takes_linear_time():
+    begin = time.perf_counter()
+    for part in ("a", "://", "a:", "://a:", "token", "token=", "@", '"', "pass-", "://a:b "):
+        mask_secrets(part * (100_000 // len(part)))
+    assert time.perf_counter() - begin < 5
+
+
+def test_errors_escape_control_characters_and_mask_secrets(capsys):
+    assert printable("a\x1b[2J\r\x9b\u202eb\udc80\n\tü") == "a\\x1b[2J\\r\\x9b\\u202eb\\udc80\n\tü"
+    assert main(["test", "--config", "http://a:b@c/\x1b[31mred"]) == 2
+    message = capsys.readouterr().err
+    assert "'http://***@c/\\x1b[31mred'" in message
+    assert "\x1b" not in message

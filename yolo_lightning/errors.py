@@ -1,11 +1,44 @@
-"""`InputError`, which users see as a message instead of a traceback, and files that raise it."""
+"""`InputError`, which users see as a message instead of a traceback, and what messages may show."""
 
 import contextlib
 import difflib
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+# In a URL, what stands before the @ of the host. A password may contain a slash or a quotation
+# mark, but a host with a port and a path with an @ is no user with a password.
+_USER_INFO = re.compile(
+    r"""(?:(?<=://)|(?<=https:/)|(?<=http:/)|(?<=rtsp:/))
+    (?: [^/?#\s"'<>]{0,2000}
+      | (?!\[)[^/?#\s"'@:]{1,500} : (?!\d{1,5}(?:[/?#\s"']|$)) (?:[^\s"'<>]{0,500}|\S{0,500}?)
+    )@""",
+    re.VERBOSE,
+)
+_SECRET_NAME = (
+    r"(?:pass(?:word|wd|phrase)|pwd|psw|token|secret|(?:api|access|private|account)[_-]?key"
+    r"|signature|credentials?|(?<![A-Za-z0-9])(?:pass|sig|auth))"
+)
+# NAME=VALUE, also with the = and ; of a connection string inside a URL
+_ASSIGNMENT = re.compile(
+    rf"""(?<![\w.-])([\w.-]*{_SECRET_NAME}(?:=|%3D))"""
+    r"""(?:\{[^}]*\}|"[^"]*"|'[^']*'|(?:(?!%3B|%26)[^&;\s"'<>])+(?:\ [^&;\s"'<>=]+(?=;))*)""",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"""(?<=[?&;/])((?:user(?:name)?|usr|login|uid|key)=)[^&;\s"'<>]+""", re.I)
+# NAME: VALUE, as a line of YAML or an entry of JSON
+_ENTRY = re.compile(
+    rf"""((?:^[ \t-]*|["'])[\w.-]*{_SECRET_NAME}["']?:[ \t]*)"""
+    r"""("[^"\n]*"|'[^'\n]*'|[^\s,"'\[{][^,\n}]*)""",
+    re.IGNORECASE | re.MULTILINE,
+)
+_HEADER = re.compile(r"(\bauthorization\W{1,4}\w+ |\bbearer (?=\S{16}))[\w.~+/=-]+", re.I)
+# what controls a terminal or the direction of text, and lone surrogates
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class InputError(ValueError):
@@ -13,6 +46,23 @@ class InputError(ValueError):
 
     The command line prints the message and exits with code 2.
     """
+
+
+def mask_secrets(text: str) -> str:
+    """Replace users, passwords, tokens and keys in the URLs of a text, and beside it, by ``***``.
+
+    That is ``scheme://USER:PASSWORD@host``, and ``NAME=VALUE`` or ``NAME: VALUE`` where the name is
+    that of a secret. Other text, such as ``/home/ann@corp``, is unchanged.
+    """
+    text = _USER_INFO.sub("***@", text)
+    for pattern in (_ASSIGNMENT, _USER, _ENTRY, _HEADER):
+        text = pattern.sub(r"\1***", text)
+    return text
+
+
+def printable(text: str) -> str:
+    """Escape characters that control a terminal, except line breaks and tabs."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def nearest(word: str, allowed: Iterable[str], count: int = 3) -> str:

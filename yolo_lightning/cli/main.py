@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from yolo_lightning import signals
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, mask_secrets, nearest, printable
 from yolo_lightning.version import __version__
 
 COMMANDS = {
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         # errors of a loader worker contain its traceback
         message = str(error).rsplit("InputError: ", 1)[-1].strip()
-        print(f"yolo-lightning: error: {message}", file=sys.stderr)
+        print(f"yolo-lightning: error: {printable(mask_secrets(message))}", file=sys.stderr)
         return 2
     finally:
         signals.restore_handlers(handlers)
