@@ -130,10 +130,10 @@ def test_other_text_is_not_masked(text):
 
 
 def test_masking_takes_linear_time():
-    begin = time.perf_counter()
+    begin = time.process_time()
     for part in ("a", "://", "a:", "://a:", "token", "token=", "@", '"', "pass-", "://a:b "):
         mask_secrets(part * (100_000 // len(part)))
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 10  # 0.6 s; hours if it were quadratic
 
 
 def test_errors_escape_control_characters_and_mask_secrets(capsys):
