@@ -2,7 +2,6 @@
 
 import platform
 import re
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 from yolo_lightning.version import __version__
 
 _PACKAGES = ("torch", "lightning", "mlflow", "albumentations", "opencv-python-headless", "numpy")
-_GIT_TIMEOUT_S = 10
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_MAX_CHARACTERS = 2**24
 
 
 def versions() -> dict[str, str]:
@@ -35,18 +35,38 @@ def processor_name(device: torch.device) -> str:
 
 
 def git_state(folder: Path) -> dict[str, str]:
-    """Return ``git.commit`` and ``git.dirty`` (``true``, ``false``); empty without a repository."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return {}
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}
+    """Return ``git.commit`` of a folder's repository; empty if there is none.
+
+    Reads files only: git itself would run programs that the repository's configuration names.
+    """
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        repository = parent / ".git"
+        link = re.match(r"gitdir: (.+)", _read(parent, ".git"))  # a worktree or a submodule
+        if link:
+            repository = parent / link[1].strip()
+        if not (repository / "HEAD").exists():
+            continue
+        commit = _read(repository, "HEAD").strip()
+        if commit.startswith("ref: refs/"):
+            common = _read(repository, "commondir").strip()  # holds the branches of all worktrees
+            commit = _branch_commit(repository / common, commit.removeprefix("ref: "))
+        return {"git.commit": commit} if _COMMIT.fullmatch(commit) else {}
+    return {}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(folder), *arguments]
+def _branch_commit(repository: Path, name: str) -> str:
+    """Return the commit of a branch, from a file of its own or from the packed branches."""
+    packed = re.search(rf"^(\w+) {re.escape(name)}$", _read(repository, "packed-refs"), re.M)
+    return _read(repository, name).strip() or (packed[1] if packed else "")
+
+
+def _read(repository: Path, name: str) -> str:
+    """Return the start of a regular file below a folder, and not behind a link out of it."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+        file = (repository / name).resolve()
+        if not file.is_file() or not file.is_relative_to(repository.resolve()):
+            return ""
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(_MAX_CHARACTERS)
+    except (OSError, ValueError, RuntimeError):  # unreadable, or no name of a file
+        return ""
