@@ -1,7 +1,5 @@
 """The LightningModule of the classifier, for a flat list of classes or a WordTree."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +8,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.models.backbones import without_batch_norm
+from yolo_lightning.models.layers import LayerRow
 from yolo_lightning.models.networks import Classifier
 from yolo_lightning.models.preparation import Interpolation
 from yolo_lightning.schedules import Schedule
@@ -52,7 +51,7 @@ class ClassifierModule(TrainingModule):
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
-        backbone: str | list[list[Any]] | nn.Module = "darknet19",
+        backbone: str | list[LayerRow] | nn.Module = "darknet19",
         batch_norm: bool = True,
         pretrained: str | None = None,
         image_size: int | list[int] = 224,

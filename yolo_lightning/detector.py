@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from yolo_lightning.images import Image, decoding_side, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.models.backbones import detector_layers, without_batch_norm
 from yolo_lightning.models.head import Candidates, Location, select_candidates
-from yolo_lightning.models.layers import ReorgKind
+from yolo_lightning.models.layers import LayerRow, ReorgKind
 from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.models.preparation import Interpolation, Resize
 from yolo_lightning.schedules import Schedule
@@ -83,7 +83,7 @@ class DetectorModule(TrainingModule):
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
         anchors_wh_cell: list[tuple[float, float]],
-        backbone: str | list[list[Any]] | nn.Module = "darknet19",
+        backbone: str | list[LayerRow] | nn.Module = "darknet19",
         head_channels: int = 1024,
         passthrough_channels: int | None = 64,
         reorg: ReorgKind = "darknet",

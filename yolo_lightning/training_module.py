@@ -13,7 +13,7 @@ from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import first_difference, network_layers
 from yolo_lightning.errors import InputError
 from yolo_lightning.models.backbones import backbone_layers, plain_backbone
-from yolo_lightning.models.layers import layers_to_rows
+from yolo_lightning.models.layers import LayerRow, layers_to_rows
 from yolo_lightning.models.networks import Classifier, YOLOv2
 from yolo_lightning.models.preparation import PREPARATION
 from yolo_lightning.schedules import Schedule
@@ -32,7 +32,7 @@ class TrainingModule(pl.LightningModule):
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
-        backbone: str | list[list[Any]] | nn.Module,
+        backbone: str | list[LayerRow] | nn.Module,
         pretrained: str | None,
         schedule: Schedule | None,
     ) -> None:
@@ -44,7 +44,7 @@ class TrainingModule(pl.LightningModule):
     def set_network(
         self,
         network: YOLOv2 | Classifier,
-        backbone: str | list[list[Any]] | nn.Module,
+        backbone: str | list[LayerRow] | nn.Module,
         **hparams: Any,
     ) -> None:
         """Set the network, and save the hyper-parameters, which are plain values."""

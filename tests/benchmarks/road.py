@@ -22,7 +22,7 @@ from tests.benchmarks.road_steps import (
 )
 from yolo_lightning.callbacks import LastCheckpoint
 from yolo_lightning.cli import recipe as cli
-from yolo_lightning.cli.recipe_check import restrict_imports
+from yolo_lightning.cli.recipe_policy import allow
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.evaluation.curves import compute_curves
 from yolo_lightning.tracking.logger import RunLogger
@@ -106,7 +106,7 @@ def log_last_row(options: argparse.Namespace, folder: Path, result: dict[str, An
 def run_road(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train and test all rows with one seed."""
     started = time.monotonic()
-    restrict_imports(["tests.benchmarks"])
+    allow(["tests.benchmarks"])
     classifiers = train_classifiers(options, folder)
     rows = miniature_steps(options.seed, options.images)
     base = detector_values(options.seed, options.steps, options.images, options.test_images)

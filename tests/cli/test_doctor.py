@@ -252,8 +252,9 @@ def test_recipe_values_are_checked(outside_of_jobs, capsys, monkeypatch):
     assert "disabled by the recipe" in capsys.readouterr().out
     assert main(["doctor", "--recipe", recipe, "--trainer.num_nodes=2"]) == 2
     assert "launch: the recipe has trainer.num_nodes 2" in capsys.readouterr().err
-    assert main(["doctor", "--recipe", recipe, "--model=os.system"]) == 2
-    assert "model names 'os.system'" in capsys.readouterr().err
+    Path("hostile.yaml").write_text("model: {class_path: os.system}\n")
+    assert main(["doctor", "--recipe", "hostile.yaml"]) == 2
+    assert "model.class_path names 'os.system'" in capsys.readouterr().err
     assert main(["doctor", "--recip3", recipe]) == 2
     assert "--recip3: no such option" in capsys.readouterr().err
 

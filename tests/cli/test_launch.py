@@ -47,8 +47,8 @@ def trainer(**values: object) -> dict[str, object]:
         (trainer(devices="auto", num_nodes=2), slurm()),
         (trainer(devices=-1, num_nodes=2), slurm()),
         (trainer(num_nodes=2), slurm()),
-        (trainer(devices="${oc.env:DEVICES,1}", num_nodes=2), slurm(DEVICES="8")),
-        (trainer(devices="${oc.env:DEVICES,8}", num_nodes=2), slurm()),
+        (trainer(devices="${oc.env:DEVICES_DATA,1}", num_nodes=2), slurm(DEVICES_DATA="8")),
+        (trainer(devices="${oc.env:DEVICES_DATA,8}", num_nodes=2), slurm()),
         (trainer(devices="${..elsewhere}", num_nodes=2), slurm()),
         (trainer(devices=1), slurm(1, 1)),
         # with one task, SLURM does not set SLURM_NTASKS_PER_NODE

@@ -26,6 +26,7 @@ from yolo_lightning.explain.text import label_lines
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.losses import LossSettings, assign_objects, select_boxes, yolo9000_loss
 from yolo_lightning.models.head import HeadOutput
+from yolo_lightning.models.layers import LayerRow
 from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -37,7 +38,8 @@ PETS = WordTree(
 )  # fmt: skip
 BENGAL, CAT = 4, 2
 QUICK = "recipes/quickstart.yaml"
-BACKBONE = [*[row for width in (4, 4, 8, 8) for row in (["conv", width], ["pool"])], ["conv", 16]]
+BACKBONE: list[LayerRow] = [["conv", 4], ["pool"], ["conv", 4], ["pool"], ["conv", 8], ["pool"],
+                            ["conv", 8], ["pool"], ["conv", 16]]  # fmt: skip
 
 
 def raw_head(classes: int, grid: int = 3, seed: int = 0, size: float = 1.0) -> torch.Tensor:

@@ -86,7 +86,8 @@ def write_recipe(folder: Path) -> Path:
 def arguments(folder: Path, workers: int) -> list[str]:
     """Return the command line of a training in `folder`."""
     return ["fit", "--config", str(folder / "recipe.yaml"), "--resume", "auto",
-            "--allow-module", "tests.helpers.diary", f"--data.num_workers={workers}"]  # fmt: skip
+            "--allow-module", "tests.helpers.diary", f"--data.num_workers={workers}",
+            f"--trainer.default_root_dir={folder}/runs"]  # fmt: skip
 
 
 def start(folder: Path, workers: int) -> int:

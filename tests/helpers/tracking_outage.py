@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lightning.pytorch as pl
 import torch
+import yaml
 
 from tests.helpers.kill_and_resume import wait_for_process
 from tests.helpers.kill_and_resume import write_recipe as write_untracked_recipe
@@ -232,9 +233,15 @@ def write_recipe(
 
 
 def arguments(folder: Path, *options: str) -> list[str]:
-    """Return the command line of a training in `folder`."""
+    """Return the command line of a training in `folder`, which says where outputs go."""
+    recipe = folder / "recipe.yaml"
+    trainer = yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]
+    places = [f"--trainer.default_root_dir={trainer['default_root_dir']}"]
+    if trainer["logger"]:
+        store = trainer["logger"]["init_args"]["tracking_uri"]
+        places += [f"--trainer.logger.init_args.tracking_uri={store}"]
     modules = [f"--allow-module=tests.helpers.{name}" for name in ("diary", "tracking_outage")]
-    return ["fit", "--config", str(folder / "recipe.yaml"), "--resume", "auto", *modules, *options]
+    return ["fit", "--config", str(recipe), "--resume", "auto", *modules, *places, *options]
 
 
 def start(

@@ -29,6 +29,7 @@ from yolo_lightning.models.layers import (
     Conv,
     Dropout,
     Layer,
+    LayerRow,
     Pool,
     Reorg,
     ReorgKind,
@@ -197,7 +198,7 @@ def test_every_convolution_of_a_network_without_batch_norm_has_a_bias():
     usual = DetectorModule(["a"], [(1.0, 1.0)], "small", 8, 4)
     assert len([p for p in usual.network.modules() if isinstance(p, nn.BatchNorm2d)]) == 11
     # with batch norm, layers keep what they say themselves
-    rows = [["conv", 8], ["conv", 4, 1, 1, 0, False]]
+    rows: list[LayerRow] = [["conv", 8], ["conv", 4, 1, 1, 0, False]]
     norms = [block.norm is not None for block in ClassifierModule(["a"], rows).network.body]
     assert norms == [True, False]
 

@@ -131,6 +131,7 @@ def test_class_of_a_checkpoint_is_not_imported(workplace, capsys):
         {5: "a key that is not a name"},
         {"schedule": {"class_path": "hostile_module.Class"}},
         {"loss": {"box_selection": [{"class_path": "hostile_module.Class"}]}},
+        {"learning_rate": "${oc.env:HOME}"},
     ],
 )
 def test_no_other_value_of_a_checkpoint_names_a_class(workplace, capsys, monkeypatch, values):

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from yolo_lightning.cli.recipe_check import OPTION, check_option, check_recipe, is_dotted_name
+from yolo_lightning.cli.recipe_check import check_recipe, read_value
+from yolo_lightning.cli.recipe_policy import ALLOW_ENV, ALLOW_MODULE, may_read
 from yolo_lightning.errors import InputError
 
 _ENV_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^}]*))?\}")
@@ -16,43 +17,61 @@ _ENV_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^}]*))?\}")
 _OTHER_LAUNCHERS = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def split_allowed_modules(args: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Return the command line without `--allow-module`, and the module prefixes it named.
+class Allowed(NamedTuple):
+    """What the command line allows recipes to use."""
+
+    modules: tuple[str, ...] = ()  # prefixes of class paths
+    variables: tuple[str, ...] = ()  # of the environment
+
+
+def split_allowed(args: Sequence[str]) -> tuple[list[str], Allowed]:
+    """Return the command line without `--allow-module` and `--allow-env`, and what they allow.
 
     Raises:
-        InputError: a prefix is missing or is not a dotted name.
+        InputError: a value is missing or is not a name.
     """
-    rest, prefixes, words = [], [], iter(args)
+    rest: list[str] = []
+    names: dict[str, list[str]] = {ALLOW_MODULE: [], ALLOW_ENV: []}
+    words = iter(args)
     for word in words:
-        name, has_value, value = word.partition("=")
-        if name != OPTION:
+        option, has_value, value = word.partition("=")
+        if option not in names:
             rest.append(word)
             continue
-        prefix = value if has_value else next(words, "")
-        if not is_dotted_name(prefix) or prefix.split(".")[0] == "jsonargparse":
-            raise InputError(f"{OPTION} {prefix!r}; expected a module such as my_package.models")
-        prefixes.append(prefix)
-    return rest, tuple(prefixes)
+        name = value if has_value else next(words, "")
+        parts = name.split(".") if option == ALLOW_MODULE else [name]
+        if not all(part.isidentifier() for part in parts) or parts[0] == "jsonargparse":
+            example = "a module such as my_package.models"
+            example = example if option == ALLOW_MODULE else "a variable such as SCRATCH"
+            raise InputError(f"{option} {name!r}; expected {example}")
+        names[option].append(name)
+    return rest, Allowed(*map(tuple, names.values()))
 
 
-def check_command_line(args: Sequence[str], allowed: Sequence[str] = ()) -> dict[str, Any]:
-    """Check recipes and options of a command line without the command's name.
+def check_command_line(args: Sequence[str], modules: Sequence[str] = ()) -> dict[str, Any]:
+    """Check the recipes of a command line without the command's name.
 
     Returns:
         Values by dotted key, such as `trainer.devices`; options override recipes.
 
     Raises:
-        InputError: see `check_recipe` and `check_option`.
+        InputError: see `check_recipe`.
     """
     values: dict[str, Any] = {}
     for path, may_be_dataset in _recipe_files(args).items():
-        values |= _flatten(check_recipe(path, allowed, may_be_dataset))
+        values |= _flatten(check_recipe(path, modules, may_be_dataset))
+    return values | option_values(args)
+
+
+def option_values(args: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a command line by dotted key, their values read as YAML."""
+    values: dict[str, Any] = {}
     for word, next_word in _with_next(args):
         if word.startswith("--"):
             key, has_value, value = word.removeprefix("--").partition("=")
             if not has_value:
                 value = "" if next_word.startswith("--") else next_word
-            values |= _flatten({key: check_option(key, value, allowed)})
+            values |= _flatten({key: read_value(value)})
     return values
 
 
@@ -213,9 +232,12 @@ def visible_gpu_count(environment: Mapping[str, str]) -> int | None:
 
 
 def resolve_env(value: Any, environment: Mapping[str, str]) -> Any:
-    """Replace a value ``${oc.env:NAME,default}`` and convert digits to int; keep other values."""
+    """Replace a value ``${oc.env:NAME,default}`` and convert digits to int; keep other values.
+
+    The parser reports a variable that recipes may not read.
+    """
     match = _ENV_REFERENCE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match:
+    if match and may_read(match[1]):
         value = environment.get(match[1], match[2] or "").strip()
     if isinstance(value, str) and value.strip().lstrip("-").isdigit():
         return int(value)

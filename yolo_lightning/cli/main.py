@@ -50,6 +50,7 @@ def usage() -> str:
         "  yolo-lightning fit --config recipes/quickstart.yaml",
         "  yolo-lightning COMMAND --help    all options of a command",
         "  yolo-lightning COMMAND … --allow-module my_package    allow your classes in a recipe",
+        "  yolo-lightning COMMAND … --allow-env NAME    let a recipe read a variable",
         "  yolo-lightning --version",
     ]
     return "\n".join(lines)
@@ -92,16 +93,16 @@ def _check_arguments(args: Sequence[str]) -> list[str]:
     """Check recipes, options and launch before heavy imports; return args for the command.
 
     Raises:
-        InputError: see `recipe_check` and `launch`.
+        InputError: see `recipe_check`, `recipe_policy` and `launch`.
     """
-    from yolo_lightning.cli import launch, recipe_check
+    from yolo_lightning.cli import launch, recipe_policy
 
-    args, allowed = launch.split_allowed_modules(args)
+    args, allowed = launch.split_allowed(args)
+    recipe_policy.allow(*allowed)
     default_recipe = ["recipes/quickstart.yaml"] if args[0] == "quickstart" else []
-    values = launch.check_command_line([*default_recipe, *args[1:]], allowed)
+    values = launch.check_command_line([*default_recipe, *args[1:]], allowed.modules)
     if args[0] in ("fit", "quickstart"):
         launch.check_launch(values, os.environ, lambda: launch.visible_gpu_count(os.environ))
-    recipe_check.restrict_imports(allowed)
     return args
 
 

@@ -29,6 +29,7 @@ from yolo_lightning.callbacks import (
 )
 from yolo_lightning.checkpoints.validation import read_checkpoint, resumable_checkpoint
 from yolo_lightning.cli import runs
+from yolo_lightning.cli.launch import recipe_paths
 from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.cli.recipe_parser import (
     ANY_MODEL,
@@ -37,9 +38,9 @@ from yolo_lightning.cli.recipe_parser import (
     describe_preparation,
     model_from_checkpoint,
     parse,
-    recipe_files,
     take_from_model,
 )
+from yolo_lightning.cli.recipe_policy import restrict_parser
 from yolo_lightning.cli.reports import apply_report_options, model_evaluation, save_report
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.report import ReportOptions, check_report_options
@@ -69,7 +70,8 @@ class RecipeCLI(LightningCLI):
         self.checkpoint_run_id: str | None = None
         self.checkpoint_step = 0
         self.checkpoint: dict[str, Any] = {}  # its module and hyper-parameters
-        self.recipes = recipe_files(args)
+        self.recipes = recipe_paths(args)
+        restrict_parser()
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from yolo_lightning.cli.recipe_policy import class_refusal
 from yolo_lightning.errors import InputError, nearest
 
 _NOISE = re.compile(
@@ -20,7 +21,9 @@ _UNKNOWN_OPTION = re.compile(
     r"(?:does not accept option '|[Uu]nrecognized arguments: --)([\w.]+)"
     r"|Option '([\w.]+)' is not accepted"
 )
-_UNKNOWN_CLASS = re.compile(r"class_path '([\w.]+)\.(\w+)'")
+_UNKNOWN_CLASS = re.compile(r"class_path '([\w.]+)'")
+_DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
+_BASE_CLASS = re.compile(r"\.(LightningModule|LightningDataModule|Module)$")
 _HINT_MODULES = ("yolo_lightning.", "lightning.")
 _TOP_LEVEL_KEYS = ("seed_everything", "model", "data", "trainer", "ckpt_path")
 
@@ -48,10 +51,13 @@ def readable_message(message: str, recipes: Sequence[str]) -> str:
     option = _UNKNOWN_OPTION.search(joined)
     if option:
         return _unknown_option([*path, *(option[1] or option[2]).split(".")], recipes)
-    unknown = _UNKNOWN_CLASS.search(joined)
-    if unknown:
-        reasons = [f"no class {'.'.join(unknown.groups())!r}", _class_hint(*unknown.groups())]
-        reasons = [reason for reason in reasons if reason]
+    denied, unknown = _DENIED.search(joined), _UNKNOWN_CLASS.search(joined)
+    if denied and not _BASE_CLASS.search(denied[1]):
+        return f"{'.'.join(path)} {class_refusal(denied[1])}".strip()
+    if denied:  # the parser tries the base class
+        reasons = ["names no class; add a class_path"]
+    elif unknown:
+        reasons = [f"no class {unknown[1]!r}"]
     reason = "; ".join(dict.fromkeys(reasons)) or message.strip()
     return f"{'.'.join(path)}: {reason}" if path else reason
 
@@ -71,16 +77,6 @@ def _without_python_types(text: str) -> str:
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"allowed: \1", text)
     text = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", text)
     return text.replace(". Got value:", "; found:")
-
-
-def _class_hint(module: str, name: str) -> str:
-    """Return similar class names of a module of this package or Lightning."""
-    if not module.startswith(_HINT_MODULES):
-        return ""
-    try:
-        return nearest(name, dir(import_module(module)))
-    except ImportError:
-        return ""
 
 
 def _allowed_options(path: Sequence[str], option: str, recipes: Sequence[str]) -> list[str]:

@@ -11,9 +11,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
-from yolo_lightning.cli.launch import recipe_paths
+from yolo_lightning.cli.launch import option_values
 from yolo_lightning.cli.recipe_errors import readable_message
-from yolo_lightning.errors import InputError, read_text
+from yolo_lightning.cli.recipe_policy import check_values
+from yolo_lightning.errors import InputError
 from yolo_lightning.models.preparation import PREPARATION
 
 ANY_MODEL = {
@@ -21,6 +22,7 @@ ANY_MODEL = {
     "init_args": {"tree": ["any"], "anchors_wh_cell": [[1.0, 1.0]]},
 }
 PRINT_CONFIG = "--print_config"
+_RESOLVING = "InputError raised while resolving interpolation:"
 _SAVED_TREE = "(the checkpoint's tree)"
 _NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
 
@@ -35,6 +37,10 @@ class RecipeParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise the message; nested parsers pass it on, so `parse` makes it readable."""
         raise _ParserError(message) from None
+
+    def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> None:
+        """Read no unchecked file where a class is expected, as Lightning asks for."""
+        super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
     def format_help(self) -> str:
         """Return the help without the list of all modules, which a backbone can be."""
@@ -52,7 +58,8 @@ def parse(
     `model` holds defaults of the section `model`, which the recipes override.
 
     Raises:
-        InputError: an unknown key, a wrong value, or a reference to a missing key.
+        InputError: an unknown key, a wrong value, a reference to a missing key, or what
+            `check_values` refuses.
     """
     origin = "".join(f"{recipe}: " for recipe in recipes)
     rows = (model or {}).get("init_args", {}).get("tree")
@@ -65,10 +72,16 @@ def parse(
             defaults = Path(folder) / "model.yaml"
             defaults.write_text(yaml.safe_dump({"model": model} if model else {}))
             config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
+        check_values(config[args[0]].as_dict(), option_values(args))
     except OmegaConfBaseException as error:
-        raise InputError(f"{origin}{error.full_key}: {str(error).splitlines()[0]}") from None
+        key = str(error.full_key).removeprefix(f"{args[0]}.")
+        reason = str(error).splitlines()[0]
+        reason = reason.replace(_RESOLVING, "") if _RESOLVING in reason else f": {reason}"
+        raise InputError(f"{origin}{key}{reason}") from None
     except _ParserError as error:
         raise InputError(origin + readable_message(str(error), recipes)) from None
+    except InputError as error:
+        raise InputError(f"{origin}{error}") from None
     for section in ("model", "data"):
         init_args = (config[args[0]].get(section) or {}).get("init_args") or {}
         if init_args.get("tree") == _SAVED_TREE:
@@ -76,23 +89,13 @@ def parse(
     return config
 
 
-def recipe_files(args: Sequence[str]) -> list[str]:
-    """Return the recipes of a command line.
-
-    Raises:
-        InputError: a recipe is missing, empty or not UTF-8.
-    """
-    files = recipe_paths(args)
-    for file in files:
-        if not read_text(file, "recipe").strip():
-            raise InputError(f"recipe {file!r} is empty")
-    return files
-
-
-def _names_class(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
+    """Return whether a value of a checkpoint names no class and has no references."""
     if isinstance(value, dict):
-        return "class_path" in value or any(map(_names_class, value.values()))
-    return isinstance(value, list | tuple) and any(map(_names_class, value))
+        return "class_path" not in value and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return not isinstance(value, str) or "${" not in value
 
 
 def model_from_checkpoint(
@@ -104,14 +107,17 @@ def model_from_checkpoint(
 
     Raises:
         InputError: the checkpoint's backbone is a class that the recipe does not name, or another
-            of its values names a class.
+            of its values names a class or refers to another value.
     """
     module = checkpoint.get("module", "DetectorModule")
     values = dict(checkpoint["hyper_parameters"])
     for key, value in values.items():  # the parser would expand a dotted key, and import a class
-        if not str(key).isidentifier() or (key != "backbone" and _names_class(value)):
-            name = str(key)[:60]
-            raise InputError(f"the checkpoint's hyper-parameter {name!r} may not name a class")
+        is_class = key == "backbone" and isinstance(value, dict)
+        if not str(key).isidentifier() or not (is_class or _is_plain(value)):
+            raise InputError(
+                f"the checkpoint's hyper-parameter {str(key)[:60]!r} may not name a class or refer "
+                "to another value"
+            )
     is_named = any(
         arg.startswith(("--model.backbone", "--model.init_args.backbone")) for arg in args
     )

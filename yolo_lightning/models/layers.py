@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 Activation = Literal["leaky", "linear", "relu", "logistic", "tanh", "elu"]
 ReorgKind = Literal["darknet", "space_to_depth"]
+LayerRow = list[str | int | float | bool | list[int] | None]  # such as ["conv", 32, 3]
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class RunLogger(MLFlowLogger):
         tracking_uri: str | None = None,
         run_name: str | None = None,
         run_id: str | None = None,
-        tags: dict[str, Any] | None = None,
+        tags: dict[str, str | int | float | bool] | None = None,
         parent: str | None = None,
         log_checkpoints: bool = True,
         system_metrics: bool = True,

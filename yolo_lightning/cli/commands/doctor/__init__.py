@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.cli import launch
+from yolo_lightning.cli import launch, recipe_policy
 from yolo_lightning.cli.commands.doctor.connections import (
     CheckResult,
     check_rendezvous,
@@ -191,12 +191,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _values(recipe: str | None, args: Sequence[str]) -> dict[str, Any]:
     """Return the values of a recipe by dotted key, with environment variables inserted."""
-    rest, allowed = launch.split_allowed_modules(args)
+    rest, allowed = launch.split_allowed(args)
+    recipe_policy.allow(*allowed)
     recipe_args = ["--recipe", recipe] if recipe else []
     if not recipe and rest:
         raise InputError(f"{rest[0]}: no such option; allowed: --recipe, --output")
-    values = launch.check_command_line([*recipe_args, *rest], allowed)
-    return {key: launch.resolve_env(value, os.environ) for key, value in values.items()}
+    values = launch.check_command_line([*recipe_args, *rest], allowed.modules)
+    values = {key: launch.resolve_env(value, os.environ) for key, value in values.items()}
+    recipe_policy.check_values(values, launch.option_values(rest))
+    return values
 
 
 def _check_launch(values: Mapping[str, Any]) -> CheckResult:

@@ -1,0 +1,217 @@
+"""What recipes, checkpoints and options may build, read and write.
+
+`restrict_parser` is the rule for the parser: it imports `CLASSES` and the modules that the user
+allows, and nothing else. `check_values` checks where the parsed values write and send to.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from yolo_lightning.errors import InputError, nearest
+
+ALLOW_MODULE, ALLOW_ENV = "--allow-module", "--allow-env"
+
+CLASSES = {
+    module: names.split()
+    for module, names in {
+        "yolo_lightning": "ClassifierModule CombinedDataModule DetectorModule",
+        "yolo_lightning.callbacks": """BatchDigests CompileNetwork DataReport FiniteGuard
+            LastCheckpoint MultiScale PredictionGrid Preemption Throughput ValidationReport""",
+        "yolo_lightning.datamodules": """COCOJson ClassificationAugmentation CombinedDataModule
+            DetectionAugmentation ILSVRCDetection ImageFolder ImageNet LabelCSV ShapesDetection
+            ShapesImageLabels VOCFolder YOLOText""",
+        "yolo_lightning.losses": "LossSettings",
+        "yolo_lightning.schedules": "PolynomialDecay Schedule StepDecay",
+        "yolo_lightning.tracking": "RunLogger",
+        "lightning.pytorch.accelerators": "CPUAccelerator CUDAAccelerator MPSAccelerator",
+        "lightning.pytorch.callbacks": """DeviceStatsMonitor EMAWeightAveraging EarlyStopping
+            GradientAccumulationScheduler LearningRateMonitor ModelCheckpoint ModelSummary
+            RichModelSummary RichProgressBar StochasticWeightAveraging TQDMProgressBar Timer
+            WeightAveraging""",
+        "lightning.pytorch.callbacks.progress.rich_progress": "RichProgressBarTheme",
+        "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger",
+        "lightning.pytorch.plugins": """DoublePrecision FSDPPrecision HalfPrecision MixedPrecision
+            TorchSyncBatchNorm""",
+        "lightning.pytorch.plugins.environments": """LightningEnvironment SLURMEnvironment
+            TorchElasticEnvironment""",
+        "lightning.pytorch.profilers": """AdvancedProfiler PassThroughProfiler PyTorchProfiler
+            SimpleProfiler""",
+        "lightning.pytorch.strategies": "DDPStrategy FSDPStrategy SingleDeviceStrategy",
+    }.items()
+}
+"""Classes that a recipe may name. They run no program and send nothing, except RunLogger, whose
+store `check_values` checks; those that write take folders, checked there too. Not among them:
+RunRecord, which writes any text anywhere, and Lightning's loggers of other services."""
+
+SLOTS = {
+    "model", "model.backbone", "model.schedule", "model.loss",
+    "data", "data.detection", "data.classification", "data.validation", "data.test",
+    "data.detection_augmentation", "data.classification_augmentation",
+    "trainer.accelerator", "trainer.callbacks", "trainer.logger", "trainer.plugins",
+    "trainer.profiler", "trainer.strategy",
+}  # fmt: skip
+"""Keys, without init_args, whose values are classes; a test compares them with the annotations."""
+
+# names in the recipes and docs of this project
+_VARIABLES = re.compile(
+    r"\w+_DATA|IMAGENET|IMAGENET22K|IMAGENET_DET|CLASSIFIER_224|CLASSIFIER_9K|DARKNET19_448"
+    r"|EXTRACTION_224|EXTRACTION_224_PLAIN|EXTRACTION_448|TINY_DARKNET"
+)
+_STORE = "MLFLOW_TRACKING_URI"
+# parameters of the trainer and of CLASSES that are, or become part of, a path that is written
+_OUTPUT_KEYS = {
+    "default_root_dir", "dirpath", "filename", "folder", "name", "save_dir", "sub_dir", "version",
+}  # fmt: skip
+_URL = re.compile(r"://|^\w+::")
+
+_KeyPath = tuple[str, ...]
+_allowed: dict[str, tuple[str, ...]] = {"modules": (), "variables": ()}
+
+
+def allow(modules: Iterable[str] = (), variables: Iterable[str] = ()) -> None:
+    """Set the modules and environment variables that recipes may use in addition to the listed."""
+    _allowed.update(modules=tuple(modules), variables=tuple(variables))
+
+
+def may_read(variable: str) -> bool:
+    """Return whether a recipe may read an environment variable."""
+    return variable in _allowed["variables"] or bool(_VARIABLES.fullmatch(variable))
+
+
+def variable_refusal(variable: str) -> str:
+    """Return why a recipe may not read an environment variable, and how to allow it."""
+    return (
+        f"reads the environment variable {variable}; allowed: names that end in _DATA, those of "
+        f"this project's recipes, and what {ALLOW_ENV} {variable} allows"
+    )
+
+
+def class_refusal(name: str) -> str:
+    """Return why a recipe may not name a class, and how to allow it."""
+    module, _, class_name = name.rpartition(".")
+    hint = nearest(class_name, _known_classes(name))
+    return (
+        f"names {shorten(name)}{'; ' + hint if hint else ''}; allowed: classes of yolo_lightning, "
+        f"the usual ones of lightning.pytorch, and others with {ALLOW_MODULE} {module[:80]}"
+    )
+
+
+def _known_classes(name: str) -> list[str]:
+    """Return the names in `CLASSES` of a class path's package; the parser checks the module."""
+    packages = {module: module.split(".")[0] for module in CLASSES}
+    return [c for m, names in CLASSES.items() if name.split(".")[0] == packages[m] for c in names]
+
+
+def is_listed(name: str) -> bool:
+    """Return whether the package and the name of a class are in `CLASSES`."""
+    return name.rpartition(".")[2] in _known_classes(name)
+
+
+def in_modules(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a class path is in one of the modules, matched by whole dotted parts."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def restrict_parser() -> None:
+    """Let the parser import `CLASSES` and allowed modules, and read allowed variables only.
+
+    It checks both the name that it is given and the module that defines the object, so functions,
+    methods and what a module imports from elsewhere are refused too.
+    """
+    import jsonargparse
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    allowed = set(_allowed["modules"])
+    for module, names in CLASSES.items():
+        for name in names:
+            # the parser uses the shortest of these
+            parts = getattr(import_module(module), name).__module__.split(".")
+            allowed |= {".".join([*parts[:k], name]) for k in range(1, len(parts) + 1)}
+            allowed.add(f"{module}.{name}")
+    jsonargparse.set_parsing_settings(
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=sorted(allowed),
+    )
+    for name in ("coerce", "create", "decode", "deprecated", "select", "dict.keys", "dict.values"):
+        OmegaConf.clear_resolver(f"oc.{name}")
+
+    def read_variable(name: str, *default: str | None) -> str | None:
+        if not may_read(name):
+            raise InputError(variable_refusal(name))
+        value: str | None = oc.env(name, *default)
+        return value
+
+    OmegaConf.register_resolver("oc.env", read_variable, replace=True)
+
+
+def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Check where parsed values write and send to; what the command line says is the user's.
+
+    Args:
+        values: of recipes, command line and checkpoint, with references resolved.
+        options: of the command line alone.
+
+    Raises:
+        InputError: a URL, a store that is no SQLite file below the working folder, or an output
+            path outside of it, which neither the command line nor the environment names.
+    """
+    given = [(path[-1], text) for path, text, _ in _texts(options)]
+    named = {os.environ.get(name, "") for name in _allowed["variables"]} - {""}
+    folders = {Path.cwd(), *map(_absolute, named)}
+    folders |= {_absolute(text) for key, text in given if key in _OUTPUT_KEYS}
+    trusted = {text for _, text in given} | named | {os.environ.get(_STORE, "")}
+
+    def is_inside(path: str) -> bool:
+        return any(_absolute(path).is_relative_to(folder) for folder in folders)
+
+    for path, text, owner in _texts(values):
+        key = next((part for part in reversed(path) if not part.isdigit()), "")
+        if text in trusted:
+            continue
+        if key == "tracking_uri":
+            file = re.fullmatch(r"sqlite:///([^?]+)", text)
+            problem = "" if file and is_inside(file[1]) else "a store outside the working folder"
+        elif _URL.search(text):
+            problem = "a URL"
+        elif path == ("trainer", "model_registry"):
+            problem = "a place to upload to"
+        else:
+            is_own = not owner or is_listed(owner)  # of others, the keys are unknown
+            is_output = is_own and path[0] == "trainer" and key in _OUTPUT_KEYS
+            problem = "an output outside the working folder"
+            problem = problem if is_output and not is_inside(text) else ""
+        if problem:
+            where = ".".join(path)
+            hint = f" or in {_STORE}" if key == "tracking_uri" else ""
+            raise InputError(
+                f"{where} is {shorten(text)}, {problem}; a recipe cannot name it: pass it on the "
+                f"command line{hint}"
+            )
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.normpath(Path.cwd() / Path(path).expanduser()))
+
+
+def _texts(value: Any, path: _KeyPath = (), owner: str = "") -> Iterator[tuple[_KeyPath, str, str]]:
+    """Yield key path, text and class of the object that it belongs to, for each text in a value."""
+    if isinstance(value, str | Path):
+        yield path, str(value), owner
+    elif isinstance(value, Mapping):
+        owner = str(value.get("class_path", owner))
+        for key, item in value.items():
+            yield from _texts(item, (*path, *str(key).split(".")), owner)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _texts(item, (*path, str(number)), owner)
+
+
+def shorten(text: str) -> str:
+    """Return the start of a text in quotes, for messages."""
+    return repr(text if len(text) <= 80 else f"{text[:80]}…")
