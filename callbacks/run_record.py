@@ -13,11 +13,11 @@ from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.callbacks.preemption import PreemptionExit
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.errors import mask_secrets
 from yolo_lightning.serving.mlflow_model import save_model
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER
 from yolo_lightning.tracking.logger import RunLogger, run_loggers
 from yolo_lightning.tracking.provenance import git_state, processor_name, versions
-from yolo_lightning.tracking.store import strip_passwords
 
 
 class RunRecord(pl.Callback):
@@ -43,7 +43,7 @@ class RunRecord(pl.Callback):
         prefix = f"resumed-{_next_resume_number(self.folder)}-" if resumed else ""
         texts = {**self.files, "resolved.yaml": yaml.safe_dump(self.resolved, sort_keys=False)}
         for name, text in texts.items():
-            (self.folder / f"{prefix}{name}").write_text(strip_passwords(text), encoding="utf-8")
+            (self.folder / f"{prefix}{name}").write_text(mask_secrets(text), encoding="utf-8")
         for logger in run_loggers(trainer):
             logger.log_hyperparams(self._params())
             for name in texts:

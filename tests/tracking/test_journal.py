@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.paths import REPO
 from yolo_lightning.tracking import logger as tracking
-from yolo_lightning.tracking.journal import JOURNAL_FOLDER, UNREADABLE, Journal, find_journals
+from yolo_lightning.tracking.entries import UNREADABLE
+from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal, find_journals
 from yolo_lightning.tracking.logger import RunLogger
 
 

@@ -681,10 +681,10 @@ def test_the_thread_retries_deferred_files(
 def test_a_file_that_always_fails_does_not_block_the_others(folder, store, monkeypatch):
     original = EntryWriter._file
 
-    def guarded_file(self: EntryWriter, entry: dict[str, Any]) -> None:
+    def guarded_file(self: EntryWriter, entry: dict[str, Any], path: Path) -> None:
         if entry["file"].endswith("bad"):
             raise RuntimeError("never")
-        original(self, entry)
+        original(self, entry, path)
 
     monkeypatch.setattr(EntryWriter, "_file", guarded_file)
     run = logger(folder / "a", store)

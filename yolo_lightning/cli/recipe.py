@@ -45,6 +45,7 @@ from yolo_lightning.cli.reports import apply_report_options, model_evaluation, s
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.report import ReportOptions, check_report_options
 from yolo_lightning.tracking.logger import run_loggers
+from yolo_lightning.tracking.names import valid_run_id
 from yolo_lightning.training_module import TrainingModule
 
 _RESUME_HELP = (
@@ -129,7 +130,7 @@ class RecipeCLI(LightningCLI):
         path = self._checkpoint_to_resume(config) if command == "fit" else config.ckpt_path
         checkpoint = read_checkpoint(path) if path else {}
         if path:
-            self.checkpoint_run_id = checkpoint.get("mlflow_run_id")
+            self.checkpoint_run_id = valid_run_id(checkpoint.get("mlflow_run_id"))
             self.checkpoint_step = checkpoint["global_step"]
             self.checkpoint = {key: checkpoint.get(key) for key in ("module", "hyper_parameters")}
             model = model_from_checkpoint(checkpoint, config, args, self.recipes)

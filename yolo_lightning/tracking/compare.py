@@ -17,8 +17,8 @@ from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 from sqlalchemy.exc import SQLAlchemyError
 
-from yolo_lightning.errors import InputError, nearest
-from yolo_lightning.tracking.names import mask_credentials
+from yolo_lightning.errors import InputError, mask_secrets, nearest
+from yolo_lightning.tracking.store import prepare_client, short_message
 
 MAX_PARAM_COLUMNS = 3
 """Up to so many parameters are columns of the table of runs; more are listed below it."""
@@ -37,14 +37,12 @@ def open_client(uri: str) -> Iterator[MlflowClient]:
         InputError: a request in the context fails; one line.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    prepare_client()
     logging.getLogger("mlflow.store").setLevel(logging.WARNING)
     try:
         yield MlflowClient(uri)
     except (MlflowException, SQLAlchemyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{mask_credentials(uri)}: {mask_credentials(lines[0])}") from None
+        raise InputError(f"{mask_secrets(uri)}: {short_message(error)}") from None
 
 
 def _check_names(option: str, names: Sequence[str], existing: Sequence[str], problem: str) -> None:
@@ -60,7 +58,7 @@ def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
     """Yield the results of all pages; each page is requested when it is needed."""
     token = None
     while token != "":
-        page = search(page_token=token, max_results=200, **options)
+        page = search(page_token=token, max_results=100, **options)
         yield from page
         token = page.token or ""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -12,17 +13,20 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from yolo_lightning.serving.mlflow_model import log_model
+from yolo_lightning.tracking.files import check_uploadable
 from yolo_lightning.tracking.journal import Journal
 from yolo_lightning.tracking.names import MAX_KEY_LENGTH
 from yolo_lightning.tracking.run_lookup import NOT_FOUND
-from yolo_lightning.tracking.store import short_message
+from yolo_lightning.tracking.store import StoreUnavailable, short_message
 
 WriteItems = Callable[[Sequence[Any]], Any]  # writes items to the store in one request
 
 SplitOnError = Callable[[Sequence[Any], WriteItems], None]
 """Writes items, and leaves out those that the store rejects."""
 
-_MAX_LISTED_FILES = 3
+_MAX_LISTED = 3
+_MAX_UNREADABLE = 20  # warnings
+_MAX_PIXELS = 2**26
 
 
 class InvalidEntry(Exception):
@@ -41,13 +45,18 @@ class EntryWriter:
         self.may_exist = True  # after a lost response, the store may have the next entry
         self._uploaded: list[tuple[str, Any]] = []
         self._missing: list[str] = []
+        self._unreadable_lines = 0
 
     def write(self, entry: dict[str, Any], split_on_error: SplitOnError) -> None:
         """Write one entry; raise `InvalidEntry` if no store could accept it."""
-        if entry["op"] in ("params", "tags"):
-            getattr(self, f"_{entry['op']}")(entry["values"], split_on_error)
-        elif entry["op"] not in ("open", "name"):
-            getattr(self, f"_{entry['op']}")(entry)
+        op = entry["op"]
+        if op in ("params", "tags"):
+            getattr(self, f"_{op}")(entry["values"], split_on_error)
+        elif op in self.FILE_OPS:
+            self._check_artifact_host()
+            getattr(self, f"_{op}")(entry) if op == "remove" else self._upload(entry)
+        elif op not in ("open", "name"):
+            getattr(self, f"_{op}")(entry)
 
     def write_metrics(self, points: Sequence[Metric]) -> None:
         """Write points in one request."""
@@ -62,18 +71,18 @@ class EntryWriter:
     def warn_missing_files(self) -> None:
         """Warn about files that exist neither in the journal nor at their source."""
         if self._missing:
-            more = " …" if len(self._missing) > _MAX_LISTED_FILES else ""
-            listed = ", ".join(self._missing[:_MAX_LISTED_FILES]) + more
+            more = " …" if len(self._missing) > _MAX_LISTED else ""
+            listed = ", ".join(self._missing[:_MAX_LISTED]) + more
             rank_zero_warn(
                 f"MLflow: skipped {len(self._missing)} files that no longer exist: {listed}"
             )
         self._missing = []
 
     def _unreadable(self, entry: dict[str, Any]) -> None:
-        rank_zero_warn(
-            f"MLflow: skipped an unreadable line in {self._journal.folder}: "
-            f"{short_message(entry['line'])}"
-        )
+        self._unreadable_lines += 1
+        if self._unreadable_lines <= _MAX_UNREADABLE:
+            line = short_message(entry["line"])
+            rank_zero_warn(f"MLflow: skipped an unreadable line in {self._journal.folder}: {line}")
 
     def _params(self, values: dict[str, str], split_on_error: SplitOnError) -> None:
         existing = self._client.get_run(self._run_id).data.params
@@ -113,7 +122,27 @@ class EntryWriter:
 
     # --- files
 
-    def _pending_file(self, entry: dict[str, Any]) -> Path | None:
+    def _check_artifact_host(self) -> None:
+        """Check that files go to no other server: MLflow would send it the credentials."""
+        target, own = urlsplit(self._artifact_uri), urlsplit(self._store_uri)
+        is_server = target.scheme in ("http", "https", "mlflow-artifacts")
+        if is_server and target.hostname and target.hostname != own.hostname:
+            raise StoreUnavailable(f"the run's files belong to another server, {target.hostname}")
+
+    def _upload(self, entry: dict[str, Any]) -> None:
+        name = entry["file"]
+        try:
+            path = self._find_file(entry)
+            if path is None:
+                return
+            # a run folder may come from a stranger
+            status = check_uploadable(self._journal.folder.parent, path)
+        except OSError as error:
+            raise InvalidEntry(f"{name}: {error.strerror or error}") from None
+        getattr(self, f"_{entry['op']}")(entry, path)
+        self._uploaded.append((name, status))
+
+    def _find_file(self, entry: dict[str, Any]) -> Path | None:
         """Return the file to upload, None if it is missing or a newer one has replaced it."""
         path = self._journal.pending_path(entry["file"])
         if path.exists():
@@ -122,41 +151,36 @@ class EntryWriter:
             return None  # a newer file of this name is already uploaded
         # already uploaded to another run: upload its source
         source = self._journal.folder.parent / str(entry.get("source", ""))
-        if source.is_file():
+        if entry.get("source") and source.exists():
             return source
         if not self._is_removed_later(entry["file"]):
             self._missing.append(entry["file"])
         return None
 
     def _is_removed_later(self, name: str) -> bool:
-        entries = [entry for entry, _ in self._journal.entries(0, "file", "remove")]
+        entries = self._journal.state("file", "remove")
         ops = [e["op"] for e in entries if name in (e.get("file"), e.get("path"))]
         return ops[-1:] == ["remove"]
 
-    def _file(self, entry: dict[str, Any]) -> None:
-        path = self._pending_file(entry)
-        if path is None:
-            return
-        status = path.stat()
+    def _file(self, entry: dict[str, Any], path: Path) -> None:
+        if path.is_dir():
+            raise InvalidEntry(f"{entry['file']} is a folder")
         self._client.log_artifact(self._run_id, str(path), entry["folder"] or None)
-        self._uploaded.append((entry["file"], status))
 
-    def _image(self, entry: dict[str, Any]) -> None:
-        path = self._pending_file(entry)
-        if path is None:
+    def _image(self, entry: dict[str, Any], path: Path) -> None:
+        if self.may_exist and self._image_exists(entry):
             return
-        status = path.stat()
-        if not (self.may_exist and self._image_exists(entry)):
-            try:
-                with Image.open(path) as image:
-                    image.load()
-            except (OSError, SyntaxError, ValueError) as error:
-                raise InvalidEntry(short_message(error)) from None
-            self._client.log_image(
-                self._run_id, image, key=entry["key"], step=entry["step"], timestamp=entry["t"],
-                synchronous=True,
-            )  # fmt: skip
-        self._uploaded.append((entry["file"], status))
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels")
+                image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InvalidEntry(short_message(error)) from None
+        self._client.log_image(
+            self._run_id, image, key=entry["key"], step=entry["step"], timestamp=entry["t"],
+            synchronous=True,
+        )  # fmt: skip
 
     def _image_exists(self, entry: dict[str, Any]) -> bool:
         """Return whether the run has the second of the two files that MLflow writes per image."""
@@ -165,6 +189,11 @@ class EntryWriter:
         return any(
             file.path.startswith(name) and file.path.endswith("+compressed.webp")
             for file in self._client.list_artifacts(self._run_id, "images")
+        )
+
+    def _model(self, entry: dict[str, Any], path: Path) -> None:
+        log_model(
+            self._client, self._run_id, path, entry["name"], entry["step"], entry.get("registered")
         )
 
     def _remove(self, entry: dict[str, Any]) -> None:
@@ -176,13 +205,3 @@ class EntryWriter:
         except MlflowException as error:
             if error.error_code != NOT_FOUND:
                 raise
-
-    def _model(self, entry: dict[str, Any]) -> None:
-        path = self._pending_file(entry)
-        if path is None:
-            return
-        status = path.stat()
-        log_model(
-            self._client, self._run_id, path, entry["name"], entry["step"], entry.get("registered")
-        )
-        self._uploaded.append((entry["file"], status))

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import shutil
 import time
 import uuid
@@ -21,7 +22,7 @@ from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, mask_secrets
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal
 from yolo_lightning.tracking.names import (
     MAX_EXPERIMENT_NAME_LENGTH,
@@ -30,33 +31,21 @@ from yolo_lightning.tracking.names import (
     MAX_RUN_NAME_LENGTH,
     MAX_TAG_LENGTH,
     KeyMap,
+    absolute_uri,
     flatten_params,
+    own_store,
     sanitize_text,
 )
-from yolo_lightning.tracking.store import (
-    LazyClient,
-    absolute_uri,
-    strip_credentials,
-    strip_passwords,
-)
+from yolo_lightning.tracking.store import LazyClient
 from yolo_lightning.tracking.system_metrics import SystemMetrics
 from yolo_lightning.tracking.upload_thread import UploadThread
 from yolo_lightning.tracking.uploader import Uploader
-
-DEFAULT_STORE = "sqlite:///mlflow.db"
 
 _CHANGED = "changed."
 _DURATION_PARAMS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 """Parameters that only set how long a training lasts."""
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 _INTERRUPTED_TIMEOUT_S = 12.0  # how long an interrupted training waits for the store
-
-_ENVIRONMENT = {
-    # the journal retries, so a request need not: MLflow's defaults would block for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
 
 
 class RunLogger(MLFlowLogger):
@@ -78,6 +67,8 @@ class RunLogger(MLFlowLogger):
         parent: name of the parent run of a sweep; created if it does not exist.
         log_checkpoints: upload the checkpoints that `ModelCheckpoint` keeps.
         system_metrics: log the use of CPUs, memory, disk, network and GPUs.
+        flush_timeout_s: how long the end of a training waits for the upload; the rest is left to
+            `yolo-lightning mlflow sync`.
         folder: run folder, which contains the journal; set by the command line.
 
     Raises:
@@ -97,20 +88,21 @@ class RunLogger(MLFlowLogger):
         parent: str | None = None,
         log_checkpoints: bool = True,
         system_metrics: bool = True,
+        flush_timeout_s: float = 60.0,
         folder: str | None = None,
     ) -> None:
         super(MLFlowLogger, self).__init__()  # MLFlowLogger's own would connect to the store
-        prepare_environment()
         if not 0 < len(experiment_name) <= MAX_EXPERIMENT_NAME_LENGTH:
             raise InputError(
                 f"experiment_name has {len(experiment_name):,} characters; "
                 f"allowed: 1 to {MAX_EXPERIMENT_NAME_LENGTH}"
             )
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
-        self.store, uri = strip_credentials(uri), absolute_uri(uri)
-        self._tracking_uri, self._experiment_name, self._run_name = uri, experiment_name, run_name
+        self._tracking_uri = absolute_uri(tracking_uri) if tracking_uri else own_store()
+        self.store = mask_secrets(self._tracking_uri)
+        self._experiment_name, self._run_name = experiment_name, run_name
         self.tags, self._parent, self._prefix = tags, parent, ""
         self._log_checkpoints, self._log_system_metrics = log_checkpoints, system_metrics
+        self._flush_timeout_s = flush_timeout_s
         self._requested_run_ids = [run_id, os.environ.get("MLFLOW_RUN_ID")]
         self._checkpoint_run_id: str | None = None
         self._running, self._final_status = False, ""
@@ -176,7 +168,7 @@ class RunLogger(MLFlowLogger):
         is_new = not journal.end
         journal.append(
             {
-                "op": "open", "t": _now_ms(), "store": strip_passwords(self._tracking_uri),
+                "op": "open", "t": _now_ms(), "store": self.store,
                 "experiment": sanitize_text(self._experiment_name),
                 "name": sanitize_text(self._run_name or "run")[:MAX_RUN_NAME_LENGTH],
                 "run_ids": self._requested_run_ids, "checkpoint_run_id": self._checkpoint_run_id,
@@ -200,7 +192,7 @@ class RunLogger(MLFlowLogger):
 
     def _restore_state(self, journal: Journal) -> None:
         """Read what earlier processes of this run logged, except metrics."""
-        for entry, _ in journal.entries(0, "params", "tags", "name", "file", "remove"):
+        for entry in journal.state("params", "tags", "name", "file", "remove"):
             if entry["op"] == "params":
                 self._params |= entry["values"]
             elif entry["op"] == "tags":
@@ -221,7 +213,7 @@ class RunLogger(MLFlowLogger):
             return self._uploader.run_id
         if self._journal is None:
             return None
-        upload = self._journal.uploads.get(strip_passwords(self._tracking_uri), {})
+        upload = self._journal.uploads.get(self.store, {})
         return upload.get("run_id")
 
     @property
@@ -252,9 +244,9 @@ class RunLogger(MLFlowLogger):
         if not self._running:
             self._set_running()
         self._replayed_points = set()
-        for entry, _ in self.journal.entries(0, "metrics", "image"):
+        for entry in self.journal.points(step - 1):
             if entry.get("system"):
-                self._system_step = entry["step"] + 1
+                self._system_step = max(self._system_step, entry["step"] + 1)
             elif entry["step"] >= step - 1 and not entry.get("evaluation"):
                 keys = entry.get("values") or [_image_key(entry["key"])]
                 self._replayed_points |= {(key, entry["step"]) for key in keys}
@@ -313,11 +305,12 @@ class RunLogger(MLFlowLogger):
 
     def _points_of_evaluated_step(self) -> set[tuple[str, str]]:
         if self._evaluated_points is None:
+            step = self._evaluated_step or 0
             self._evaluated_points = {
                 (key, repr(float(value)))  # as text, NaN equals NaN
-                for entry, _ in self.journal.entries(0, "metrics")
-                if entry["step"] == self._evaluated_step and not entry.get("system")
-                for key, value in entry["values"].items()
+                for entry in self.journal.points(step, step)
+                if entry["step"] == step and not entry.get("system")
+                for key, value in entry.get("values", {}).items()
             }
         return self._evaluated_points
 
@@ -325,7 +318,7 @@ class RunLogger(MLFlowLogger):
     def log_hyperparams(self, params: Any) -> None:
         """Log parameters once; a value that changes on resume becomes a tag ``changed.NAME``."""
         flat = {
-            self._key(name): self._truncate(strip_passwords(value), MAX_PARAM_LENGTH, name)
+            self._key(name): self._truncate(mask_secrets(value), MAX_PARAM_LENGTH, name)
             for name, value in flatten_params(
                 params if isinstance(params, Mapping) else vars(params)
             ).items()
@@ -463,14 +456,20 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def close(self, timeout_s: float | None = None) -> None:
-        """Upload the rest, for at most `timeout_s`; warn if the upload is not complete."""
+        """Upload the rest, for at most `timeout_s`, by default `flush_timeout_s`.
+
+        Warns if the upload is not complete, with the command that completes it.
+        """
         if self._thread is None or self._journal is None:
             return
-        if not self._thread.finish(timeout_s):
-            folder = self._journal.folder.parent
+        if not self._thread.finish(self._flush_timeout_s if timeout_s is None else timeout_s):
+            folder = shlex.quote(str(self._journal.folder.parent))
+            is_own = self.store == mask_secrets(own_store())
+            store = "" if is_own else f" --store {shlex.quote(self.store)}"
             self._warn(
                 f"upload to MLflow at {self.store} is not complete; the rest is in "
-                f"{self._journal.folder}. Upload it with: yolo-lightning mlflow sync {folder}"
+                f"{self._journal.folder}. Upload it with: "
+                f"yolo-lightning mlflow sync {folder}{store}"
             )
         self._thread = self._uploader = None
 
@@ -480,7 +479,7 @@ class RunLogger(MLFlowLogger):
         journal = self.journal
         journal.append(entry)
         if journal.write_error:
-            self._warn(f"MLflow journal: {journal.write_error}; lines are buffered in memory")
+            self._warn(f"MLflow journal: {journal.write_error}")
 
     def _warn(self, message: str, *details: str) -> None:
         """Warn once for each message, whatever its details."""
@@ -509,12 +508,6 @@ class RunLogger(MLFlowLogger):
             f"{len(text):,} characters; allowed: up to {max_length:,}",
         )
         return text[: max_length - 1] + "…"
-
-
-def prepare_environment() -> None:
-    """Set short timeouts for MLflow's requests, unless the environment sets them."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 def run_loggers(trainer: pl.Trainer) -> list[RunLogger]:

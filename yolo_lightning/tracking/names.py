@@ -1,14 +1,38 @@
-"""Conversion of names and values to what MLflow accepts."""
+"""Addresses of stores, and conversion of names and values to what MLflow accepts."""
 
+import os
 import posixpath
 import re
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+SQLITE = "sqlite:///"
+DEFAULT_STORE = "sqlite:///mlflow.db"
 
 # MLflow's limits, in characters
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 250, 6000, 8000
 MAX_EXPERIMENT_NAME_LENGTH, MAX_RUN_NAME_LENGTH = 500, 250
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a store's address, with an absolute path if it is a SQLite file."""
+    if not uri.startswith(SQLITE):
+        return uri
+    # MLflow caches one database engine per address
+    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute())
+
+
+def own_store() -> str:
+    """Return the user's store: MLFLOW_TRACKING_URI, else mlflow.db in the working folder."""
+    return absolute_uri(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE)
+
+
+def valid_run_id(value: object) -> str | None:
+    """Return an MLflow run id, None if it is none: it becomes a part of addresses and paths."""
+    is_valid = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w-]{0,255}", value, re.ASCII)
+    return str(value) if is_valid else None
 
 
 class KeyMap:
@@ -76,11 +100,3 @@ def _by_class_name(components: list[Any]) -> dict[str, Any]:
         name = path.rpartition(".")[2]
         named[name if name not in named else f"{name}-{number}"] = component
     return named
-
-
-def mask_credentials(uri: str) -> str:
-    """Replace the user, the password and secret parameters of an address by ``***``."""
-    return re.sub(
-        r"(?i)((?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***",
-        re.sub(r"//.*@", "//***@", uri),
-    )  # fmt: skip

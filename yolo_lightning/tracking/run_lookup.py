@@ -12,12 +12,9 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from yolo_lightning.tracking.store import (
-    SQLITE,
-    StoreUnavailable,
-    creation_lock,
-    strip_credentials,
-)
+from yolo_lightning.errors import mask_secrets, printable
+from yolo_lightning.tracking.names import SQLITE, valid_run_id
+from yolo_lightning.tracking.store import StoreUnavailable, creation_lock
 
 TOKEN_TAG = "yolo_lightning.token"
 SWEEP_TAG = "yolo_lightning.sweep"
@@ -29,7 +26,7 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def find_or_create_run(
-    client: MlflowClient, open_entry: Mapping[str, Any], run_ids: Iterable[str | None], token: str
+    client: MlflowClient, open_entry: Mapping[str, Any], run_ids: Iterable[Any], token: str
 ) -> Run:
     """Return the run of a journal; create it if there is none.
 
@@ -42,8 +39,11 @@ def find_or_create_run(
     run = _run_by_id(client, run_ids)
     if run is None:
         experiment_id = _get_or_create_experiment(client, open_entry["experiment"])
-        run = _run_by_token(client, experiment_id, token)
-        if run is None and open_entry["existing_run_only"]:
+        query = f"tags.`{TOKEN_TAG}` = '{token}'"
+        run = next(iter(client.search_runs([experiment_id], query, ViewType.ALL, 1)), None)
+        if run is not None:
+            check_active(client, run)
+        elif open_entry["existing_run_only"]:
             raise StoreUnavailable("the run of these metrics does not exist in this store")
         run = run or _create_run(client, experiment_id, open_entry, token)
     if not run.info.run_id:
@@ -53,37 +53,36 @@ def find_or_create_run(
 
 def check_active(client: MlflowClient, run: Run) -> None:
     """Raise `StoreUnavailable`, with the command that restores it, if a run is deleted."""
-    if run.info.lifecycle_stage != "deleted":
-        return
-    experiment = client.get_experiment(run.info.experiment_id)
+    if run.info.lifecycle_stage == "deleted":
+        _check_experiment(client.get_experiment(run.info.experiment_id))
+        run_id = run.info.run_id
+        raise StoreUnavailable(
+            f"run {run_id} is deleted; restore it with `mlflow runs restore --run-id {run_id}`"
+        )
+
+
+def _check_experiment(experiment: Any) -> None:
     if experiment.lifecycle_stage == "deleted":
-        raise StoreUnavailable(_deleted_experiment_message(experiment))
-    run_id = run.info.run_id
-    raise StoreUnavailable(
-        f"run {run_id} is deleted; restore it with `mlflow runs restore --run-id {run_id}`"
-    )
+        raise StoreUnavailable(
+            f"experiment {experiment.name!r} is deleted; restore it with `mlflow experiments "
+            f"restore --experiment-id {experiment.experiment_id}`"
+        )
 
 
-def _deleted_experiment_message(experiment: Any) -> str:
-    return (
-        f"experiment {experiment.name!r} is deleted; restore it with `mlflow experiments restore "
-        f"--experiment-id {experiment.experiment_id}`"
-    )
-
-
-def _run_by_id(client: MlflowClient, run_ids: Iterable[str | None]) -> Run | None:
+def _run_by_id(client: MlflowClient, run_ids: Iterable[Any]) -> Run | None:
     """Return the first run that exists; warn about each one that does not."""
-    for run_id in dict.fromkeys(run_id for run_id in run_ids if run_id):
+    for name, run_id in {str(run_id): run_id for run_id in run_ids if run_id}.items():
         try:
-            run = client.get_run(run_id)
+            run = client.get_run(name) if valid_run_id(run_id) else None
         except MlflowException as error:
             if error.error_code not in (NOT_FOUND, INVALID_VALUE):
                 raise
-            store = strip_credentials(client.tracking_uri)
-            rank_zero_warn(f"MLflow run {run_id} does not exist in {store}")
-            continue
-        check_active(client, run)
-        return run
+            run = None
+        if run is not None:
+            check_active(client, run)
+            return run
+        store = mask_secrets(client.tracking_uri)
+        rank_zero_warn(f"MLflow run {printable(name)[:300]} does not exist in {store}")
     return None
 
 
@@ -97,8 +96,7 @@ def _get_or_create_experiment(client: MlflowClient, name: str) -> str:
             experiment = client.get_experiment_by_name(name)
             if error.error_code != _ALREADY_EXISTS or experiment is None:
                 raise
-    if experiment.lifecycle_stage == "deleted":
-        raise StoreUnavailable(_deleted_experiment_message(experiment))
+    _check_experiment(experiment)
     if not experiment.experiment_id:
         raise StoreUnavailable("the response contains no experiment id")
     return str(experiment.experiment_id)
@@ -111,15 +109,6 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
     # MLflow's default depends on the working folder of the process that creates the experiment
     folder = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns"
     return (folder / quote(experiment, safe=" ")).as_posix()
-
-
-def _run_by_token(client: MlflowClient, experiment_id: str, token: str) -> Run | None:
-    query = f"tags.`{TOKEN_TAG}` = '{token}'"
-    runs = client.search_runs([experiment_id], query, ViewType.ALL, max_results=1)
-    if not runs:
-        return None
-    check_active(client, runs[0])
-    return runs[0]
 
 
 def _create_run(
@@ -135,16 +124,12 @@ def _create_run(
 
 def _get_or_create_parent(client: MlflowClient, experiment_id: str, name: str) -> str:
     sweep = name.translate(str.maketrans("'\"\\`", "____"))  # MLflow's filters have no escapes
-    runs = client.search_runs(
-        [experiment_id],
-        f"tags.`{SWEEP_TAG}` = '{sweep}'",
-        order_by=["attributes.start_time ASC"],
-    )
+    query = f"tags.`{SWEEP_TAG}` = '{sweep}'"
+    runs = client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"])
     if runs:
         return str(runs[0].info.run_id)
-    parent = client.create_run(
-        experiment_id, tags=_with_context_tags({SWEEP_TAG: sweep, MLFLOW_RUN_NAME: name})
-    )
+    tags = _with_context_tags({SWEEP_TAG: sweep, MLFLOW_RUN_NAME: name})
+    parent = client.create_run(experiment_id, tags=tags)
     client.set_terminated(parent.info.run_id)
     return str(parent.info.run_id)
 

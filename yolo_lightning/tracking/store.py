@@ -1,9 +1,9 @@
-"""Addresses and clients of MLflow tracking stores, and the lock of a journal."""
+"""Clients of MLflow tracking stores, creation of SQLite stores, and the lock of a journal."""
 
 import contextlib
 import fcntl
 import logging
-import re
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +11,19 @@ from typing import Any, ClassVar
 
 from mlflow.store.db import utils as db_utils
 from mlflow.tracking import MlflowClient
+from sqlalchemy import create_engine
 
-SQLITE = "sqlite:///"
+from yolo_lightning.errors import mask_secrets
+from yolo_lightning.tracking.bounded_http import bound_answers
+from yolo_lightning.tracking.files import open_file
+from yolo_lightning.tracking.names import SQLITE
 
+_ENVIRONMENT = {
+    # the journal retries, so a request need not: MLflow's defaults would block for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 _MAX_MESSAGE_LENGTH = 300
 _creating = threading.Lock()
 
@@ -22,12 +32,11 @@ class StoreUnavailable(Exception):
     """The store cannot accept entries now; the message gives the reason."""
 
 
-def absolute_uri(uri: str) -> str:
-    """Return a store's address, with an absolute path if it is a SQLite file."""
-    if not uri.startswith(SQLITE):
-        return uri
-    # MLflow caches one database engine per address
-    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute())
+def prepare_client() -> None:
+    """Bound MLflow's requests and answers; what the environment sets stays."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    bound_answers()
 
 
 @contextlib.contextmanager
@@ -38,20 +47,44 @@ def creation_lock(uri: str) -> Iterator[None]:
         return
     database = Path(uri.removeprefix(SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
-    with _creating, open(f"{database}.lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # of the process: forked workers do not inherit it
-        yield
+    with _creating:
+        lock = open_file(Path(f"{database}.lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(lock, fcntl.LOCK_EX)  # of the process: forked workers do not inherit it
+            yield
+        finally:
+            os.close(lock)
 
 
 def create_client(uri: str) -> MlflowClient:
     """Return a client of a store; a SQLite file is created if it does not exist."""
+    prepare_client()
     if "://" in uri and not uri.startswith(("http", "databricks")):
         # MLflow would retry for minutes, log each attempt, and block other stores; we retry later
         db_utils.MAX_RETRY_COUNT = 2
         logging.getLogger(db_utils.__name__).setLevel(logging.CRITICAL)
     with creation_lock(uri):
+        if uri.startswith(SQLITE):
+            _create_database(Path(uri.removeprefix(SQLITE)))
         return MlflowClient(uri)
+
+
+def _create_database(database: Path) -> None:
+    """Create the tables beside the file, then rename: a kill leaves no half of a store."""
+    if os.path.lexists(database):
+        return
+    part = database.with_name(f".{database.name}.part")
+    leftovers = [part, *(Path(f"{part}{suffix}") for suffix in ("-journal", "-wal", "-shm"))]
+    for file in leftovers:
+        file.unlink(missing_ok=True)
+    engine = create_engine(f"{SQLITE}{part}")
+    try:
+        db_utils._initialize_tables(engine)
+    finally:
+        engine.dispose()  # also closes SQLite's own files
+    if not os.path.lexists(database):  # a program without this lock
+        part.rename(database)
 
 
 class LazyClient:
@@ -81,7 +114,7 @@ class JournalLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
-        self._file: Any = None
+        self._descriptor: int | None = None
         self._acquired = False
 
     def acquire(self) -> None:
@@ -89,51 +122,36 @@ class JournalLock:
         with self._guard:
             if self._acquired:
                 return
-            busy = StoreUnavailable("another process is uploading this journal")
-            if self._folder in self._locked_folders:  # opening the file would end that lock
-                raise busy
-            with contextlib.suppress(OSError):  # a full disk, or a file system without locks
-                self._file = (self._folder / "lock").open("w")
-                try:
-                    fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    self._file.close()
-                    raise busy from None
+            # opening the file of a lock of this process would end it
+            if self._folder in self._locked_folders or not self._lock_file():
+                raise StoreUnavailable("another process is uploading this journal")
             self._locked_folders.add(self._folder)
             self._acquired = True
+
+    def _lock_file(self) -> bool:
+        with contextlib.suppress(OSError):  # a full disk, or a file system without locks
+            self._descriptor = open_file(self._folder / "lock", os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(self._descriptor)
+                self._descriptor = None
+                return False
+        return True
 
     def release(self) -> None:
         """Release the lock if this object holds it."""
         with self._guard:
             if not self._acquired:
                 return
-            if self._file is not None:
-                self._file.close()
+            if self._descriptor is not None:
+                os.close(self._descriptor)
             self._locked_folders.discard(self._folder)
-            self._acquired, self._file = False, None
-
-
-def strip_credentials(text: str) -> str:
-    """Remove users, passwords and secrets from the addresses in a text."""
-    text = re.sub(r"://[^/\s]*@", "://", text)
-    # a password may contain a slash; do not match a port and the path after it
-    text = re.sub(r"://[^/\s:@]+:(?!\d+(?:[/\s]|$))\S*@", "://", text)
-    return _mask_query_secrets(text)
-
-
-def strip_passwords(text: str) -> str:
-    """Remove passwords and secrets from the addresses in a text, but keep the users."""
-    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1@", text)
-    text = re.sub(r"(://[^:/@\s]+):(?!\d+(?:[/\s]|$))\S*@", r"\1@", text)
-    return _mask_query_secrets(text)
-
-
-def _mask_query_secrets(text: str) -> str:
-    return re.sub(r"(?i)([?&](?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***", text)
+            self._acquired, self._descriptor = False, None
 
 
 def short_message(error: object) -> str:
-    """Return an error message on one line, without credentials, cut to 300 characters."""
-    text = " ".join(str(getattr(error, "message", error)).split())
-    text = strip_credentials(text or type(error).__name__)
+    """Return an error message on one line, without secrets, cut to 300 characters."""
+    text = str(getattr(error, "message", error))[: 10 * _MAX_MESSAGE_LENGTH]  # may be a whole page
+    text = mask_secrets(" ".join(text.split()) or type(error).__name__)
     return text if len(text) <= _MAX_MESSAGE_LENGTH else text[:_MAX_MESSAGE_LENGTH] + " …"

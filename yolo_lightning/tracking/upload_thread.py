@@ -5,7 +5,8 @@ import time
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from yolo_lightning.tracking.store import short_message, strip_credentials
+from yolo_lightning.errors import mask_secrets
+from yolo_lightning.tracking.store import short_message
 from yolo_lightning.tracking.uploader import Uploader
 
 
@@ -40,6 +41,7 @@ class UploadThread:
                 self._upload_all(final)  # a database may have been locked for a moment
             if final:
                 break
+            self.uploader.journal.compress()
             interval = min(self.interval_s * 2 ** min(self._failures, 10), self.MAX_INTERVAL_S)
             self._wake.wait(interval)
         self.uploader.close()
@@ -68,7 +70,7 @@ class UploadThread:
         if self._failures == 1:
             uri, folder = self.uploader.store_uri, self.uploader.journal.folder
             rank_zero_warn(
-                f"MLflow at {strip_credentials(uri)} is not available ({short_message(error)}); "
+                f"MLflow at {mask_secrets(uri)} is not available ({short_message(error)}); "
                 f"metrics are kept in {folder} and uploaded later, training continues"
             )
 

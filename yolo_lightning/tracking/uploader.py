@@ -4,15 +4,18 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 
+from yolo_lightning.errors import mask_secrets
 from yolo_lightning.tracking.entry_writer import EntryWriter, InvalidEntry
+from yolo_lightning.tracking.files import read_text, replace_text
 from yolo_lightning.tracking.journal import RUN_ID_FILE, Journal
+from yolo_lightning.tracking.names import own_store
 from yolo_lightning.tracking.run_lookup import (
     INVALID_VALUE,
     NOT_FOUND,
@@ -25,8 +28,6 @@ from yolo_lightning.tracking.store import (
     StoreUnavailable,
     create_client,
     short_message,
-    strip_credentials,
-    strip_passwords,
 )
 from yolo_lightning.tracking.system_metrics import PREFIX as SYSTEM
 
@@ -34,14 +35,21 @@ _MAX_POINTS = 1000  # in a request, MLflow's limit
 _MAX_FAILED_RETRIES = 3  # in one pass over the deferred entries
 _MAX_RETRY_S = 600.0
 
+_Item = tuple[dict[str, Any], int]  # an entry and the offset after it
+
 
 class Uploader:
     """Uploads the entries of a journal to its MLflow run, in order.
 
-    The journal's newest ``open`` entry names the experiment, the run and, unless `store_uri` does,
-    the store. The run is found by its id, else by the journal's token, so that it is not created
-    twice if a response is lost. A point has the time at which it was logged: a database does not
-    store an identical point again.
+    The journal's newest ``open`` entry names the experiment and the run, but never the store, which
+    would get the user's files and credentials. The run is found by its id, else by the journal's
+    token, so that it is not created twice if a response is lost. A point has the time at which it
+    was logged: a database does not store an identical point again.
+
+    Args:
+        journal: to upload.
+        store_uri: default: `own_store`.
+        existing_run_only: create no run.
     """
 
     RETRY_S = 60.0
@@ -49,15 +57,17 @@ class Uploader:
     def __init__(
         self, journal: Journal, store_uri: str | None = None, existing_run_only: bool = False
     ) -> None:
-        self.journal, self.store_uri, self.run_id = journal, store_uri or "", ""
-        self._requested_uri, self._existing_run_only = store_uri, existing_run_only
+        self.journal, self.store_uri, self.run_id = journal, store_uri or own_store(), ""
+        self._existing_run_only = existing_run_only
         # file entries that the artifact store rejected, each with its offset in the journal
         self.deferred: list[tuple[int, dict[str, Any]]] = []
         self._offset = 0
+        self._reader: Iterator[_Item] | None = None
+        self._next: _Item | None = None  # was read, but not uploaded yet
         self._retry_at, self._retry_s = 0.0, self.RETRY_S
         self._lock = JournalLock(journal.folder)
-        # points by metric and step that the run had before this journal; None: it had none
-        self._earlier_points: dict[str, dict[int, set[float]]] | None = None
+        # the last step of each metric that the run had before this journal; None: it had none
+        self._earlier_steps: dict[str, int] | None = None
         self._reported_earlier_points = False
         self._system_step_offset = 0
         self._rejected: set[str] = set()
@@ -79,11 +89,10 @@ class Uploader:
         try:
             self._upload(entries)
         except Exception:
-            self._writer.may_exist = True
+            self._writer.may_exist, self._reader, self._next = True, None, None
             raise
         self._offset, self._writer.may_exist = end, False
         self._record_progress()
-        self._writer.remove_uploaded_files()
         return True
 
     def retry_now(self) -> None:
@@ -102,89 +111,78 @@ class Uploader:
 
     def _next_entries(self) -> tuple[list[dict[str, Any]], int]:
         """Return entries to upload together, and the offset after them."""
-        if self.journal.end < self._offset:
-            self._offset = 0  # the journal was deleted
+        if self._reader is None:
+            if self.journal.end < self._offset:
+                self._offset = 0  # the journal was deleted
+            self._reader, self._next = self.journal.entries(self._offset), None
         entries: list[dict[str, Any]] = []
         end, points = self._offset, 0
-        for entry, after in self.journal.entries(self._offset):
-            is_metrics = entry["op"] == "metrics"
-            points += len(entry["values"]) if is_metrics else 0
+        while item := self._next or next(self._reader, None):
+            self._next = item
+            is_metrics = item[0]["op"] == "metrics"
+            points += len(item[0]["values"]) if is_metrics else 0
             if entries and (not is_metrics or points > _MAX_POINTS):
-                break
-            entries.append(entry)
-            end = after
+                return entries, end
+            entries.append(item[0])
+            end, self._next = item[1], None
             if not is_metrics:
-                break
+                return entries, end
+        self._reader = None  # the next one finds what is logged meanwhile
         return entries, end
 
     def _record_progress(self) -> None:
         with contextlib.suppress(OSError):  # entries that are uploaded again are not duplicated
             self.journal.record_upload(
-                strip_passwords(self.store_uri),
+                mask_secrets(self.store_uri),
                 self.run_id,
                 self._offset,
                 deferred=[offset for offset, _ in self.deferred],
                 system_step_offset=self._system_step_offset,
             )
+        self._writer.remove_uploaded_files()
 
     # --- the run
 
     def _connect(self) -> None:
         self._lock.acquire()
-        all_opened = [entry for entry, _ in self.journal.entries(0, "open")]
+        all_opened = list(self.journal.state("open"))
         if not all_opened:
             raise StoreUnavailable("the journal does not name its run")
         # an evaluation, such as `validate`, creates no run if a training has not done so yet
         trainings = [entry for entry in all_opened if not entry["existing_run_only"]]
         opened = (trainings or all_opened)[-1]
-        self.store_uri = self._requested_uri or opened["store"]
         self._client = create_client(self.store_uri)
-        store = strip_passwords(self.store_uri)
+        store = mask_secrets(self.store_uri)
         upload = self.journal.uploads.get(store, {})
         run_ids = [upload.get("run_id")]
+        run_id_file = self.journal.folder.parent / RUN_ID_FILE
         is_own_store = store == opened["store"]
         if is_own_store:  # the other ids are of this store
-            run_ids = [
-                *opened["run_ids"], *run_ids, self._read_run_id(), opened.get("checkpoint_run_id")
-            ]  # fmt: skip
-        existing_run_only = opened["existing_run_only"] or self._existing_run_only
-        opened = {**opened, "existing_run_only": existing_run_only}
+            with contextlib.suppress(OSError):
+                run_ids.append(read_text(run_id_file).strip())
+            run_ids = [*opened["run_ids"], *run_ids, opened.get("checkpoint_run_id")]
+        opened["existing_run_only"] |= self._existing_run_only
         run = find_or_create_run(self._client, opened, run_ids, self.journal.token)
         self._continue_run(run, upload if run.info.run_id == upload.get("run_id") else {})
         if is_own_store:
             with contextlib.suppress(OSError):
-                self._run_id_file.write_text(self.run_id, encoding="utf-8")
-
-    @property
-    def _run_id_file(self) -> Path:
-        return self.journal.folder.parent / RUN_ID_FILE
-
-    def _read_run_id(self) -> str | None:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            return self._run_id_file.read_text(encoding="utf-8").strip()
-        return None
+                replace_text(run_id_file, self.run_id)
 
     def _continue_run(self, run: Run, upload: dict[str, Any]) -> None:
         """Restore the state after the last recorded upload to this run, empty for the first."""
-        has_earlier_points = run.data.tags.get(TOKEN_TAG) != self.journal.token
-        self._earlier_points = {} if has_earlier_points else None
-        self._offset = upload.get("offset", 0)
-        self.deferred = []
+        steps: dict[str, int] | None = None
+        if run.data.tags.get(TOKEN_TAG) != self.journal.token:
+            steps = {metric.key: metric.step for metric in run.data._metric_objs}
+        self._earlier_steps, self._offset = steps, upload.get("offset", 0)
+        self._reader, self.deferred = None, []
         for offset in upload.get("deferred", []):
-            self.deferred += [(offset, entry) for entry, _ in self.journal.entries(offset)][:1]
-        self._system_step_offset = upload.get(
-            "system_step_offset", self._count_system_samples(run) if has_earlier_points else 0
-        )
+            first = islice(self.journal.entries(offset), 1)
+            self.deferred += [(offset, e) for e, _ in first if e["op"] in EntryWriter.FILE_OPS]
+        system = (step for key, step in (steps or {}).items() if key.startswith(SYSTEM))
+        self._system_step_offset = upload.get("system_step_offset", 1 + max(system, default=-1))
         self._writer = EntryWriter(self._client, self.store_uri, run, self.journal)
         self.run_id = run.info.run_id
         self._record_progress()
-
-    def _count_system_samples(self, run: Run) -> int:
-        key = next((key for key in run.data.metrics if key.startswith(SYSTEM)), None)
-        if key is None:
-            return 0
-        history = self._client.get_metric_history(run.info.run_id, key)
-        return 1 + max((point.step for point in history), default=-1)
 
     # --- entries
 
@@ -204,25 +202,25 @@ class Uploader:
         """Yield the points of an entry that the run did not have before this journal."""
         step = entry["step"] + (self._system_step_offset if entry.get("system") else 0)
         for key, value in entry["values"].items():
-            earlier = {} if entry.get("system") else self._earlier_values(key)
-            is_evaluation = entry.get("evaluation")
-            if step not in earlier or (is_evaluation and float(value) not in earlier[step]):
+            earlier = None if entry.get("system") else (self._earlier_steps or {}).get(key)
+            if earlier is None or step > earlier:
+                is_new = True
+            elif entry.get("evaluation"):
+                history = self._client.get_metric_history(self.run_id, key)
+                is_new = not any((p.step, p.value) == (step, float(value)) for p in history)
+            else:
+                is_new = False
+                self._report_earlier_points(earlier)
+            if is_new:
                 yield Metric(key, float(value), entry["t"], step)
-            elif not is_evaluation and not self._reported_earlier_points:
-                self._reported_earlier_points = True
-                rank_zero_info(
-                    f"MLflow run {self.run_id} already has points up to step {max(earlier)}; they "
-                    "are not logged again"
-                )
 
-    def _earlier_values(self, key: str) -> dict[int, set[float]]:
-        if self._earlier_points is None:
-            return {}
-        if key not in self._earlier_points:
-            self._earlier_points[key] = {}
-            for point in self._client.get_metric_history(self.run_id, key):
-                self._earlier_points[key].setdefault(point.step, set()).add(point.value)
-        return self._earlier_points[key]
+    def _report_earlier_points(self, last_step: int) -> None:
+        if not self._reported_earlier_points:
+            self._reported_earlier_points = True
+            rank_zero_info(
+                f"MLflow run {self.run_id} already has points up to step {last_step}; they are not "
+                "logged again"
+            )
 
     def _write(self, entry: dict[str, Any]) -> None:
         """Write one entry; skip it with a warning if it is invalid or rejected."""
@@ -240,11 +238,10 @@ class Uploader:
         try:
             write(items)
         except MlflowException as error:
-            if error.error_code == NOT_FOUND:
+            if error.error_code in (NOT_FOUND, INVALID_VALUE):
                 self._check_run()
             if error.error_code != INVALID_VALUE:
                 raise
-            self._check_run()
             if len(items) == 1:
                 self._warn_rejected(items[0], error)
                 return
@@ -273,11 +270,8 @@ class Uploader:
 
     def _upload_file(self, entry: dict[str, Any]) -> None:
         if entry["op"] == "remove":
-            self.deferred = [
-                (offset, other)
-                for offset, other in self.deferred
-                if other.get("file") != entry["path"]
-            ]
+            removed = entry["path"]
+            self.deferred = [item for item in self.deferred if item[1].get("file") != removed]
         if not self.deferred:
             try:
                 self._write(entry)
@@ -290,11 +284,10 @@ class Uploader:
     def _warn_deferred(self, entry: dict[str, Any], error: Exception) -> None:
         self._retry_s = self.RETRY_S
         self._retry_at = time.monotonic() + self._retry_s
-        file = entry.get("file") or entry.get("path")
         rank_zero_warn(
-            f"MLflow at {strip_credentials(self.store_uri)} cannot store the file {file} "
-            f"({short_message(error)}); it is kept in {self.journal.folder} and uploaded later, "
-            "training continues"
+            f"MLflow at {mask_secrets(self.store_uri)} cannot store the file "
+            f"{entry.get('file') or entry.get('path')} ({short_message(error)}); it is kept in "
+            f"{self.journal.folder} and uploaded later, training continues"
         )
 
     def _retry_deferred(self) -> bool:
@@ -318,7 +311,6 @@ class Uploader:
             self._retry_s = self.RETRY_S if succeeded else min(2 * self._retry_s, _MAX_RETRY_S)
             self._retry_at = time.monotonic() + self._retry_s
         self._record_progress()
-        self._writer.remove_uploaded_files()
         if not self.deferred:
             rank_zero_info("MLflow stores files again; all deferred files are uploaded")
         return succeeded

@@ -22,11 +22,10 @@ from yolo_lightning.checkpoints.validation import first_difference, read_checkpo
 from yolo_lightning.cli import runs
 from yolo_lightning.cli.data import DataCLI
 from yolo_lightning.cli.recipe_errors import find_input_error
-from yolo_lightning.errors import InputError, require_file
+from yolo_lightning.errors import InputError, mask_secrets, require_file
 from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.tracking.names import flatten_params
-from yolo_lightning.tracking.store import strip_passwords
 from yolo_lightning.tree.wordtree import WordTree
 
 # what a finished stage may not change of its trainer and of its callbacks
@@ -197,7 +196,7 @@ def _record(stage: Stage) -> dict[str, Any]:
 
 def _check_unchanged(stage: Stage) -> None:
     """Raise `InputError` with the first value that differs from those of the finished run."""
-    text = strip_passwords(yaml.safe_dump(stage.cli.resolved_config(), sort_keys=False))
+    text = mask_secrets(yaml.safe_dump(stage.cli.resolved_config(), sort_keys=False))
     now, then = (_flat(_kept(values)) for values in (yaml.safe_load(text), _record(stage)))
     changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if changed:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.names import mask_credentials
+from yolo_lightning.errors import InputError, mask_secrets
 
 _SQLITE = "sqlite:///"
 _TRACKING_TIMEOUT_S, _LOOKUP_TIMEOUT_S, _RENDEZVOUS_TIMEOUT_S = 5.0, 3.0, 10.0
@@ -68,7 +67,7 @@ def check_tracking(uri: str) -> CheckResult:
             text, state = f"unreachable: {_reason(error)}", "failed"
         except ValueError:
             text, state = "not a valid address", "failed"
-    return CheckResult("tracking", f"{mask_credentials(uri)}: {text}", state)
+    return CheckResult("tracking", f"{mask_secrets(uri)}: {text}", state)
 
 
 def _reason(error: Exception) -> str:

@@ -1,12 +1,12 @@
 """`yolo-lightning mlflow COMMAND`: commands for the runs in an MLflow tracking store."""
 
-import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from yolo_lightning.cli.commands.doctor.connections import check_tracking
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.tracking.names import DEFAULT_STORE, SQLITE
 
 COMMANDS = {
     "ui": "start the MLflow UI on the store of the recipes",
@@ -14,8 +14,6 @@ COMMANDS = {
     "sync": "upload what could not be uploaded during training",
     "model": "log a checkpoint as an MLflow model, to register and serve it",
 }
-SQLITE = "sqlite:///"
-_DEFAULT = "sqlite:///mlflow.db"
 
 
 def usage() -> str:
@@ -27,7 +25,7 @@ def usage() -> str:
         "",
         *(f"  {name:<12}{text}" for name, text in COMMANDS.items()),
         "",
-        f"  The store is MLFLOW_TRACKING_URI, by default {_DEFAULT} in the working folder.",
+        f"  The store is MLFLOW_TRACKING_URI, by default {DEFAULT_STORE} in the working folder.",
         "  yolo-lightning mlflow COMMAND --help    show all options of a command",
     ]
     return "\n".join(lines)
@@ -42,14 +40,6 @@ def main(argv: Sequence[str]) -> None:
         hint = nearest(argv[0], COMMANDS) or f"allowed: {', '.join(COMMANDS)}"
         raise InputError(f"unknown command 'mlflow {argv[0]}'; {hint}")
     import_module(f"yolo_lightning.cli.commands.mlflow.{argv[0]}").main(argv[1:])
-
-
-def store_uri() -> str:
-    """Return the address of the store, with an absolute path if it is a SQLite file."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT
-    if uri.startswith(SQLITE):  # as in the logger: MLflow caches one engine per address
-        return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute())
-    return uri
 
 
 def check_store(uri: str) -> str:

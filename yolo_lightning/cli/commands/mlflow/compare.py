@@ -6,9 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.cli.commands.mlflow import check_store, store_uri
-from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.names import mask_credentials
+from yolo_lightning.cli.commands.mlflow import check_store
+from yolo_lightning.errors import InputError, mask_secrets
+from yolo_lightning.tracking.names import own_store
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--max-runs is {options.max_runs}; allowed: 1 or more")
     if options.plot and options.plot.suffix.lower() != ".png":
         raise InputError(f"--plot {str(options.plot)!r}: plots are PNG files; use a name FILE.png")
-    uri = store_uri()
+    uri = own_store()
     check_store(uri)
     from yolo_lightning.tracking import compare
 
@@ -90,7 +90,7 @@ def _select_runs(all_runs: Any, options: argparse.Namespace) -> list[Any]:
             print(f"the newest {len(runs)} runs; use --max-runs {2 * len(runs)} to show more")
     if not any(run.data.metrics for run in runs):
         where = f" in {', '.join(options.experiment)}" if options.experiment else ""
-        raise InputError(f"no run with a metric{where} in {mask_credentials(store_uri())}")
+        raise InputError(f"no run with a metric{where} in {mask_secrets(own_store())}")
     return runs
 
 

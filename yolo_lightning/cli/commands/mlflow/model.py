@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.cli.commands.mlflow import check_store, store_uri
-from yolo_lightning.errors import InputError
+from yolo_lightning.cli.commands.mlflow import check_store
+from yolo_lightning.errors import InputError, mask_secrets
+from yolo_lightning.tracking.names import own_store, valid_run_id
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,19 +56,16 @@ def main(argv: Sequence[str]) -> None:
 def _log(checkpoint: str, registered_name: str | None) -> str:
     """Log a model to its run, and register it if it has a name; return its address."""
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
     from yolo_lightning.checkpoints.validation import read_checkpoint
     from yolo_lightning.serving.mlflow_model import log_model, register, save_model
-    from yolo_lightning.tracking.logger import prepare_environment
-    from yolo_lightning.tracking.store import short_message, strip_credentials
+    from yolo_lightning.tracking.store import create_client, short_message
 
     content = read_checkpoint(checkpoint)
     run_id = run_id_of(checkpoint, content)
-    uri = store_uri()
+    uri = own_store()
     check_store(uri)
-    prepare_environment()
-    client, store = MlflowClient(uri), strip_credentials(uri)
+    client, store = create_client(uri), mask_secrets(uri)
     name = str(content.get("module")).removesuffix("Module").lower()
     try:
         client.get_run(run_id)
@@ -95,14 +93,15 @@ def run_id_of(checkpoint: str, content: dict[str, Any]) -> str:
     Raises:
         InputError: neither has a run id.
     """
+    from yolo_lightning.tracking.files import read_text
     from yolo_lightning.tracking.journal import RUN_ID_FILE
 
     file = Path(checkpoint).expanduser().absolute().parent.parent / RUN_ID_FILE
-    from_folder = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    run_id = from_folder or content.get("mlflow_run_id")
-    if not run_id:
+    from_folder = read_text(file).strip() if file.is_file() else ""
+    run_id = valid_run_id(from_folder or content.get("mlflow_run_id"))
+    if run_id is None:
         raise InputError(
             f"{checkpoint}: has no MLflow run (no file {RUN_ID_FILE} in its run folder, no run id "
             "in the checkpoint); use --output FOLDER to write the model without a run"
         )
-    return str(run_id)
+    return run_id

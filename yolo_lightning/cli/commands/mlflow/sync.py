@@ -1,17 +1,13 @@
 """`yolo-lightning mlflow sync`: upload what could not be uploaded during training."""
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from yolo_lightning.errors import InputError, require_folder
-
-if TYPE_CHECKING:
-    from yolo_lightning.tracking.journal import Journal
-    from yolo_lightning.tracking.uploader import Uploader
+from yolo_lightning.errors import InputError, mask_secrets, require_folder
+from yolo_lightning.tracking.names import absolute_uri, own_store
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +22,12 @@ def main(argv: Sequence[str]) -> None:
         "in the store already are not duplicated; a second sync changes nothing.",
     )
     parser.add_argument("folder", help="a run folder, or a folder with several of them")
-    parser.add_argument("--store", help="upload to this store instead of the one of the training")
+    parser.add_argument(
+        "--store",
+        metavar="URI",
+        help="upload to this store; without it, only runs of your own store are uploaded: "
+        "MLFLOW_TRACKING_URI, by default mlflow.db in the working folder",
+    )
     options = parser.parse_args(argv)
     folder = require_folder(options.folder, "folder")
 
@@ -42,28 +43,29 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("; ".join(problems))
 
 
-def _sync(folder: Path, store: str | None) -> str:
+def _sync(folder: Path, requested_store: str | None) -> str:
     """Upload one journal; return an error message, empty if everything is uploaded."""
     from yolo_lightning.tracking.journal import Journal
-    from yolo_lightning.tracking.logger import prepare_environment
-    from yolo_lightning.tracking.store import (
-        StoreUnavailable,
-        absolute_uri,
-        short_message,
-        strip_credentials,
-    )
+    from yolo_lightning.tracking.store import StoreUnavailable, short_message
     from yolo_lightning.tracking.uploader import Uploader
 
-    prepare_environment()
-    journal = Journal(folder)
-    uploader = Uploader(journal, absolute_uri(store) if store else _uri_with_password(journal))
+    store = absolute_uri(requested_store) if requested_store else own_store()
+    uploader = Uploader(Journal(folder), store)
     try:
-        result = _upload(uploader)
-    except StoreUnavailable as error:
+        if not uploader.journal.end:
+            raise InputError("the journal is empty or cannot be read")
+        if not requested_store:
+            _check_store(uploader.journal.state("open"), store)
+        changed = False
+        while uploader.upload_next():
+            changed = True
+            if sys.stdout.isatty():
+                print(f"\r{uploader.progress:.0%}", end="\r", flush=True)
+        result = f"{folder.parent}: run {uploader.run_id} {'synced' if changed else 'was complete'}"
+    except (InputError, StoreUnavailable) as error:
         return f"{folder.parent}: {error}"
     except Exception as error:
-        uri = strip_credentials(uploader.store_uri)
-        return f"{folder.parent}: upload to {uri} failed: {short_message(error)}"
+        return f"{folder.parent}: upload to {mask_secrets(store)} failed: {short_message(error)}"
     finally:
         uploader.close()
     if uploader.deferred:
@@ -72,23 +74,11 @@ def _sync(folder: Path, store: str | None) -> str:
     return ""
 
 
-def _upload(uploader: "Uploader") -> str:
-    changed = False
-    while uploader.upload_next():
-        changed = True
-        if sys.stdout.isatty():
-            print(f"\r{uploader.progress:.0%}", end="\r", flush=True)
-    result = "synced" if changed else "was complete"
-    return f"{uploader.journal.folder.parent}: run {uploader.run_id} {result}"
-
-
-def _uri_with_password(journal: "Journal") -> str | None:
-    """Return MLFLOW_TRACKING_URI if it is the journal's store, which is recorded without password.
-
-    Otherwise None.
-    """
-    from yolo_lightning.tracking.store import strip_passwords
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    stores = [entry["store"] for entry, _ in journal.entries(0, "open")]
-    return uri if uri and stores and strip_passwords(uri) == stores[-1] else None
+def _check_store(opened: Iterable[dict[str, Any]], own: str) -> None:
+    """Check that the newest training logged to the user's own store."""
+    store = next(reversed([entry["store"] for entry in opened]), own)
+    if mask_secrets(store) != mask_secrets(own):
+        raise InputError(
+            f"the run names the store {mask_secrets(store)[:300]}, not yours, {mask_secrets(own)}; "
+            "if you trust it, name it with --store URI"
+        )

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from yolo_lightning.cli.commands.mlflow import SQLITE, check_store, store_uri
-from yolo_lightning.errors import InputError
-from yolo_lightning.tracking.names import mask_credentials
+from yolo_lightning.cli.commands.mlflow import check_store
+from yolo_lightning.errors import InputError, mask_secrets
+from yolo_lightning.tracking.names import SQLITE, own_store
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
@@ -41,14 +41,14 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with the server's exit code, if it fails.
     """
     options = _parser().parse_args(list(argv))
-    uri = store_uri()
+    uri = own_store()
     scheme = uri.split(":")[0].split("+")[0]
     state = check_store(uri)
     if scheme in ("http", "https"):
         print(f"{state}; this server has its own MLflow UI: open the address in a browser")
         return
     if scheme not in _DATABASES:
-        raise InputError(f"{mask_credentials(uri)}: the UI needs a database or an MLflow server")
+        raise InputError(f"{mask_secrets(uri)}: the UI needs a database or an MLflow server")
     _check_port_is_free(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"{state}\nMLflow UI starts at http://{host}:{options.port}; press Ctrl-C to stop")

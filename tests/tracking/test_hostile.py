@@ -1,0 +1,267 @@
+"""Hostile run folders, working folders and servers: nothing leaves, nothing is overwritten."""
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tests.helpers import tracked
+from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, upload
+from yolo_lightning.cli.main import main
+from yolo_lightning.tracking import entry_writer, files
+from yolo_lightning.tracking.journal import RUN_ID_FILE
+from yolo_lightning.tracking.store import JournalLock, creation_lock
+from yolo_lightning.tracking.uploader import Uploader
+
+pytestmark = pytest.mark.end_to_end
+
+SECRET = "-----BEGIN PRIVATE KEY-----"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a secret next to the run folder ``a``; loggers have no threads."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    tracked.disable_threads(monkeypatch)
+    (tmp_path / "secret").write_text(SECRET)
+    return tmp_path
+
+
+@pytest.fixture
+def store(folder: Path) -> str:
+    return fresh_store(folder)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return tracked.collect_warnings(monkeypatch)
+
+
+def stored_files(folder: Path) -> list[Path]:
+    return [path for path in (folder / "mlruns").rglob("*") if path.is_file()]
+
+
+def file_entry(name: str, **fields: Any) -> dict[str, Any]:
+    return {"op": "file", "t": 1, "file": name, "folder": "x", **fields}
+
+
+def plant_link(run: Path, secret: Path) -> dict[str, Any]:
+    (run / "mlflow/files/x").mkdir(parents=True)
+    (run / "mlflow/files/x/link").symlink_to(secret)
+    return file_entry("x/link")
+
+
+def plant_linked_folder(run: Path, secret: Path) -> dict[str, Any]:
+    (run / "mlflow/files").mkdir(parents=True)
+    (run / "mlflow/files/x").symlink_to(secret.parent)
+    return file_entry("x/secret")
+
+
+def plant_source(run: Path, secret: Path) -> dict[str, Any]:
+    return file_entry("x/none", source="../secret")
+
+
+def plant_absolute_source(run: Path, secret: Path) -> dict[str, Any]:
+    return file_entry("x/none", source=str(secret))
+
+
+def plant_source_link(run: Path, secret: Path) -> dict[str, Any]:
+    (run / "link").symlink_to(secret)
+    return file_entry("x/none", source="link")
+
+
+def plant_model(run: Path, secret: Path) -> dict[str, Any]:
+    (run / "mlflow/files/models/m").mkdir(parents=True)
+    (run / "mlflow/files/models/m/MLmodel").write_text("{}")
+    (run / "mlflow/files/models/m/link").symlink_to(secret)
+    return {"op": "model", "t": 1, "file": "models/m", "name": "m", "step": 1}
+
+
+def plant_image(run: Path, secret: Path) -> dict[str, Any]:
+    (run / "mlflow/files/images").mkdir(parents=True)
+    (run / "mlflow/files/images/i.png").symlink_to(secret)
+    return {"op": "image", "t": 1, "file": "images/i.png", "key": "k", "step": 1}
+
+
+def plant_pipe(run: Path, secret: Path) -> dict[str, Any]:
+    (run / "mlflow/files/x").mkdir(parents=True)
+    os.mkfifo(run / "mlflow/files/x/pipe")
+    return file_entry("x/pipe")
+
+
+PLANTED = [
+    plant_link, plant_linked_folder, plant_source, plant_absolute_source, plant_source_link,
+    plant_model, plant_image, plant_pipe,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_no_file_outside_of_the_run_folder_is_uploaded(folder, store, warnings, plant, monkeypatch):
+    monkeypatch.setattr(
+        entry_writer, "log_model", lambda client, run_id, path, *_: pytest.fail("was logged")
+    )
+    run = logger(folder / "a", store)
+    run.log_metrics({"loss": 1.0}, 0)
+    run.journal.append(plant(folder / "a", folder / "secret"))
+    run.log_metrics({"loss": 1.0}, 1)
+    assert upload(folder / "a").deferred == []
+    assert points(store) == {("loss", 0): 1, ("loss", 1): 1}, "the rest is uploaded"
+    assert not [path for path in stored_files(folder) if SECRET in path.read_text()]
+    (warning,) = warnings
+    assert "skipped" in warning
+    assert "run folder" in warning or "not a regular file" in warning
+
+
+def test_links_inside_the_run_folder_and_hard_links_are_uploaded(folder, store, warnings):
+    run = logger(folder / "a", store)
+    run.log_metrics({"loss": 1.0}, 0)
+    (folder / "a/plain").write_text("inside")
+    (folder / "a/link").symlink_to("plain")
+    pending = folder / "a/mlflow/files/x/hard"
+    pending.parent.mkdir(parents=True)
+    pending.hardlink_to(folder / "secret")
+    run.journal.append(file_entry("x/none", source="link"))
+    run.journal.append(file_entry("x/hard"))
+    upload(folder / "a")
+    assert sorted(path.read_text() for path in stored_files(folder)) == [SECRET, "inside"]
+    assert warnings == []
+
+
+def test_a_file_that_is_too_large_is_skipped(folder, store, warnings, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 2**30)
+    run = logger(folder / "a", store)
+    run.log_metrics({"loss": 1.0}, 0)
+    pending = folder / "a/mlflow/files/x/large"
+    pending.parent.mkdir(parents=True)
+    with pending.open("wb") as file:
+        file.truncate(2**31)
+    run.journal.append(file_entry("x/large"))
+    upload(folder / "a")
+    assert not stored_files(folder)
+    assert "x/large: larger than 1 GiB" in warnings[0]
+
+
+def test_images_of_huge_sizes_are_skipped(folder, store, warnings, monkeypatch):
+    monkeypatch.setattr(entry_writer, "_MAX_PIXELS", 99)
+    run = logger(folder / "a", store)
+    run.log_image("grid", np.zeros((10, 10, 3), np.uint8), 1)
+    upload(folder / "a")
+    assert "10 x 10 pixels" in warnings[0]
+    assert not stored_files(folder)
+
+
+@pytest.mark.parametrize("path", ["recipe/recipe.yaml", "checkpoints", "checkpoints/../x", "."])
+def test_a_journal_removes_nothing_but_checkpoints(folder, store, warnings, path):
+    run = logger(folder / "a", store)
+    (folder / "recipe.yaml").write_text("x")
+    run.log_artifact(folder / "recipe.yaml", "recipe")
+    run.journal.append({"op": "remove", "t": 1, "path": path})
+    upload(folder / "a")
+    assert len(stored_files(folder)) == 1
+    assert "skipped an unreadable line" in warnings[0]
+
+
+def test_a_store_that_only_the_run_names_gets_nothing(folder, store, capsys, monkeypatch):
+    named = fresh_store(folder, "stranger.db")
+    run = logger(folder / "a", named)
+    run.log_metrics({"loss": 1.0}, 0)
+    assert main(["mlflow", "sync", "a"]) == 2
+    shown = capsys.readouterr().err
+    assert f"names the store {named}, not yours, {store}" in shown
+    assert "--store" in shown
+    assert (runs(named), runs(store)) == ([], [])
+    assert main(["mlflow", "sync", "a", "--store", named]) == 0
+    assert points(named) == {("loss", 0): 1}
+    run.log_metrics({"loss": 1.0}, 1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    assert main(["mlflow", "sync", "a"]) == 0
+    assert points(named) == {("loss", 0): 1, ("loss", 1): 1}
+
+
+@pytest.mark.parametrize("run_id", ["../../../x", "a?b=c", "a b", "x" * 300, 3, ["a"], {"a": 1}])
+def test_a_run_id_of_another_form_is_never_sent(folder, store, warnings, run_id, monkeypatch):
+    run = logger(folder / "a", store)
+    run.log_metrics({"loss": 1.0}, 0)
+    journal = folder / "a/mlflow/journal.jsonl"
+    first, *rest = journal.read_text().splitlines()
+    opened = json.loads(first) | {"run_ids": [run_id], "checkpoint_run_id": run_id}
+    journal.write_text("\n".join([json.dumps(opened), *rest, ""]))
+    requested: list[str] = []
+    get_run = MlflowClient.get_run
+
+    def recorded(self: Any, requested_id: str) -> Any:
+        requested.append(requested_id)
+        return get_run(self, requested_id)
+
+    monkeypatch.setattr(MlflowClient, "get_run", recorded)
+    upload(folder / "a")
+    assert set(requested) <= {runs(store)[0]}
+    assert points(store) == {("loss", 0): 1}
+    assert len(warnings) == 1
+    assert "does not exist" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["lock", "uploaded.json", "uploaded.json.part", "journal.jsonl"])
+def test_links_in_the_journal_folder_are_not_written_through(folder, store, name):
+    (folder / "a/mlflow").mkdir(parents=True)
+    (folder / "a/mlflow" / name).symlink_to(folder / "secret")
+    run = logger(folder / "a", store)
+    run.log_metrics({"loss": 1.0}, 0)
+    uploader = Uploader(run.journal)
+    while uploader.upload_next():
+        pass
+    uploader.close()
+    assert (folder / "secret").read_text() == SECRET
+    assert points(store) == {("loss", 0): 1}
+
+
+def test_a_linked_run_id_file_is_replaced_and_a_linked_token_is_not_sent(folder, store):
+    (folder / "a/mlflow").mkdir(parents=True)
+    (folder / "a" / RUN_ID_FILE).symlink_to(folder / "secret")
+    (folder / "a/mlflow/token").symlink_to(folder / "secret")
+    run = logger(folder / "a", store)
+    run.log_metrics({"loss": 1.0}, 0)
+    uploader = Uploader(run.journal)
+    while uploader.upload_next():
+        pass
+    uploader.close()
+    assert (folder / "secret").read_text() == SECRET
+    assert not query_store(store, "select * from tags where value like '%PRIVATE%'")
+    assert (folder / "a" / RUN_ID_FILE).read_text() == runs(store)[0]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_never_changes_what_stands_at_its_place(folder, kind):
+    for path in (folder / "mlflow.db.lock", folder / "lock"):
+        path.symlink_to(folder / "secret") if kind == "link" else os.mkfifo(path)
+    with (
+        pytest.raises(OSError, match="is a link" if kind == "link" else "not a regular file"),
+        creation_lock(f"sqlite:///{folder}/mlflow.db"),
+    ):
+        pytest.fail("locked")
+    lock = JournalLock(folder)
+    lock.acquire()
+    lock.release()
+    assert (folder / "secret").read_text() == SECRET
+
+
+def test_files_go_to_no_server_that_the_store_does_not_name(folder, store, warnings):
+    run = logger(folder / "a", store)
+    (folder / "plot").write_text("x")
+    run.log_artifact(folder / "plot", "plots")
+    run.log_metrics({"loss": 1.0}, 0)
+    database = sqlite3.connect(folder / "mlflow.db")
+    database.execute("insert into experiments (name, artifact_location, lifecycle_stage) values "
+                     "('tests', 'mlflow-artifacts://attacker:5000/x', 'active')")  # fmt: skip
+    database.commit()
+    database.close()
+    assert len(upload(folder / "a").deferred) == 1
+    assert "belong to another server, attacker" in warnings[0]
+    assert points(store) == {("loss", 0): 1}
