@@ -1,6 +1,5 @@
 """Stores that fail, hang or send invalid responses; names and values that MLflow rejects."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,10 +7,9 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from tests.helpers import tracked
 from tests.helpers.paths import REPO
 from tests.helpers.recipes import QUICK, TINY
+from tests.helpers.servers import Responder, released, respond_with, server
 from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, tags, upload
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
@@ -35,21 +34,6 @@ from yolo_lightning.tracking.system_metrics import SystemMetrics
 pytestmark = pytest.mark.end_to_end
 
 STEPS = 50
-Responder = Callable[[BaseHTTPRequestHandler], None]
-
-
-def respond_with(
-    status: int, body: str, kind: str = "application/json", **headers: str
-) -> Responder:
-    def respond(request: BaseHTTPRequestHandler) -> None:
-        request.send_response(status)
-        for name, value in {"Content-Type": kind, **headers}.items():
-            request.send_header(name.replace("_", "-"), value)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body.encode())
-
-    return respond
 
 
 def truncated_response(request: BaseHTTPRequestHandler) -> None:
@@ -73,7 +57,6 @@ def hang(request: BaseHTTPRequestHandler) -> None:
     released.wait(20)
 
 
-released = Event()
 PAGE = "<html><body>Sign in to go on</body></html>"
 RESPONDERS: dict[str, Responder] = {
     "500": respond_with(500, '{"error_code": "INTERNAL_ERROR", "message": "out of order"}'),
@@ -94,39 +77,6 @@ RESPONDERS: dict[str, Responder] = {
     "a reset": reset,
     "a redirect to itself": loop,
 }
-
-
-@contextlib.contextmanager
-def server(respond: Responder) -> Iterator[int]:
-    """Send the same response to every request; yield the port."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            with contextlib.suppress(OSError):
-                respond(self)
-
-        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads, block_on_close = True, False
-
-        def handle_error(self, *args: Any) -> None:
-            pass
-
-    released.clear()
-    http_server = Quiet(("127.0.0.1", 0), Handler)
-    thread = Thread(target=http_server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield http_server.server_port
-    finally:
-        released.set()
-        http_server.shutdown()
-        http_server.server_close()
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """Hostile run folders, working folders and servers: nothing leaves, nothing is overwritten."""
 
+import gzip
 import json
 import os
+import resource
 import sqlite3
+import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.helpers import tracked
+from tests.helpers.servers import released, respond_with, server
 from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, upload
 from yolo_lightning.cli.main import main
-from yolo_lightning.tracking import entry_writer, files
+from yolo_lightning.tracking import bounded_http, entry_writer, files
 from yolo_lightning.tracking.journal import RUN_ID_FILE
 from yolo_lightning.tracking.store import JournalLock, creation_lock
 from yolo_lightning.tracking.uploader import Uploader
@@ -265,3 +270,101 @@ def test_files_go_to_no_server_that_the_store_does_not_name(folder, store, warni
     assert len(upload(folder / "a").deferred) == 1
     assert "belong to another server, attacker" in warnings[0]
     assert points(store) == {("loss", 0): 1}
+
+
+# --- answers of servers
+
+
+class Flood:
+    """Sends up to 2 GB and counts what was taken."""
+
+    def __init__(self, length: str | None = None) -> None:
+        self.length, self.sent = length, 0
+
+    def __call__(self, request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Type", "application/json")
+        if self.length:
+            request.send_header("Content-Length", self.length)
+        request.end_headers()
+        request.wfile.write(b'{"experiment": "')
+        for _ in range(2000):
+            self.sent += request.wfile.write(b"x" * 2**20)
+
+
+def drip_body(request: BaseHTTPRequestHandler) -> None:
+    request.send_response(200)
+    request.send_header("Content-Length", "100000")
+    request.end_headers()
+    while not released.wait(0.05):
+        request.wfile.write(b" ")
+
+
+def drip_headers(request: BaseHTTPRequestHandler) -> None:
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nX-Header: ")
+    while not released.wait(0.05):
+        request.wfile.write(b"x")
+
+
+def gzip_bomb(request: BaseHTTPRequestHandler) -> None:
+    data = gzip.compress(b'{"a": "' + b" " * 2**26 + b'"}', 1)
+    assert "gzip" not in request.headers["Accept-Encoding"]
+    request.send_response(200)
+    request.send_header("Content-Encoding", "gzip")
+    request.send_header("Content-Length", str(len(data)))
+    request.end_headers()
+    request.wfile.write(data)
+
+
+@pytest.fixture
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(bounded_http, "_TIME_FACTOR", 1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.mark.parametrize(("respond", "words"), [
+    (Flood(), "larger than 32 MiB"), (Flood(str(2**31)), "larger than 32 MiB"),
+    (drip_body, "took longer than 1 s"), (drip_headers, "timeout"),
+    (gzip_bomb, "compressed (gzip)"),
+])  # fmt: skip
+def test_answers_are_bounded_in_size_and_time(folder, short_timeout, capsys, respond, words):
+    run = logger(folder / "a", "sqlite:///none.db")
+    run.log_metrics({"loss": 1.0}, 0)
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with server(respond) as port:
+        assert main(["mlflow", "sync", "a", "--store", f"http://127.0.0.1:{port}"]) == 2
+    assert words in capsys.readouterr().err
+    assert time.monotonic() - started < 6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000, "kB"
+    if isinstance(respond, Flood):
+        assert respond.sent < 100 * 2**20
+
+
+@pytest.mark.parametrize("respond", [Flood(), drip_body, drip_headers, gzip_bomb])
+def test_compare_bounds_answers_too(folder, short_timeout, capsys, respond, monkeypatch):
+    monkeypatch.setattr("yolo_lightning.cli.commands.mlflow.compare.check_store", lambda uri: "")
+    with server(respond) as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        started = time.monotonic()
+        assert main(["mlflow", "compare"]) == 2
+        assert time.monotonic() - started < 6
+    assert f"http://127.0.0.1:{port}: API request to" in capsys.readouterr().err
+
+
+def test_redirects_are_refused(folder, short_timeout, capsys):
+    """A redirect could name another host, and MLflow would send it headers of its own."""
+    reached: list[str] = []
+
+    def record(request: BaseHTTPRequestHandler) -> None:
+        reached.append(request.path)
+
+    run = logger(folder / "a", "sqlite:///none.db")
+    run.log_metrics({"loss": 1.0}, 0)
+    with server(record) as other:
+        redirect = respond_with(302, "", Location=f"http://localhost:{other}/x")
+        with server(redirect) as port:
+            uri = f"http://me:s3cret@127.0.0.1:{port}"
+            assert main(["mlflow", "sync", "a", "--store", uri]) == 2
+    assert "302" in capsys.readouterr().err
+    assert reached == []

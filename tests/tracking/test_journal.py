@@ -18,6 +18,7 @@ from yolo_lightning.tracking import logger as tracking
 from yolo_lightning.tracking.entries import UNREADABLE
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal, find_journals
 from yolo_lightning.tracking.logger import RunLogger
+from yolo_lightning.tracking.segments import Segment
 
 
 def metrics(step: int, **values: float) -> dict[str, Any]:
@@ -372,3 +373,153 @@ def test_a_long_journal_does_not_delay_resuming(tmp_path, monkeypatch):
     ]
     assert [entry["op"] for entry in written] == ["open", "status", "metrics"]
     assert written[-1]["values"] == {"train/loss": 4.0}
+
+
+# --- long journals
+
+
+@pytest.fixture
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "SEGMENT_BYTES", 2000)
+
+
+def segment_files(journal: Journal, suffix: str) -> list[Path]:
+    return sorted(journal.folder.glob(f"journal-*{suffix}"))
+
+
+def test_a_journal_in_segments_reads_like_one_file(journal, small_segments):
+    written = [metrics(step) for step in range(300)]
+    for number, entry in enumerate(written):
+        journal.append(entry)
+        if number == 150:
+            journal.compress()
+    assert len(segment_files(journal, ".jsonl.gz")) > 3
+    assert len(segment_files(journal, ".jsonl")) > 3
+    for reader in (journal, Journal(journal.folder)):
+        entries = list(reader.entries())
+        assert [entry for entry, _ in entries] == written
+        assert entries[-1][1] == reader.end
+        for number in (0, 7, 99, 150, 298):
+            assert steps(reader, entries[number][1]) == list(range(number + 1, 300))
+    journal.compress()
+    assert segment_files(journal, ".jsonl") == []
+    assert steps(journal) == list(range(300))
+    assert not list(journal.folder.glob("*.part"))
+    for file in journal.folder.glob("journal.jsonl"):
+        file.unlink()
+    assert find_journals(journal.folder.parent) == [journal.folder]
+
+
+def test_state_and_points_are_the_same_with_and_without_indices(journal, small_segments):
+    for step in range(200):
+        journal.append(metrics(step))
+        if step % 20 == 0:
+            journal.append({"op": "tags", "t": 1, "values": {"step": str(step)}})
+            journal.append(metrics(step // 20) | {"system": True})
+            journal.append({"op": "image", "t": 1, "file": "i", "key": "k", "step": step})
+    before = list(journal.state("tags"))
+    tail = [entry for entry in journal.points(180) if entry["step"] >= 180]
+    middle = [entry for entry in journal.points(90, 95) if 90 <= entry["step"] <= 95]
+    assert len(before) == 10
+    journal.compress()
+    assert list(journal.state("tags")) == before
+    opened: list[str] = []
+    lines = Segment.lines
+
+    def traced(self: Segment, offset: int) -> Any:
+        opened.append(self.file.name)
+        return lines(self, offset)
+
+    Segment.lines = traced  # type: ignore[method-assign]
+    try:
+        points = list(journal.points(180))
+        assert [entry for entry in points if entry["step"] >= 180] == tail
+        assert max(entry["step"] for entry in points if entry.get("system")) == 9
+        assert len(opened) <= 2, "only the end is read"
+        assert [e for e in journal.points(90, 95) if 90 <= e["step"] <= 95] == middle
+        opened.clear()
+        assert list(journal.state("tags")) == before
+        assert opened == []
+    finally:
+        Segment.lines = lines  # type: ignore[method-assign]
+    for file in segment_files(journal, ".index"):
+        file.write_text('{"first": "x"}\n')
+    assert list(journal.state("tags")) == before, "a damaged index is not used"
+
+
+def test_a_damaged_segment_hides_no_other(journal, small_segments):
+    for step in range(100):
+        journal.append(metrics(step))
+    journal.compress()
+    first = segment_files(journal, ".jsonl.gz")[0]
+    first.write_bytes(first.read_bytes()[:50])
+    entries = [entry for entry, _ in journal.entries()]
+    (damaged,) = [entry for entry in entries if entry["op"] == UNREADABLE]
+    assert damaged["line"].startswith("damaged: journal-0")
+    assert steps(journal)[-50:] == list(range(50, 100))
+
+
+def test_two_processes_and_a_compressing_thread_lose_no_line(journal):
+    code = (
+        "import sys\nfrom yolo_lightning.tracking.journal import Journal\n"
+        "Journal.SEGMENT_BYTES = 5000\njournal = Journal(sys.argv[1])\n"
+        "for step in range(600):\n"
+        "    values = {sys.argv[2]: 1.0}\n"
+        "    journal.append({'op': 'metrics', 't': 1, 'step': step, 'values': values})\n"
+        "    assert not journal.write_error\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, journal.folder, name * 100], cwd=REPO)
+        for name in "ab"
+    ]
+    while any(process.poll() is None for process in processes):
+        journal.compress()
+        for _ in journal.entries():
+            pass
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(segment_files(journal, ".jsonl.gz")) > 10
+    entries = [(*entry["values"], entry["step"]) for entry, _ in journal.entries()]
+    for name in "ab":
+        assert [step for key, step in entries if key == name * 100] == list(range(600))
+
+
+def test_compressing_is_skipped_on_a_full_disk(journal, small_segments, monkeypatch):
+    for step in range(100):
+        journal.append(metrics(step))
+
+    def refuse(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("yolo_lightning.tracking.segments.shutil.copyfileobj", refuse)
+        journal.compress()
+    assert steps(journal) == list(range(100))
+    assert not list(journal.folder.glob("*.part"))
+
+
+def test_appending_on_a_full_disk_takes_linear_time(journal, disk):
+    journal.append(metrics(0))
+    disk["bytes"] = 0
+    entry = metrics(1) | {"values": {f"train/metric_{k}": 0.123456789 for k in range(20)}}
+    started = time.process_time()
+    for _ in range(8_000):  # 6 MB
+        journal.append(entry)
+    assert time.process_time() - started < 2, "writing all of it each time takes 20 s"
+    assert "No space" in journal.write_error
+    assert sum(1 for _ in journal.entries()) == 8_001
+    disk["bytes"] = 10**9
+    journal._retry_at = 0.0
+    journal.append(metrics(2))
+    assert not journal.write_error
+    assert sum(1 for _ in Journal(journal.folder).entries()) == 8_002
+
+
+def test_a_buffer_of_the_largest_size_says_that_lines_are_lost(journal, disk, monkeypatch):
+    monkeypatch.setattr("yolo_lightning.tracking.journal._MAX_BUFFER_BYTES", 1000)
+    disk["bytes"] = 0
+    for step in range(30):
+        journal.append(metrics(step))
+    assert "new lines are lost" in journal.write_error
+    kept = steps(journal)
+    assert 5 < len(kept) < 30
+    assert kept == list(range(len(kept)))
