@@ -352,6 +352,17 @@ def test_an_existing_run_keeps_its_points_and_gets_new_ones(folder, store):
     assert query_store(store, system) == [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)], "steps continue"
 
 
+def test_a_long_run_is_not_read_back_when_it_is_adopted(folder, store, monkeypatch):
+    log_training(folder / "a", store)
+    upload(folder / "a")
+    monkeypatch.setattr(
+        MlflowClient, "get_metric_history", lambda *_: pytest.fail("reads the whole history")
+    )
+    log_training(folder / "b", store, range(3, 8), run_id=runs(store)[0])
+    upload(folder / "b")
+    assert points(store) == expected_points(range(8))
+
+
 def test_run_id_priority_is_argument_environment_file_checkpoint(folder, store, monkeypatch):
     client = MlflowClient(store)
     run_ids = {
@@ -698,6 +709,33 @@ def test_a_file_that_always_fails_does_not_block_the_others(folder, store, monke
 
 
 # --- the thread
+
+
+def test_the_end_of_a_training_waits_for_a_limited_time(folder, store, monkeypatch):
+    original = MlflowClient.log_batch
+
+    def slow(self: MlflowClient, *args: Any, **options: Any) -> None:
+        time.sleep(0.3)
+        original(self, *args, **options)
+
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    messages = tracked.collect_warnings(monkeypatch)
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    run = logger(folder / "a", store, flush_timeout_s=1.0)
+    for number in range(20):
+        run.set_tags({f"tag{number}": "x"})
+    run.log_metrics({"end": 1.0}, 3)
+    started = time.monotonic()
+    run.finalize()
+    assert time.monotonic() - started < 3
+    assert f"mlflow sync {folder / 'a'}" in messages[0]
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "mlflow-upload"])
+    assert len(tags(store)) < 20, "the rest is left to sync"
+    monkeypatch.setattr(MlflowClient, "log_batch", original)
+    assert main(["mlflow", "sync", str(folder / "a")]) == 0
+    assert points(store) == {("end", 3): 1}
+    assert query_store(store, "select status from runs") == [("FINISHED",)]
 
 
 def test_finish_returns_false_if_only_the_last_entries_failed(folder, store, warnings, monkeypatch):

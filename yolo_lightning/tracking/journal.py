@@ -27,6 +27,7 @@ _PENDING_FOLDER = "files"
 _RETRY_S = 1.0  # between attempts to write a buffer of more than one chunk
 _CHUNK_BYTES = 2**16  # written, or copied from the buffer, at once
 _MAX_BUFFER_BYTES = 2**29
+_MAX_OPEN_ATTEMPTS = 20
 
 
 class Journal:
@@ -114,7 +115,7 @@ class Journal:
 
     def _open_locked(self) -> int:
         """Open the journal with a shared lock, so that nobody closes the segment."""
-        while True:
+        for _ in range(_MAX_OPEN_ATTEMPTS):
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = open_file(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             with contextlib.suppress(OSError):  # a file system without locks
@@ -122,6 +123,7 @@ class Journal:
             if self._is_current(descriptor):
                 return descriptor
             os.close(descriptor)
+        raise OSError(None, "replaced again and again")
 
     def _is_current(self, descriptor: int) -> bool:
         try:
@@ -145,8 +147,9 @@ class Journal:
 
     def sync(self) -> None:
         """Flush written lines to the disk, so that they survive a loss of power."""
-        with contextlib.suppress(OSError), self._file.open("rb") as lines:
-            os.fsync(lines.fileno())
+        for file in (self._file, *(segment.file for segment in find_segments(self.folder))):
+            with contextlib.suppress(OSError), open(open_file(file, os.O_RDONLY), "rb") as lines:
+                os.fsync(lines.fileno())
 
     # --- reading
 

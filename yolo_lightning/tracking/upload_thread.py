@@ -52,10 +52,11 @@ class UploadThread:
             self.uploader.journal.sync()
             if final:
                 self.uploader.retry_now()
-            while self.uploader.upload_next():
+            while not self._timed_out.is_set() and self.uploader.upload_next():
                 self._busy_since = time.monotonic()
                 self._reset_failures()
-            self._complete = final and not self.uploader.deferred
+            is_cut = self._timed_out.is_set()
+            self._complete = final and not is_cut and not self.uploader.deferred
         except Exception as error:
             self._failures += 1
             self._warn_first_failure(error)
