@@ -7,13 +7,19 @@ import pytest
 
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import (
+    MAX_LINE,
     InputError,
+    compose_yaml,
+    csv_cell,
     mask_secrets,
+    nearest,
     printable,
     read_text,
     require_file,
     require_folder,
+    require_name,
     require_path,
+    short,
     write_atomically,
 )
 
@@ -142,3 +148,73 @@ def test_errors_escape_control_characters_and_mask_secrets(capsys):
     message = capsys.readouterr().err
     assert "'http://***@c/\\x1b[31mred'" in message
     assert "\x1b" not in message
+
+
+def test_long_lines_are_cropped():
+    assert printable("a\n" + "b" * 5000 + "\nc") == f"a\n{'b' * MAX_LINE} …\nc"
+    assert len(short([["x" * 5000] * 5000] * 5000)) <= 80
+    assert short(10**400).startswith("1000000")
+
+
+def test_hints_do_not_compare_long_words():
+    begin = time.perf_counter()
+    assert nearest("a" * 100_000, ["a" * 99_999]) == ""
+    assert nearest("appel", [*("x" * 90 + str(k) for k in range(100_000)), "apple"]) == ""
+    assert time.perf_counter() - begin < 2
+    assert nearest("appel", ["apple"]) == "did you mean 'apple'?"
+
+
+@pytest.mark.parametrize(
+    "name", ["a\x1b[31m", "a\rb", "a\nb", "a\tb", "a\u202eb", "\ud800", "a" * 5000]
+)
+def test_names_that_a_terminal_cannot_show_are_refused(name):
+    with pytest.raises(
+        InputError, match=r"x:1: name '.*(control characters|5,000 characters)"
+    ) as e:
+        require_name(name, "x:1")
+    assert str(e.value).isprintable()
+    for good in ("traffic light", "Straßenbahn", "猫", "क्‍ष", "=a"):
+        assert require_name(good, "x:1") == good
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [("=1+1", "'=1+1"), ("+a", "'+a"), ("-a", "'-a"), ("@a", "'@a"), ("\ta", "'\ta"),
+     ("a=b", "a=b"), ("", ""), (-1.5, -1.5), (None, None), ("'a", "'a")],
+)  # fmt: skip
+def test_formulas_in_tables_are_quoted(value, cell):
+    assert csv_cell(value) == cell
+
+
+def test_texts_are_regular_files_of_a_bounded_size(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match="names '.*fifo' is no regular file"):
+        read_text(tmp_path / "fifo", "names")
+    with pytest.raises(InputError, match="'/dev/zero' is no regular file"):
+        read_text("/dev/zero")
+    (tmp_path / "a").write_bytes(b"0\n123\0")
+    with pytest.raises(InputError, match="a: 6 bytes; allowed: 5"):
+        read_text(tmp_path / "a", max_bytes=5)
+    with pytest.raises(InputError, match="a:2: a NUL byte at byte 5"):
+        read_text(tmp_path / "a")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match="sparse:1: a NUL byte at byte 0"):
+        read_text(tmp_path / "sparse", max_bytes=2**41)
+
+
+def test_yaml_is_composed_within_bounds():
+    node = compose_yaml("a: &x 1\nb: [*x, no, 2001-99-99]", "f")
+    assert node is not None
+    assert [item.value for item in node.value[1][1].value] == ["1", "no", "2001-99-99"]
+    assert compose_yaml("", "f") is None
+    for text, message in (
+        ("a:\n  [b\n", "f:3: not YAML"),
+        ("a: &x [1]\nb: *x", r"f:2: alias \*x; allowed: aliases of values"),
+        ("a: &x 1\nb: &x [1]\nc: *x", "f:3: alias"),
+        ("[" * 201, "f:1: too large; allowed: 200,000 values, 200 levels"),
+        ("- 1\n" * 200_001, "f:200000: too large"),
+        ("a: \x07", "f: not YAML"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compose_yaml(text, "f")

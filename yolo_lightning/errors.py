@@ -1,12 +1,25 @@
-"""`InputError`, which users see as a message instead of a traceback, and what messages may show."""
+"""`InputError`, which users see as a message instead of a traceback, and files that raise it."""
 
 import contextlib
 import difflib
 import os
 import re
+import reprlib
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import yaml
+
+MAX_TEXT_BYTES = 64 * 2**20
+MAX_ANNOTATION_BYTES = 8 * 2**30  # of one file for a whole dataset: COCO's JSON, lists of images
+MAX_YAML_VALUES, MAX_YAML_LEVELS = 200_000, 200
+MAX_NAME = 4_000  # characters of a class's name, with its alternative names
+MAX_LINE = 2_000  # characters of a line in a terminal
+_MAX_COMPARED, _MAX_WORD = 20_000, 100  # of words in a hint, which takes time for each pair
 
 # In a URL, what stands before the @ of the host. A password may contain a slash or a quotation
 # mark, but a host with a port and a path with an @ is no user with a password.
@@ -61,13 +74,42 @@ def mask_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape characters that control a terminal, except line breaks and tabs."""
-    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+    """Escape characters that control a terminal, except line breaks and tabs; crop long lines."""
+    lines = (line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} …" for line in text.split("\n"))
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], "\n".join(lines))
+
+
+def short(value: object) -> str:
+    """Return at most 80 characters of a value of a file, for messages."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxlong = shortener.maxother = 80
+    shortener.maxlevel = shortener.maxlist = shortener.maxdict = 2
+    return shortener.repr(value)[:80]
+
+
+def require_name(name: str, where: str) -> str:
+    """Return the name or key of a class; raise `InputError` if a terminal cannot show it."""
+    if len(name) > MAX_NAME:
+        problem = f"has {len(name):,} characters; allowed: {MAX_NAME:,}"
+    elif _CONTROL.search(name) or "\n" in name or "\t" in name:
+        problem = "holds control characters; allowed: text"
+    else:
+        return name
+    raise InputError(f"{where}: name {short(name)} {problem}")
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a cell of a table: text that a spreadsheet would take for a formula gets a ``'``."""
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value
 
 
 def nearest(word: str, allowed: Iterable[str], count: int = 3) -> str:
     """Return a hint such as ``did you mean 'apple' or 'apples'?``; empty if no word is similar."""
-    matches = difflib.get_close_matches(word, list(dict.fromkeys(allowed)), n=count, cutoff=0.6)
+    if len(word) > _MAX_WORD:
+        return ""
+    words = [w for w in dict.fromkeys(allowed) if len(w) <= _MAX_WORD][:_MAX_COMPARED]
+    matches = difflib.get_close_matches(word, words, n=count, cutoff=0.6)
     return f"did you mean {' or '.join(repr(name) for name in matches)}?" if matches else ""
 
 
@@ -78,9 +120,11 @@ def not_found(path: str | Path, description: str, hint: str = "") -> InputError:
 
 
 def require_file(path: str | Path, description: str, hint: str = "") -> Path:
-    """Return an existing file, with ``~`` expanded; raise `InputError` if it is missing."""
+    """Return an existing file, with ``~`` expanded; raise `InputError` if there is none."""
     file = Path(path).expanduser()
-    if not file.is_file():
+    if not os.path.isfile(file):
+        if os.path.exists(file) and not os.path.isdir(file):
+            raise InputError(f"{description} {str(path)!r} is no regular file")
         raise not_found(path, description, hint)
     return file
 
@@ -88,7 +132,7 @@ def require_file(path: str | Path, description: str, hint: str = "") -> Path:
 def require_folder(path: str | Path, description: str) -> Path:
     """Return an existing folder, with ``~`` expanded; raise `InputError` if it is missing."""
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise not_found(path, description)
     return folder
 
@@ -96,24 +140,105 @@ def require_folder(path: str | Path, description: str) -> Path:
 def require_path(path: str | Path, description: str = "file or folder") -> Path:
     """Return an existing file or folder, with ``~`` expanded; raise `InputError` if missing."""
     existing = Path(path).expanduser()
-    if not existing.exists():
+    if not os.path.exists(existing):
         raise not_found(path, description)
     return existing
 
 
-def read_text(path: str | Path, description: str = "file", hint: str = "") -> str:
-    """Return the text of a UTF-8 file, without a byte order mark.
+def read_bytes(
+    path: str | Path,
+    description: str = "file",
+    hint: str = "",
+    max_bytes: int = MAX_TEXT_BYTES,
+    is_text: bool = True,
+) -> bytes:
+    """Return the content of a file.
 
     Raises:
-        InputError: the file is missing, cannot be read, or is not UTF-8.
+        InputError: the file is missing, no regular file, too large, or cannot be read; or it should
+            be text and begins with binary data.
     """
     file = require_file(path, description, hint)
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not readable as UTF-8 text ({error})") from None
+        # without waiting, if a FIFO has taken the place of the file
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{file}: no regular file")
+            if status.st_size > max_bytes:
+                raise InputError(f"{file}: {status.st_size:,} bytes; allowed: {max_bytes:,}")
+            if is_text:
+                _require_text(file, stream.peek())
+            return stream.read(max(status.st_size, 2**16))
     except OSError as error:
         raise InputError(f"{file}: not readable ({error.strerror or error})") from None
+
+
+def _require_text(file: Path, content: bytes) -> None:
+    offset = content.find(b"\0")
+    if offset >= 0:
+        line = content.count(b"\n", 0, offset) + 1
+        raise InputError(f"{file}:{line}: a NUL byte at byte {offset}, not readable as text")
+
+
+def read_text(
+    path: str | Path, description: str = "file", hint: str = "", max_bytes: int = MAX_TEXT_BYTES
+) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark, its line ends as in Python.
+
+    Raises:
+        InputError: see `read_bytes`; or the file is not UTF-8, or has a NUL byte.
+    """
+    content = read_bytes(path, description, hint, max_bytes)
+    _require_text(Path(path), content)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not readable as UTF-8 text (byte {error.start})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def compose_yaml(text: str, origin: str | Path) -> "yaml.Node | None":
+    """Parse YAML to nodes, which have line numbers; their values are text, and tags have no effect.
+
+    Raises:
+        InputError: not YAML; too many values or levels; or an alias of a list or a mapping, whose
+            content could grow without end. Names the line.
+    """
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    values = levels = line = 0
+    scalars: set[str | None] = set()  # anchors of plain values
+    try:
+        # nodes are built by recursion, so the levels are counted before
+        for event in yaml.parse(text, Loader=loader):
+            line = event.start_mark.line + 1 if event.start_mark else line
+            values += isinstance(event, yaml.NodeEvent)
+            levels += isinstance(event, yaml.CollectionStartEvent)
+            levels -= isinstance(event, yaml.CollectionEndEvent)
+            if values > MAX_YAML_VALUES or levels > MAX_YAML_LEVELS:
+                raise InputError(
+                    f"{origin}:{line}: too large; allowed: {MAX_YAML_VALUES:,} values, "
+                    f"{MAX_YAML_LEVELS} levels"
+                )
+            anchor = getattr(event, "anchor", None)
+            if isinstance(event, yaml.AliasEvent) and anchor not in scalars:
+                raise InputError(
+                    f"{origin}:{line}: alias *{short(anchor)[1:-1]}; allowed: aliases of values "
+                    "that are no lists or mappings"
+                )
+            if isinstance(event, yaml.ScalarEvent) and anchor is not None:
+                scalars.add(anchor)
+            elif isinstance(event, yaml.CollectionStartEvent):
+                scalars.discard(anchor)
+        return yaml.compose(text, Loader=loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else line
+        raise InputError(f"{origin}:{line}: not YAML ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin}: not YAML ({str(error).splitlines()[0]})") from None
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

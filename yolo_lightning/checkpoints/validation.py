@@ -19,9 +19,9 @@ from yolo_lightning.models.head import Location
 from yolo_lightning.models.layers import CustomBackbone, Layer
 from yolo_lightning.models.networks import Classifier, YOLOv2
 from yolo_lightning.models.preparation import Interpolation, Resize
+from yolo_lightning.tree.wordtree import MAX_NODES
 
 # limits of what a checkpoint may describe
-MAX_NODES = 100_000  # WordNet has 82,115 nouns
 MAX_LAYERS = 1000
 MAX_IMAGE_PX = 8192  # side of the network input
 _MAX_KERNEL = 64  # kernel size, stride and padding of a layer

@@ -31,6 +31,7 @@ COMMANDS = {
     "mlflow": ("commands.mlflow", "open the dashboard, compare runs, sync, log models"),
     "doctor": ("commands.doctor", "check this machine and its connections"),
 }
+_MAX_MESSAGE = 100_000  # characters of an error
 _LIGHTNING_COMMANDS = ("fit", "validate", "test")
 _RECIPE_COMMANDS = {
     *_LIGHTNING_COMMANDS, "chain", "check-data", "anchors", "batch", "explain", "speed",
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
     except InputError as error:
         # errors of a loader worker contain its traceback
-        message = str(error).rsplit("InputError: ", 1)[-1].strip()
+        message = str(error).rsplit("InputError: ", 1)[-1].strip()[:_MAX_MESSAGE]
         print(f"yolo-lightning: error: {printable(mask_secrets(message))}", file=sys.stderr)
         return 2
     finally:

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from yolo_lightning.errors import InputError, require_file
+from yolo_lightning.errors import InputError, read_text
 from yolo_lightning.tree.wordtree import WordTree
-
-MAX_TEXT_BYTES = 64 * 2**20
 
 _LONG_NAMES = {
     "network": "net",
@@ -38,7 +36,7 @@ class Section:
     def integer(self, option: str, default: int, low: int, high: int) -> int:
         """Return an integer between two bounds; raise `InputError` otherwise."""
         text = self.options.get(option, str(default))
-        if not re.fullmatch(r"[+-]?\d+", text):
+        if not re.fullmatch(r"[+-]?\d{1,12}", text):
             raise self.error(f"{option}={text}; expected an integer", option)
         return int(self.number(option, default, low, high))
 
@@ -70,7 +68,7 @@ def read_cfg(path: str | Path) -> list[Section]:
     Raises:
         InputError: missing, not text, empty, or an invalid line; names the line.
     """
-    return parse_cfg(read_text(path, ".cfg file"), str(path))
+    return parse_cfg("\n".join(_read_lines(path, ".cfg file")), str(path))
 
 
 def parse_cfg(text: str, origin: str) -> list[Section]:
@@ -115,7 +113,7 @@ def read_data(path: str | Path) -> dict[str, Path]:
         InputError: a path does not exist.
     """
     paths = {}
-    for number, line in enumerate(read_text(path, ".data file").splitlines(), start=1):
+    for number, line in enumerate(_read_lines(path, ".data file"), start=1):
         name, equals, value = (part.strip() for part in line.partition("="))
         if not equals or line.lstrip().startswith("#") or name not in ("names", "labels", "tree"):
             continue
@@ -145,7 +143,7 @@ def read_names(path: str | Path) -> list[str]:
     Raises:
         InputError: missing, not text, or an empty line; names the line.
     """
-    names = [line.strip() for line in read_text(path, "names file").rstrip().splitlines()]
+    names = [line.strip() for line in _read_lines(path, "names file")]
     for number, name in enumerate(names, start=1):
         if not name:
             raise InputError(f"{path}:{number}: expected a name, found an empty line")
@@ -166,7 +164,7 @@ def read_tree(
     keys: list[str] = []
     parents: list[int] = []
     groups: set[int] = set()
-    for number, line in enumerate(read_text(path, "tree file").rstrip().splitlines(), start=1):
+    for number, line in enumerate(_read_lines(path, "tree file"), start=1):
         where = f"{path}:{number}: "
         parts = line.split()
         if len(parts) != 2 or not re.fullmatch(r"-?\d{1,9}", parts[1]):
@@ -238,25 +236,9 @@ def write_names(path: Path, names: Iterable[str]) -> None:
     path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
-def read_text(path: str | Path, description: str) -> str:
-    """Read a UTF-8 text file.
-
-    Raises:
-        InputError: missing, too large, not UTF-8, or with NUL bytes; names the byte.
-    """
-    file = require_file(path, description)
-    size = file.stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise InputError(f"{path}: {size} bytes; expected a text of at most {MAX_TEXT_BYTES}")
-    data = file.read_bytes()
-    if b"\0" in data:
-        offset = data.index(b"\0")
-        line = data.count(b"\n", 0, offset) + 1
-        raise InputError(f"{path}:{line}: a NUL byte at byte {offset}; expected text")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, byte {error.start}: not UTF-8 text") from None
-    if not text.strip():
+def _read_lines(path: str | Path, description: str) -> list[str]:
+    """Return the lines of a text without empty ones at its end; raise `InputError` if empty."""
+    lines = read_text(path, description).rstrip().splitlines()
+    if not lines:
         raise InputError(f"{path}: empty")
-    return text
+    return lines

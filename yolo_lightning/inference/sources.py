@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, read_text
 from yolo_lightning.images import (
     Image,
     NetworkInput,
@@ -127,10 +127,7 @@ def _find_files(path: Path) -> list[Path]:
 
 def _read_list(file: Path) -> list[Path]:
     """Read a list of paths, relative to the working folder or else to the folder of the list."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not a list of paths ({error})") from None
+    lines = [line.strip() for line in read_text(file, "list of paths").splitlines()]
     paths = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
     if not paths:
         raise InputError(f"{file}: lists no paths")

@@ -68,17 +68,21 @@ def is_below(wnid: str, root: str) -> bool:
 
 
 def _check_custom_parents(custom: Mapping[str, str]) -> None:
+    checked: set[str] = set()  # classes whose ancestors are checked
     for key in sorted(custom):
-        path = [key]
-        while path[-1] in custom:
-            path.append(custom[path[-1]])
-            if path[-1] in path[:-1]:
-                raise InputError(f"a cycle of parents: {' under '.join(path)}")
-        if path[-1] != "-" and not is_wnid(path[-1]):
+        path = {key: None}  # ordered
+        node = custom[key]
+        while node in custom and node not in checked:
+            if node in path:
+                raise InputError(f"a cycle of parents: {' under '.join([*path, node])}")
+            path[node] = None
+            node = custom[node]
+        if node not in custom and node != "-" and not is_wnid(node):
             raise InputError(
-                f"class {path[-2]!r} has the parent {path[-1]!r}, which has no parent itself; "
+                f"class {[*path][-1]!r} has the parent {node!r}, which has no parent itself; "
                 "expected one: a wnid, a custom class, or - for the top"
             )
+        checked |= path.keys()
 
 
 def _wordnet_parents(synsets: set[str], table: WordNet, root: str) -> dict[str, str]:

@@ -8,12 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from yolo_lightning.errors import InputError, nearest, read_text
+from yolo_lightning.errors import InputError, nearest, read_text, require_name, short
 from yolo_lightning.tree.tables import TreeTables
 from yolo_lightning.tree.wordnet import wordnet
 
-MAX_LEVELS = 200
-"""The authors' tree has 17 levels; the table of paths grows with the number of levels."""
+MAX_LEVELS, MAX_NODES = 200, 100_000
+"""The authors' tree has 17 levels; WordNet has 82,115 nouns. The table of paths has both sizes."""
+_MAX_SHOWN = 8  # nodes of a cycle
 
 OTHER = "/other"
 """A leaf with the key ``X/other`` below X stands for what is X and nothing else below X."""
@@ -35,7 +36,8 @@ class WordTree:
     its parent.
 
     Raises:
-        InputError: no nodes, a duplicate key, an unknown parent, a cycle, more than 200 levels.
+        InputError: no nodes, a duplicate key, an unknown parent, a cycle, more than 100,000 nodes
+            or 200 levels, a name that a terminal cannot show.
 
     Source: YOLO9000, section 4, "Hierarchical classification"; the paper does not mention only
     children, which the original program names.
@@ -50,6 +52,8 @@ class WordTree:
         self.rows: list[Row] = [cast(Row, tuple(str(part) for part in row)) for row in rows]
         if not self.rows:
             raise InputError(f"{origin} has no classes; expected at least one")
+        if len(self.rows) > MAX_NODES:
+            raise InputError(f"{origin} has more than {MAX_NODES:,} classes")
 
         def where(number: int) -> str:
             return f"{origin}:{lines[number]}" if lines else f"{origin}, row {number + 1}"
@@ -57,7 +61,9 @@ class WordTree:
         index: dict[str, int] = {}
         for number, row in enumerate(self.rows):
             if len(row) != 3:
-                raise InputError(f"{where(number)}: expected key, parent, name: {row}")
+                raise InputError(f"{where(number)}: expected key, parent, name: {short(row)}")
+            require_name(row[0], where(number))
+            require_name(row[2], where(number))
             if row[0] in index:
                 first = index[row[0]]
                 position = f"line {lines[first]}" if lines else f"row {first + 1}"
@@ -74,7 +80,7 @@ class WordTree:
         parents = [self._parent_of(row, where(number)) for number, row in enumerate(self.rows)]
         self.parents = torch.tensor(parents)  # int64 (K,), -1 at the top
         # int64 (K, D), each node followed by its ancestors, -1 as padding
-        self.paths = _build_paths(parents, self.keys, where)
+        self.paths = _build_paths(self.parents, self.keys, where)
         _, self.groups = torch.unique(self.parents, return_inverse=True)  # int64 (K,)
         self.num_groups = int(self.groups.max()) + 1
         self._members: list[list[int]] = [[] for _ in range(self.num_groups)]
@@ -108,7 +114,7 @@ class WordTree:
         if row[1] not in self._index:
             hint = nearest(row[1], self._index)
             raise InputError(
-                f"{where}: node {row[0]!r} has the unknown parent {row[1]!r}; "
+                f"{where}: node {short(row[0])} has the unknown parent {short(row[1])}; "
                 f"{hint or 'add a row for it, or - for the top'}"
             )
         return self._index[row[1]]
@@ -145,10 +151,12 @@ class WordTree:
             if len(parts) != 3 or not all(part.strip() for part in parts):
                 raise InputError(
                     f"{path}:{number}: expected three tab-separated fields "
-                    f"(key, parent's key or '-', name), found {line!r}"
+                    "(key, parent's key or '-', name)"  # without a text that may be secret
                 )
             rows.append([part.strip() for part in parts])
             numbers.append(number)
+            if len(rows) > MAX_NODES:
+                break  # refused below
         return cls(rows, str(path), numbers)
 
     @classmethod
@@ -340,39 +348,33 @@ def segment_log_softmax(logits: Tensor, segments: Tensor, count: int) -> Tensor:
     return shifted - total.clamp(min=torch.finfo(total.dtype).tiny).log().gather(-1, segments)
 
 
-def _is_in_cycle(parents: list[int], start: int) -> bool:
-    visited, node = set(), start
-    while node >= 0 and node not in visited:
-        visited.add(node)
+def _build_paths(parents: Tensor, keys: Sequence[str], where: Callable[[int], str]) -> Tensor:
+    """Return int64 (K, D): each node followed by its ancestors, -1 as padding."""
+    above = torch.cat([parents, torch.tensor([-1])])  # index -1 has the value -1
+    columns = [torch.arange(len(parents))]
+    while (columns[-1] >= 0).any():
+        if len(columns) > MAX_LEVELS:
+            start = int((columns[-1] >= 0).nonzero()[0])
+            raise _too_deep(parents.tolist(), start, keys, where(start))
+        columns.append(above[columns[-1]])
+    return torch.stack(columns[:-1], dim=1)
+
+
+def _too_deep(parents: list[int], start: int, keys: Sequence[str], where: str) -> InputError:
+    """Return the error of a node with too many ancestors, or with a cycle of them."""
+    position: dict[int, int] = {}  # on the path, by node
+    node = start
+    while node >= 0 and node not in position:
+        position[node] = len(position)
         node = parents[node]
-    return node >= 0
-
-
-def _format_cycle(parents: list[int], start: int, keys: Sequence[str]) -> str:
-    path = [start]
-    while parents[path[-1]] not in path:
-        path.append(parents[path[-1]])
-    cycle = [*path[path.index(parents[path[-1]]) :], parents[path[-1]]]
-    return " under ".join(keys[node] for node in cycle)
-
-
-def _build_paths(parents: list[int], keys: Sequence[str], where: Callable[[int], str]) -> Tensor:
-    paths: list[list[int]] = []
-    for start in range(len(parents)):
-        path = [start]
-        while parents[path[-1]] >= 0:
-            path.append(parents[path[-1]])
-            if len(path) > MAX_LEVELS:
-                if _is_in_cycle(parents, start):
-                    raise InputError(
-                        f"{where(start)}: node {keys[start]!r} is in a cycle of parents: "
-                        f"{_format_cycle(parents, start, keys)}; change one of the parents, or use "
-                        "- for the top"
-                    )
-                raise InputError(
-                    f"{where(start)}: node {keys[start]!r} is too deep; allowed: "
-                    f"{MAX_LEVELS} levels"
-                )
-        paths.append(path)
-    depth = max(len(path) for path in paths)
-    return torch.tensor([path + [-1] * (depth - len(path)) for path in paths])
+    if node < 0:
+        return InputError(
+            f"{where}: node {short(keys[start])} is too deep; allowed: {MAX_LEVELS} levels"
+        )
+    cycle = [keys[k] for k in [*position][position[node] :] + [node]]
+    if len(cycle) > _MAX_SHOWN:
+        cycle[_MAX_SHOWN - 1 : -1] = ["…"]
+    return InputError(
+        f"{where}: node {short(keys[start])} is in a cycle of parents: {' under '.join(cycle)}; "
+        "change one of the parents, or use - for the top"
+    )
