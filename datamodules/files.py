@@ -22,6 +22,9 @@ _MAX_LABEL_ERRORS = 20
 class FileSource(Source):
     """A source whose images are files; subclasses find and parse their annotations."""
 
+    has_boxes = False
+    allow_outside = False  # whether the dataset may name files outside its folder
+
     def __init__(self, mapping: dict[str, str] | None, skip_unknown: bool = False) -> None:
         self.mapping, self.skip_unknown = dict(mapping or {}), skip_unknown
         self.faults = []
@@ -40,7 +43,7 @@ class FileSource(Source):
         if self._index is None:
             root, options = self._cache_key()
             file = cache_file(root, {"source": type(self).__name__, **options})
-            self._index = load_fresh(file) if file is not None else None
+            self._index = load_fresh(file, self.has_boxes) if file is not None else None
             if self._index is None:
                 parsing_since_ns = time_ns()
                 index = self._parse(root)
@@ -131,6 +134,8 @@ class FileSource(Source):
 
 class AnnotatedImages(FileSource, DetectionSource):
     """A detection source whose images are files."""
+
+    has_boxes = True
 
     def __init__(self, mapping: dict[str, str] | None, exclusive_names: bool = True) -> None:
         super().__init__(mapping)

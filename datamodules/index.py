@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from yolo_lightning.errors import printable, short
 
 Array = NDArray[Any]
 
@@ -63,23 +67,42 @@ def offsets(lengths: Array) -> NDArray[np.int64]:
 
 
 def cache_file(root: Path, options: Mapping[str, Any]) -> Path | None:
-    """Return where to cache the index of a dataset; None if no folder is writable."""
+    """Return where to cache the index of a dataset; None if no folder is writable.
+
+    That is the user's cache if the dataset cannot be written, or has an index of somebody else.
+    """
     # options: everything else that the index depends on, such as a split
     identity = json.dumps({"root": str(root.absolute()), **options}, sort_keys=True)
     name = hashlib.sha256(identity.encode()).hexdigest()[:16] + ".index"
+    folders = []
     if configured := os.environ.get(CACHE_VARIABLE):
-        folder = Path(configured)
+        folders.append(Path(configured))
     # check the mode bits too: the superuser may write everywhere
     elif root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
-        folder = root / CACHE_FOLDER
-    else:
-        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = user_cache / "yolo-lightning"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder / name
+        folders.append(root / CACHE_FOLDER)
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (*folders, user_cache / "yolo-lightning"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        # a dataset's link would lead to a folder of its author's choice
+        is_link = not configured and folder.is_symlink()
+        file = folder / name
+        if not is_link and os.access(folder, os.W_OK) and not _is_foreign(file):
+            return file
+    return None
+
+
+def _is_foreign(file: Path) -> bool:
+    """Return whether a file exists and is somebody else's."""
+    return os.path.lexists(file) and not _is_trusted(os.lstat(file))
+
+
+def _is_trusted(status: os.stat_result) -> bool:
+    """Return whether a file is the user's or the superuser's, and no one else may write it."""
+    is_writable = stat.S_ISREG(status.st_mode) and status.st_mode & 0o022
+    return status.st_uid in (0, os.geteuid()) and not is_writable
 
 
 def save(index: Index, file: Path, parsing_since_ns: int) -> Index:
@@ -95,32 +118,93 @@ def save(index: Index, file: Path, parsing_since_ns: int) -> Index:
     return load(file)
 
 
-def load_fresh(file: Path) -> Index | None:
-    """Load an index; return None if it is missing, damaged, of another version, or stale."""
+class StaleIndex(ValueError):
+    """An index of another version, or of files that have changed since."""
+
+
+def load_fresh(file: Path, has_boxes: bool) -> Index | None:
+    """Load an index; return None if it is missing or stale, or if it is damaged, which is printed.
+
+    `has_boxes` is whether it should be that of a dataset with boxes.
+    """
     try:
-        return load(file, check_stamps=True)
-    except Exception:  # damaged files raise many kinds
+        index = load(file, check_stamps=True)
+        _check_content(index, has_boxes)
+    except (FileNotFoundError, StaleIndex):
         return None
+    except Exception as error:  # damaged files raise many kinds
+        text = printable(f"{file}: not an index ({short(str(error))}); it is built again")
+        print(text, file=sys.stderr)
+        return None
+    return index
 
 
 def load(file: Path, check_stamps: bool = False) -> Index:
     """Memory-map an index.
 
     Raises:
-        ValueError: not an index, of another version, truncated, or stale if `check_stamps` is set.
+        StaleIndex: of another version, or stale if `check_stamps` is set.
+        ValueError: not an index, truncated, or somebody else's.
     """
-    mapped = np.asarray(np.memmap(file, np.uint8, "r"))
-    with file.open("rb") as stream:
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not (stat.S_ISREG(status.st_mode) and _is_trusted(status)):
+            raise ValueError("not a regular file of this user")
+        mapped = np.asarray(np.memmap(stream, np.uint8, "r"))
+        stream.seek(0)
         header = json.loads(_next_array(stream, mapped).tobytes())
         if header["version"] != VERSION:
-            raise ValueError(f"{file}: version {header['version']}, expected {VERSION}")
+            raise StaleIndex(f"{file}: version {short(header['version'])}, expected {VERSION}")
         arrays = {name: _next_array(stream, mapped) for name in header["arrays"]}
     watched, stamps = arrays.pop("watched"), arrays.pop("stamps")
     if check_stamps:
         paths = os.fsdecode(watched.tobytes()).split("\0")
         if not np.array_equal(_stamps(paths), stamps):
-            raise ValueError(f"{file}: stale")
+            raise StaleIndex(f"{file}: stale")
     return Index(arrays, header["metadata"], file=file)
+
+
+_LABEL_ARRAYS = {"paths": "u1", "paths_offsets": "i8", "classes": "i4"}
+_BOX_ARRAYS = {
+    "sizes_wh": "i4", "box_offsets": "i8", "boxes_xyxy": "f4", "difficult": "b1", "crowd": "b1",
+    "areas_px2": "f4",
+}  # fmt: skip
+
+
+def _check_content(index: Index, has_boxes: bool) -> None:
+    """Raise `ValueError` if arrays and metadata do not fit: others may have written the file."""
+    arrays, metadata = index.arrays, index.metadata
+    types = _LABEL_ARRAYS | (_BOX_ARRAYS if has_boxes else {})
+    if {name: array.dtype for name, array in arrays.items()} != types:
+        raise ValueError(f"arrays {list(arrays)}; expected {list(types)}")
+    names, texts = metadata["names"], [metadata["root"], metadata["fingerprint"]]
+    lists = [names, metadata["origins"], metadata["faults"]]
+    if not all(isinstance(values, list) for values in lists) or len(lists[1]) != len(names):
+        raise ValueError("names, origins or faults")
+    if not all(isinstance(value, str) for values in (*lists, texts) for value in values):
+        raise ValueError("metadata that is no text")
+    images, objects = len(arrays["paths_offsets"]) - 1, len(arrays["classes"])
+    shapes: dict[str, tuple[int, ...]] = {"classes": (objects,), "paths_offsets": (images + 1,)}
+    ends = {"paths_offsets": arrays["paths"].size}
+    if has_boxes:
+        shapes |= dict.fromkeys(("difficult", "crowd", "areas_px2"), (objects,))
+        shapes |= {"sizes_wh": (images, 2), "boxes_xyxy": (objects, 4)}
+        shapes["box_offsets"] = (images + 1,)
+        ends["box_offsets"] = objects
+        if type(metadata["normalized"]) is not bool:
+            raise ValueError("normalized")
+    elif objects != images:
+        raise ValueError(f"{objects} labels of {images} images")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} of shape {arrays[name].shape}; expected {shape}")
+    for name, end in ends.items():
+        starts = arrays[name]
+        if starts[0] != 0 or starts[-1] != end or (starts[1:] < starts[:-1]).any():
+            raise ValueError(f"{name} that are no offsets")
+    if objects and not 0 <= arrays["classes"].min() <= arrays["classes"].max() < len(names):
+        raise ValueError("classes without names")
 
 
 def _stamps(paths: Sequence[str]) -> NDArray[np.int64]:
