@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from yolo_lightning.datamodules.dataset_files import DatasetFiles, visible_folders
 from yolo_lightning.datamodules.index import Index, encode, offsets, pack_strings
+from yolo_lightning.errors import require_name, short
 from yolo_lightning.images import UnreadableSample, is_image, read_header
 
+_MAX_SIDE_PX = 10**6  # of an image
 _TOLERANCE_PX = 1.0  # rounding may move boxes out of the image by this much without a report
 
 # one object: the number of its image, corners in px or 0…1, class, number in messages, area of the
@@ -34,10 +36,14 @@ class Annotations(DatasetFiles):
     """Annotated images while they are parsed; image paths are relative to `root`."""
 
     def __init__(
-        self, root: Path, locate: Callable[[int, int], str], normalized: bool = False
+        self,
+        root: Path,
+        locate: Callable[[int, int], str],
+        normalized: bool = False,
+        allow_outside: bool = False,
     ) -> None:
         # locate(image, object) gives the location for messages; boxes are px, or 0…1 if normalized
-        super().__init__(root)
+        super().__init__(root, allow_outside)
         self.locate, self.normalized = locate, normalized
         self.paths: list[str] = []
         self._sizes_wh: list[tuple[int, int]] = []
@@ -48,13 +54,22 @@ class Annotations(DatasetFiles):
     def add_class(self, name: str, origin: str) -> None:
         """Add a class, whether it has objects or not; `origin` is where it is defined."""
         if name not in self._classes:
-            self._classes[name] = len(self._classes)
+            self._classes[require_name(name, origin)] = len(self._classes)
             self._origins.append(origin)
 
-    def add_image(self, path: str, size_wh: tuple[int, int] = (0, 0)) -> int:
-        """Add an image and return its number; a size of 0 x 0 is read from its file later."""
+    def add_image(self, path: str, width: Any = None, height: Any = None, origin: str = "") -> int:
+        """Add an image and return its number; a size that is not given is read from its file.
+
+        `origin` is where the size, in px, is given.
+        """
+        is_valid = all(type(v) is int and 0 < v <= _MAX_SIDE_PX for v in (width, height))
+        if not is_valid and (width, height) != (None, None):
+            self.faults.append(
+                f"{origin}: gives the size as {short(width)} x {short(height)}, the size of the "
+                "image file is used"
+            )
         self.paths.append(path)
-        self._sizes_wh.append(size_wh)
+        self._sizes_wh.append((width, height) if is_valid else (0, 0))
         return len(self.paths) - 1
 
     def add_box(
@@ -75,7 +90,8 @@ class Annotations(DatasetFiles):
 
     def build_index(self) -> Index:
         """Repair or drop bad boxes and return the index."""
-        objects = np.array(self._objects, _OBJECT)
+        with np.errstate(over="ignore"):  # coordinates above 1e38 become infinite
+            objects = np.array(self._objects, _OBJECT)
         objects = objects[np.argsort(objects["image"], kind="stable")]
         sizes_wh = np.array(self._sizes_wh, np.int32).reshape(-1, 2)
         self._read_unknown_sizes(objects, sizes_wh)
@@ -141,7 +157,8 @@ class Annotations(DatasetFiles):
         outside = keep & ~empty & ((low >= edge) | (high <= 0)).any(axis=1)
         report(outside, "lies outside the image, skipped")
         keep = keep & ~empty & ~outside
-        excess_px = np.maximum(high - edge, -low) * (sizes if self.normalized else 1)
+        with np.errstate(over="ignore"):
+            excess_px = np.maximum(high - edge, -low) * (sizes if self.normalized else 1)
         report(keep & (excess_px > _TOLERANCE_PX).any(axis=1), "extends beyond the image, clipped")
         boxes[:, :2], boxes[:, 2:] = low.clip(0), np.minimum(high, edge)
         duplicate: Any = _duplicates(objects, keep)
@@ -157,8 +174,8 @@ class ImageLabels(DatasetFiles):
 
     # bytes and numbers instead of strings: 14 million paths take 0.5 GB instead of 2.5
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, allow_outside: bool = False) -> None:
+        super().__init__(root, allow_outside)
         self._paths = bytearray()  # one after the other
         self._lengths = array("i")  # of each path, bytes
         self._labels = array("i")  # of each image, in the order of `_origins`
@@ -173,6 +190,7 @@ class ImageLabels(DatasetFiles):
         number = self._numbers.setdefault(label, len(self._numbers))
         if number == len(self._origins):
             self._origins.append(origin)
+            require_name(label, origin)
         encoded = [encode(path) for path in paths]
         self._paths += b"".join(encoded)
         self._lengths.extend(map(len, encoded))

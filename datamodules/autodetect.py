@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from yolo_lightning.datamodules.coco import COCOJson, is_coco
-from yolo_lightning.datamodules.dataset_files import DatasetFiles, visible_folders
+from yolo_lightning.datamodules.dataset_files import DatasetFiles, UnsafePath, visible_folders
 from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
 from yolo_lightning.datamodules.image_folder import ImageFolder, LabelCSV
 from yolo_lightning.datamodules.imagenet import ImageNet
@@ -25,12 +25,25 @@ class AmbiguousLayout(InputError):
     """A folder contains several datasets."""
 
 
-def detection_source(path: str, split: str | None = None) -> AnnotatedImages:
+def detection_source(
+    path: str, split: str | None = None, allow_outside: bool = False
+) -> AnnotatedImages:
     """Return the source for a file or folder of images with boxes; by default the training split.
+
+    Args:
+        path: the file or folder.
+        split: the part of the dataset.
+        allow_outside: whether the dataset may name files outside its folder; see the sources.
 
     Raises:
         InputError: the path is missing, or its layout is unknown.
     """
+    source = _detection_source(path, split)
+    source.allow_outside = allow_outside
+    return source
+
+
+def _detection_source(path: str, split: str | None) -> AnnotatedImages:
     root, train = require_path(path), split or "train"
     source: AnnotatedImages | None = None
     if root.suffix == ".json" and root.is_file():
@@ -41,7 +54,9 @@ def detection_source(path: str, split: str | None = None) -> AnnotatedImages:
         for challenge in ("DET", "CLS-LOC"):
             if (root / "Annotations" / challenge).is_dir():
                 return ILSVRCDetection(path, train, challenge)
-        source = _voc_source(root, path, split) or _coco_source(root, path, train)
+        source = _voc_source(root, path, split)
+        if source is None:  # a source of no images is false
+            source = _coco_source(root, path, train)
         if source is None and next(root.rglob("labels"), None):
             source = YOLOText(path, train)
     if source is None:
@@ -90,8 +105,10 @@ def held_out(path: str, training: AnnotatedImages) -> dict[str, AnnotatedImages]
     for part, splits in _HELD_OUT_SPLITS.items():
         for split in splits:
             try:
-                source = detection_source(path, split)
+                source = detection_source(path, split, training.allow_outside)
                 names = {source.image_name(k) for k in range(len(source))}
+            except UnsafePath:
+                raise
             except InputError:
                 continue  # the layout has no such split
             if names and not names & training_names:
@@ -100,12 +117,18 @@ def held_out(path: str, training: AnnotatedImages) -> dict[str, AnnotatedImages]
     return sources
 
 
-def label_source(path: str) -> LabelledImages:
+def label_source(path: str, allow_outside: bool = False) -> LabelledImages:
     """Return the source for a file or folder of images with one label each.
 
     Raises:
         InputError: the path is missing, or its layout is unknown.
     """
+    source = _label_source(path)
+    source.allow_outside = allow_outside
+    return source
+
+
+def _label_source(path: str) -> LabelledImages:
     root = require_path(path)
     if root.is_file():
         if root.suffix in (".csv", ".tsv"):
@@ -113,7 +136,7 @@ def label_source(path: str) -> LabelledImages:
     elif (root / "Data" / "CLS-LOC").is_dir() or next(root.glob("train/n" + "[0-9]" * 8), None):
         return ImageNet(path)
     elif (root / "train").is_dir() and {f.name for f in visible_folders(root)} <= _SPLITS:
-        return label_source(str(root / "train"))
+        return _label_source(str(root / "train"))
     elif any(any(map(is_image, DatasetFiles(root).walk(f))) for f in visible_folders(root)):
         return ImageFolder(path)
     raise InputError(f"{path}: no images with labels recognised; known: {LABEL_LAYOUTS}")

@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,18 @@ from yolo_lightning.datamodules.annotations import Annotations
 from yolo_lightning.datamodules.dataset_files import resolve_inside
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError, require_file, require_folder
+from yolo_lightning.errors import (
+    MAX_ANNOTATION_BYTES,
+    InputError,
+    read_text,
+    require_file,
+    require_folder,
+    short,
+)
+
+ID = int | str
+
+_NOUNS = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
 class COCOJson(AnnotatedImages):
@@ -52,19 +65,13 @@ class COCOJson(AnnotatedImages):
         collecting = gc.isenabled()
         gc.disable()  # millions of objects are created and none is freed: collecting is wasted time
         try:
-            return self._build_index(file, _load(file))
-        except InputError:
-            raise
-        # values of other types than expected, or a structure without the three lists
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file}: not a COCO annotation file ({error!r})") from None
+            return self._build_index(file, load(file))
         finally:
             if collecting:
                 gc.enable()
 
     def _build_index(self, file: Path, data: Any) -> Index:
-        categories = {item["id"]: str(item["name"]) for item in data["categories"]}
-        images, items = data["images"], data["annotations"]
+        images, *_ = (_list_of(file, data, key) for key in _NOUNS)
         root = (
             _find_image_folder(file, images)
             if self.images is None
@@ -74,19 +81,21 @@ class COCOJson(AnnotatedImages):
             root, lambda image, number: f"{file}: annotation {number} ({annotations.paths[image]})"
         )
         annotations.watched.append(file)
+        categories = _names_by_id(file, data, annotations.faults)
         for name in categories.values():  # categories of the same name are one class
             annotations.add_class(name, str(file))
-        rows = self._add_images(file, images, annotations)
-        for item in items:
-            location, image = f"{file}: annotation {item.get('id')}", item.get("image_id")
-            category = item.get("category_id")
+        rows = self._add_images(file, data, annotations)
+        for location, item in _items(file, data, "annotations", annotations.faults):
+            image, category = _id(item.get("image_id")), _id(item.get("category_id"))
             if image not in rows:
-                annotations.faults.append(f"{location} belongs to no image ({image!r}), skipped")
+                image = short(item.get("image_id"))
+                annotations.faults.append(f"{location} belongs to no image ({image}), skipped")
                 continue
             row = rows[image]
             if row is None:
                 continue  # its image is missing, which is reported already
             if category not in categories:
+                category = short(item.get("category_id"))
                 annotations.faults.append(
                     f"{location} has the unknown category {category}, skipped"
                 )
@@ -98,36 +107,87 @@ class COCOJson(AnnotatedImages):
         return annotations.build_index()
 
     def _add_images(
-        self, file: Path, items: list[dict[str, Any]], annotations: Annotations
-    ) -> dict[Any, int | None]:
+        self, file: Path, data: Any, annotations: Annotations
+    ) -> dict[ID | None, int | None]:
         """Add the images that exist; return numbers by id, None for those that are missing."""
-        rows: dict[Any, int | None] = {}
-        for item in items:
-            location, name = f"{file}: image {item.get('id')}", item.get("file_name")
-            if not isinstance(name, str) or "id" not in item:
+        rows: dict[ID | None, int | None] = {}
+        for location, item in _items(file, data, "images", annotations.faults):
+            key, name = _id(item.get("id")), item.get("file_name")
+            if not isinstance(name, str) or key is None:
                 annotations.faults.append(f"{location} has no id or no file_name, skipped")
-                rows.setdefault(item.get("id"), None)
+                if key is not None:
+                    rows.setdefault(key, None)
                 continue
-            if rows.get(item["id"]) is not None:
+            if rows.get(key) is not None:
                 annotations.faults.append(f"{location} is listed twice, one skipped")
                 continue
             path = resolve_inside(name, annotations.root, self.allow_outside, location)
             if annotations.exists(annotations.root / path):
-                size_wh = _length(item.get("width")), _length(item.get("height"))
-                rows[item["id"]] = annotations.add_image(path, size_wh)
+                width, height = (_whole(item.get(side)) for side in ("width", "height"))
+                rows[key] = annotations.add_image(path, width, height, location)
             else:
                 missing = annotations.root / path
                 annotations.faults.append(f"{location}: {missing} is missing, skipped")
-                rows[item["id"]] = None
+                rows[key] = None
         return rows
 
 
-def _find_image_folder(file: Path, items: list[dict[str, Any]]) -> Path:
+def count_names(file: Path) -> Counter[str]:
+    """Return the number of annotations by category; no image is needed.
+
+    Raises:
+        InputError: not COCO annotations.
+    """
+    data, faults = load(file), list[str]()
+    names = _names_by_id(file, data, faults)
+    counts = Counter(dict.fromkeys(names.values(), 0))
+    for _, item in _items(file, data, "annotations", faults) if "annotations" in data else ():
+        category = _id(item.get("category_id"))
+        if category in names:
+            counts[names[category]] += 1
+    return counts
+
+
+def _names_by_id(file: Path, data: Any, faults: list[str]) -> dict[ID | None, str]:
+    names: dict[ID | None, str] = {}
+    for location, item in _items(file, data, "categories", faults):
+        key, name = _id(item.get("id")), item.get("name")
+        if key is None or not isinstance(name, str | int | float):
+            faults.append(f"{location} has no id or no name ({short(name)}), skipped")
+        elif key in names:
+            faults.append(f"{location} is listed twice, one skipped")
+        else:
+            names[key] = str(name)
+    return names
+
+
+def _list_of(file: Path, data: Any, key: str) -> list[Any]:
+    items = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(items, list):
+        raise InputError(f"{file}: not a COCO annotation file (no list {key!r})")
+    return items
+
+
+def _items(
+    file: Path, data: Any, key: str, faults: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each entry of a list, for messages, and its values."""
+    noun = _NOUNS[key]
+    for item in _list_of(file, data, key):
+        if isinstance(item, dict):
+            number = item.get("id")
+            yield f"{file}: {noun} {number if type(number) is int else short(number)}", item
+        else:
+            faults.append(f"{file}: {noun} {short(item)} is not an object, skipped")
+
+
+def _find_image_folder(file: Path, items: list[Any]) -> Path:
     name = file.stem.removeprefix("instances_")
     parent = file.parent.parent
     folders = [file.parent, file.parent / "images", parent / name, parent / "images" / name,
                parent / "images", parent]  # fmt: skip
-    names = [n for n in (item.get("file_name") for item in items[:20]) if isinstance(n, str)]
+    values = (item.get("file_name") for item in items[:20] if isinstance(item, dict))
+    names = [name for name in values if isinstance(name, str)]
     # an absolute path exists whatever the folder: use such names only if there are no others
     names = [name for name in names if not os.path.isabs(name)] or names
     for folder in folders:
@@ -137,14 +197,37 @@ def _find_image_folder(file: Path, items: list[dict[str, Any]]) -> Path:
     raise InputError(f"{file}: its images are in none of {searched}; set their folder: images: …")
 
 
-def _load(file: Path) -> Any:
-    """Return the content of a file without outlines: COCO's take 2 GB, and none is used."""
+def load(file: Path) -> Any:
+    """Return the content of a file without outlines: COCO's take 2 GB, and none is used.
+
+    Raises:
+        InputError: not JSON, or too deep.
+    """
 
     def without_outline(item: dict[str, Any]) -> dict[str, Any]:
         item.pop("segmentation", None)
         return item
 
-    return json.loads(file.read_bytes(), object_hook=without_outline)
+    text = read_text(file, "COCO annotations", max_bytes=MAX_ANNOTATION_BYTES)
+    try:
+        return json.loads(text, object_hook=without_outline)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a COCO annotation file ({error})") from None
+
+
+def _id(value: Any) -> ID | None:
+    """Return an id: text, or an integer of 64 bits; None if it is no id."""
+    value = _whole(value)
+    if type(value) is int:
+        return value if abs(value) < 2**63 else None
+    return value if isinstance(value, str) else None
+
+
+def _whole(value: Any) -> Any:
+    """Return a float such as 640.0, which some tools write, as an integer; else the value."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
 
 
 def _corners(box: Any) -> list[float]:
@@ -165,13 +248,10 @@ def _area(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and 0 < value < 1e10 else 0.0
 
 
-def _length(value: Any) -> int:
-    return value if isinstance(value, int) and 0 < value < 2**31 else 0
-
-
 def is_coco(file: Path) -> bool:
     """Return whether a file has the keys of COCO annotations."""
     try:
-        return {"images", "annotations", "categories"} <= set(_load(file))
-    except (OSError, ValueError, TypeError, RecursionError):
+        data = load(file)
+    except InputError:
         return False
+    return isinstance(data, dict) and set(_NOUNS) <= set(data)

@@ -1,11 +1,28 @@
 """Files of a dataset while it is parsed: paths, folder listings, texts, and what went wrong."""
 
+import csv
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from yolo_lightning.errors import InputError, read_text
+from yolo_lightning.errors import (
+    MAX_ANNOTATION_BYTES,
+    MAX_TEXT_BYTES,
+    InputError,
+    read_text,
+    short,
+)
 from yolo_lightning.images import is_image
+
+ALLOW_OUTSIDE = (
+    "to allow this, set allow_outside: true on the source, or --allow-outside where a command is "
+    "given the dataset"
+)
+_MAX_PATH = 4096  # characters; the longest of Linux
+
+
+class UnsafePath(InputError):
+    """A dataset names or links to what lies outside its folder, or what cannot be a path."""
 
 
 def visible_folders(folder: Path) -> list[Path]:
@@ -19,7 +36,7 @@ def missing_split(name: str, split: str, choices: Iterable[str], where: str = ""
     return InputError(f"{name}: no split {split!r}{where}; found: {', '.join(choices)}")
 
 
-def is_below(path: str | Path, folder: Path) -> bool:
+def is_below(path: str | Path, folder: str | Path) -> bool:
     """Return whether a path lies below a folder; symbolic links are not followed."""
     return os.path.normpath(path).startswith(os.path.join(os.path.normpath(folder), ""))
 
@@ -28,8 +45,11 @@ def resolve_inside(path: str, root: Path, allow_outside: bool, location: str) ->
     """Return an annotated path relative to the dataset's folder, or absolute if outside it.
 
     Raises:
-        InputError: the path leads out of the folder and `allow_outside` is false.
+        UnsafePath: the path leads out of the folder and `allow_outside` is false, or no file can
+            have it.
     """
+    if len(path) > _MAX_PATH or "\0" in path or not _is_encodable(path):
+        raise UnsafePath(f"{location}: {short(path)} cannot be the path of a file")
     # symbolic links are not followed: those in the dataset's folder belong to the dataset
     if ".." not in path and not os.path.isabs(path):
         return path
@@ -38,17 +58,46 @@ def resolve_inside(path: str, root: Path, allow_outside: bool, location: str) ->
         return os.path.relpath(absolute, os.path.normpath(root))
     if allow_outside:
         return absolute
-    raise InputError(
-        f"{location}: path {path!r} leaves the dataset's folder {str(root)!r}; to allow this, set "
-        "allow_outside: true"
+    raise UnsafePath(
+        f"{location}: path {path!r} leaves the dataset's folder {str(root)!r}; {ALLOW_OUTSIDE}"
     )
 
 
-class DatasetFiles:
-    """The files of a dataset; each folder is listed once, and all that is read is watched."""
+def _is_encodable(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # a lone surrogate, from JSON
+        return False
+    return True
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+
+def table_rows(
+    lines: Iterable[str], file: Path, delimiter: str = ","
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and cells of each row of a table.
+
+    Raises:
+        InputError: a cell is too large, such as by a quotation mark that is not closed.
+    """
+    number = 0
+    try:
+        for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):
+            yield number, row
+    except csv.Error as error:
+        raise InputError(f"{file}:{number + 1}: not a table ({error})") from None
+
+
+class DatasetFiles:
+    """The files of a dataset; each folder is listed once, and all that is read is watched.
+
+    Texts outside its folder are not read unless `allow_outside`: a dataset of strangers may name a
+    file with secrets, or contain a link to one, whose lines would become names of classes.
+    """
+
+    def __init__(self, root: Path, allow_outside: bool = False) -> None:
+        self.root, self.allow_outside = root, allow_outside
+        self._readable = [os.path.realpath(root)]  # texts, and folders of texts
+        self._real: dict[Path, str] = {}  # folders without links
         self.faults: list[str] = []  # what was repaired or skipped, one sentence each
         self.watched: list[Path] = []  # files and folders that the result depends on
         self._names: dict[Path, dict[str, None]] = {}
@@ -60,7 +109,7 @@ class DatasetFiles:
             self.watched.append(folder)
             try:
                 self._names[folder] = dict.fromkeys(sorted(os.listdir(folder)))
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a NUL in the path
                 self._names[folder] = {}
         return self._names[folder]
 
@@ -96,7 +145,37 @@ class DatasetFiles:
             self.watched.append(Path(parent))
             yield parent, sorted(name for name in names if name[:1] != ".")
 
-    def read_lines(self, file: Path) -> list[str]:
-        """Return the lines of a text; see `read_text`."""
+    def allow(self, real_path: str) -> None:
+        """Allow to read a text, or the texts below a folder, whose path contains no links."""
+        self._readable.append(real_path)
+
+    def require_inside(self, file: Path) -> None:
+        """Raise `UnsafePath` if a text, or what it links to, lies outside the dataset's folder."""
+        if self.allow_outside:
+            return
+        if file.parent not in self._real:
+            self._real[file.parent] = os.path.realpath(file.parent)
+        real = os.path.join(self._real[file.parent], file.name)
+        if os.path.islink(file):
+            real = os.path.realpath(file)
+        if not any(real == path or is_below(real, path) for path in self._readable):
+            path = os.path.normpath(file)
+            target = "" if real == path else f" leads to {real}, which"
+            raise UnsafePath(
+                f"{path}{target} is outside the dataset's folder {str(self.root)!r}; "
+                f"{ALLOW_OUTSIDE}"
+            )
+
+    def read_lines(self, file: Path, max_bytes: int = MAX_TEXT_BYTES) -> list[str]:
+        """Return the lines of a text of the dataset; see `read_text` and `require_inside`."""
         self.watched.append(file)
-        return read_text(file).splitlines()
+        self.require_inside(file)
+        return read_text(file, max_bytes=max_bytes).splitlines()
+
+    def read_table(self, file: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+        """Yield number and cells of each row of a text; see `read_list` and `table_rows`."""
+        return table_rows(self.read_list(file), file, delimiter)
+
+    def read_list(self, file: Path) -> list[str]:
+        """Return the lines of a text that may list all images; see `read_lines`."""
+        return self.read_lines(file, MAX_ANNOTATION_BYTES)

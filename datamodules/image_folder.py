@@ -1,6 +1,6 @@
 """Image labels from one folder per class, or from a table of paths and labels."""
 
-import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,16 @@ class LabelCSV(LabelledImages):
     def _parse(self, root: Path) -> Index:
         file = require_file(self.file, "table of labels").absolute()
         labels = ImageLabels(require_folder(self.root or root, "folder of images").absolute())
-        lines = labels.read_lines(file)
-        delimiter = next((d for d in ("\t", ";") if d in "".join(lines[:1])), ",")
-        for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):
+        labels.allow(os.path.realpath(file))
+        first = "".join(labels.read_list(file)[:1])
+        delimiter = next((d for d in ("\t", ";") if d in first), ",")
+        for number, row in labels.read_table(file, delimiter):
             cells = [cell.strip() for cell in row]
             if not cells or (number == 1 and cells[0].lower() in _HEADERS):
                 continue
             if len(cells) < 2 or not all(cells[:2]):
-                raise InputError(
-                    f"{file}:{number}: expected path{delimiter}label; found {delimiter.join(row)!r}"
-                )
+                # without its text, which may be that of another file
+                raise InputError(f"{file}:{number}: expected path{delimiter}label")
             self._add(labels, cells[0], cells[1], f"{file}:{number}")
         return labels.build_index()
 

@@ -1,6 +1,7 @@
 """ImageNet's image labels, in the folders of its unpacked archives."""
 
-import csv
+import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from yolo_lightning.datamodules.annotations import ImageLabels
 from yolo_lightning.datamodules.dataset_files import missing_split, visible_folders
 from yolo_lightning.datamodules.files import LabelledImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError, require_folder
+from yolo_lightning.errors import InputError, read_bytes, require_folder
 from yolo_lightning.images import is_image
 
 _KAGGLE = "LOC_val_solution.csv"
 _SYNSETS = ("imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "val_synsets.txt")
 _META = "meta.mat"
+_MAX_META_BYTES = 2**20  # its compressed parts may be a thousand times as large
 _DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
 _NUMBER = re.compile(r"_(\d{8})$")
 
@@ -31,6 +33,8 @@ class ImageNet(LabelledImages):
         split: which folder.
         labels: file or folder with the labels of images in one folder, if not in a usual place.
         mapping: nodes by wnid, if the tree has other keys.
+        allow_outside: whether `labels` may lie outside the folder; a file in a usual place may not
+            be a link to a file of another name.
         skip_unknown: whether to leave out images whose wnid is not in the tree.
     """
 
@@ -40,16 +44,19 @@ class ImageNet(LabelledImages):
         split: str = "train",
         labels: str | None = None,
         mapping: dict[str, str] | None = None,
+        allow_outside: bool = False,
         skip_unknown: bool = False,
     ) -> None:
         super().__init__(mapping, skip_unknown)
         self.root, self.split, self.labels = root, split, labels
+        self.allow_outside = allow_outside
         self.name = f"ImageNet {root} ({split})"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
         root = require_folder(self.root, "ImageNet folder").absolute()
         labels = Path(self.labels).expanduser().absolute() if self.labels is not None else None
-        return root, {"split": self.split, "labels": str(labels)}
+        options = {"split": self.split, "labels": str(labels), "outside": self.allow_outside}
+        return root, options
 
     def _parse(self, root: Path) -> Index:
         candidates = [root / self.split, root / "Data" / "CLS-LOC" / self.split]
@@ -57,7 +64,7 @@ class ImageNet(LabelledImages):
         if folder is None:
             choices = [folder.name for folder in visible_folders(root)]
             raise missing_split(self.name, self.split, choices)
-        labels = ImageLabels(root)
+        labels = ImageLabels(root, self.allow_outside)
         labels.watched.append(root)
         names = [name for name in labels.names(folder) if is_image(name)]
         if names:
@@ -68,13 +75,12 @@ class ImageNet(LabelledImages):
 
     def _add_listed(self, labels: ImageLabels, folder: Path, names: list[str]) -> None:
         """Add the images of one folder, whose labels are in a file."""
-        file = self._find_label_file(labels.root)
-        lines = [line for line in labels.read_lines(file) if line.strip()]
+        file = self._find_label_file(labels)
         if file.suffix == ".csv":
-            rows = [row for row in csv.reader(lines) if len(row) > 1 and row[1].strip()]
+            rows = (row for _, row in labels.read_table(file) if len(row) > 1 and row[1].strip())
             wnids = {Path(row[0]).stem: row[1].split()[0] for row in rows}
         else:
-            ordered = [line.split()[-1] for line in lines]
+            ordered = [line.split()[-1] for line in labels.read_lines(file) if line.strip()]
             if file.name == _DEVKIT:
                 labels.watched.append(file.parent / _META)
                 by_number = _read_devkit_wnids(file.parent / _META)
@@ -94,8 +100,8 @@ class ImageNet(LabelledImages):
             else:
                 labels.faults.append(f"{file}: no label for {name}, skipped")
 
-    def _find_label_file(self, root: Path) -> Path:
-        file_names = (_KAGGLE, *_SYNSETS, _DEVKIT)
+    def _find_label_file(self, labels: ImageLabels) -> Path:
+        root, file_names = labels.root, (_KAGGLE, *_SYNSETS, _DEVKIT)
         start = Path(self.labels).expanduser() if self.labels is not None else root
         if start.is_file():
             return start
@@ -104,6 +110,9 @@ class ImageNet(LabelledImages):
             for name in file_names:
                 for pattern in patterns:
                     for file in sorted(start.glob(pattern + name)):
+                        real = os.path.realpath(file)
+                        if os.path.basename(real) == name:
+                            labels.allow(real)
                         return file
         raise InputError(
             f"ImageNet {self.root!r}: the images of {self.split!r} lie in one folder, and none of "
@@ -116,7 +125,8 @@ def _read_devkit_wnids(meta: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
     try:
-        synsets = loadmat(str(meta), squeeze_me=True)["synsets"]
+        content = read_bytes(meta, max_bytes=_MAX_META_BYTES, is_text=False)
+        synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
     except Exception as error:  # scipy raises many kinds for damaged files
         raise InputError(f"{meta}: not the development kit's list of synsets ({error})") from None

@@ -1,5 +1,6 @@
 """Boxes from Pascal VOC XML files, and from ImageNet's, which have the same format."""
 
+import os
 import xml.etree.ElementTree as ET
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -9,10 +10,14 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.annotations import Annotations
-from yolo_lightning.datamodules.dataset_files import missing_split, visible_folders
+from yolo_lightning.datamodules.dataset_files import (
+    missing_split,
+    resolve_inside,
+    visible_folders,
+)
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError, require_folder
+from yolo_lightning.errors import InputError, read_bytes, require_folder
 from yolo_lightning.images import is_image
 
 _ANNOTATION_FOLDERS = ("Annotations", "annotations")
@@ -30,31 +35,49 @@ class _XMLSource(AnnotatedImages):
     def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
         """Return the XML files of the split."""
 
+    def _listed_files(self, folder: Path, file: Path, annotations: Annotations) -> list[Path]:
+        """Return the XML files that an image set lists, the first word of each line.
+
+        Those that are missing are reported.
+        """
+        files = []
+        for number, line in enumerate(annotations.read_list(file), start=1):
+            for name in line.split()[:1]:
+                location = f"{file}:{number}"
+                path = resolve_inside(f"{name}.xml", folder, self.allow_outside, location)
+                if annotations.exists(folder / path):
+                    files.append(folder / path)
+                else:
+                    annotations.faults.append(f"{folder / path}: listed but missing, skipped")
+        return files
+
     def _parse(self, root: Path) -> Index:
         files: list[Path] = []
-        annotations = Annotations(root, lambda image, number: f"{files[image]}: object {number}")
+        annotations = Annotations(
+            root,
+            lambda image, number: f"{files[image]}: object {number}",
+            allow_outside=self.allow_outside,
+        )
         for file, folder in self._list_files(root, annotations):
             annotations.watched.append(file)
+            annotations.require_inside(file)
             try:
-                document = ET.parse(file).getroot()
-            except (ET.ParseError, OSError, ValueError) as error:
-                annotations.faults.append(f"{file}: not readable XML ({error}), skipped")
+                document = read_xml(file)
+            except InputError as error:
+                annotations.faults.append(f"{error}, skipped")
                 continue
             image = _find_image(file, folder, document, annotations)
             if image is None:
                 annotations.faults.append(f"{file}: its image is missing, skipped")
                 continue
             files.append(file)
-            self._add(annotations, document, str(image.relative_to(root)), file)
+            path = image.relative_to(root) if image.is_relative_to(root) else image
+            self._add(annotations, document, str(path), file)
         return annotations.build_index()
 
     def _add(self, annotations: Annotations, document: ET.Element, image: str, file: Path) -> None:
         width, height = (_to_int(document.findtext(f"size/{side}")) for side in ("width", "height"))
-        if not (width and height):
-            annotations.faults.append(
-                f"{file}: gives the size as {width} x {height}, the size of the image file is used"
-            )
-        row = annotations.add_image(image, (width, height) if width and height else (0, 0))
+        row = annotations.add_image(image, width, height, str(file))
         for number, item in enumerate(document.iter("object"), start=1):
             name = item.findtext("name", "").strip()
             if not name:
@@ -75,6 +98,8 @@ class VOCFolder(_XMLSource):
         split: name of an image set or of a folder; None reads all XML files of `root`.
         years: such as [2007, 2012]: the folders ``VOC<year>`` in `root` to read.
         mapping: nodes by the names in the XML files, if the tree has other names.
+        allow_outside: whether XML files and image sets may lie outside the folder, or be links
+            that lead out of it.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
     """
@@ -85,15 +110,17 @@ class VOCFolder(_XMLSource):
         split: str | None = None,
         years: list[int] | None = None,
         mapping: dict[str, str] | None = None,
+        allow_outside: bool = False,
         exclusive_names: bool = True,
     ) -> None:
         super().__init__(mapping, exclusive_names)
         self.root, self.split, self.years = root, split, years
+        self.allow_outside = allow_outside
         self.name = f"VOC {root}" + (f" ({split})" if split else "")
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
         root = require_folder(self.root, "VOC folder").absolute()
-        return root, {"split": self.split, "years": self.years}
+        return root, {"split": self.split, "years": self.years, "outside": self.allow_outside}
 
     def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
         if self.years is not None:
@@ -108,10 +135,10 @@ class VOCFolder(_XMLSource):
         return self._list_folder(root, annotations)
 
     def _list_folder(self, root: Path, annotations: Annotations) -> XMLFiles:
-        sets, names = root / "ImageSets" / "Main", None
-        if self.split is not None and (sets / f"{self.split}.txt").is_file():
-            names = _read_image_set(sets / f"{self.split}.txt", annotations)
-        elif self.split is not None:
+        sets = root / "ImageSets" / "Main"
+        image_set = sets / f"{self.split}.txt"
+        is_listed = self.split is not None and image_set.is_file()
+        if self.split is not None and not is_listed:
             if not (root / self.split).is_dir():
                 choices = sorted(f.stem for f in sets.glob("*.txt"))
                 choices += [folder.name for folder in visible_folders(root)]
@@ -119,10 +146,10 @@ class VOCFolder(_XMLSource):
             root = root / self.split
         xml_folder = next((root / n for n in _ANNOTATION_FOLDERS if (root / n).is_dir()), root)
         images = next((root / n for n in _IMAGE_FOLDERS if (root / n).is_dir()), xml_folder)
-        if names is None:
-            files = [xml_folder / n for n in annotations.names(xml_folder) if n.endswith(".xml")]
+        if is_listed:
+            files = self._listed_files(xml_folder, image_set, annotations)
         else:
-            files = _listed_files(xml_folder, names, annotations)
+            files = [xml_folder / n for n in annotations.names(xml_folder) if n.endswith(".xml")]
         return [(file, images) for file in files]
 
 
@@ -134,6 +161,8 @@ class ILSVRCDetection(_XMLSource):
         split: such as ``train`` or ``val``: a folder, or an image set in ``ImageSets``.
         challenge: ``DET``, 200 classes, or ``CLS-LOC``, 1,000.
         mapping: nodes by wnid, if the tree has other keys.
+        allow_outside: whether XML files and image sets may lie outside the folder, or be links
+            that lead out of it.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
     """
@@ -146,15 +175,18 @@ class ILSVRCDetection(_XMLSource):
         split: str = "train",
         challenge: str = "DET",
         mapping: dict[str, str] | None = None,
+        allow_outside: bool = False,
         exclusive_names: bool = True,
     ) -> None:
         super().__init__(mapping, exclusive_names)
         self.root, self.split, self.challenge = root, split, challenge
+        self.allow_outside = allow_outside
         self.name = f"ILSVRC {challenge} {root} ({split})"
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
         root = require_folder(self.root, "ILSVRC folder").absolute()
-        return root, {"split": self.split, "challenge": self.challenge}
+        options = {"split": self.split, "challenge": self.challenge}
+        return root, {**options, "outside": self.allow_outside}
 
     def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
         xml_folder = root / "Annotations" / self.challenge
@@ -164,13 +196,13 @@ class ILSVRCDetection(_XMLSource):
             files.sort()
         elif image_set.is_file():
             folder = xml_folder / self.split.partition("_")[0]
-            files = _listed_files(folder, _read_image_set(image_set, annotations), annotations)
+            files = self._listed_files(folder, image_set, annotations)
         else:
             where = f" in Annotations/{self.challenge} or ImageSets/{self.challenge}"
             choices = [folder.name for folder in visible_folders(xml_folder)]
             raise missing_split(self.name, self.split, choices, where)
         data = root / "Data" / self.challenge
-        return [(file, data / file.parent.relative_to(xml_folder)) for file in files]
+        return [(file, data / os.path.relpath(file.parent, xml_folder)) for file in files]
 
 
 def voc_years(root: Path) -> list[int]:
@@ -179,17 +211,19 @@ def voc_years(root: Path) -> list[int]:
     return sorted(int(name[3:]) for name in names if name[3:].isdecimal())
 
 
-def _read_image_set(file: Path, annotations: Annotations) -> list[str]:
-    """Return the names in an image set, the first word of each line."""
-    return [line.split()[0] for line in annotations.read_lines(file) if line.strip()]
+def read_xml(file: Path) -> ET.Element:
+    """Return the root of an XML file.
 
-
-def _listed_files(folder: Path, names: list[str], annotations: Annotations) -> list[Path]:
-    """Return the XML files that exist, and report the others."""
-    files = [folder / f"{name}.xml" for name in names]
-    missing = {file for file in files if not annotations.exists(file)}
-    annotations.faults += [f"{f}: listed but missing, skipped" for f in files if f in missing]
-    return [file for file in files if file not in missing]
+    Raises:
+        InputError: not XML, or with a document type, whose entities may grow without end.
+    """
+    content = read_bytes(file, "XML file")
+    if b"<!DOCTYPE" in content or b"\0" in content:  # UTF-16 has NUL bytes
+        raise InputError(f"{file}: not readable XML (a document type, or a NUL byte)")
+    try:
+        return ET.fromstring(content)
+    except (ET.ParseError, ValueError, LookupError) as error:
+        raise InputError(f"{file}: not readable XML ({error})") from None
 
 
 def _find_image(

@@ -2,20 +2,38 @@
 
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from yolo_lightning.datamodules.annotations import Annotations
-from yolo_lightning.datamodules.dataset_files import is_below, missing_split, resolve_inside
+from yolo_lightning.datamodules.dataset_files import (
+    ALLOW_OUTSIDE,
+    UnsafePath,
+    is_below,
+    missing_split,
+    resolve_inside,
+)
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError, require_path
+from yolo_lightning.errors import (
+    InputError,
+    compose_yaml,
+    read_text,
+    require_name,
+    require_path,
+    short,
+)
 from yolo_lightning.images import is_image
 
 _SPLITS = ("train", "val", "valid", "test")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "*.names")
+_MAX_CLASSES = 100_000
+_MAX_OBJECTS, _MAX_COLUMNS_LENGTH = 100_000, 2**20  # lines of an image; characters of a line
+_NULLS = ("", "~", "null", "Null", "NULL")  # what YAML means by no value
 
 
 class YOLOText(AnnotatedImages):
@@ -30,7 +48,9 @@ class YOLOText(AnnotatedImages):
         split: which of the lists or folders in `root`.
         names: the classes: a file with one name per line, or a list; by default those of `root`.
         mapping: nodes by class name, if the tree has other names.
-        allow_outside: whether listed paths may lead out of the dataset's folder.
+        allow_outside: whether texts (of names, lists, boxes) and listed images may lie outside the
+            dataset's folder. Folders of images that ``data.yaml`` names beside it, such as
+            ``../train/images``, always may.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
     """
@@ -63,10 +83,14 @@ class YOLOText(AnnotatedImages):
     def _parse(self, root: Path) -> Index:
         label_files: list[Path] = []
         annotations = Annotations(
-            root, lambda image, line: f"{label_files[image]}:{line}", normalized=True
+            root,
+            lambda image, line: f"{label_files[image]}:{line}",
+            normalized=True,
+            allow_outside=self.allow_outside,
         )
         path = require_path(self.root, "YOLO dataset").absolute()
         annotations.watched.append(path)
+        annotations.allow(os.path.realpath(path))
         description = _read_description(path, annotations)
         names = self._class_names(description, annotations)
         for image in self._list_images(path, description, annotations):
@@ -82,33 +106,40 @@ class YOLOText(AnnotatedImages):
         return annotations.build_index()
 
     def _class_names(self, description: dict[str, Any], annotations: Annotations) -> list[str]:
-        root = annotations.root
-        names = self.names if self.names is not None else description.get("names")
+        root, origin = annotations.root, self.name
+        names: Any = self.names if self.names is not None else description.get("names")
         if names is None:
             files = (file for name in _NAME_FILES for file in sorted(root.glob(name)))
             names = next((str(file) for file in files if file.is_file()), None)
         if names is None and (root / "data.yaml").is_file():
             names = _read_description(root / "data.yaml", annotations).get("names")
         if isinstance(names, str):
-            file = Path(names).expanduser()
-            file = file if file.is_file() else root / file
-            if not file.is_file():
-                raise InputError(f"{self.name}: file of names {names!r} not found")
+            candidates = [root / names, Path(names).expanduser()]
+            file = next((file for file in candidates if os.path.exists(file)), None)
+            if file is None:
+                raise InputError(f"{self.name}: file of names {short(names)} not found")
+            origin = str(file)
             names = [line.strip() for line in annotations.read_lines(file) if line.strip()]
         if isinstance(names, dict):
-            try:
-                by_number = {int(k): name for k, name in names.items()}
-            except (TypeError, ValueError):
+            numbers = [str(key) for key in names]
+            wrong = [k for k in numbers if not re.fullmatch(r"\d{1,5}", k)]
+            if wrong:
                 raise InputError(
-                    f"{self.name}: names must be numbered 0, 1, …; found {names}"
-                ) from None
+                    f"{self.name}: names must be numbered 0, 1, …, up to {_MAX_CLASSES - 1}; "
+                    f"found {short(wrong[0])}"
+                )
+            by_number = dict(zip(map(int, numbers), names.values(), strict=True))
             names = [by_number.get(k, k) for k in range(max(by_number, default=-1) + 1)]
         if not isinstance(names, list) or not names:
             raise InputError(
                 f"{self.name}: no names of classes; set names: [..], or add one of "
                 f"{', '.join(_NAME_FILES)}, data.yaml"
             )
-        return [str(name) for name in names]
+        nested = [name for name in names if isinstance(name, dict | list)]
+        if nested or len(names) > _MAX_CLASSES:
+            problem = f"the name {short(nested[0])}" if nested else f"{len(names):,} names"
+            raise InputError(f"{origin}: {problem}; allowed: up to {_MAX_CLASSES:,} texts")
+        return [require_name(str(name), origin) for name in names]
 
     def _list_images(
         self, path: Path, description: dict[str, Any], annotations: Annotations
@@ -117,7 +148,7 @@ class YOLOText(AnnotatedImages):
         root = annotations.root
         sources, roots = [path], [root]
         if description:
-            sources, roots = self._described_sources(root, description)
+            sources, roots = self._described_sources(description, annotations)
         elif path.is_dir():
             sources = [self._split_folder(path)]
         images: list[str] = []
@@ -130,27 +161,49 @@ class YOLOText(AnnotatedImages):
         return images
 
     def _described_sources(
-        self, root: Path, description: dict[str, Any]
+        self, description: dict[str, Any], annotations: Annotations
     ) -> tuple[list[Path], list[Path]]:
         """Return the split's files and folders, and the folders that its images may lie in."""
-        alternative = "valid" if self.split == "val" else ""
+        root, alternative = annotations.root, "valid" if self.split == "val" else ""
         value = description.get(self.split, description.get(alternative))
         if not value:
             splits = [name for name in description if name in _SPLITS]
             raise missing_split(self.name, self.split, splits)
-        base = Path(description.get("path") or "").expanduser()
-        bases = [root / base, Path.cwd() / base, root, Path.cwd()]
-        paths = [str(path) for path in (value if isinstance(value, list) else [value])]
+        paths, base = value if isinstance(value, list) else [value], description.get("path", "")
+        for path in (*paths, base):
+            if not isinstance(path, str):
+                raise InputError(f"{self.name}: path {short(path)}; allowed: text")
+        bases = [root / Path(base).expanduser(), Path.cwd() / base, root, Path.cwd()]
         sources = []
         for path in paths:  # some tools write one ../ too many
             candidates = [base / p for base in bases for p in (path, path.removeprefix("../"))]
-            existing = next((candidate for candidate in candidates if candidate.exists()), None)
+            existing = next((c for c in candidates if os.path.exists(c)), None)
             if existing is None:
                 raise InputError(
-                    f"{self.name}: {path!r} not found, neither below {bases[0]} nor {bases[1]}"
+                    f"{self.name}: {short(path)} not found, neither below {short(str(bases[0]))} "
+                    f"nor {short(str(bases[1]))}"
                 )
+            if existing.is_dir():
+                self._allow_beside(existing, annotations)
             sources.append(existing)
-        return sources, [root, next((base for base in bases if base.is_dir()), root)]
+        return sources, [root, next((base for base in bases if os.path.isdir(base)), root)]
+
+    def _allow_beside(self, folder: Path, annotations: Annotations) -> None:
+        """Allow the texts of a folder of images; it lies in the dataset's folder, or beside it."""
+        folder = Path(os.path.normpath(folder))
+        root = Path(os.path.normpath(annotations.root))
+        if self.allow_outside or folder == root or is_below(folder, root):
+            return
+        if root.parent == root.parent.parent or not is_below(folder, root.parent):
+            raise UnsafePath(
+                f"{self.name}: {folder} is neither in the dataset's folder nor beside it; "
+                f"{ALLOW_OUTSIDE}"
+            )
+        parts = folder.parts
+        end = len(parts) - 1 - parts[::-1].index("images") if "images" in parts else len(parts) - 1
+        base = os.path.realpath(Path(*parts[:end]))
+        for name in (parts[end], "labels"):  # texts beside the images, or in a mirrored folder
+            annotations.allow(os.path.join(base, name, *parts[end + 1 :]))
 
     def _split_folder(self, path: Path) -> Path:
         candidates = [path / "images" / self.split, path / self.split / "images", path / "images",
@@ -165,10 +218,11 @@ class YOLOText(AnnotatedImages):
     def _read_list(self, file: Path, roots: list[Path], annotations: Annotations) -> list[str]:
         """Return the images in a list of paths; the first root is the dataset's folder."""
         folder, images = roots[0], []
-        for number, line in enumerate(annotations.read_lines(file), start=1):
+        for number, line in enumerate(annotations.read_list(file), start=1):
             text = line.strip()
             if not text:
                 continue
+            resolve_inside(text, folder, True, f"{file}:{number}")
             bases = [file.parent] if text.startswith("./") else [*roots, Path.cwd()]
             candidates = [Path(os.path.normpath(base / text)) for base in bases]
             path = next((path for path in candidates if annotations.exists(path)), candidates[0])
@@ -185,17 +239,33 @@ class YOLOText(AnnotatedImages):
 
 def _read_description(path: Path, annotations: Annotations) -> dict[str, Any]:
     """Return the content of a ``data.yaml`` or ``.data`` file; nothing for other paths."""
-    if path.suffix == ".data":
-        rows = (line.split("=", 1) for line in annotations.read_lines(path) if "=" in line)
-        return {key.strip(): value.strip() for key, value in rows}
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in (".data", ".yaml", ".yml"):
         return {}
-    try:
-        content = yaml.safe_load("\n".join(annotations.read_lines(path)))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    annotations.watched.append(path)
+    text = read_text(path, "YOLO dataset")
+    if path.suffix == ".data":
+        rows = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+        return {key.strip(): value.strip() for key, value in rows}
+    content = _plain(compose_yaml(text, path), path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected lines such as train: images/train")
+    return {key: value for key, value in content.items() if value not in _NULLS}
+
+
+def _plain(node: yaml.Node | None, path: Path) -> Any:
+    """Return YAML as lists, mappings and texts: a class may be called ``no``, or ``1.0``."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, path) for item in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return node.value if node is not None else None
+    content: dict[str, Any] = {}
+    for key, value in node.value:
+        where = f"{path}:{key.start_mark.line + 1}: {short(key.value)}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise InputError(f"{where} is no key; allowed: text")
+        if key.value in content:
+            raise InputError(f"{where} is set twice; remove one line")
+        content[key.value] = _plain(value, path)
     return content
 
 
@@ -214,16 +284,15 @@ def _label_file(image: Path, annotations: Annotations) -> Path:
 
 
 def _add_lines(annotations: Annotations, row: int, file: Path, names: list[str]) -> None:
-    faults = annotations.faults
+    faults, count = annotations.faults, 0
+    annotations.require_inside(file)
     try:
         lines = annotations.read_lines(file)
     except InputError as error:
         faults.append(f"{error}, its image is treated as having no objects")
         return
-    rows = [(number, line.split()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        faults.append(f"{file}: empty, its image is treated as having no objects")
-    for number, columns in rows:
+    for number, columns in _split_lines(file, lines, faults):
+        count += 1
         try:
             label = int(float(columns[0]))
             values = [float(column) for column in columns[1:]]
@@ -233,7 +302,25 @@ def _add_lines(annotations: Annotations, row: int, file: Path, names: list[str])
         if 0 <= label < len(names):
             annotations.add_box(row, _parse_box(values), names[label], number)
         else:
-            faults.append(f"{file}:{number}: class {label}, allowed: 0 … {len(names) - 1}, skipped")
+            allowed = f"allowed: 0 … {len(names) - 1}"
+            faults.append(f"{file}:{number}: class {short(label)}, {allowed}, skipped")
+    if not count:
+        faults.append(f"{file}: empty, its image is treated as having no objects")
+
+
+def _split_lines(
+    file: Path, lines: list[str], faults: list[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and columns of each line that is not empty."""
+    for number, line in enumerate(lines, start=1):
+        if number > _MAX_OBJECTS:
+            count = f"{len(lines):,} lines; allowed: {_MAX_OBJECTS:,}"
+            faults.append(f"{file}:{number}: one of {count}, the rest is skipped")
+            return
+        if len(line) > _MAX_COLUMNS_LENGTH:
+            faults.append(f"{file}:{number}: {len(line):,} characters are not an object, skipped")
+        elif line.strip():
+            yield number, line.split()
 
 
 def _parse_box(values: list[float]) -> list[float]:

@@ -1,5 +1,6 @@
 """Faults in annotations: Pascal VOC, COCO and YOLO text."""
 
+import json
 import os
 
 import pytest
@@ -299,21 +300,35 @@ def test_coco_images_in_a_given_folder(tmp_path):
         "{}",
         '{"images": [], "annotations": []}',
         '{"images": null, "annotations": [], "categories": []}',
-        '{"images": [{"id": 5, "file_name": "a.jpg"}], "annotations": [1], "categories": []}',
-        '{"images": ["a.jpg"], "annotations": [], "categories": []}',
-        '{"images": [], "annotations": [], "categories": [{"id": 1}]}',
-        '{"images": [{"id": [], "file_name": "a.jpg"}], "annotations": [], "categories": []}',
-        '{"images": [{"id": 5, "file_name": "a.jpg"}], "annotations": [{"image_id": {}}], '
-        '"categories": []}',
-        '{"images": [{"id": 5, "file_name": "a.jpg"}], "annotations": [], '
-        '"categories": [{"id": [1], "name": "apple"}]}',
     ],
 )
 def test_malformed_coco_file_raises(tmp_path, text):
-    save_grey(tmp_path / "a.jpg")
     file = write(tmp_path / "ann.json", text)
     with pytest.raises(InputError, match=r"ann\.json: not a COCO annotation file \("):
         COCOJson(str(file)).bind(FRUIT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"annotations": [1]}, "annotation 1 is not an object, skipped"),
+        ({"annotations": [{"id": [2], "image_id": {}}]}, "annotation [2] belongs to no image ({})"),
+        ({"annotations": [GOOD_COCO | {"category_id": [3]}]}, "has the unknown category [3]"),
+        ({"images": ["b.jpg", {"id": 5, "file_name": "a.jpg"}]}, "image 'b.jpg' is not an object"),
+        ({"images": [{"id": [6], "file_name": "a.jpg"}]}, "image [6] has no id or no file_name"),
+        ({"categories": [{"id": [1], "name": "apple"}]}, "category [1] has no id or no name"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "3 is listed twice"),
+        ({"images": [{"id": 5, "file_name": "a.jpg", "width": 10**13, "height": 48}]},
+         "image 5: gives the size as 10000000000000 x 48"),
+    ],
+)  # fmt: skip
+def test_malformed_coco_entries_are_named(tmp_path, changes, fault):
+    save_grey(tmp_path / "a.jpg")
+    whole = {"images": [{"id": 5, "file_name": "a.jpg"}], "annotations": [], "categories": []}
+    file = write(tmp_path / "ann.json", json.dumps(whole | changes))
+    faults = "\n".join(COCOJson(str(file)).load_index().metadata["faults"])
+    assert f"{file}: " in faults
+    assert fault in faults
 
 
 def test_missing_or_binary_coco_file_raises(tmp_path):
@@ -321,7 +336,7 @@ def test_missing_or_binary_coco_file_raises(tmp_path):
     with pytest.raises(InputError, match=r"COCO annotations '.*ann\.json' not found"):
         COCOJson(str(file)).bind(FRUIT)
     file.write_bytes(bytes(range(128, 256)))
-    with pytest.raises(InputError, match=r"ann\.json: not a COCO annotation file"):
+    with pytest.raises(InputError, match=r"ann\.json: not readable as UTF-8 text"):
         COCOJson(str(file)).bind(FRUIT)
 
 

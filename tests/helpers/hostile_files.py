@@ -171,8 +171,8 @@ def darknet_data_with_a_long_line(folder: Path) -> tuple[list[str], str]:
     huge_class=f"1{'0' * 30} .5 .5 .5 .5\n",
     class_of_5000_digits=f"{'9' * 5000} .5 .5 .5 .5\n",
     long_line=("0 " * 2**21) + "\n",
-    too_large="0 .5 .5 .5 .5\n" * 1_300_000,
-    many_lines="0 .5 .5 .5 .5\n" * 150_000,
+    too_large="0 .5 .5 .5 .5\n" * 5_000_000,
+    many_lines="0 .5 .5 .5 .5\n" * 110_000,
     nul=b"0 .5\0 .5 .5 .5\n",
     escape="\x1b[31m0 .5 .5 .5 .5\n",
 )
@@ -360,8 +360,8 @@ def _laughs(levels: int = 12) -> str:
     billion_laughs=_laughs(),
     quadratic=f'<!DOCTYPE a [<!ENTITY a "{"l" * 50_000}">]><a>{"&a;" * 5_000}</a>',
     external_entity='<!DOCTYPE a [<!ENTITY a SYSTEM "file:///etc/hostname">]><a>&a;</a>',
-    deep="<a>" * 500_000,
-    deep_and_closed="<a>" * 300_000 + "</a>" * 300_000,
+    deep="<a>" * 100_000,
+    deep_and_closed="<a>" * 100_000 + "</a>" * 100_000,
     attributes="<a " + " ".join(f'x{k}="{k}"' for k in range(100_000)) + "/>",
     not_xml=SECRET,
     nul=b"\0" * 1000,
@@ -396,7 +396,7 @@ def voc_fifo(folder: Path) -> tuple[list[str], str]:
 
 @case
 def voc_fifo_in_wordtree(folder: Path) -> tuple[list[str], str]:
-    path = voc(folder)
+    path = voc(folder, name="goldfish")
     os.mkfifo(path / "Annotations" / "y.xml")
     output = str(folder / "tree.tsv")
     return ["wordtree", "build", "--detection", str(path), "--output", output], "tree.tsv"
@@ -486,7 +486,7 @@ def show(path: Path) -> list[str]:
 @family(
     cycle="".join(f"k{k}\tk{(k + 1) % 50_000}\tn\n" for k in range(50_000)),
     chain="".join(f"k{k}\t{f'k{k - 1}' if k else '-'}\tn\n" for k in range(100_000)),
-    too_large="".join(f"{k}\t-\tn\n" for k in range(300_000)),
+    too_large="".join(f"{k}\t-\tn\n" for k in range(110_000)),
     own_parent="a\ta\tb\n",
     unknown_parent="a" * 2**20 + "\t-\tn\n" + "b\t" + "c" * 2**20 + "\tn\n",
     unknown_parent_of_many="".join(f"k{k}\t-\tn\n" for k in range(90_000)) + "x\tk9x9x9\tn\n",
@@ -526,7 +526,9 @@ def tree_device(folder: Path) -> tuple[list[str], str]:
 def _hierarchy(folder: Path, path: Path, option: str = "--hierarchy") -> list[str]:
     output = str(folder / "tree.tsv")
     inputs = (
-        ["--names", str(write(folder / "names.txt", "dog\n"))] if option != "--hierarchy" else []
+        ["--names", str(write(folder / "names.txt", "goldfish\n"))]
+        if option != "--hierarchy"
+        else []
     )
     return ["wordtree", "build", *inputs, option, str(path), "--output", output]
 
@@ -536,14 +538,14 @@ def _hierarchy(folder: Path, path: Path, option: str = "--hierarchy") -> list[st
     deep_block="\n".join("  " * k + "a:" for k in range(1_000)),
     alias_bomb=_bomb(),
     recursive="a: &a [*a]\n",
-    escape=r'{"a\e[31m": dog}' + "\n",
+    escape=r'{"a\e[31m": goldfish}' + "\n",
 )
 def hierarchy(folder: Path, text: str) -> tuple[list[str], str]:
     return _hierarchy(folder, write(folder / "parents.yaml", text)), "parents.yaml"
 
 
 @family(
-    chain="".join(f"k{k},{f'k{k - 1}' if k else 'dog'}\n" for k in range(3_000)),
+    chain="".join(f"k{k},{f'k{k - 1}' if k else 'goldfish'}\n" for k in range(3_000)),
     cycle="".join(f"k{k},k{(k + 1) % 3_000}\n" for k in range(3_000)),
     field_too_large=f'a,"{"b" * 200_000}"\n',
 )
@@ -577,7 +579,7 @@ _NET = "[net]\nheight={size}\nwidth=64\n[convolutional]\nfilters={filters}\nsize
     long_value=_NET.format(size="9" * 2**20, filters=1),
     long_line="a" * 2**20,
     nul="[net]\n\0",
-    many_sections="[net]\n" + "[convolutional]\n" * 200_000,
+    many_sections="[net]\n" + "[convolutional]\n" * 20_000,
 )
 def cfg(folder: Path, text: str) -> tuple[list[str], str]:
     return _network(folder, text), "net.cfg"
@@ -631,6 +633,7 @@ def index(folder: Path, kind: str) -> tuple[list[str], str]:
     elif kind == "classes":
         arrays["classes"] = np.array([7], np.int32)
     if kind == "fifo":
+        file.unlink(missing_ok=True)
         os.mkfifo(file)
     else:
         indices.save(indices.Index(arrays, metadata, good.watched), file, 2**62)

@@ -1,8 +1,5 @@
 """Inputs for building a tree: labels of datasets, hierarchies, mappings."""
 
-import csv
-import json
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -16,36 +13,50 @@ from yolo_lightning.datamodules.autodetect import (
     detection_source,
     label_source,
 )
-from yolo_lightning.errors import InputError, read_text, require_file, require_path
+from yolo_lightning.datamodules.coco import count_names
+from yolo_lightning.datamodules.dataset_files import table_rows
+from yolo_lightning.datamodules.files import FileSource
+from yolo_lightning.datamodules.voc import read_xml
+from yolo_lightning.errors import (
+    InputError,
+    compose_yaml,
+    read_text,
+    require_file,
+    require_name,
+    require_path,
+    short,
+)
 from yolo_lightning.tree.build import ENTITY, build_tree, is_below
 from yolo_lightning.tree.labels import resolve_labels
 from yolo_lightning.tree.wordnet import is_wnid, wordnet
 from yolo_lightning.tree.wordtree import WordTree
 
 ALIAS = " | "
+_MAX_SHOWN = 8  # classes of a cycle
 
 
-def count_labels(dataset: str) -> Counter[str]:
+def count_labels(dataset: str, allow_outside: bool = False) -> Counter[str]:
     """Return the number of objects or images per label of a dataset.
 
     Args:
         dataset: a dataset in a supported layout; or only annotations: a COCO JSON file, a folder
             with Pascal VOC XML files; or a text file with one name per line.
+        allow_outside: whether the dataset may name files outside its folder.
 
     Raises:
         InputError: an unsupported layout, or no labels.
     """
     path = Path(dataset).expanduser()
     if path.suffix == ".json":
-        counts = _count_coco_labels(path)
+        counts = count_names(path)
     elif path.suffix in (".yaml", ".yml", ".data"):
-        counts = detection_source(dataset).name_counts()
+        counts = detection_source(dataset, allow_outside=allow_outside).name_counts()
     elif path.suffix in (".csv", ".tsv"):
-        counts = label_source(dataset).name_counts()
+        counts = label_source(dataset, allow_outside).name_counts()
     elif not path.is_dir():
         counts = Counter(read_names(path))
     else:
-        counts = _count_xml_labels(path) or _count_folder_labels(dataset)
+        counts = _count_xml_labels(path) or _count_folder_labels(dataset, allow_outside)
     if not counts:
         raise InputError(
             f"{dataset}: no labels; expected class folders with images or VOC XML files"
@@ -53,15 +64,17 @@ def count_labels(dataset: str) -> Counter[str]:
     return counts
 
 
-def _count_folder_labels(dataset: str) -> Counter[str]:
+def _count_folder_labels(dataset: str, allow_outside: bool) -> Counter[str]:
     """Count the labels of images with boxes or, if the folder has none, of images with labels."""
-    for open_source in (detection_source, label_source):
+    openers: tuple[Callable[..., FileSource], ...] = (detection_source, label_source)
+    for open_source in openers:
         try:
-            return open_source(dataset).name_counts()
+            source = open_source(dataset, allow_outside=allow_outside)
         except AmbiguousLayout:
             raise
         except InputError:
             continue
+        return source.name_counts()
     return Counter()
 
 
@@ -69,21 +82,11 @@ def _count_xml_labels(folder: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     for file in folder.rglob("*.xml"):
         try:
-            names = [item.findtext("name", "") for item in ET.parse(file).iter("object")]
-        except ET.ParseError:
+            names = [item.findtext("name", "") for item in read_xml(file).iter("object")]
+        except InputError:
             continue  # training reports and skips the file
         counts.update(name.strip() for name in names if name.strip())
     return counts
-
-
-def _count_coco_labels(path: Path) -> Counter[str]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        names = {item["id"]: str(item["name"]) for item in data["categories"]}
-        counts = Counter(names.get(item["category_id"]) for item in data.get("annotations", []))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a COCO annotation file ({error!r})") from None
-    return Counter({name: counts.get(name, 0) for name in names.values()})
 
 
 def read_hierarchy(file: str) -> dict[str, str]:
@@ -114,9 +117,10 @@ def read_hierarchy(file: str) -> dict[str, str]:
         TopologicalSorter({child: [parent] for child, parent in parents.items()}).prepare()
     except CycleError as error:
         chain = error.args[1][::-1]
+        shown = " under ".join(chain if len(chain) <= _MAX_SHOWN else [*chain[:_MAX_SHOWN], "…"])
         raise InputError(
             f"{path}:{max(lines[name] for name in chain)}: a cycle of parents: "
-            f"{' under '.join(chain)}; give one of them another parent, or - for the top"
+            f"{shown}; give one of them another parent, or - for the top"
         ) from None
     return parents
 
@@ -130,45 +134,32 @@ def _read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
     if path.suffix == ".csv":
         pairs = _read_csv(path, "child", "parent")
     else:
-        pairs = _nested_pairs(_compose_yaml(path), "-", path, 0)
+        pairs = _nested_pairs(compose_yaml(read_text(path), path), "-", path)
     for line, child, parent in pairs:
         yield line, child.strip(), parent.strip() or "-"
 
 
 def _read_csv(path: Path, first: str, second: str) -> Iterator[tuple[int, str, str]]:
     """Yield line and both cells of a table; comments and a header with these names are skipped."""
-    for line, row in enumerate(csv.reader(read_text(path).splitlines()), start=1):
+    for line, row in table_rows(read_text(path).splitlines(), path):
         cells = [cell.strip() for cell in row]
         if not cells or cells[0].startswith("#") or cells == [first, second]:
             continue
         if len(cells) != 2:
-            raise InputError(f"{path}:{line}: expected {first},{second}; found {','.join(row)!r}")
+            raise InputError(f"{path}:{line}: expected {first},{second}; found {short(row)}")
         yield line, cells[0], cells[1]
 
 
-def _compose_yaml(path: Path) -> yaml.Node | None:
-    """Return YAML as nodes, which have line numbers and keep duplicate keys."""
-    try:
-        return yaml.compose(read_text(path), Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{path}:{line}: not YAML ({error.problem})") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-
-
-_MAX_NESTED = 200
-
-
 def _nested_pairs(
-    node: yaml.Node | None, parent: str, path: Path, depth: int
+    node: yaml.Node | None, parent: str, path: Path, depth: int = 0
 ) -> Iterator[tuple[int, str, str]]:
     """Yield line, child and parent of nested YAML."""
-    if depth > _MAX_NESTED:
-        raise InputError(f"{path}: more than {_MAX_NESTED} levels; allowed: {_MAX_NESTED}")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
+            name, line = short(key.value), key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise InputError(f"{path}:{line}: {name} is no class; expected text")
+            name = require_name(key.value, f"{path}:{line}")
             if isinstance(value, yaml.ScalarNode) and value.value not in ("", "~", "null"):
                 yield line, name, str(value.value)  # bengal: domestic cat
             else:
@@ -196,7 +187,7 @@ def read_mapping(file: str) -> dict[str, str]:
     path = require_file(file, "mapping")
     rows: Iterable[tuple[int, str, str]] = _read_csv(path, "name", "meaning")
     if path.suffix != ".csv":
-        top = _compose_yaml(path)
+        top = compose_yaml(read_text(path), path)
         pairs = top.value if isinstance(top, yaml.MappingNode) else []
         if not pairs or not all(isinstance(value, yaml.ScalarNode) for _, value in pairs):
             raise InputError(f"{path}: expected lines such as mouse: n03793489")

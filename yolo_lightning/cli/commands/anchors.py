@@ -10,7 +10,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from yolo_lightning.errors import InputError, require_path, write_atomically
+from yolo_lightning.errors import (
+    InputError,
+    compose_yaml,
+    read_text,
+    require_path,
+    write_atomically,
+)
 from yolo_lightning.models.anchors import (
     CELL_PX,
     MAX_CLUSTERS,
@@ -51,7 +57,10 @@ class BoxShapes:
 
 
 def load_box_shapes(
-    source: str, image_size: int | None = None, overrides: Sequence[str] = ()
+    source: str,
+    image_size: int | None = None,
+    overrides: Sequence[str] = (),
+    allow_outside: bool = False,
 ) -> BoxShapes:
     """Return the shapes of the training boxes of a recipe or a dataset.
 
@@ -76,7 +85,7 @@ def load_box_shapes(
             raise InputError(f"{overrides[0]}: {source!r} is no recipe, so it has no such option")
         from yolo_lightning.datamodules.autodetect import detection_source
 
-        dataset = detection_source(source)
+        dataset = detection_source(source, allow_outside=allow_outside)
         dataset.load_index()
     boxes, images = dataset.shapes_wh_px()
     if not len(boxes):
@@ -105,7 +114,7 @@ def is_recipe(source: str) -> bool:
     path = require_path(source, "recipe or dataset")
     if path.suffix not in (".yaml", ".yml") or path.is_dir():
         return False
-    return _find_node(_parse_yaml(_read_text(path), path), ("data", "class_path")) is not None
+    return _find_node(compose_yaml(read_text(path), path), ("data", "class_path")) is not None
 
 
 def average_iou_rows(
@@ -214,7 +223,7 @@ def cluster_boxes(
     source: str, options: argparse.Namespace, overrides: Sequence[str]
 ) -> tuple[BoxShapes, list[NDArray[np.float64]]]:
     """Cluster the boxes of one source and print average IoUs; return shapes and clusters."""
-    shapes = load_box_shapes(source, options.image_size, overrides)
+    shapes = load_box_shapes(source, options.image_size, overrides, options.allow_outside)
     boxes = shapes.boxes_wh_px
     grid = f"network input of {shapes.image_size} px, cells of {shapes.cell_px} px"
     print(f"{source}: {len(boxes)} boxes, {grid}", flush=True)
@@ -280,6 +289,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--output", default="outputs/anchors", type=Path, help="folder for the plots"
+    )
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="let the dataset name files outside its folder"
     )
     parser.add_argument("--write", action="store_true", help="write the anchors to the recipe")
     options, overrides = parser.parse_known_args(list(argv))

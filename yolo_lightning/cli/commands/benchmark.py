@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=int, default=416, help="px, a multiple of 32 (default: 416)"
     )
     parser.add_argument("--resized", metavar="WxH", help="resize all images first, px")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="let the dataset name files outside its folder"
+    )
     return parser
 
 
@@ -110,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", options.resized or "1x1")
     if size is None:
         raise InputError(f"--resized {options.resized!r}; expected a size such as 640x480")
-    source = detection_source(options.dataset)
+    source = detection_source(options.dataset, allow_outside=options.allow_outside)
     source.bind(WordTree.from_names(sorted(source.name_counts()) or ["nothing"]))
     with tempfile.TemporaryDirectory() as scratch:
         try:

@@ -20,7 +20,7 @@ from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, rea
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.vocabulary import vocabulary_report
-from yolo_lightning.errors import InputError, nearest, require_file, write_atomically
+from yolo_lightning.errors import InputError, nearest, printable, require_file, write_atomically
 from yolo_lightning.images import UnreadableSample, read_header
 from yolo_lightning.models.backbones import BACKBONES
 from yolo_lightning.tree.build import ENTITY
@@ -32,13 +32,14 @@ _IMAGES_READ, _MAX_SHOWN = 64, 10
 
 def _open_sources(options: argparse.Namespace) -> dict[str, Any]:
     """Open the datasets, and print a summary of each; return sources by their part in the data."""
-    training = detection_source(options.detection)
+    outside = options.allow_outside
+    training = detection_source(options.detection, allow_outside=outside)
     parts: dict[str, Any] = {"detection": training, "classification": None, "validation": None}
     parts |= held_out(options.detection, training)
     if options.classification:
-        parts["classification"] = label_source(options.classification)
+        parts["classification"] = label_source(options.classification, outside)
     if options.validation:
-        parts["validation"] = detection_source(options.validation)
+        parts["validation"] = detection_source(options.validation, allow_outside=outside)
     sources = {part: source for part, source in parts.items() if source is not None}
     for source in sources.values():
         _print_summary(source)
@@ -62,9 +63,9 @@ def _print_summary(source: Source) -> None:
     unit = "boxes" if isinstance(source, AnnotatedImages) else "images"
     counts = ", ".join(f"{name} {count}" for name, count in names.most_common(_MAX_SHOWN))
     more = f", … {len(names)} names in total" if len(names) > _MAX_SHOWN else ""
-    print(f"{source.name}: {len(source)} images; {unit}: {counts}{more}")
+    print(printable(f"{source.name}: {len(source)} images; {unit}: {counts}{more}"))
     for fault in faults[:_MAX_SHOWN]:
-        print(f"  {fault}")
+        print(f"  {printable(fault)}")
     if len(faults) > _MAX_SHOWN:
         print(f"  … and {len(faults) - _MAX_SHOWN} more repaired or skipped")
 
@@ -145,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
         "--table", help=f"reviewed table of meanings: {', '.join(load_reviewed_labels())}"
     )
     parser.add_argument("--root", default=ENTITY, help="wnid of the root (default: entity)")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="let the dataset name files outside its folder"
+    )
     parser.add_argument("--flat", action="store_true", help="use all names without a hierarchy")
     parser.add_argument("--mixed-names", action="store_true", help=MIXED_NAMES)
     parser.add_argument(

@@ -51,6 +51,8 @@ def _source_lines(source: Source | None, missing: str = "null") -> str:
     values = {name: getattr(source, name) for name in names if hasattr(source, name)}
     lines = [f"class_path: yolo_lightning.datamodules.{type(source).__name__}", "init_args:"]
     lines += [f"  {key}: {_as_yaml(value)}" for key, value in values.items() if value is not None]
+    if source.allow_outside:
+        lines.append("  allow_outside: true")
     if not getattr(source, "exclusive_names", True):
         lines.append("  exclusive_names: false")
     return "".join(f"\n{' ' * 6}{line}" for line in lines)

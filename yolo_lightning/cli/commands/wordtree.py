@@ -80,7 +80,7 @@ def _build(options: argparse.Namespace) -> None:
             raise InputError("--top requires one --classification: a folder or a CSV of wnid,count")
         datasets[options.classification[0]] = top_labels(options.classification[0], options.top)
     for dataset in [*options.detection, *([] if options.top else options.classification)]:
-        datasets[dataset] = count_labels(dataset)
+        datasets[dataset] = count_labels(dataset, options.allow_outside)
     hierarchy = read_hierarchy(options.hierarchy) if options.hierarchy else {}
     if not datasets and not hierarchy:
         raise InputError(
@@ -152,7 +152,7 @@ def _show(options: argparse.Namespace) -> None:
     counts: dict[str, dict[int, int]] = {}
     for dataset in options.data:
         by_node: Counter[int] = Counter()
-        for label, count in count_labels(dataset).items():
+        for label, count in count_labels(dataset, options.allow_outside).items():
             by_node[tree.find_node(label, dataset)] += count
         counts[Path(dataset).name] = by_node
     node = tree.find_node(options.node, "--node") if options.node else None
@@ -167,7 +167,7 @@ def _plot(options: argparse.Namespace) -> None:
     labelled: dict[int, set[str]] = {}
     for kind in ("detection", "classification"):
         for dataset in getattr(options, kind):
-            for label in count_labels(dataset):
+            for label in count_labels(dataset, options.allow_outside):
                 labelled.setdefault(tree.find_node(label, dataset), set()).add(kind)
     kinds = {node: "both" if len(k) > 1 else next(iter(k)) for node, k in labelled.items()}
     counts = Counter(kinds.values())
@@ -225,6 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     for kind in ("detection", "classification"):
         plotter.add_argument(
             f"--{kind}", action="append", default=[], help="dataset whose labels are coloured"
+        )
+    for command in (builder, shower, plotter):
+        command.add_argument(
+            "--allow-outside",
+            action="store_true",
+            help="let the dataset name files outside its folder",
         )
     return parser
 

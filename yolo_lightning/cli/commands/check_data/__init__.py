@@ -15,7 +15,7 @@ from yolo_lightning.datamodules.autodetect import detection_source, held_out, la
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.datamodules.inspection import inspect, same_files
 from yolo_lightning.datamodules.source import ConcatSource, DetectionSource, ImageLabelSource
-from yolo_lightning.errors import InputError, not_found, write_atomically
+from yolo_lightning.errors import InputError, not_found, printable, write_atomically
 from yolo_lightning.visualization.drawing import draw_batch, save_image
 from yolo_lightning.visualization.figures import LabelPlot, save_label_plot
 
@@ -23,7 +23,9 @@ _PARTS = ("detection", "classification", "validation", "test")
 _MAX_DRAWN = 12  # images of a batch
 
 
-def load_datamodule(source: str, overrides: Sequence[str]) -> tuple[CombinedDataModule, Any]:
+def load_datamodule(
+    source: str, overrides: Sequence[str], allow_outside: bool = False
+) -> tuple[CombinedDataModule, Any]:
     """Return the datamodule of a recipe and its values, or one of a dataset, and None.
 
     Raises:
@@ -38,14 +40,15 @@ def load_datamodule(source: str, overrides: Sequence[str]) -> tuple[CombinedData
         raise InputError(f"{overrides[0]}: {source!r} is no recipe, so it has no such option")
     parts: dict[str, Any] = {}
     try:
-        dataset: Any = detection_source(source)
-        parts = {"detection": dataset, **held_out(source, dataset)}
+        dataset: Any = detection_source(source, allow_outside=allow_outside)
     except InputError as error:
         try:
-            dataset = label_source(source)
+            dataset = label_source(source, allow_outside)
         except InputError as other_error:
             raise InputError(f"{error}; {other_error}") from None
         parts["classification"] = dataset
+    else:
+        parts = {"detection": dataset, **held_out(source, dataset)}
     names = {n for part in parts.values() for n, count in part.name_counts().items() if count}
     return CombinedDataModule(tree=sorted(names) or ["no class"], **parts), None
 
@@ -130,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="RECIPE.yaml, or a dataset in a known format")
     parser.add_argument("--output", help="folder for the report (outputs/check-data/NAME)")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="let the dataset name files outside its folder"
+    )
     return parser
 
 
@@ -140,14 +146,14 @@ def main(argv: Sequence[str]) -> None:
         InputError: training would not start; names all reasons, after the report.
     """
     options, overrides = _parser().parse_known_args(list(argv))
-    data, recipe = load_datamodule(options.source, overrides)
+    data, recipe = load_datamodule(options.source, overrides, options.allow_outside)
     reports = inspect_parts(data)
     duplicates = same_files(reports)
-    print(format_reports(reports, duplicates))
+    print(printable(format_reports(reports, duplicates)))
     problems = find_problems(data, reports, recipe)
     vocabulary = data.vocabulary_report() if recipe is not None and not problems else ""
     if vocabulary:
-        print(vocabulary)
+        print(printable(vocabulary))
     name = Path(options.source).resolve().stem
     folder = Path(options.output or f"outputs/check-data/{name}")
     plain = {
