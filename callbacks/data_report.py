@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+from yolo_lightning.errors import printable
 
 _MAX_SHOWN = 10
 
@@ -37,7 +38,7 @@ class DataReport(pl.Callback):
         """Print what each class learns from."""
         report = getattr(trainer.datamodule, "vocabulary_report", None)  # type: ignore[attr-defined]
         if report is not None and trainer.is_global_zero:
-            print(report())
+            print(printable(report()))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the faults, those of all ranks."""
@@ -51,7 +52,7 @@ class DataReport(pl.Callback):
         if faults and trainer.is_global_zero:
             print(f"Data: {len(faults)} repaired or skipped:")
             for fault in list(faults)[:_MAX_SHOWN]:
-                print(f"  {fault}")
+                print(f"  {printable(fault)}")
             if len(faults) > _MAX_SHOWN:
                 print(f"  … and {len(faults) - _MAX_SHOWN} more")
         self.faults.clear()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.callbacks.last_checkpoint import max_over_ranks
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, printable
 
 Batch = DetectionBatch | ClassificationBatch
 
@@ -95,7 +95,8 @@ class FiniteGuard(pl.Callback):
                 parameter.grad = None  # the optimizer skips it: no momentum, no weight decay
         if is_cause:
             print(
-                f"rank {trainer.global_rank}, {self._describe_step()}; the step is skipped",
+                f"rank {trainer.global_rank}, {printable(self._describe_step())}; "
+                "the step is skipped",
                 flush=True,
             )
         if self._consecutive > self.max_consecutive:

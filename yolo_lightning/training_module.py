@@ -11,7 +11,7 @@ from torch import nn
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import first_difference, network_layers
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, printable
 from yolo_lightning.models.backbones import backbone_layers, plain_backbone
 from yolo_lightning.models.layers import LayerRow, layers_to_rows
 from yolo_lightning.models.networks import Classifier, YOLOv2
@@ -81,7 +81,7 @@ class TrainingModule(pl.LightningModule):
             report = load_pretrained(
                 self.network, self.tree, self.pretrained, len(self.backbone_layers)
             )
-            rank_zero_only(print)(report)
+            rank_zero_only(print)(printable(str(report)))
         if not self.hparams["backbone_lr_factor"]:
             # before the strategy wraps the module, so that DDP expects no gradients for them;
             # Lightning keeps their evaluation mode

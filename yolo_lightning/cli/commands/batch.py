@@ -10,7 +10,7 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.callbacks.multi_scale import first_batch_at_largest, resize, size_at_step
 from yolo_lightning.cli.data import DataCLI
 from yolo_lightning.datamodules.combined import CombinedDataModule
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, printable
 from yolo_lightning.visualization.drawing import draw_batch, save_image
 
 
@@ -94,12 +94,12 @@ def main(argv: Sequence[str]) -> None:
             f"--rank is {options.rank} of {world_size}; allowed: 0 … {max(world_size, 1) - 1}"
         )
     data.setup("fit")
-    print(format_samples(data, options.step, options.rank, world_size))
+    print(printable(format_samples(data, options.step, options.rank, world_size)))
     batch: DetectionBatch | ClassificationBatch = data.batch(options.step, options.rank, world_size)
     size = image_size_at_step(run.recipe, data, options.step)
     print(f"image size: {size} px")
     for fault in batch.faults:
-        print(f"  {fault}")
+        print(f"  {printable(fault)}")
     batch.images = (resize(batch.images, size) * 255).round().byte()
     stem = f"{Path(options.recipe).stem}-{options.step}-{options.rank}"
     output = Path(options.output or f"outputs/batch/{stem}.png")

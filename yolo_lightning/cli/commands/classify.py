@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, printable
 
 
 def _format_table(path: Path, result: dict[str, Any], as_path: bool) -> str:
@@ -86,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
         if options.json:
             results.append({"image": str(path), **result})
         else:
-            print(_format_table(path, result, "path" in result and options.top is None))
+            table = _format_table(path, result, "path" in result and options.top is None)
+            print(printable(table))
     if options.json:
         json.dump(results, sys.stdout, indent=2)
         print()

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, nearest, printable
 
 
 def add_darknet_options(
@@ -51,7 +51,7 @@ def _import(options: argparse.Namespace) -> None:
         f"trained on {metadata['images_seen']:,} images"
     )
     for note in notes:
-        print(f"  {note}")
+        print(f"  {printable(note)}")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yolo_lightning.cli.commands.darknet import add_darknet_options
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, printable
 
 if TYPE_CHECKING:
     from yolo_lightning.detections import Detection
@@ -142,7 +142,7 @@ def _load_detector(options: argparse.Namespace, checkpoint: str | None) -> "Dete
         imported = import_from_options(options)
         module, name = prepare_for_inference(imported.module, device), options.weights
         for note in imported.notes:
-            print(note)
+            print(printable(note))
     if not isinstance(module, DetectorModule):
         raise InputError(f"{name}: holds a classifier; detect takes a detector")
     if options.iou_threshold is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, printable
 
 if TYPE_CHECKING:
     from yolo_lightning.batches import ClassificationBatch, DetectionBatch
@@ -157,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
     batch.images_seen = settings.anchor_prior_images if num_images is None else num_images
     path = Path(options.output or f"explain-{name}-{options.image}.png")
     title = f"{name} {options.image}: {file_name}"
-    print(f"{title}, {size} x {size} px")
+    print(f"{printable(title)}, {size} x {size} px")
     with torch.no_grad():
         output = module.network(unit_range(batch.images))
     if isinstance(batch, DetectionBatch):
