@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yolo_lightning.errors import csv_cell
 from yolo_lightning.evaluation.error_analysis import ConfusionMatrix, DetectionError
 from yolo_lightning.evaluation.matching import BOX, LABEL, SCORE, Table
 from yolo_lightning.tree.wordtree import WordTree
@@ -62,11 +63,11 @@ def write_error_table(
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
+        writer.writerow(map(csv_cell, header))
         writer.writerows(map(_cell, row) for row in rows)
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.5g}"
-    return value
+    return csv_cell(value)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.detections import Detection
+from yolo_lightning.errors import csv_cell
 from yolo_lightning.inference.sources import Frame, FrameSource
 from yolo_lightning.inference.video_writer import VideoWriter
 from yolo_lightning.tree.wordtree import WordTree
@@ -158,8 +159,10 @@ class CSVWriter(ResultWriter):
         position = (frame.index, f"{frame.time_s:.3f}") if is_video else ("", "")
         for detection in detections:
             corners = [f"{v:.3f}" for v in detection.box_xyxy_orig_px]
-            label = (detection.name, detection.key, f"{detection.score:.6f}")
-            self._table.writerow([frame.source.display_name, *position, *label, *corners])
+            texts = (frame.source.display_name, detection.name, detection.key)
+            file, name, key = map(csv_cell, texts)
+            score = f"{detection.score:.6f}"
+            self._table.writerow([file, *position, name, key, score, *corners])
 
     def close(self) -> None:
         """Close the file."""

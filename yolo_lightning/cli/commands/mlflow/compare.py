@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_lightning.cli.commands.mlflow import check_store
-from yolo_lightning.errors import InputError, mask_secrets
+from yolo_lightning.errors import InputError, csv_cell, mask_secrets
 from yolo_lightning.tracking.names import own_store
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     if options.csv:
         try:
             options.csv.parent.mkdir(parents=True, exist_ok=True)
-            table.to_csv(options.csv, index=False)
+            table.map(csv_cell).rename(columns=csv_cell).to_csv(options.csv, index=False)
         except OSError as error:
             raise InputError(f"--csv {str(options.csv)!r}: {error.strerror or error}") from None
         print(f"table: {options.csv}")
