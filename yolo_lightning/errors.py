@@ -100,8 +100,8 @@ def require_name(name: str, where: str) -> str:
 
 def csv_cell(value: Any) -> Any:
     """Return a cell of a table: text that a spreadsheet would take for a formula gets a ``'``."""
-    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if is_formula else value
+    is_text = isinstance(value, str) and len(value) > 1  # a lone - means none
+    return f"'{value}" if is_text and value[0] in "=+-@\t\r" else value
 
 
 def nearest(word: str, allowed: Iterable[str], count: int = 3) -> str:

@@ -25,6 +25,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.coco import COCO_METRICS, evaluate_coco
 from yolo_lightning.evaluation.detection import DetectionEvaluation
 from yolo_lightning.evaluation.error_analysis import (
+    ConfusionMatrix,
     confusion_matrix,
     find_errors,
     match_predictions,
@@ -32,7 +33,11 @@ from yolo_lightning.evaluation.error_analysis import (
 from yolo_lightning.evaluation.matching import empty_table
 from yolo_lightning.evaluation.plots import draw_error_grid, draw_error_tile, plot_confusion_matrix
 from yolo_lightning.evaluation.report import ReportOptions, write_report
-from yolo_lightning.evaluation.tables import unique_names
+from yolo_lightning.evaluation.tables import (
+    unique_names,
+    write_class_table,
+    write_confusion_table,
+)
 from yolo_lightning.export.darknet import build_checkpoint
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.tree.wordtree import WordTree
@@ -117,6 +122,15 @@ def test_a_report_has_metrics_tables_and_images(tmp_path):
     assert (cat["objects"], cat["precision"], cat["recall"], cat["f1"]) == (2, 0.5, 0.5, 0.5)
     assert written["confusion"] == {"confidence": 0.25, "level": None}
     assert {"yolo-lightning", "python", "torch", "lightning"} == set(written["versions"])
+
+
+def test_formulas_are_quoted_and_numbers_are_not(tmp_path):
+    write_class_table(tmp_path / "a.csv", {"=1+1": {"name": "+cat", "AP": -0.5}})
+    assert rows_of(tmp_path / "a.csv") == [{"key": "'=1+1", "name": "'+cat", "AP": "-0.5"}]
+    matrix = ConfusionMatrix(np.array([0]), np.array([[1, 0], [2, 0]]))
+    write_confusion_table(tmp_path / "b.csv", matrix, {0: "@SUM(A1)"})
+    lines = (tmp_path / "b.csv").read_text().splitlines()
+    assert lines == ["target,'@SUM(A1),missed", "'@SUM(A1),1,0", "background,2,0"]
 
 
 def test_content_of_the_tables(tmp_path):

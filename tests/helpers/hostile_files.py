@@ -485,11 +485,11 @@ def show(path: Path) -> list[str]:
 
 @family(
     cycle="".join(f"k{k}\tk{(k + 1) % 50_000}\tn\n" for k in range(50_000)),
-    chain="".join(f"k{k}\t{f'k{k - 1}' if k else '-'}\tn\n" for k in range(100_000)),
+    chain="".join(f"k{k}\t{f'k{k - 1}' if k else '-'}\tn\n" for k in range(50_000)),
     too_large="".join(f"{k}\t-\tn\n" for k in range(110_000)),
     own_parent="a\ta\tb\n",
     unknown_parent="a" * 2**20 + "\t-\tn\n" + "b\t" + "c" * 2**20 + "\tn\n",
-    unknown_parent_of_many="".join(f"k{k}\t-\tn\n" for k in range(90_000)) + "x\tk9x9x9\tn\n",
+    unknown_parent_of_many="".join(f"k{k}\t-\tn\n" for k in range(30_000)) + "x\tk9x9x9\tn\n",
     escape="a\t-\t\x1b[31mb\n",
     key_with_c1="a\u009b31m\t-\tb\n",
     long_line="a" * 2**22,
@@ -504,7 +504,7 @@ def tree(folder: Path, text: str | bytes) -> tuple[list[str], str]:
     giant_parent="a 999999999\n",
     parent_of_5000_digits=f"a {'9' * 5000}\n",
     cycle="a 1\nb 0\n",
-    chain="".join(f"k{k} {k - 1}\n" for k in range(100_000)),
+    chain="".join(f"k{k} {k - 1}\n" for k in range(50_000)),
     long_line="a " * 2**21,
     escape="a\x1b[31m -1\n",
 )

@@ -18,16 +18,20 @@ from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning import load
 from yolo_lightning.cli.commands import detect
 from yolo_lightning.cli.main import main
+from yolo_lightning.detections import Detection
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
 from yolo_lightning.export.darknet import build_checkpoint, export_model
 from yolo_lightning.images import read_image
 from yolo_lightning.inference.sources import (
     Frame,
+    FrameSource,
     batched,
     find_sources,
     prefetch,
 )
+from yolo_lightning.inference.writers import CSVWriter
+from yolo_lightning.tree.wordtree import WordTree
 
 LOW = "--score-threshold=0.05"
 
@@ -115,6 +119,18 @@ def test_all_formats_equal_the_python_interface(checkpoint, photos, tmp_path, ca
             assert score == pytest.approx(one.score, abs=1e-5)
     assert total == len(rows)
     assert (out / "classes.txt").read_text().split() == [row[2] for row in TREE]
+
+
+def test_formulas_in_the_table_are_quoted(tmp_path):
+    source = FrameSource("=1+1.jpg", "=1+1.jpg", "=1+1", "image")
+    frame = Frame(source, np.zeros((4, 4, 3), np.uint8), Any, (4, 4))
+    writer = CSVWriter(tmp_path, WordTree([("-key", "-", "@name")]))
+    writer.write(frame, [Detection((-1.0, 0.0, 2.0, 2.0), "@name", 0.5, 0, "-key")], 1.0)
+    writer.close()
+    (row,) = read_csv(tmp_path)
+    assert [row[name] for name in ("file", "name", "key", "x1")] == [
+        "'=1+1.jpg", "'@name", "'-key", "-1.000",
+    ]  # fmt: skip
 
 
 def test_annotated_images_have_the_original_size_and_boxes(checkpoint, photos, tmp_path):
