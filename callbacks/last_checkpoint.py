@@ -1,6 +1,7 @@
 """`LastCheckpoint`: saves the newest state of a run, and keeps the one before it."""
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,40 @@ from yolo_lightning.tracking.logger import run_loggers
 
 
 class LastCheckpoint(Checkpoint):
-    """Save ``checkpoints/last.ckpt`` in the run folder every N steps and at the end.
+    """Save ``checkpoints/last.ckpt`` in the run folder every N steps or minutes, and at the end.
 
     The one before is kept as ``previous.ckpt``; one of the two is always complete. A write error is
-    a warning, but if the final state cannot be saved, the training fails.
+    a warning, but if the final state cannot be saved, the training fails. A checkpoint from before
+    a validation says so; a training that resumes from it starts with the validation, also where
+    `max_steps` or `max_time` is reached.
 
     Args:
-        every_n_steps: optimizer steps between two checkpoints, 1 or more.
+        every_n_steps: most optimizer steps between two checkpoints, 1 or more.
+        every_minutes: most minutes between two checkpoints, unless a step takes longer.
+
+    Raises:
+        InputError: a value out of range.
     """
 
     # Lightning's save_last writes only when the best checkpoint changes, and its
     # every_n_train_steps omits the last steps
 
-    def __init__(self, every_n_steps: int = 1000) -> None:
+    def __init__(self, every_n_steps: int = 1000, every_minutes: float = 5) -> None:
         if every_n_steps < 1:
             raise InputError(
                 f"LastCheckpoint: every_n_steps is {every_n_steps}; allowed: 1 or more"
             )
-        self.every_n_steps = every_n_steps
+        if not every_minutes > 0:
+            raise InputError(
+                f"LastCheckpoint: every_minutes is {every_minutes:g}; allowed: more than 0"
+            )
+        self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
         self._last_saved = (-1, False)  # global step, whether a validation is due
+        self._last_saved_s = 0.0
         self._validation_is_due = False
+        self._resumed_step = -1  # of a checkpoint from before its validation
         self._last_is_valid = False
+        self._written: Path | None = None  # final state, to be published when training has ended
         self._resumed_metrics: tuple[int, dict[str, float]] = (0, {})  # epoch, metrics
 
     @staticmethod
@@ -64,9 +78,16 @@ class LastCheckpoint(Checkpoint):
                 with contextlib.suppress(OSError):
                     file.unlink()
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the training begin with the validation that a stop interrupted."""
+        if self._resumed_step >= 0:
+            _validate_first(trainer, self._resumed_step)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record that the initial state is already saved."""
-        self._last_saved = (trainer.global_step, False)
+        self._last_saved = (trainer.global_step, self._resumed_step >= 0)
+        self._validation_is_due = self._resumed_step >= 0
+        self._last_saved_s = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -84,17 +105,33 @@ class LastCheckpoint(Checkpoint):
         self._validation_is_due = _validation_follows(trainer)
         if step == trainer.max_steps or trainer.should_stop:  # the latter by `max_time`
             self.save_now(trainer)
-        elif self._validation_is_due or step % self.every_n_steps == 0:
-            self._save(trainer)  # before a validation too, so that a stop during it loses nothing
+        elif (
+            self._validation_is_due  # so that a stop during it loses nothing
+            or step % self.every_n_steps == 0
+            or max_over_ranks(trainer, self._minutes_have_passed())
+        ):
+            self._save(trainer)
+
+    def _minutes_have_passed(self) -> bool:
+        return time.monotonic() - self._last_saved_s >= 60 * self.every_minutes
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record that the validation is done, before other callbacks save checkpoints."""
         self._validation_is_due = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the state after the validation and after the other checkpoint callbacks."""
+        """Save the state after the validation and after the other checkpoint callbacks.
+
+        The final state is published only when the report of this validation is written: if that is
+        interrupted, a resumed training repeats the validation.
+        """
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer)
+            self._save(trainer, publish=not training_ends(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publish the final state."""
+        if self._written is not None:
+            self._raise_error(trainer, self._publish(trainer, self._written))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -102,23 +139,24 @@ class LastCheckpoint(Checkpoint):
         """Save the step metrics; let a resumed training restart an unfinished validation."""
         if run_loggers(trainer):
             checkpoint["step_metrics"] = self._step_metrics(trainer)
+        checkpoint["validation_is_due"] = self._validation_is_due
         if not self._validation_is_due:
             return
-        # Lightning would continue in the middle of a validation without its earlier results, and
-        # skip one that was due: save the progress as started, with no completed batch
+        # Lightning would count the batches of the validation before as those of this one
         loops = checkpoint["loops"]["fit_loop"]
         for part in ("total", "current"):
             progress = loops["epoch_loop.batch_progress"][part]
             progress["completed"] = progress["processed"]
-            loops["epoch_loop.val_loop.batch_progress"][part].update(
-                ready=1, started=1, processed=0, completed=0
-            )
+        current = loops["epoch_loop.val_loop.batch_progress"]["current"]
+        current.update(dict.fromkeys(current, 0))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the step metrics."""
+        """Restore the step metrics, and whether a validation is due."""
         self._resumed_metrics = (checkpoint["epoch"], checkpoint.get("step_metrics", {}))
+        is_due = checkpoint.get("validation_is_due", False)
+        self._resumed_step = checkpoint["global_step"] if is_due else -1
 
     def _step_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
         epoch, resumed = self._resumed_metrics
@@ -143,7 +181,9 @@ class LastCheckpoint(Checkpoint):
 
     def save_now(self, trainer: pl.Trainer) -> None:
         """Save the current state; raise `InputError` if it fails. Call it on every rank."""
-        error = self._save(trainer)
+        self._raise_error(trainer, self._save(trainer))
+
+    def _raise_error(self, trainer: pl.Trainer, error: str) -> None:
         if error:
             folder = self.path(trainer).parent
             existing = [name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
@@ -152,20 +192,25 @@ class LastCheckpoint(Checkpoint):
                 f"{folder}: {', '.join(existing) or 'none'}"
             )
 
-    def _save(self, trainer: pl.Trainer) -> str:
+    def _save(self, trainer: pl.Trainer, publish: bool = True) -> str:
         """Save the state if it is new; return the error message, or "", on every rank."""
         state = (trainer.global_step, self._validation_is_due)
         if self._last_saved == state or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return ""
         use_durable_io(trainer)  # otherwise the other ranks would wait after a full disk
         last = self.path(trainer)
-        new = last.with_name(last.name + PARTIAL_SUFFIX)
-        trainer.save_checkpoint(new, weights_only=False)  # collective call, rank 0 writes
-        error = self._rotate(trainer, new, last) if trainer.is_global_zero else ""
-        error = trainer.strategy.broadcast(error)
+        self._written = last.with_name(last.name + PARTIAL_SUFFIX)
+        trainer.save_checkpoint(self._written, weights_only=False)  # collective, rank 0 writes
+        error = self._publish(trainer, self._written) if publish else ""
         if not error:
-            self._last_saved = state
+            self._last_saved, self._last_saved_s = state, time.monotonic()
         return error
+
+    def _publish(self, trainer: pl.Trainer, new: Path) -> str:
+        """Rename a written file to `last.ckpt`; return the error message on every rank."""
+        self._written = None
+        error = self._rotate(trainer, new, self.path(trainer)) if trainer.is_global_zero else ""
+        return str(trainer.strategy.broadcast(error))
 
     def _rotate(self, trainer: pl.Trainer, new: Path, last: Path) -> str:
         checkpoint_io = trainer.strategy.checkpoint_io
@@ -197,6 +242,36 @@ def completes_optimizer_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether an optimizer step ends with this batch of the epoch."""
     number = batch_idx + 1
     return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
+
+
+def training_ends(trainer: pl.Trainer) -> bool:
+    """Return whether no training step follows the current one and its validation."""
+    fit_loop = trainer.fit_loop
+    is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+    return (
+        trainer.global_step == trainer.max_steps
+        or (trainer.should_stop and fit_loop._can_stop_early)
+        or (is_last_epoch and fit_loop.epoch_loop._num_ready_batches_reached())
+    )
+
+
+def _validate_first(trainer: pl.Trainer, step: int) -> None:
+    """Replace the first turn of the loop by a validation, even if the training is at its end."""
+    # Lightning ends at once where a limit is reached, so the limits hold again after that turn
+    loop = trainer.fit_loop.epoch_loop
+    max_steps, should_stop = loop.max_steps, trainer.should_stop
+    loop.max_steps, trainer.should_stop = max_steps if max_steps == -1 else step + 1, False
+
+    def advance(data_fetcher: Any) -> None:
+        del loop.advance
+        loop.max_steps, trainer.should_stop = max_steps, should_stop
+        loop._should_check_val_fx = should_validate  # type: ignore[method-assign]
+
+    def should_validate(data_fetcher: Any) -> bool:
+        del loop._should_check_val_fx
+        return True
+
+    loop.advance = advance  # type: ignore[method-assign]
 
 
 def _check_same_checkpoint_on_ranks(trainer: pl.Trainer) -> None:

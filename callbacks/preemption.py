@@ -1,4 +1,4 @@
-"""`Preemption`: saves a checkpoint and stops on SIGTERM and SIGUSR1."""
+"""`Preemption`: saves a checkpoint and stops on Ctrl-C, SIGTERM and SIGUSR1."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from yolo_lightning import signals
@@ -13,19 +14,12 @@ from yolo_lightning.callbacks.last_checkpoint import (
     LastCheckpoint,
     completes_optimizer_step,
     max_over_ranks,
+    training_ends,
 )
-
-EXIT_PREEMPTED = 143  # 128 + SIGTERM, as schedulers expect
+from yolo_lightning.errors import InputError
+from yolo_lightning.tracking.logger import run_loggers
 
 _REQUEUE_TIMEOUT_S = 20
-
-
-class PreemptionExit(SystemExit):
-    """Exit after all ranks have stopped and the checkpoint is saved."""
-
-    def __init__(self, requeued: bool = False) -> None:
-        super().__init__(EXIT_PREEMPTED)
-        self.requeued = requeued
 
 
 class Preemption(Checkpoint):
@@ -33,16 +27,40 @@ class Preemption(Checkpoint):
 
     SIGUSR1, which `sbatch --signal` sends before the time limit, also requeues the SLURM job.
     SIGTERM does not: SLURM itself requeues preempted jobs, and a cancelled job must not return.
+    Ctrl-C does the same as SIGTERM; pressed again, it ends the process at once.
+
+    Args:
+        grace_s: seconds after a signal until the process ends even if the step does not, such as
+            when a disk or another rank hangs; the time to save the checkpoint is not counted.
+
+    Raises:
+        InputError: a value out of range.
     """
 
     # Lightning's handlers save inside the handler, and leave the other ranks waiting if only one
     # receives SIGTERM. A `Checkpoint` callback is called last, when the step is complete.
 
+    def __init__(self, grace_s: float = signals.GRACE_S) -> None:
+        if not grace_s > 0:
+            raise InputError(f"Preemption: grace_s is {grace_s:g}; allowed: more than 0")
+        self.grace_s = grace_s
+        self._restore_handlers = lambda: None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the signal handlers and keep Lightning from replacing them."""
-        if stage == "fit":
-            signals.install_handlers()
-            trainer._signal_connector.register_signal_handlers = _do_not_register  # type: ignore[method-assign]
+        if stage != "fit":
+            return
+        self._restore_handlers = signals.install_handlers()
+        signals.limit_stops(
+            self.grace_s,
+            lambda number: _end_run(trainer, number),
+            lambda: _pending_images(trainer),
+        )
+        trainer._signal_connector.register_signal_handlers = _do_not_register  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From now on, let Ctrl-C wait for the end of the step."""
+        signals.defer_interrupts(True)
 
     def on_train_batch_end(
         self,
@@ -69,26 +87,78 @@ class Preemption(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._stop_if_signalled(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop if any rank received a signal; after the last one, Ctrl-C waits no longer."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop_if_signalled(trainer)
+            if training_ends(trainer):
+                signals.end_deferral()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the last step, let Ctrl-C wait no longer."""
+        if training_ends(trainer):
+            signals.end_deferral()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let Ctrl-C end the upload of the rest."""
+        signals.defer_interrupts(False)
+        self._restore_handlers()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Restore the handlers of a program that had its own."""
+        if stage == "fit":
+            self._restore_handlers()
+
     def _stop_if_signalled(self, trainer: pl.Trainer) -> None:
-        number = max_over_ranks(trainer, signals.received_signal())
+        order = [0, *signals.SIGNALS]
+        number = order[max_over_ranks(trainer, order.index(signals.received_signal()))]
         if not number:
             return
-        names = {int(stop_signal): stop_signal.name for stop_signal in signals.SIGNALS}
+        signals.restart_grace()
         callback = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
         (callback or LastCheckpoint()).save_now(trainer)
-        rank_zero_info(
-            f"{names[number]}: stopped at step {trainer.global_step}, saved to "
-            f"{LastCheckpoint.path(trainer)}"
-        )
-        requeued = False
-        if number == signals.STOP_AND_REQUEUE and trainer.is_global_zero:
-            requeued = requeue()
+        path = LastCheckpoint.path(trainer)
+        name = signals.NAMES[signals.signal.Signals(number)]
+        rank_zero_info(f"{name}: stopped at step {trainer.global_step}, saved to {path}")
+        is_first = trainer.is_global_zero
+        requeued = is_first and number == signals.STOP_AND_REQUEUE and requeue()
         trainer.strategy.barrier("preemption")
-        raise PreemptionExit(requeued)
+        stop = signals.Stop(number, requeued, path if is_first else None)
+        if _is_child_of_rank_zero(trainer):
+            stop.code = 0  # else Lightning kills rank 0 while it uploads the rest
+        raise stop
 
 
 def _do_not_register() -> None:
     """Replace Lightning's registration of signal handlers."""
+
+
+def _is_child_of_rank_zero(trainer: pl.Trainer) -> bool:
+    """Return whether Lightning, not a launcher, started this process."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
+
+
+def _pending_images(trainer: pl.Trainer) -> str:
+    """Return the images that are being read."""
+    fit_loop = trainer.fit_loop
+    for loop in (fit_loop.epoch_loop.val_loop, fit_loop):
+        for loader in getattr(loop._combined_loader, "flattened", []):
+            if images := getattr(loader, "pending_images", str)():
+                return str(images)
+    return ""
+
+
+def _end_run(trainer: pl.Trainer, number: int) -> None:
+    """Requeue the job and write the final status, when the process is about to be ended."""
+    if not trainer.is_global_zero:
+        return
+    requeued = number == signals.STOP_AND_REQUEUE and requeue()
+    for logger in run_loggers(trainer):
+        logger.set_final_status("RUNNING" if requeued else "KILLED")
+        logger.finalize("failed")
 
 
 def requeue() -> bool:

@@ -10,11 +10,11 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
-from yolo_lightning.callbacks.preemption import PreemptionExit
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.errors import mask_secrets
 from yolo_lightning.serving.mlflow_model import save_model
+from yolo_lightning.signals import Stop
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER
 from yolo_lightning.tracking.logger import RunLogger, run_loggers
 from yolo_lightning.tracking.provenance import git_state, processor_name, versions
@@ -168,10 +168,8 @@ class RunRecord(pl.Callback):
     ) -> None:
         """Set the final status of an interrupted training, which differs from a failed one."""
         status = ""
-        if isinstance(exception, PreemptionExit):
-            status = "RUNNING" if exception.requeued else "KILLED"
-        elif isinstance(exception, KeyboardInterrupt):
-            status = "KILLED"
+        if isinstance(exception, Stop | KeyboardInterrupt):
+            status = "RUNNING" if getattr(exception, "requeued", False) else "KILLED"
         for logger in run_loggers(trainer):
             logger.set_final_status(status)
 

@@ -1,11 +1,13 @@
 """Datasets whose items are whole batches: read, augment, collate."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from yolo_lightning.batches import (
     ClassificationBatch,
@@ -28,6 +30,35 @@ from yolo_lightning.models.preparation import Interpolation, Resize
 Batch = DetectionBatch | ClassificationBatch
 _GOLDEN_RATIO = 0.618
 _MAX_REPORTED = 20
+_MAX_WORKERS = 256
+
+
+class PendingReads:
+    """The image that each loader worker is reading, in memory that they share."""
+
+    def __init__(self, *sources: Source | None) -> None:
+        self._sources = [source for source in sources if source is not None]
+        # by worker: number of the source, from 1, or 0 for none; index of the image
+        self._reads = torch.zeros(_MAX_WORKERS, 2, dtype=torch.int64).share_memory_()
+
+    @contextlib.contextmanager
+    def reading(self, source: Source, index: int) -> Iterator[None]:
+        """Note the image that this process reads."""
+        info = get_worker_info()
+        read = self._reads[(info.id if info is not None else 0) % _MAX_WORKERS].numpy()
+        read[1], read[0] = index, 1 + next(k for k, s in enumerate(self._sources) if s is source)
+        try:
+            yield
+        finally:
+            read[0] = 0
+
+    def names(self) -> list[str]:
+        """Return the names of the images, such as their paths."""
+        return [
+            self._sources[number - 1].image_name(index)
+            for number, index in self._reads.tolist()
+            if number
+        ]
 
 
 class JointDataset(Dataset[Batch]):
@@ -45,6 +76,7 @@ class JointDataset(Dataset[Batch]):
         self.detection, self.classification = detection, classification
         self.detection_augmentation, self.classification_augmentation = augmentations
         self.canvas_size, self.seed, self.resize = canvas_size, seed, resize
+        self.pending = PendingReads(detection, classification)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         """Return the batch of a plan."""
@@ -69,7 +101,7 @@ class JointDataset(Dataset[Batch]):
         """Return an augmented sample without its difficult objects, and the index of its image."""
         augmentation, size = self.detection_augmentation, self.canvas_size
         min_side = size if augmentation is None else augmentation.required_side(size)
-        sample, read = _read_or_replace(self.detection, index, min_side, faults)
+        sample, read = _read_or_replace(self.detection, index, min_side, faults, self.pending)
         sample = sample.select(~sample.difficult)
         if augmentation is None:
             return fit_sample(sample, size, self.resize), read
@@ -82,7 +114,9 @@ class JointDataset(Dataset[Batch]):
         """Return an augmented image, its node and its index."""
         augmentation, size = self.classification_augmentation, self.canvas_size
         min_side = size if augmentation is None else augmentation.required_side(size)
-        (image, node), read = _read_or_replace(self.classification, index, min_side, faults)
+        (image, node), read = _read_or_replace(
+            self.classification, index, min_side, faults, self.pending
+        )
         if augmentation is None:
             return fit(image, (size, size))[0], node, read
         return augmentation(image, size, _seed(self.seed, 1, pass_number, index)), node, read
@@ -100,13 +134,14 @@ class EvaluationDataset(Dataset[Batch]):
     ) -> None:
         self.source, self.image_size = source, image_size
         self.resize, self.interpolation = resize, interpolation
+        self.pending = PendingReads(source)
 
     def __getitem__(self, positions: list[int]) -> DetectionBatch:
         """Return the images at these positions; positions beyond the end give padding."""
         boxes, no_labels = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
         blank = DetectionSample(_blank(self.image_size), boxes, no_labels, np.zeros(0, np.bool_))
         min_side = decoding_side(self.image_size, self.interpolation)
-        samples, ids, faults = _read_or_blank(self.source, positions, min_side, blank)
+        samples, ids, faults = _read_or_blank(self.source, positions, min_side, blank, self.pending)
         batch = collate_detection(
             [fit_sample(s, self.image_size, self.resize, self.interpolation) for s in samples]
         )
@@ -122,12 +157,13 @@ class LabelEvaluationDataset(Dataset[Batch]):
         self, source: ImageLabelSource, image_size: int, interpolation: Interpolation = "area"
     ) -> None:
         self.source, self.image_size, self.interpolation = source, image_size, interpolation
+        self.pending = PendingReads(source)
 
     def __getitem__(self, positions: list[int]) -> ClassificationBatch:
         """Return the images at these positions; positions beyond the end give padding."""
         blank, size_hw = (_blank(self.image_size), 0), (self.image_size, self.image_size)
         min_side = decoding_side(self.image_size, self.interpolation)
-        pairs, ids, faults = _read_or_blank(self.source, positions, min_side, blank)
+        pairs, ids, faults = _read_or_blank(self.source, positions, min_side, blank, self.pending)
         images, labels = zip(*pairs, strict=True)
         crops = stack_images([centre_crop(image, size_hw, self.interpolation) for image in images])
         return ClassificationBatch(crops, torch.tensor(ids), torch.tensor(labels), faults=faults)
@@ -151,14 +187,15 @@ def _blank(size: int) -> Image:
 
 
 def _read_or_blank(
-    source: Source, positions: list[int], min_side: int | None, blank: Any
+    source: Source, positions: list[int], min_side: int | None, blank: Any, pending: PendingReads
 ) -> tuple[list[Any], list[int], list[str]]:
     """Return samples, ids and faults; an unreadable image becomes `blank`, with the id -1."""
     # evaluation never replaces an image by another one
     samples, ids, faults = [], [], []
     for position in positions:
         try:
-            samples.append(source.read(position % len(source), min_side))
+            with pending.reading(source, position % len(source)):
+                samples.append(source.read(position % len(source), min_side))
             ids.append(position if position < len(source) else -1)
         except UnreadableSample as error:
             samples.append(blank)
@@ -168,7 +205,7 @@ def _read_or_blank(
 
 
 def _read_or_replace(
-    source: Source | None, index: int, min_side: int, faults: list[str]
+    source: Source | None, index: int, min_side: int, faults: list[str], pending: PendingReads
 ) -> tuple[Any, int]:
     """Return a sample, or another one if it cannot be read, and its index; report to `faults`."""
     assert source is not None, "a plan without a source has no batches of its kind"
@@ -176,7 +213,8 @@ def _read_or_replace(
     size, stride = len(source), 0
     for attempt in range(size):
         try:
-            return source.read(index, min_side), index
+            with pending.reading(source, index):
+                return source.read(index, min_side), index
         except UnreadableSample as error:
             if attempt < _MAX_REPORTED:
                 faults.append(f"{error}; another image is used instead")

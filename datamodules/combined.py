@@ -1,16 +1,14 @@
 """The datamodule: detection and classification batches in one alternating, stateless order."""
 
 import contextlib
-from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from yolo_lightning import signals
 from yolo_lightning.datamodules.batching import (
     Batch,
     EvaluationDataset,
@@ -18,6 +16,7 @@ from yolo_lightning.datamodules.batching import (
     LabelEvaluationDataset,
     evaluation_batches,
 )
+from yolo_lightning.datamodules.loader import ResumableLoader
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrder
 from yolo_lightning.datamodules.source import (
     ConcatDetectionSource,
@@ -86,6 +85,8 @@ class CombinedDataModule(pl.LightningDataModule):
         detection_augmentation: no augmentation if None.
         classification_augmentation: no augmentation if None.
         num_workers: loader processes per rank.
+        loader_timeout_s: how long to wait for a batch from the loader processes until the training
+            ends with the names of the images that they read; 0: for ever.
         seed: of order, augmentation and the sizes of `MultiScale`; the batch of a step depends on
             nothing else.
 
@@ -121,6 +122,7 @@ class CombinedDataModule(pl.LightningDataModule):
         detection_augmentation: DetectionAugmentation | None = None,
         classification_augmentation: ClassificationAugmentation | None = None,
         num_workers: int = 2,
+        loader_timeout_s: int = 600,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -144,6 +146,7 @@ class CombinedDataModule(pl.LightningDataModule):
         ratio = classification_batches_per_detection_batch
         for name, value, minimum in (
             ("num_workers", num_workers, 0),
+            ("loader_timeout_s", loader_timeout_s, 0),
             ("detection_batch_size", detection_batch_size, 1),
             ("classification_batch_size", classification_batch_size, 1),
             ("steps_per_epoch", steps_per_epoch or 1, 1),
@@ -155,6 +158,7 @@ class CombinedDataModule(pl.LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.augmentations = (detection_augmentation, classification_augmentation)
         self.num_workers, self.seed = num_workers, seed
+        self.loader_timeout_s = loader_timeout_s
         self._bound: set[int] = set()
 
     @property
@@ -292,7 +296,7 @@ class CombinedDataModule(pl.LightningDataModule):
             self.seed,
         )
 
-    def train_dataloader(self) -> "ResumableLoader":
+    def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training batches."""
         trainer = self.trainer
         rank, world_size = self._rank_and_world_size
@@ -315,7 +319,9 @@ class CombinedDataModule(pl.LightningDataModule):
         order = self.order
         steps = self.steps_per_epoch or order.steps_per_pass
         sampler = AlternatingBatchSampler(order, steps, steps_trained, rank, world_size)
-        return ResumableLoader(self._training_dataset(), sampler, self.num_workers)
+        return ResumableLoader(
+            self._training_dataset(), sampler, self.num_workers, self.loader_timeout_s
+        )
 
     @property
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -341,11 +347,11 @@ class CombinedDataModule(pl.LightningDataModule):
             self.resize,
         )
 
-    def val_dataloader(self) -> "ResumableLoader | list[Any]":
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
         """Return the loader of validation images, or no loader without `validation`."""
         return self._evaluation_loader(self.validation)
 
-    def test_dataloader(self) -> "ResumableLoader | list[Any]":
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
         """Return the loader of test images."""
         if self.test is None:
             raise InputError("data.test and data.validation are not set: nothing to test on")
@@ -353,7 +359,7 @@ class CombinedDataModule(pl.LightningDataModule):
 
     def _evaluation_loader(
         self, source: DetectionSource | ImageLabelSource | None
-    ) -> "ResumableLoader | list[Any]":
+    ) -> ResumableLoader | list[Any]:
         if source is None:
             return []
         if isinstance(source, DetectionSource):
@@ -367,31 +373,7 @@ class CombinedDataModule(pl.LightningDataModule):
         rank, world_size = self._rank_and_world_size
         share = max(1, batch_size // world_size)
         batches = evaluation_batches(len(source), share, rank, world_size)
-        return ResumableLoader(dataset, batches, self.num_workers)
-
-
-class ResumableLoader(DataLoader[Batch]):
-    """A loader of whole batches; its sampler continues from the trainer's number of steps."""
-
-    # Lightning warns about resuming within an epoch unless a loader has a state
-
-    def __init__(self, dataset: Dataset[Batch], sampler: Iterable[Any], num_workers: int) -> None:
-        super().__init__(
-            dataset,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_init_worker,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return an empty state."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Ignore the state."""
+        return ResumableLoader(dataset, batches, self.num_workers, self.loader_timeout_s)
 
 
 def _limits_epochs(trainer: Any) -> bool:
@@ -399,8 +381,3 @@ def _limits_epochs(trainer: Any) -> bool:
         return False
     limit = trainer.limit_train_batches
     return bool(isinstance(limit, int) or limit != 1.0 or trainer.overfit_batches)
-
-
-def _init_worker(worker_id: int) -> None:
-    torch.set_num_threads(1)
-    signals.ignore_stop_signals()  # schedulers signal every process of a job, workers too

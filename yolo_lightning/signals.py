@@ -1,35 +1,95 @@
-"""Stop signals: handlers set a flag that training checks between two batches.
+"""Stop signals: Ctrl-C (SIGINT), SIGTERM and SIGUSR1.
 
-Saving in the handler would save in the middle of a step, and in every forked loader worker.
+Handlers set a flag that training checks between two batches: saving in the handler would save in
+the middle of a step, and in every forked loader worker. Outside of the training loop, Ctrl-C ends
+the process at once by an exception. A thread bounds the time of every stop: it ends the process if
+the flag has no effect within the grace period, or if Ctrl-C is pressed again. It reads the signals
+from a file descriptor, since a main thread that hangs in a C library does not run handlers.
+
 Handlers are installed before the first long import.
 """
 
+import contextlib
 import os
+import select
 import signal
 import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-STOP, STOP_AND_REQUEUE = signal.SIGTERM, signal.SIGUSR1
-SIGNALS = (STOP, STOP_AND_REQUEUE)
+INTERRUPT, STOP, STOP_AND_REQUEUE = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+SIGNALS = (INTERRUPT, STOP, STOP_AND_REQUEUE)  # of several received ones, the last counts
+NAMES = {INTERRUPT: "Ctrl-C", STOP: "SIGTERM", STOP_AND_REQUEUE: "SIGUSR1"}
 
-_received: list[int] = []
-_owner_pid: list[int] = []
-
-
-def install_handlers() -> dict[int, Any]:
-    """Record stop signals of this process from now on; return the previous handlers."""
-    _owner_pid[:] = [os.getpid()]
-    if threading.current_thread() is not threading.main_thread():
-        return {}  # only the main thread may set handlers
-    return {number: signal.signal(number, _record_signal) for number in SIGNALS}
+GRACE_S = 60.0  # from a stop signal to the end of the process
+_REPEAT_S = 1.0  # a terminal and a launcher may both send the same Ctrl-C
+_CLEANUP_S = {True: 15.0, False: 1.0}  # by whether the grace period has passed
 
 
-def restore_handlers(handlers: dict[int, Any]) -> None:
-    """Restore the previous handlers and forget received signals."""
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    _received.clear()
+class Stop(SystemExit):
+    """Exit by a stop signal, with code 130 after Ctrl-C, else 143, as schedulers expect.
+
+    Attributes:
+        requeued: whether the job will start again by itself.
+        checkpoint: saved by this stop; None if nothing was saved, and on all ranks but 0.
+    """
+
+    def __init__(self, number: int, requeued: bool = False, checkpoint: Path | None = None) -> None:
+        super().__init__(exit_code(number))
+        self.requeued, self.checkpoint = requeued, checkpoint
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code of a stop signal: 128 + SIGINT or 128 + SIGTERM."""
+    return 128 + (INTERRUPT if number == INTERRUPT else STOP)
+
+
+@dataclass
+class _State:
+    """The received signals of this process, and how it reacts."""
+
+    pid: int = 0
+    received: list[int] = field(default_factory=list)
+    deferred: bool = False  # Ctrl-C waits for the end of the step
+    grace_s: float = GRACE_S
+    grace_start: float = 0.0
+    cleanup: Callable[[int], None] | None = None  # before the thread ends the process
+    waiting_for: Callable[[], str] | None = None  # for the message of the thread
+
+
+_state = _State()
+
+
+def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
+    """Handle stop signals of this process from now on; return a function that undoes it.
+
+    Does nothing if they are handled already, or in another thread than the main one, which may not
+    set handlers.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not numbers or not is_main or _state.pid == os.getpid():
+        return lambda: None
+    _state.__init__(pid=os.getpid())  # type: ignore[misc]
+    handlers = {number: signal.signal(number, _record_signal) for number in numbers}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), name="stop-signals", daemon=True).start()
+
+    def restore() -> None:
+        if _state.pid != os.getpid():
+            return
+        signal.set_wakeup_fd(previous)
+        os.close(writer)  # ends the thread
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _state.__init__()  # type: ignore[misc]
+
+    return restore
 
 
 def ignore_stop_signals() -> None:
@@ -39,13 +99,120 @@ def ignore_stop_signals() -> None:
 
 
 def received_signal() -> int:
-    """Return the received stop signal, SIGUSR1 before SIGTERM, or 0."""
-    for number in (STOP_AND_REQUEUE, STOP):
-        if number in _received:
-            return int(number)
-    return 0
+    """Return the received stop signal, SIGUSR1 before SIGTERM before SIGINT, or 0."""
+    return max(_state.received, key=SIGNALS.index, default=0)
+
+
+def defer_interrupts(deferred: bool) -> None:
+    """Set whether Ctrl-C waits for the end of the step, or ends the process at once."""
+    _state.deferred = deferred
+
+
+def end_deferral() -> None:
+    """Let Ctrl-C end the process at once from now on.
+
+    Raises:
+        Stop: one that waited waits no longer.
+    """
+    _state.deferred = False
+    if INTERRUPT in _state.received:
+        raise Stop(INTERRUPT)
+
+
+def limit_stops(
+    grace_s: float, cleanup: Callable[[int], None], waiting_for: Callable[[], str]
+) -> None:
+    """Set how long a stop may take, what is done when it takes longer, and what it waits for."""
+    _state.grace_s, _state.cleanup, _state.waiting_for = grace_s, cleanup, waiting_for
+
+
+def restart_grace() -> None:
+    """Begin the grace period again: the step has ended, and its checkpoint is being saved."""
+    _state.grace_start = time.monotonic()
 
 
 def _record_signal(number: int, frame: FrameType | None) -> None:
-    if [os.getpid()] == _owner_pid:  # forked processes inherit the handler
-        _received.append(number)
+    if os.getpid() != _state.pid:  # forked processes inherit the handler
+        return
+    is_first = number not in _state.received
+    _state.received.append(number)
+    if number == INTERRUPT and is_first and not _state.deferred:
+        raise Stop(number)
+
+
+def _watch(reader: int) -> None:
+    """End the process after the grace period, or at a second Ctrl-C."""
+    stop, interrupted = 0, 0.0
+    while True:
+        remaining = _state.grace_start + _state.grace_s - time.monotonic() if stop else None
+        ready, _, _ = select.select([reader], [], [], remaining and max(0.0, remaining))
+        now = time.monotonic()
+        if not ready:
+            if now >= _state.grace_start + _state.grace_s:  # else it was restarted
+                _leave(stop, is_late=True)
+            continue
+        data = os.read(reader, 1)
+        if not data:
+            os.close(reader)
+            return
+        number = data[0]
+        if number not in SIGNALS:
+            continue
+        if not stop:
+            stop, _state.grace_start = number, now
+        if number != INTERRUPT:
+            continue
+        if interrupted and now - interrupted > _REPEAT_S:
+            _leave(number, is_late=False)
+        if not interrupted and _state.deferred:
+            _write("Ctrl-C: stopping at the end of this step; press it again to leave at once")
+        interrupted = interrupted or now
+
+
+def _leave(number: int, is_late: bool) -> None:
+    """End this process and those that it started; the last checkpoint stays as it is."""
+    if is_late:
+        waiting = _state.waiting_for() if _state.waiting_for is not None else ""
+        _write(
+            f"{NAMES[signal.Signals(number)]}: no stop within {_state.grace_s:g} s"
+            f"{f', waiting for {waiting}' if waiting else ''}; "
+            "leaving, the last checkpoint stays as it is",
+            any_rank=True,
+        )
+    if _state.cleanup is not None:  # it may hang as well
+        thread = threading.Thread(target=_state.cleanup, args=(number,), daemon=True)
+        thread.start()
+        thread.join(_CLEANUP_S[is_late])
+    with contextlib.suppress(Exception):
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+    _exit(exit_code(number))
+
+
+def _exit(code: Any) -> None:
+    os._exit(code)
+
+
+def _write(message: str, any_rank: bool = False) -> None:
+    """Write a line to standard error, without its buffer, which the main thread may hold."""
+    if any_rank or is_first_rank():
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{message}\n".encode())
+
+
+def is_first_rank() -> bool:
+    """Return whether this is rank 0, as far as the environment says."""
+    rank = next(
+        (os.environ[n] for n in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if n in os.environ), ""
+    )
+    return rank in ("", "0")
+
+
+def _after_fork() -> None:
+    if _state.pid:  # else another program's descriptor
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -203,7 +203,7 @@ def test_only_sigusr1_requeues_the_job(tmp_path, monkeypatch):
 
 
 def test_forked_process_ignores_its_signals():
-    handlers = signals.install_handlers()
+    restore = signals.install_handlers()
     try:
         child = os.fork()
         if not child:
@@ -215,7 +215,7 @@ def test_forked_process_ignores_its_signals():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.received_signal() == signal.SIGUSR1
     finally:
-        signals.restore_handlers(handlers)
+        restore()
     assert signals.received_signal() == 0
 
 
@@ -225,11 +225,11 @@ class IgnoredSignals(torch.utils.data.Dataset[list[int]]):
 
 
 def test_loader_workers_ignore_the_signals():
-    from yolo_lightning.datamodules.combined import ResumableLoader
+    from yolo_lightning.datamodules.loader import ResumableLoader
 
     data: Any = IgnoredSignals()
     loader = ResumableLoader(data, torch.utils.data.SequentialSampler([0, 1]), 1)
-    assert [list(batch) for batch in loader] == [[1, 1], [1, 1]]
+    assert [list(batch) for batch in loader] == [[1, 1, 1], [1, 1, 1]]
 
 
 @pytest.mark.slow

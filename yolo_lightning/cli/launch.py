@@ -3,6 +3,9 @@
 import itertools
 import os
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +76,23 @@ def option_values(args: Sequence[str]) -> dict[str, Any]:
                 value = "" if next_word.startswith("--") else next_word
             values |= _flatten({key: read_value(value)})
     return values
+
+
+def resume_command(args: Sequence[str], checkpoint: Path) -> str:
+    """Return the command, quoted for the shell, that resumes a training from a checkpoint.
+
+    `args` are those of the training.
+    """
+    rest, words = [], iter(args)
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name not in ("--resume", "--ckpt_path"):
+            rest.append(word)
+        elif not has_value:
+            next(words, None)
+    installed = shutil.which("yolo-lightning") is not None
+    program = ["yolo-lightning"] if installed else [sys.executable, "-m", "yolo_lightning"]
+    return shlex.join([*program, *rest, f"--ckpt_path={checkpoint}"])
 
 
 def recipe_paths(args: Sequence[str]) -> list[str]:
@@ -153,6 +173,11 @@ def detect_launch(environment: Mapping[str, str]) -> Launch | None:
             "put srun before the command"
         )
     return Launch("SLURM", nodes, tasks)
+
+
+def has_launcher(environment: Mapping[str, str]) -> bool:
+    """Return whether torchrun or srun started this process."""
+    return "TORCHELASTIC_RUN_ID" in environment or "SLURM_PROCID" in environment
 
 
 def check_launch(

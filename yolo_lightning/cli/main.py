@@ -33,6 +33,12 @@ COMMANDS = {
 }
 _MAX_MESSAGE = 100_000  # characters of an error
 _LIGHTNING_COMMANDS = ("fit", "validate", "test")
+_TRAINING_COMMANDS = ("fit", "quickstart")
+# commands that Lightning runs, which would hide Ctrl-C behind an exit code of its own
+_STOP_SIGNALS = {
+    **dict.fromkeys(_TRAINING_COMMANDS, signals.SIGNALS),
+    **dict.fromkeys(("validate", "test"), (signals.INTERRUPT,)),
+}
 _RECIPE_COMMANDS = {
     *_LIGHTNING_COMMANDS, "chain", "check-data", "anchors", "batch", "explain", "speed",
     "quickstart",
@@ -58,8 +64,12 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 2 with one message for bad input."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command and return its exit code: 0, or 2 with one message for bad input.
+
+    Raises:
+        Stop: a stop signal ended `fit`, `quickstart`, `validate` or `test`.
+    """
+    args = command_line = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -74,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # with several processes on one machine, spinning threads slow each other down 30-fold
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # before the long imports, because a cluster may stop the job at any moment
-    handlers = signals.install_handlers() if args[0] == "fit" else {}
+    restore_handlers = signals.install_handlers(_STOP_SIGNALS.get(args[0], ()))
     try:
         if args[0] in _RECIPE_COMMANDS:
             args = _check_arguments(args)
@@ -85,9 +95,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error).rsplit("InputError: ", 1)[-1].strip()[:_MAX_MESSAGE]
         print(f"yolo-lightning: error: {printable(mask_secrets(message))}", file=sys.stderr)
         return 2
+    except signals.Stop as stop:
+        if signals.is_first_rank():
+            print(_describe_stop(command_line, stop), file=sys.stderr)
+        raise
     finally:
-        signals.restore_handlers(handlers)
+        restore_handlers()
     return 0
+
+
+def _describe_stop(args: Sequence[str], stop: signals.Stop) -> str:
+    """Return how a stopped training goes on, or just that it stopped."""
+    from yolo_lightning.cli import launch
+
+    if stop.requeued:
+        return "the job was requeued, and goes on by itself"
+    if stop.checkpoint is None:
+        return "stopped"
+    if launch.has_launcher(os.environ):
+        return "to go on, start the job again with --resume auto"
+    if args[0] == "fit":
+        return f"to go on: {launch.resume_command(args, stop.checkpoint)}"
+    return f"stopped; the training is in {stop.checkpoint.parent.parent}"
 
 
 def _check_arguments(args: Sequence[str]) -> list[str]:
@@ -102,18 +131,27 @@ def _check_arguments(args: Sequence[str]) -> list[str]:
     recipe_policy.allow(*allowed)
     default_recipe = ["recipes/quickstart.yaml"] if args[0] == "quickstart" else []
     values = launch.check_command_line([*default_recipe, *args[1:]], allowed.modules)
-    if args[0] in ("fit", "quickstart"):
+    if args[0] in _TRAINING_COMMANDS:
         launch.check_launch(values, os.environ, lambda: launch.visible_gpu_count(os.environ))
     return args
 
 
 def console() -> int:
-    """Run a command from a shell; exit quietly on Ctrl-C and when the output pipe closes."""
+    """Run a command from a shell; exit quietly on Ctrl-C and when the output pipe closes.
+
+    If the output cannot be written, training goes on, and other commands fail in the end.
+    """
+    from yolo_lightning.cli.streams import tolerate_full_disk
+
+    files = tolerate_full_disk()
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        is_training = sys.argv[1:2] and sys.argv[1] in _TRAINING_COMMANDS
+        return code or int(any(file.error for file in files) and not is_training)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return 128 + signals.INTERRUPT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

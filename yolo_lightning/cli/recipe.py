@@ -1,10 +1,11 @@
 """The commands `fit`, `validate` and `test`, based on LightningCLI."""
 
+import contextlib
 import logging
 import os
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ class RecipeCLI(LightningCLI):
 
     Attributes:
         run_folder: of `fit`; None for the other commands.
-        job_folder: run folder of the cluster job, None outside of a job.
+        job_folder: run folder of the cluster job, or of the run to resume; None for a new one.
         requested_config: values of recipe and command line, without the paths of this run.
     """
 
@@ -153,11 +154,17 @@ class RecipeCLI(LightningCLI):
         job = runs.cluster_job_id(os.environ)
         self.job_folder = None if job is None else root / job
         path = runs.find_resume_checkpoint(root if self.job_folder is None else self.job_folder)
+        if path is None and self.job_folder is None:  # killed before its first checkpoint
+            self.job_folder = runs.newest_run(root)
         if path is None and config.ckpt_path:  # first start of a job that resumes another run
             path = resumable_checkpoint(config.ckpt_path)
-        rank_zero_only(print)(
-            f"resuming: {path}" if path else "nothing to resume: starting a new run"
-        )
+        if path is not None:
+            message = f"resuming: {path}"
+        elif self.job_folder is not None and self.job_folder.is_dir():
+            message = f"starting again: {self.job_folder} has no checkpoint yet"
+        else:
+            message = "nothing to resume: starting a new run"
+        rank_zero_only(print)(message)
         return None if path is None else str(path)
 
     def _parse_ckpt_path(self) -> None:
@@ -187,16 +194,30 @@ class RecipeCLI(LightningCLI):
             if callback.class_path.endswith("ModelCheckpoint") and options.get("dirpath") is None:
                 options["dirpath"] = checkpoints
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._without_empty_folder():
+            super()._run_subcommand(subcommand)
+
+    @contextlib.contextmanager
+    def _without_empty_folder(self) -> Iterator[None]:
+        """Remove the run folder if an error or a stop leaves it empty."""
+        try:
+            yield
+        except BaseException:
+            if self.run_folder is not None:
+                runs.remove_if_empty(self.run_folder)
+            raise
+
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; raise the `InputError` of a component unchanged."""
         try:
-            super().instantiate_classes()
-            self._record_backbone()
-            if self.run_folder is not None and hasattr(self.datamodule, "require_training_data"):
-                self.datamodule.require_training_data()
+            with self._without_empty_folder():
+                super().instantiate_classes()
+                self._record_backbone()
+                has_check = hasattr(self.datamodule, "require_training_data")
+                if self.run_folder is not None and has_check:
+                    self.datamodule.require_training_data()
         except Exception as error:
-            if self.run_folder is not None:
-                runs.remove_if_empty(self.run_folder)
             raise find_input_error(error) or error from None
 
     def _record_backbone(self) -> None:

@@ -62,6 +62,12 @@ def cluster_job_id(environment: Mapping[str, str]) -> str | None:
     return None if name == "none" else f"torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
 
 
+def newest_run(root: Path) -> Path | None:
+    """Return the run that was started last in a folder of runs; None if there is none."""
+    locks = list(root.glob(f"*/{_LOCK}"))  # written by every start
+    return max(locks, key=lambda file: file.stat().st_mtime).parent if locks else None
+
+
 def find_resume_checkpoint(folder: Path) -> Path | None:
     """Return the newest valid checkpoint to resume from, in one run or in a folder of runs.
 

@@ -462,16 +462,21 @@ class RunLogger(MLFlowLogger):
         """
         if self._thread is None or self._journal is None:
             return
-        if not self._thread.finish(self._flush_timeout_s if timeout_s is None else timeout_s):
-            folder = shlex.quote(str(self._journal.folder.parent))
-            is_own = self.store == mask_secrets(own_store())
-            store = "" if is_own else f" --store {shlex.quote(self.store)}"
-            self._warn(
-                f"upload to MLflow at {self.store} is not complete; the rest is in "
-                f"{self._journal.folder}. Upload it with: "
-                f"yolo-lightning mlflow sync {folder}{store}"
-            )
-        self._thread = self._uploader = None
+        thread, self._thread = self._thread, None  # if Ctrl-C ends the wait, it is not repeated
+        complete = False
+        try:
+            complete = thread.finish(self._flush_timeout_s if timeout_s is None else timeout_s)
+        finally:
+            self._uploader = None
+            if not complete:
+                folder = shlex.quote(str(self._journal.folder.parent))
+                is_own = self.store == mask_secrets(own_store())
+                store = "" if is_own else f" --store {shlex.quote(self.store)}"
+                self._warn(
+                    f"upload to MLflow at {self.store} is not complete; the rest is in "
+                    f"{self._journal.folder}. Upload it with: "
+                    f"yolo-lightning mlflow sync {folder}{store}"
+                )
 
     # --- helpers
 
