@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 INTERRUPT, STOP, STOP_AND_REQUEUE = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 SIGNALS = (INTERRUPT, STOP, STOP_AND_REQUEUE)  # of several received ones, the last counts
@@ -148,13 +147,12 @@ def _watch(reader: int) -> None:
         ready, _, _ = select.select([reader], [], [], remaining and max(0.0, remaining))
         now = time.monotonic()
         if not ready:
-            if now >= _state.grace_start + _state.grace_s:  # else it was restarted
-                _leave(stop, is_late=True)
-            continue
+            if now < _state.grace_start + _state.grace_s:
+                continue  # it was restarted
+            return _leave(stop, is_late=True)
         data = os.read(reader, 1)
         if not data:
-            os.close(reader)
-            return
+            return os.close(reader)
         number = data[0]
         if number not in SIGNALS:
             continue
@@ -163,7 +161,7 @@ def _watch(reader: int) -> None:
         if number != INTERRUPT:
             continue
         if interrupted and now - interrupted > _REPEAT_S:
-            _leave(number, is_late=False)
+            return _leave(number, is_late=False)
         if not interrupted and _state.deferred:
             _write("Ctrl-C: stopping at the end of this step; press it again to leave at once")
         interrupted = interrupted or now
@@ -183,15 +181,16 @@ def _leave(number: int, is_late: bool) -> None:
         thread = threading.Thread(target=_state.cleanup, args=(number,), daemon=True)
         thread.start()
         thread.join(_CLEANUP_S[is_late])
+    _exit(exit_code(number))
+
+
+def _exit(code: int) -> None:
+    """End this process and its children: loader workers, which ignore signals, and ranks."""
     with contextlib.suppress(Exception):
         import psutil
 
         for process in psutil.Process().children(recursive=True):
             process.kill()
-    _exit(exit_code(number))
-
-
-def _exit(code: Any) -> None:
     os._exit(code)
 
 

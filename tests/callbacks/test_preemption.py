@@ -1,6 +1,7 @@
 """`Preemption`: a training stops on a signal, saves once, and resumes exactly."""
 
 import os
+import shlex
 import signal
 import time
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 
 from tests.helpers.diary import entries, mismatches
 from tests.helpers.kill_and_resume import STEPS, STEPS_PER_EPOCH, arguments, write_recipe
-from tests.helpers.processes import rank_pids, start, wait_or_kill
+from tests.helpers.paths import REPO
+from tests.helpers.processes import ENVIRONMENT, rank_pids, start, wait_or_kill
 from yolo_lightning import signals
 from yolo_lightning.callbacks import preemption
 from yolo_lightning.cli.main import main
+from yolo_lightning.datamodules import ShapesDetection
 from yolo_lightning.errors import InputError
 
 pytestmark = pytest.mark.end_to_end
@@ -67,24 +70,63 @@ def checkpoints(folder):
     return sorted(path.name for path in folder.glob("runs/*/checkpoints/*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_saves_the_step_and_the_training_resumes(uninterrupted, tmp_path, number, capsys):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+)
+def test_signal_saves_the_step_and_the_training_resumes(
+    uninterrupted, tmp_path, number, code, capsys
+):
     write_recipe(tmp_path)
     SendSignal.set(number, step=3)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as caught:
         fit(tmp_path)
-    assert caught.value.code == 143
+    assert caught.value.code == code
     assert signal.getsignal(number) is before
     assert signals.received_signal() == 0
     assert [entry[0] for entry in entries(tmp_path)] == [0, 1, 2, 3]
     (last,) = tmp_path.glob("runs/*/checkpoints/last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 4
-    assert fit(tmp_path) == 0
+    command = capsys.readouterr().err.splitlines()[-1]
+    assert command.startswith("to go on: ")
+    words = shlex.split(command)
+    assert "--resume" not in words
+    assert words[-1] == f"--ckpt_path={last}"
+    assert (main(words[words.index("fit") :]) if code == 130 else fit(tmp_path)) == 0
     assert not mismatches(entries(uninterrupted[0]), entries(tmp_path), STEPS)
     assert len(entries(tmp_path)) == STEPS, "no step twice"
     assert len(list(tmp_path.glob("runs/*"))) == 1
-    assert "resuming: " in capsys.readouterr().out
+    if code == 143:
+        assert "resuming: " in capsys.readouterr().out
+
+
+def test_interrupt_before_the_training_ends_at_once(tmp_path, monkeypatch, capsys):
+    write_recipe(tmp_path)
+    monkeypatch.setattr(
+        ShapesDetection, "prepare", lambda self: os.kill(os.getpid(), signal.SIGINT)
+    )
+    with pytest.raises(SystemExit) as caught:
+        fit(tmp_path)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped\n")
+    assert not list(tmp_path.glob("runs/*")), "no empty run folder"
+
+
+def test_run_killed_before_its_first_checkpoint_is_started_again(tmp_path, monkeypatch, capsys):
+    write_recipe(tmp_path)
+    SendSignal.set(step=10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(SendSignal, "on_train_batch_start", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(tmp_path)
+    (run,) = tmp_path.glob("runs/*")
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "checkpoints/last.ckpt.part").touch()
+    assert fit(tmp_path, "--trainer.max_epochs=1") == 0
+    assert list(tmp_path.glob("runs/*")) == [run]
+    assert f"starting again: {run} has no checkpoint yet" in capsys.readouterr().out
+    assert [entry[0] for entry in entries(tmp_path)] == list(range(STEPS_PER_EPOCH))
+    assert checkpoints(tmp_path) == ["last.ckpt", "previous.ckpt"]
 
 
 def test_validation_is_repeated_after_a_stop_in_it(uninterrupted, tmp_path):
@@ -230,6 +272,67 @@ def test_loader_workers_ignore_the_signals():
     data: Any = IgnoredSignals()
     loader = ResumableLoader(data, torch.utils.data.SequentialSampler([0, 1]), 1)
     assert [list(batch) for batch in loader] == [[1, 1, 1], [1, 1, 1]]
+
+
+class HangingShapes(ShapesDetection):
+    """Shapes on a disk that answers no more, once the file HANG exists."""
+
+    def image_name(self, index):
+        return f"disk/{index}.jpg"
+
+    def read(self, index, min_side=None):
+        while os.path.exists(os.environ.get("HANG", "")):
+            time.sleep(0.05)
+        return super().read(index, min_side)
+
+
+def test_loader_timeout_names_the_image(tmp_path, monkeypatch):
+    from yolo_lightning.datamodules.batching import EvaluationDataset
+    from yolo_lightning.datamodules.loader import ResumableLoader
+    from yolo_lightning.tree.wordtree import WordTree
+
+    source = HangingShapes(length=4, image_size=32)
+    source.bind(WordTree.from_source(str(REPO / "recipes/trees/shapes.tsv")))
+    dataset = EvaluationDataset(source, 32)
+    loader = ResumableLoader(dataset, [[0], [1], [2], [3]], 1, timeout_s=1)
+    batches = iter(loader)
+    assert next(batches).sample_ids.tolist() == [0]
+    assert loader.pending_images() == ""
+    monkeypatch.setenv("HANG", str(tmp_path))
+    with pytest.raises(InputError, match=r"no batch within 1 s, waiting for disk/1.jpg; see"):
+        list(ResumableLoader(dataset, [[1]], 1, timeout_s=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stop_with_a_hanging_loader_worker(tmp_path, monkeypatch, number, code, ranks):
+    """All processes receive the signal, as from a terminal or a scheduler."""
+    hang = tmp_path / "hang"
+    monkeypatch.setitem(ENVIRONMENT, "HANG", str(hang))
+    options = [] if ranks == 1 else ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    process = start(
+        tmp_path, "--trainer.max_epochs=500", *options, "--allow-module",
+        "tests.callbacks.test_preemption", "--trainer.callbacks+=Preemption",
+        "--trainer.callbacks.grace_s=2",
+        "--data.detection.class_path=tests.callbacks.test_preemption.HangingShapes",
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(entries(tmp_path, ranks - 1)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        hang.touch()
+        time.sleep(3)  # for the prefetched batches
+        os.killpg(process.pid, number)
+        started = time.monotonic()
+        assert wait_or_kill(process, 60) == code, (tmp_path / "log.txt").read_text()
+    finally:
+        hang.unlink()
+    assert time.monotonic() - started < 20
+    log = (tmp_path / "log.txt").read_text()
+    assert "no stop within 2 s, waiting for disk/" in log
+    assert "Traceback" not in log
+    assert "last.ckpt" in checkpoints(tmp_path)
 
 
 @pytest.mark.slow

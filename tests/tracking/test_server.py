@@ -222,6 +222,22 @@ def test_points_do_not_depend_on_where_training_is_interrupted(server, tmp_path,
 
 
 @pytest.mark.slow
+def test_points_do_not_depend_on_a_stop_in_the_last_validation(server, tmp_path):
+    """Nor on a kill before the first checkpoint, which leaves no run behind."""
+    uninterrupted, interrupted = tmp_path / "whole", tmp_path / "stopped"
+    options = ("--trainer.max_steps=24",)
+    fit(uninterrupted, server.uri, options=options)
+    stops = ("SIGKILL after 0", "SIGKILL validation 24", "SIGTERM validation 24")
+    fit(interrupted, server.uri, *stops, options=options)
+    assert point_differences(server.database, uninterrupted, interrupted) == ([], [])
+    files = [sorted(path.name for path in folder.glob("runs/*/report/*"))
+             for folder in (uninterrupted, interrupted)]  # fmt: skip
+    assert files[0] == files[1] != []
+    wait_for_exit(start(interrupted, IN_THREE_BATCHES, *options), interrupted)  # once more
+    assert point_differences(server.database, uninterrupted, interrupted) == ([], [])
+
+
+@pytest.mark.slow
 def test_a_training_killed_and_resumed_five_times_is_one_run(tmp_path, quiet_environment):
     database = tmp_path / "mlflow.db"
     uninterrupted, killed = tmp_path / "whole", tmp_path / "killed"
@@ -304,7 +320,7 @@ def run_interrupted(server, folder, stop, code, environment=None):
     ("SIGTERM before 3", 143, "KILLED"),
     ("SIGTERM validation 6", 143, "KILLED"),
     ("SIGUSR1 before 3", 143, "KILLED"),  # no scheduler to requeue it
-    ("SIGINT before 3", 1, "KILLED"),
+    ("SIGINT before 3", 130, "KILLED"),
     ("error before 3", 1, "FAILED"),
 ])  # fmt: skip
 def test_run_status_after_an_interruption_and_after_resuming(server, tmp_path, stop, code, status):

@@ -1,0 +1,95 @@
+"""Stop signals: which ones wait for a step, and how long a stop may take."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from yolo_lightning import signals
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """Handle stop signals; record the exit codes of the thread, which ends instead."""
+    codes, left = [], threading.Event()
+
+    def leave(code):
+        codes.append(code)
+        left.set()
+
+    monkeypatch.setattr(signals, "_exit", leave)
+    restore = signals.install_handlers()
+    yield codes, left
+    restore()
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # a handler runs between two operations
+
+
+def test_interrupt_ends_the_process_at_once_unless_it_is_deferred(exits):
+    with pytest.raises(signals.Stop) as caught:
+        send(signal.SIGINT)
+    assert caught.value.code == 130
+    send(signal.SIGINT)  # of the launcher: the first one is cleaning up
+    assert signals.received_signal() == signal.SIGINT
+
+
+def test_deferred_interrupt_waits(exits, capfd):
+    signals.defer_interrupts(True)
+    send(signal.SIGINT)
+    assert signals.received_signal() == signal.SIGINT
+    with pytest.raises(signals.Stop):
+        signals.end_deferral()
+    assert "stopping at the end of this step; press it again" in capfd.readouterr().err
+
+
+def test_second_interrupt_leaves_at_once_but_not_a_repeated_one(exits, monkeypatch):
+    codes, left = exits
+    monkeypatch.setattr(signals, "_REPEAT_S", 0.2)
+    signals.defer_interrupts(True)
+    send(signal.SIGINT)
+    send(signal.SIGINT)  # terminal and launcher
+    assert not codes
+    time.sleep(0.25)
+    send(signal.SIGINT)
+    assert left.wait(5)
+    assert codes == [130]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_that_hangs_ends_after_the_grace_period(exits, capfd, number, code):
+    codes, left = exits
+    cleaned = []
+    signals.limit_stops(0.3, cleaned.append, lambda: "disk/a.jpg")
+    signals.defer_interrupts(True)
+    started = time.monotonic()
+    send(number)
+    time.sleep(0.1)
+    signals.restart_grace()
+    assert left.wait(5)
+    assert 0.4 <= time.monotonic() - started < 3
+    assert codes == [code]
+    assert cleaned == [number]
+    assert "no stop within 0.3 s, waiting for disk/a.jpg; leaving" in capfd.readouterr().err
+
+
+def test_sigusr1_counts_before_sigterm_before_an_interrupt(exits):
+    signals.defer_interrupts(True)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        send(number)
+    assert signals.received_signal() == signal.SIGUSR1
+
+
+def test_handlers_are_restored():
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    restore = signals.install_handlers()
+    signals.install_handlers()()  # of the callback: the command line handles them already
+    assert signal.getsignal(signal.SIGTERM) != before[1]
+    restore()
+    restore()
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
