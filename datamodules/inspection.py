@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from yolo_lightning.datamodules.files import AnnotatedImages, FileSource
 from yolo_lightning.datamodules.source import DetectionSource, Source
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import UnreadableSample, read_image
+from yolo_lightning.images import UnreadableSample, decode_image, read_file
 from yolo_lightning.tree.wordtree import WordTree
 
 FAULTS = {
@@ -189,10 +189,9 @@ def _check_image(path: Path) -> tuple[Path, str, list[int] | None, str]:
     """Return path, hash and size_wh of an image; the size is None if there is a fault."""
     digest = ""
     try:
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        _, (height, width) = read_image(path)
-    except OSError as error:
-        return path, digest, None, f"{path}: cannot be read ({error.strerror})"
+        data = read_file(path)
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        _, (height, width) = decode_image(data, str(path))
     except UnreadableSample as error:
         return path, digest, None, str(error)
     return path, digest, [width, height], ""

@@ -2,6 +2,7 @@
 
 import shutil
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
+from tests.helpers import hostile_images
 from tests.helpers.images import exif_of
 from tests.helpers.miniatures import (
     HEIGHT,
@@ -23,12 +25,15 @@ from tests.helpers.miniatures import (
     set_up_data,
     write,
 )
+from yolo_lightning import images
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules import ImageFolder, LabelCSV, VOCFolder, YOLOText, files
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import (
     UnreadableSample,
     centre_crop,
+    check_image,
+    decode_image,
     fit,
     read_header,
     read_image,
@@ -38,19 +43,9 @@ from yolo_lightning.images import (
 # --- damaged images
 
 
-def bomb(path: Path) -> Path:
-    """Write a whole PNG of 20,000 x 20,000 px, one bit each: 50 kB for 1.2 GB once decoded."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    deflate = zlib.compressobj(1)
-    rows = bytes(2501 * 1000)
-    packed = b"".join(deflate.compress(rows) for _ in range(20)) + deflate.flush()
-    head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
-    parts = [chunk(b"IHDR", head), chunk(b"IDAT", packed), chunk(b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
     return path
 
 
@@ -70,7 +65,14 @@ BAD = {
     "cut-off WebP": lambda folder: cut_off(folder / "bad.webp"),
     "zero bytes": lambda folder: write(folder / "bad.jpg", ""),
     "text": lambda folder: write(folder / "bad.jpg", "<html>404 not found</html>\n" * 50),
-    "bomb": lambda folder: bomb(folder / "bad.png"),
+    "bomb": lambda folder: put(folder / "bad.png", hostile_images.png_bomb()),
+    "scans": lambda folder: put(folder / "bad.jpg", hostile_images.progressive_jpeg(101, 64)),
+    "texts": lambda folder: put(folder / "bad.png", hostile_images.png_texts(21, 100)),
+    "too wide for OpenCV": lambda folder: save(folder / "bad.bmp", Image.new("1", (1_100_000, 1))),
+    "not a format of ours": lambda folder: put(
+        folder / "bad.jpg", hostile_images.animation("TIFF", 1, 32)
+    ),
+    "named pipe": lambda folder: hostile_images.fifo(folder / "bad.jpg"),
 }
 
 
@@ -119,7 +121,8 @@ def test_damaged_image_is_left_out_of_evaluation(tmp_path):
     (batch,) = list(data.val_dataloader())
     assert isinstance(batch, ClassificationBatch)
     assert batch.sample_ids.tolist() == [0, -1, 2]
-    assert batch.faults == [f"{bad}: not a readable image; left out of the evaluation"]
+    reason = "not a readable image (allowed: JPEG, PNG, BMP, WebP, GIF)"
+    assert batch.faults == [f"{bad}: {reason}; left out of the evaluation"]
 
 
 def test_image_deleted_after_indexing_is_replaced(tmp_path):
@@ -161,20 +164,84 @@ def fail_decode(*args: Any, **options: Any) -> None:
 def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(cv2, "imdecode", fail_decode)
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail_decode)
-    file = bomb(tmp_path / "bomb.png")
+    file = put(tmp_path / "bomb.png", hostile_images.png_bomb())
     for read in (read_header, read_image):
         with pytest.raises(UnreadableSample, match=r"bomb\.png: .* million"):
             read(file)
 
 
 def test_size_error_names_the_limit(tmp_path):
-    file = bomb(tmp_path / "bomb.png")
-    data = bytearray(file.read_bytes())
+    data = bytearray(hostile_images.png_bomb())
     data[16:24] = struct.pack(">II", 14_000, 14_000)  # 196 million: above 178, below twice that
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    file.write_bytes(bytes(data))
     with pytest.raises(UnreadableSample, match="more than 17[89] million"):
-        read_image(file)
+        read_image(put(tmp_path / "bomb.png", bytes(data)))
+
+
+def test_limits_of_scans(monkeypatch):
+    whole, size_hw = decode_image(hostile_images.progressive_jpeg(100, 64), "a")
+    assert whole.shape[:2] == size_hw == (64, 64)
+    with pytest.raises(UnreadableSample, match="^a: 101 scans of 64 x 64 px; allowed: at most 100"):
+        check_image(hostile_images.progressive_jpeg(101, 64), "a")
+    monkeypatch.setattr(images, "MAX_SCANNED_PIXELS", 64 * 64 * 7)
+    check_image(hostile_images.progressive_jpeg(7, 64), "a")
+    with pytest.raises(UnreadableSample, match="^a: 8 scans of 64 x 64 px; allowed: at most 7$"):
+        check_image(hostile_images.progressive_jpeg(8, 64), "a")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif"])
+def test_ordinary_files_are_far_from_the_limits(tmp_path, suffix):
+    """Also with a thumbnail and texts; Pillow writes 10 scans for colours, mozjpeg up to 14."""
+    thumbnail = save(tmp_path / "thumbnail.jpg", progressive=True).read_bytes()
+    texts = PngImagePlugin.PngInfo()
+    for name in ("XML:com.adobe.xmp", "Comment"):
+        texts.add_itxt(name, "text " * 100, zip=True)
+    options = {
+        "jpg": {"progressive": True, "comment": thumbnail},
+        "png": {"pnginfo": texts},
+    }.get(suffix, {})
+    data = save(tmp_path / f"a.{suffix}", **options).read_bytes()
+    assert check_image(data, "a").size_hw == (HEIGHT, WIDTH)
+    if suffix == "jpg":
+        assert len(images._SCAN.findall(data)) == 20
+        assert images.MAX_PIXELS * 14 < images.MAX_SCANNED_PIXELS
+
+
+def test_limit_of_bytes(tmp_path, monkeypatch):
+    file = save(tmp_path / "a.png")
+    size = file.stat().st_size
+    monkeypatch.setattr(images, "MAX_BYTES", size - 1)
+    message = f"a.png: {size} bytes; allowed: at most {size - 1}$"
+    for read in (read_header, read_image, lambda file: check_image(file.read_bytes(), str(file))):
+        with pytest.raises(UnreadableSample, match=message):
+            read(file)
+
+
+@pytest.mark.parametrize("make", [hostile_images.fifo, hostile_images.unix_socket, Path.mkdir])
+def test_only_regular_files_are_opened(tmp_path, make, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket has at most 107 characters
+    make(Path("a.jpg"))
+    Path("b.jpg").symlink_to("a.jpg")
+    for name in ("a.jpg", "b.jpg"):
+        for read in (read_header, read_image):
+            with pytest.raises(UnreadableSample, match=f"^{name}: not a regular file$"):
+                read(Path(name))
+
+
+def test_a_path_that_no_file_can_have_is_unreadable():
+    for name in ("a\0b.jpg", "a" * 300 + ".jpg"):
+        with pytest.raises(UnreadableSample, match="cannot be read"):
+            read_image(Path(name))
+
+
+@pytest.mark.slow
+def test_scans_and_texts_do_not_take_the_time_that_they_would(tmp_path):
+    """Decoding takes 28 s and 3 s."""
+    for data in (hostile_images.jpeg_bomb(), hostile_images.png_texts()):
+        started = time.perf_counter()
+        with pytest.raises(UnreadableSample, match="scans|texts"):
+            decode_image(data, "a", 416)
+        assert time.perf_counter() - started < 0.5
 
 
 # --- pixel formats
@@ -227,6 +294,10 @@ GOOD: dict[str, tuple[Any, Any, float]] = {
     "WebP with alpha": (lambda f: save(f / "a.webp", alpha(), lossless=True, exact=True),
                         quarters(), 0),
     "BMP": (lambda folder: save(folder / "a.bmp"), quarters(), 0),
+    "GIF called .jpg": (lambda f: save(f / "a.gif").rename(f / "a.jpg"), quarters(), 1),
+    "JPEG with a preview": (
+        lambda f: save(f / "a.mpo", save_all=True, append_images=[Image.fromarray(quarters())],
+                       quality=95, subsampling=0).rename(f / "a.jpg"), quarters(), 12),
     "1 x 1 JPEG": (lambda folder: save_grey(folder / "a.jpg", 90, 1, 1), np.full((1, 1, 3), 90), 1),
     "1 x 1 PNG": (lambda folder: save_grey(folder / "a.png", 90, 1, 1), np.full((1, 1, 3), 90), 0),
     "PNG called .jpg": (lambda f: save(f / "b.png").rename(f / "a.jpg"), quarters(), 0),

@@ -14,7 +14,7 @@ from yolo_lightning.boxes import batched_nms
 from yolo_lightning.detections import BestPairs, Detection, Detections, to_original_px
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
-from yolo_lightning.images import Image, decoding_side, fit, read_image
+from yolo_lightning.images import Image, decode_image, decoding_side, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.models.backbones import detector_layers, without_batch_norm
 from yolo_lightning.models.head import Candidates, Location, select_candidates
@@ -206,12 +206,12 @@ class DetectorModule(TrainingModule):
     @torch.no_grad()
     def forward(
         self,
-        image: str | Path | Image,
+        image: str | Path | bytes | Image,
         score_threshold: float = 0.25,
         tree_threshold: float = 0.5,
         image_size: int | None = None,
     ) -> list[Detection]:
-        """Detect objects in one image; return them by descending score.
+        """Detect objects in one image, also encoded in bytes; return them by descending score.
 
         `tree_threshold` is the minimum P(node) of a label; `image_size` is the side of the network
         input, px, by default the model's.
@@ -236,7 +236,7 @@ class DetectorModule(TrainingModule):
         return size_hw
 
     def preprocess(
-        self, image: str | Path | Image, image_size: int | None = None
+        self, image: str | Path | bytes | Image, image_size: int | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """Return an image as network input (3, H, W), and its original height and width, px.
 
@@ -246,9 +246,11 @@ class DetectorModule(TrainingModule):
             InputError: an invalid image size, or an array other than uint8 (H, W, 3).
         """
         size_hw, interpolation = self.input_size_hw(image_size), self.hparams["interpolation"]
+        min_side = decoding_side(max(size_hw), interpolation)
         if isinstance(image, str | Path):
-            min_side = decoding_side(max(size_hw), interpolation)
             pixels, size_hw_orig = read_image(Path(image).expanduser(), min_side)
+        elif isinstance(image, bytes):
+            pixels, size_hw_orig = decode_image(image, "image", min_side)
         else:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise InputError(

@@ -1,7 +1,9 @@
-"""Image files: read sizes, decode to RGB, and fit into a network input."""
+"""Image files: read sizes, decode to RGB within limits, and fit into a network input."""
 
 import io
 import os
+import re
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,15 @@ GREY = 127  # of padding; 0.5 in float, as in the original program
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
-# refuse larger images before they are decoded: a small file may declare any size
+# Limits of files, checked before decoding: a small file may declare any size, or need minutes.
+MAX_BYTES = 512 * 2**20
 MAX_PIXELS = 178_000_000
+MAX_SCANS = 100  # of a JPEG; a progressive one usually has 10, and each is a pass over all blocks
+MAX_SCANNED_PIXELS = 3_000_000_000  # pixels x scans
+MAX_PNG_TEXTS = 20  # compressed; each may expand to 8 MB
 
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # of which some are found as .jpg in datasets
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # start of a scan
 _ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
 _REDUCED = (
@@ -60,68 +68,139 @@ def read_header(path: Path) -> Header:
     """Return size and format of an image file without decoding it.
 
     Raises:
-        UnreadableSample: the file is missing, not an image, or too large.
+        UnreadableSample: the file is missing, not a regular file, not an image, or too large.
     """
+    with _open(path) as file:
+        return _header(file, str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        UnreadableSample: the file is missing, not a regular file, or too large.
+    """
+    with _open(path) as file:
+        try:
+            return file.read(os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a regular file; opening a named pipe or a device may block or have side effects."""
     try:
-        with path.open("rb") as file:
-            return _header(file, path)
-    except OSError as error:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableSample(f"{path}: not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise UnreadableSample(
+                f"{path}: {status.st_size:,} bytes; allowed: at most {MAX_BYTES:,}"
+            )
+        return open(path, "rb", opener=_open_descriptor)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
         raise _unreadable(path, error) from None
 
 
-def _header(file: IO[bytes], path: Path) -> Header:
+def _open_descriptor(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no O_NONBLOCK
+
+
+def _header(file: IO[bytes], name: str) -> Header:
     try:
-        with Pillow.open(file) as image:
+        with Pillow.open(file, formats=_FORMATS) as image:
             width, height = image.size
-            format_name = str(image.format)
+            format_name = "JPEG" if image.format == "MPO" else str(image.format)
             exif = Pillow.Exif()  # image.getexif() would decode PNGs, and would read XMP too
             exif.load(image.info.get("exif") or b"")
             transposed = exif.get(_ORIENTATION) in _TRANSPOSED
     except Pillow.DecompressionBombError:
         raise UnreadableSample(
-            f"{path}: declares more than {MAX_PIXELS // 1_000_000} million pixels"
+            f"{name}: declares more than {MAX_PIXELS // 1_000_000} million pixels"
         ) from None
     except Exception:  # Pillow raises many kinds of exceptions for damaged headers
-        raise UnreadableSample(f"{path}: not a readable image") from None
+        raise UnreadableSample(
+            f"{name}: not a readable image (allowed: JPEG, PNG, BMP, WebP, GIF)"
+        ) from None
     if width * height > MAX_PIXELS:
         raise UnreadableSample(
-            f"{path}: {width} x {height} px, more than {MAX_PIXELS // 1_000_000} million"
+            f"{name}: {width} x {height} px, more than {MAX_PIXELS // 1_000_000} million"
         )
     return Header((width, height) if transposed else (height, width), format_name)
 
 
-def read_image(path: Path, min_side: int | None = None) -> tuple[Image, tuple[int, int]]:
-    """Decode an image file to RGB and apply its EXIF orientation; return it and the file's size_hw.
+def check_image(data: bytes, name: str) -> Header:
+    """Return the header of an encoded image that is within the limits of this module.
 
-    Grey, palette, 16-bit and CMYK images become RGB; transparency is dropped.
+    They bound the time of decoding to a few seconds of one core.
 
     Args:
-        path: JPEG, PNG, BMP or WebP.
+        data: content of a JPEG, PNG, BMP, WebP or GIF file.
+        name: of the image, for messages.
+
+    Raises:
+        UnreadableSample: not an image, or beyond a limit.
+    """
+    if len(data) > MAX_BYTES:
+        raise UnreadableSample(f"{name}: {len(data):,} bytes; allowed: at most {MAX_BYTES:,}")
+    header = _header(io.BytesIO(data), name)
+    height, width = header.size_hw
+    if header.format == "JPEG":
+        scans = len(_SCAN.findall(data))
+        allowed = min(MAX_SCANS, MAX_SCANNED_PIXELS // (width * height))
+        if scans > allowed:
+            raise UnreadableSample(
+                f"{name}: {scans:,} scans of {width} x {height} px; allowed: at most {allowed}"
+            )
+    elif header.format == "PNG":
+        texts = data.count(b"zTXt") + data.count(b"iTXt")
+        if texts > MAX_PNG_TEXTS:
+            raise UnreadableSample(
+                f"{name}: {texts:,} compressed texts; allowed: at most {MAX_PNG_TEXTS}"
+            )
+    return header
+
+
+def read_image(path: Path, min_side: int | None = None) -> tuple[Image, tuple[int, int]]:
+    """Decode an image file; see `decode_image` for the arguments, the result and the errors."""
+    return decode_image(read_file(path), str(path), min_side)
+
+
+def decode_image(
+    data: bytes, name: str, min_side: int | None = None
+) -> tuple[Image, tuple[int, int]]:
+    """Decode an image to RGB and apply its EXIF orientation; return it and the file's size_hw.
+
+    Grey, palette, 16-bit and CMYK images become RGB; transparency is dropped. Of an animation, the
+    first frame is decoded.
+
+    Args:
+        data: content of a JPEG, PNG, BMP, WebP or GIF file.
+        name: of the image, for messages.
         min_side: px that the shorter side must keep. A much larger JPEG is decoded at a half, a
             quarter or an eighth of its size, which is several times faster.
 
     Raises:
-        UnreadableSample: the file is missing, not an image, damaged, or too large.
+        UnreadableSample: not an image, damaged, or beyond a limit of `check_image`.
     """
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    header = _header(io.BytesIO(data.data), path)
+    header = check_image(data, name)
     flag = cv2.IMREAD_COLOR_RGB
     if min_side is not None and header.format == "JPEG":
         shorter = min(header.size_hw)
         flag = next((f for factor, f in _REDUCED if shorter >= factor * min_side), flag)
-    image = cv2.imdecode(data, flag)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    except cv2.error:
+        image = None
     if image is None:
-        raise UnreadableSample(f"{path}: damaged or truncated, cannot be decoded")
+        raise UnreadableSample(f"{name}: damaged or truncated, cannot be decoded")
     if flag != cv2.IMREAD_COLOR_RGB:  # OpenCV decodes at reduced size to BGR only
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
     return np.asarray(image, np.uint8), header.size_hw
 
 
-def _unreadable(path: Path, error: OSError) -> UnreadableSample:
-    return UnreadableSample(f"{path}: cannot be read ({error.strerror or error})")
+def _unreadable(path: Path, error: OSError | ValueError) -> UnreadableSample:
+    return UnreadableSample(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def fit(

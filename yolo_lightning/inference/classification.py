@@ -18,9 +18,11 @@ from yolo_lightning.images import (
     Image,
     UnreadableSample,
     centre_crop,
+    check_image,
+    decode_image,
     decoding_side,
     fit,
-    read_image,
+    read_file,
     resize_image,
 )
 
@@ -43,7 +45,7 @@ def find_images(locations: Sequence[str]) -> Iterator[Path]:
 
 
 def prepare(
-    path: Path,
+    file: Path | bytes,
     module: ClassifierModule | DetectorModule,
     size_hw: tuple[int, int],
     resize: Preparation,
@@ -51,7 +53,7 @@ def prepare(
     """Return an image file as network input (1, 3, H, W), with the module's interpolation.
 
     Args:
-        path: of the image.
+        file: path of the image, or its encoded bytes.
         module: that the input is for.
         size_hw: height and width of the network input, px.
         resize: `crop` is the central window, as in validation on image labels; `letterbox` is the
@@ -59,16 +61,18 @@ def prepare(
             network input larger than `size_hw`, so that it shows the whole image.
 
     Raises:
-        UnreadableSample: the file is missing, not an image, damaged, too large, or too thin.
+        UnreadableSample: missing, not an image, damaged, beyond a limit, or too thin.
 
     Source: the original program's `classifier predict`, for `letterbox` and `darknet`.
     """
     interpolation = module.hparams["interpolation"]
+    data, name = (file, "image") if isinstance(file, bytes) else (read_file(file), str(file))
     is_darknets_way = resize == "letterbox" and interpolation == "darknet"
     if is_darknets_way and isinstance(module, ClassifierModule):  # a detector reads as `detect`
-        image, size_hw_orig = _decode_as_darknet(path)
+        image, size_hw_orig = _decode_as_darknet(data, name)
     else:
-        image, size_hw_orig = read_image(path, decoding_side(max(size_hw), interpolation))
+        min_side = decoding_side(max(size_hw), interpolation)
+        image, size_hw_orig = decode_image(data, name, min_side)
     if resize == "crop":
         return stack_images([centre_crop(image, size_hw, interpolation)])
     if resize == "shorter-side":
@@ -77,19 +81,20 @@ def prepare(
         larger_hw = max(net_height, int(height * scale)), max(net_width, int(width * scale))
         if max(larger_hw) > MAX_SIDE:
             raise UnreadableSample(
-                f"{path}: {width} x {height} px is too thin for shorter-side; use letterbox"
+                f"{name}: {width} x {height} px is too thin for shorter-side; use letterbox"
             )
         return stack_images([resize_image(image, larger_hw, interpolation)])
     fitted, *_ = fit(image, size_hw, resize, size_hw_orig, interpolation)
     return stack_images([fitted])
 
 
-def _decode_as_darknet(path: Path) -> tuple[Image, tuple[int, int]]:
+def _decode_as_darknet(data: bytes, name: str) -> tuple[Image, tuple[int, int]]:
     """Decode with stb_image, which rounds chroma differently from libjpeg-turbo."""
+    check_image(data, name)
     try:
-        image = libstb.imread(str(path), channels=3, orient=True, max_bytes=3 * MAX_PIXELS)
+        image = libstb.imread(data, channels=3, orient=True, max_bytes=3 * MAX_PIXELS)
     except (OSError, ValueError, libstb.Error):
-        return read_image(path)  # too large, damaged, or a format that stb_image does not support
+        return decode_image(data, name)  # damaged, or a format that stb_image does not support
     return image, (image.shape[0], image.shape[1])
 
 
