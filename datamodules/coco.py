@@ -217,10 +217,10 @@ def load(file: Path) -> Any:
 
 def _id(value: Any) -> ID | None:
     """Return an id: text, or an integer of 64 bits; None if it is no id."""
-    value = _whole(value)
-    if type(value) is int:
-        return value if abs(value) < 2**63 else None
-    return value if isinstance(value, str) else None
+    whole = value if type(value) is int else _whole(value)
+    if type(whole) is int:
+        return whole if abs(whole) < 2**63 else None
+    return whole if isinstance(whole, str) else None
 
 
 def _whole(value: Any) -> Any:
