@@ -188,10 +188,10 @@ def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
             problem = problem if is_output and not is_inside(text) else ""
         if problem:
             where = ".".join(path)
-            hint = f" or in {_STORE}" if key == "tracking_uri" else ""
+            hint = f", or set {_STORE}" if key == "tracking_uri" else ""
             raise InputError(
                 f"{where} is {shorten(text)}, {problem}; a recipe cannot name it: pass it on the "
-                f"command line{hint}"
+                f"command line, --{where}=…{hint}"
             )
 
 
