@@ -18,7 +18,6 @@ from tests.helpers.paths import REPO
 from tests.helpers.tracked import empty_store, fresh_store
 from yolo_lightning.tracking.store import create_client
 
-COUNT = "select count(*) from sqlite_master"
 CREATE = (
     "import sys; from yolo_lightning.tracking.store import create_client; print('x', flush=True);"
     "create_client(sys.argv[1]).search_experiments(); print('done', flush=True)"
@@ -41,9 +40,11 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_interrupted_creation_leaves_no_store_and_is_repeated(interrupted, monkeypatch):
+    complete = empty_store()
+
     def initialize(engine: Engine) -> None:  # the real one takes seconds
-        assert sqlite3.connect(str(engine.url.database)).execute(COUNT).fetchone() == (0,)
-        Path(str(engine.url.database)).write_bytes(empty_store())
+        assert not Path(str(engine.url.database)).exists()
+        Path(str(engine.url.database)).write_bytes(complete)
 
     monkeypatch.setattr(db_utils, "_initialize_tables", initialize)
     assert not interrupted.exists()

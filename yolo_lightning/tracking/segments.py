@@ -136,5 +136,5 @@ def _write(path: Path, write: Any) -> None:
 
 
 def _copy_compressed(source: IO[bytes], target: IO[bytes]) -> None:
-    with gzip.GzipFile(fileobj=target, mode="wb", compresslevel=6) as compressed:
+    with gzip.GzipFile(fileobj=target, mode="wb", compresslevel=1) as compressed:
         shutil.copyfileobj(source, compressed)
