@@ -514,6 +514,12 @@ def test_appending_on_a_full_disk_takes_linear_time(journal, disk):
     assert sum(1 for _ in Journal(journal.folder).entries()) == 8_002
 
 
+def test_long_lines_are_written_at_once(journal):
+    for step in range(3):
+        journal.append(metrics(step, **{f"metric{k}": 1.0 for k in range(9000)}))
+        assert steps(Journal(journal.folder)) == list(range(step + 1))
+
+
 def test_a_buffer_of_the_largest_size_says_that_lines_are_lost(journal, disk, monkeypatch):
     monkeypatch.setattr("yolo_lightning.tracking.journal._MAX_BUFFER_BYTES", 1000)
     disk["bytes"] = 0

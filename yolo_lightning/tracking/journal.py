@@ -89,7 +89,7 @@ class Journal:
             with self._store_write_error():
                 while self._buffer:
                     self._write_chunk()
-            self._retry_at = time.monotonic() + _RETRY_S
+            self._retry_at = time.monotonic() + _RETRY_S if self._buffer else 0.0
 
     def _write_chunk(self) -> None:
         """Write whole lines of the buffer; truncate the file again if only a part fits."""
