@@ -287,7 +287,7 @@ def test_script_stops_at_a_failing_stage_and_says_how_to_go_on(script):
 
 def test_interrupted_script_ends_with_the_code_of_its_stage(script, tmp_path):
     text = (tmp_path / "bin/python").read_text().replace(
-        "echo; exit", 'trap "exit 1" INT; touch started; while :; do sleep 0.1; done; exit'
+        "echo; exit", 'trap "exit 130" INT; touch started; while :; do sleep 0.1; done; exit'
     )  # fmt: skip
     (tmp_path / "bin/python").write_text(text)
     with subprocess.Popen(
@@ -302,8 +302,8 @@ def test_interrupted_script_ends_with_the_code_of_its_stage(script, tmp_path):
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 1
-    assert b"stopped in a b.yaml with code 1; to go on: " in messages
+    assert process.returncode == 130
+    assert b"stopped in a b.yaml with code 130; to go on: " in messages
 
 
 def test_script_starts_torchrun_with_devices(script):
