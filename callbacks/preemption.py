@@ -2,11 +2,12 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from yolo_lightning import signals
@@ -44,7 +45,7 @@ class Preemption(Checkpoint):
         if not grace_s > 0:
             raise InputError(f"Preemption: grace_s is {grace_s:g}; allowed: more than 0")
         self.grace_s = grace_s
-        self._restore_handlers = lambda: None
+        self._restore_handlers: Callable[[], None] = lambda: None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the signal handlers and keep Lightning from replacing them."""
@@ -120,8 +121,9 @@ class Preemption(Checkpoint):
         callback = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
         (callback or LastCheckpoint()).save_now(trainer)
         path = LastCheckpoint.path(trainer)
-        name = signals.NAMES[signals.signal.Signals(number)]
-        rank_zero_info(f"{name}: stopped at step {trainer.global_step}, saved to {path}")
+        rank_zero_info(
+            f"{signals.NAMES[number]}: stopped at step {trainer.global_step}, saved to {path}"
+        )
         is_first = trainer.is_global_zero
         requeued = is_first and number == signals.STOP_AND_REQUEUE and requeue()
         trainer.strategy.barrier("preemption")

@@ -38,6 +38,18 @@ def test_interrupt_ends_the_process_at_once_unless_it_is_deferred(exits):
     assert signals.received_signal() == signal.SIGINT
 
 
+def test_interrupt_that_python_ignores_is_repeated(exits, capfd):
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    Dying()
+    with pytest.raises(signals.Stop):
+        time.sleep(5)
+    assert not capfd.readouterr().err
+
+
 def test_deferred_interrupt_waits(exits, capfd):
     signals.defer_interrupts(True)
     send(signal.SIGINT)
@@ -63,7 +75,7 @@ def test_second_interrupt_leaves_at_once_but_not_a_repeated_one(exits, monkeypat
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_that_hangs_ends_after_the_grace_period(exits, capfd, number, code):
     codes, left = exits
-    cleaned = []
+    cleaned: list[int] = []
     signals.limit_stops(0.3, cleaned.append, lambda: "disk/a.jpg")
     signals.defer_interrupts(True)
     started = time.monotonic()

@@ -9,20 +9,23 @@ from a file descriptor, since a main thread that hangs in a C library does not r
 Handlers are installed before the first long import.
 """
 
+import _thread
 import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 INTERRUPT, STOP, STOP_AND_REQUEUE = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 SIGNALS = (INTERRUPT, STOP, STOP_AND_REQUEUE)  # of several received ones, the last counts
-NAMES = {INTERRUPT: "Ctrl-C", STOP: "SIGTERM", STOP_AND_REQUEUE: "SIGUSR1"}
+NAMES: dict[int, str] = {INTERRUPT: "Ctrl-C", STOP: "SIGTERM", STOP_AND_REQUEUE: "SIGUSR1"}
 
 GRACE_S = 60.0  # from a stop signal to the end of the process
 _REPEAT_S = 1.0  # a terminal and a launcher may both send the same Ctrl-C
@@ -78,10 +81,12 @@ def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
     os.set_blocking(writer, False)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="stop-signals", daemon=True).start()
+    previous_hook, sys.unraisablehook = sys.unraisablehook, _raise_again
 
     def restore() -> None:
         if _state.pid != os.getpid():
             return
+        sys.unraisablehook = previous_hook
         signal.set_wakeup_fd(previous)
         os.close(writer)  # ends the thread
         for number, handler in handlers.items():
@@ -139,6 +144,15 @@ def _record_signal(number: int, frame: FrameType | None) -> None:
         raise Stop(number)
 
 
+def _raise_again(unraisable: Any) -> None:
+    """Repeat a Ctrl-C that Python ignored, as in a weakref callback of the import system."""
+    if not issubclass(unraisable.exc_type, Stop):
+        sys.__unraisablehook__(unraisable)
+    elif INTERRUPT in _state.received:
+        _state.received.remove(INTERRUPT)
+        threading.Timer(0.05, _thread.interrupt_main, (INTERRUPT,)).start()
+
+
 def _watch(reader: int) -> None:
     """End the process after the grace period, or at a second Ctrl-C."""
     stop, interrupted = 0, 0.0
@@ -172,7 +186,7 @@ def _leave(number: int, is_late: bool) -> None:
     if is_late:
         waiting = _state.waiting_for() if _state.waiting_for is not None else ""
         _write(
-            f"{NAMES[signal.Signals(number)]}: no stop within {_state.grace_s:g} s"
+            f"{NAMES[number]}: no stop within {_state.grace_s:g} s"
             f"{f', waiting for {waiting}' if waiting else ''}; "
             "leaving, the last checkpoint stays as it is",
             any_rank=True,

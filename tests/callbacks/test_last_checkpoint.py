@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -42,7 +43,8 @@ class Validations(pl.Callback):
     """Records the validations, and interrupts one of them or the report after the last one."""
 
     def __init__(self, kind: str = "", step: int = 0) -> None:
-        self.kind, self.step, self.results = kind, step, []
+        self.kind, self.step = kind, step
+        self.results: list[tuple[int, float]] = []
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, *_) -> None:
         if trainer.global_step == self.step and batch_idx == 1:
@@ -117,8 +119,13 @@ def test_resuming_makes_up_the_interrupted_validation(
 ):
     from yolo_lightning.callbacks import validation_report
 
-    reports = []
-    monkeypatch.setattr(validation_report, "write_report", lambda *args: reports.append(args) or [])
+    reports: list[Any] = []
+
+    def write(*args):
+        reports.append(args)
+        return []
+
+    monkeypatch.setattr(validation_report, "write_report", write)
     whole, expected = uninterrupted(limit)
     del reports[:]
     first, second, third = Validations(kind, step), Validations(), Validations()
@@ -150,7 +157,8 @@ class SlowSteps(pl.Callback):
     """Let a minute pass with every second step."""
 
     def __init__(self, monkeypatch) -> None:
-        self.now, self.saved = 0.0, []
+        self.now = 0.0
+        self.saved: list[int] = []
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def on_train_batch_start(self, trainer, *_) -> None:

@@ -106,7 +106,7 @@ class FullDisk(LastCheckpoint):
         self.contents: dict[int, bytes] = {}
         self.after_failure: list[tuple[int, int, int]] = []
 
-    def _save(self, trainer: pl.Trainer) -> str:
+    def _save(self, trainer: pl.Trainer, publish: bool = True) -> str:
         step, last = trainer.global_step, self.path(trainer)
         if self._last_saved[0] == step:
             return ""

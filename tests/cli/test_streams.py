@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,9 +39,10 @@ def test_text_is_written_and_a_closed_pipe_still_raises(tmp_path):
 def run(folder, args, stream):
     with FULL.open("wb") as full:
         other = {"stdout": "stderr", "stderr": "stdout"}[stream]
+        streams: dict[str, Any] = {stream: full, other: subprocess.PIPE}
         done = subprocess.run(
             [sys.executable, "-m", "yolo_lightning", *args], cwd=folder, env=ENVIRONMENT,
-            **{stream: full, other: subprocess.PIPE}, text=True, timeout=120, check=False,
+            **streams, text=True, timeout=120, check=False,
         )  # fmt: skip
     return done.returncode, getattr(done, other)
 
