@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tests.helpers import miniatures
+from tests.helpers.hostile_images import progressive_jpeg
 from tests.helpers.images import exif_of
 from tests.helpers.paths import REPO
 from tests.helpers.trees import BACKBONE, TREE
@@ -121,7 +124,7 @@ def test_parameters_apply_to_one_call_only(folder, model):
     assert nothing["x1"].dtype == usual["x1"].dtype == np.float64
 
 
-@pytest.mark.parametrize("data", [b"", b"no image at all", "cut", None])
+@pytest.mark.parametrize("data", [b"", b"no image at all", "cut", None, progressive_jpeg(101, 64)])
 def test_an_unreadable_image_raises_with_its_row(folder, model, data):
     whole = (folder / "a.jpg").read_bytes()
     bad = whole[:200] if data == "cut" else data
@@ -130,9 +133,82 @@ def test_an_unreadable_image_raises_with_its_row(folder, model, data):
     assert caught.value.get_http_status_code() == 400
 
 
-def test_a_parameter_out_of_range_raises(folder, model):
-    with pytest.raises(MlflowException, match="score_threshold is 25.0; allowed: 0 … 1"):
-        model.predict(image_table(folder / "a.jpg"), params={"score_threshold": 25.0})
+@pytest.mark.parametrize("value", [25.0, math.nan, math.inf])
+def test_a_parameter_out_of_range_raises(folder, model, value):
+    with pytest.raises(MlflowException, match=f"score_threshold is {value}; allowed: 0 … 1"):
+        model.predict(image_table(folder / "a.jpg"), params={"score_threshold": value})
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_rows": 1}, "^2 rows; allowed: at most 1$"),
+        ({"max_row_bytes": 100}, r"^row 0, counted from 0: [\d,]+ bytes; allowed: at most 100$"),
+        ({"max_pixels": 2 * 48 * 64 - 1}, "^2 images of 6,144 px together; allowed: at most 6,143"),
+    ],
+)
+def test_limits_of_a_request(folder, model, monkeypatch, limits, message):
+    defaults = model.metadata.flavors["python_function"]["config"]
+    assert sorted(defaults) == ["max_pixels", "max_row_bytes", "max_rows", "max_seconds"]
+    images = image_table(folder / "a.jpg", folder / "a.jpg")
+    limited = mlflow.pyfunc.load_model(str(folder / "model"), model_config=limits)
+    monkeypatch.setattr(limited.unwrap_python_model(), "_predict_image", fail_predict)
+    with pytest.raises(MlflowException, match=message) as caught:
+        limited.predict(images)
+    assert caught.value.get_http_status_code() == 400
+
+
+def fail_predict(*args: Any) -> Any:
+    raise RuntimeError("predicted, with a secret in the message")
+
+
+def test_a_slow_request_is_answered_in_time_and_does_not_delay_others(folder, monkeypatch):
+    limits = {"max_seconds": 0.6}
+    model = mlflow.pyfunc.load_model(str(folder / "model"), model_config=limits)
+    served, predicted = model.unwrap_python_model(), []
+
+    def predict(data: bytes, params: Any) -> Any:
+        predicted.append(params["score_threshold"])
+        time.sleep(0.1)
+        return []
+
+    monkeypatch.setattr(served, "_predict_image", predict)
+
+    def request(number: int, rows: int) -> tuple[float, Any]:
+        started = time.perf_counter()
+        try:
+            images = image_table(*[folder / "a.jpg"] * rows)
+            model.predict(images, params={"score_threshold": number / 10})
+        except MlflowException as error:
+            return time.perf_counter() - started, error
+        return time.perf_counter() - started, None
+
+    with ThreadPoolExecutor() as clients:
+        slow = clients.submit(request, 1, 200)
+        while not predicted:
+            time.sleep(0.01)
+        seconds, error = clients.submit(request, 2, 2).result()
+        assert error is None
+        assert predicted.index(0.2) <= 2  # not after 200 images
+        seconds, error = slow.result()
+    assert error.get_http_status_code() == 504
+    assert "of 200 images predicted in 0.6 s" in str(error)
+    assert 0.6 <= seconds < 2
+    count = len(predicted)
+    time.sleep(0.3)
+    assert len(predicted) <= count + 1  # nothing goes on for a client that has its answer
+
+
+def test_an_unexpected_error_sends_no_traceback(folder, monkeypatch, caplog):
+    model = mlflow.pyfunc.load_model(str(folder / "model"))
+    monkeypatch.setattr(model.unwrap_python_model(), "_predict_image", fail_predict)
+    with pytest.raises(MlflowException) as caught:
+        model.predict(image_table(folder / "a.jpg"))
+    answer = caught.value.serialize_as_json()
+    assert "row 0, counted from 0: not predicted; the server's log says why" in answer
+    assert "secret" not in answer
+    assert "stack_trace" not in answer
+    assert "predicted, with a secret" in caplog.text
 
 
 def test_the_folder_contains_code_and_weights_but_no_pickles(folder, model):

@@ -37,6 +37,14 @@ REQUIREMENTS = (
 
 IMAGE, CHECKPOINT = "image", "checkpoint"  # the input column; the name of the artifact
 
+# Limits of a request, MLflow's `model_config`.
+LIMITS = {
+    "max_rows": 256,
+    "max_row_bytes": 32 * 2**20,
+    "max_pixels": 2_000_000_000,  # of all rows, according to the headers of the images
+    "max_seconds": 60,  # as MLflow's server waits, MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
+}
+
 _CLASS_COLUMNS = {
     "image": DataType.long,
     "name": DataType.string,
@@ -100,6 +108,7 @@ def save_model(
                     artifacts={CHECKPOINT: str(stage / "model.ckpt")},
                     code_paths=[str(stage / "yolo_lightning")],
                     pip_requirements=requirements(),
+                    model_config=LIMITS,
                     signature=_signature(module, content["hyper_parameters"]),
                     input_example=pd.DataFrame({IMAGE: [_encode_jpeg(example_image)]}),
                     uv_project_path=str(stage),  # else MLflow reads a uv.lock in the working folder
