@@ -41,7 +41,7 @@ class ResumableLoader(DataLoader[Batch]):
             InputError: a batch takes longer than the timeout; names the images being read.
         """
         iterator = super().__iter__()  # starts the workers
-        return self._name_timeouts(iterator)
+        return self._name_timeouts(iterator) if self.timeout else iterator
 
     def _name_timeouts(self, iterator: Any) -> Iterator[Any]:
         while True:
