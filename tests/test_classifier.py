@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.darknet import write_values
+from tests.helpers.hostile_images import fifo, png_texts, progressive_jpeg
 from tests.helpers.images import write_image
 from yolo_lightning import ClassifierModule, CombinedDataModule, WordTree, load
 from yolo_lightning.batches import ClassificationBatch
@@ -372,12 +373,18 @@ def test_classify_reads_folders_and_names_unreadable_files(tmp_path, capsys, mon
     for name in ("a.png", "deep/b.webp", "c.jpg"):
         write_noise(Path("images") / name, 40, 70)
     Path("images/broken.jpg").write_bytes(b"no image")
+    Path("images/scans.jpg").write_bytes(progressive_jpeg(101, 64))
+    Path("images/texts.png").write_bytes(png_texts(21, 100))
+    fifo(Path("images/pipe.jpg"))
     assert main(["classify", "m.ckpt", "images"]) == 2
     output = capsys.readouterr()
     assert [line for line in output.out.splitlines() if line.startswith("images")] == [
         "images/a.png", "images/c.jpg", "images/deep/b.webp",
     ]  # fmt: skip
     assert "images/broken.jpg: not a readable image" in output.err
+    assert "images/scans.jpg: 101 scans of 64 x 64 px; allowed: at most 100" in output.err
+    assert "images/texts.png: 21 compressed texts; allowed: at most 20" in output.err
+    assert "images/pipe.jpg: not a regular file" in output.err
     assert "Traceback" not in output.err
 
 

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.helpers.hostile_images import fifo, progressive_jpeg
 from tests.helpers.images import write_image
 from tests.helpers.paths import REPO
 from yolo_lightning.cli.data import recipe_data
@@ -92,6 +93,9 @@ def test_a_valid_recipe_would_start(folder, capsys):
 
 def test_all_faults_are_counted_and_named(folder, capsys, write_voc):
     (folder / "boxes/b1.jpg").write_bytes(b"no image")
+    (folder / "boxes/b3.jpg").write_bytes(progressive_jpeg(101, 64))
+    (folder / "boxes/b4.jpg").unlink()
+    fifo(folder / "boxes/b4.jpg")
     write_voc(folder / "boxes", "flat", [("cat", 9, 9, 9, 20), ("cat", 100, 1, 120, 9)])
     (folder / "held/h.jpg").write_bytes((folder / "boxes/b2.jpg").read_bytes())
     (folder / "named/cat/again.png").write_bytes((folder / "named/cat/1.png").read_bytes())
@@ -102,7 +106,12 @@ def test_all_faults_are_counted_and_named(folder, capsys, write_voc):
     assert source["fault_kinds"] == {
         "boxes without an area": 1, "boxes outside their image": 1,
     }  # fmt: skip
-    assert "b1.jpg: not a readable image" in source["unreadable"][0]
+    for name, reason in (
+        ("b1.jpg", "not a readable image"),
+        ("b3.jpg", "101 scans of 64 x 64 px; allowed: at most 100"),
+        ("b4.jpg", "not a regular file"),
+    ):
+        assert any(f"{name}: {reason}" in line for line in source["unreadable"])
     assert "flat.xml: object 1 has no area, skipped" in out
     same = [{part for part, _ in group} for group in report["same_files"]]
     assert sorted(map(sorted, same)) == [["classification"], ["detection", "test"]]

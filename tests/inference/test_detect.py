@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.helpers import miniatures
+from tests.helpers.hostile_images import fifo, progressive_jpeg
 from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning import load
 from yolo_lightning.cli.commands import detect
@@ -220,10 +221,16 @@ def test_each_call_without_output_gets_a_new_folder(checkpoint, photos, tmp_path
 
 def test_unreadable_images_are_reported_after_the_others(checkpoint, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    (photos / "scans.jpg").write_bytes(progressive_jpeg(101, 64))
+    for name in ("pipe.jpg", "pipe.mp4"):
+        fifo(photos / name)
     out = tmp_path / "out"
     assert run(checkpoint, photos, "--output", out) == 2
     output = capsys.readouterr()
-    assert "broken.jpg" in output.err
+    assert "broken.jpg: not a readable image" in output.err
+    assert "scans.jpg: 101 scans of 64 x 64 px; allowed: at most 100" in output.err
+    assert "pipe.jpg: not a regular file" in output.err
+    assert "pipe.mp4: not a regular file" in output.err
     assert "3 images" in output.out
     assert len(json.loads((out / "detections.json").read_text())["images"]) == 3
     assert not (out / "broken.jpg").exists()

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.hostile_images import fifo
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image
 from yolo_lightning.inference import sources, video, video_writer
+from yolo_lightning.inference.sources import find_sources
 from yolo_lightning.inference.video import (
     VideoReader,
     is_camera,
@@ -193,7 +195,7 @@ def test_rotated_video_is_read_upright(intact, tmp_path):
     assert upright.std() < 5 < image[WIDTH // 2 :].std()
 
 
-def test_pixels_become_square(tmp_path):
+def test_pixels_become_square(tmp_path, monkeypatch):
     with av.open(str(tmp_path / "wide.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=RATE)
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
@@ -204,6 +206,9 @@ def test_pixels_become_square(tmp_path):
     with VideoReader(tmp_path / "wide.mkv") as reader:
         assert reader.size_hw == (HEIGHT, 96)
         assert [image.shape for image, _ in reader] == [(HEIGHT, 96, 3)]
+    monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * 96 - 1)
+    with pytest.raises(InputError, match=r"wide\.mkv: frames of 96 x 48 px; allowed: at most"):
+        VideoReader(tmp_path / "wide.mkv")
 
 
 def test_audio_may_be_longer_than_the_video(tmp_path):
@@ -383,7 +388,7 @@ def test_closed_port_fails_fast_without_printing_the_password(scheme):
     started = time.perf_counter()
     with pytest.raises(InputError, match="cannot be opened") as caught:
         VideoReader(f"{scheme}://user:secret@127.0.0.1:{port}/x")
-    assert f"{scheme}://127.0.0.1:{port}/x" in str(caught.value)
+    assert f"{scheme}://***@127.0.0.1:{port}/x" in str(caught.value)
     assert "secret" not in str(caught.value)
     assert time.perf_counter() - started < 5
 
@@ -633,3 +638,38 @@ def test_frames_less_than_a_tick_apart_stay_in_order(tmp_path):
         writer.write(image, 1.0001)
     with av.open(str(tmp_path / "out.webm")) as container:
         assert [frame.pts for frame in container.decode(video=0)] == [0, 1]
+
+
+# --- hostile sources
+
+
+@pytest.mark.parametrize("query", ["", "?user=ann&password=s3cret", "?channel=1&token=s3cret"])
+def test_names_of_streams_contain_no_secrets(query):
+    (source,) = find_sources([f"rtsp://ann:s3cret@127.0.0.1:1/live{query}"])
+    assert source.location.endswith(f"/live{query}")
+    assert source.display_name.startswith("rtsp://***@127.0.0.1:1/live")
+    assert "s3cret" not in source.display_name
+    with pytest.raises(InputError, match="127.0.0.1:1/live.*: cannot be opened") as caught:
+        VideoReader(source.location)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_names_of_files_are_not_masked(intact, tmp_path):
+    file = tmp_path / "a@b?password=c.mkv"
+    file.write_bytes(intact["mkv"].read_bytes())
+    (source,) = find_sources([str(file)])
+    assert source.display_name == str(file)
+
+
+def test_a_named_pipe_is_no_video(tmp_path):
+    file = fifo(tmp_path / "a.mp4")
+    with pytest.raises(InputError, match=r"a\.mp4: not a regular file$"):
+        VideoReader(file)
+
+
+def test_size_of_frames_is_bounded(intact, monkeypatch):
+    monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * WIDTH)
+    assert read(intact["mkv"])[0] == list(range(FRAMES))
+    monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(InputError, match=r"video\.mkv: frames of 64 x 48 px; allowed: at most"):
+        VideoReader(intact["mkv"])

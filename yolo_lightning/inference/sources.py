@@ -28,7 +28,7 @@ from yolo_lightning.inference.video import (
     is_camera,
     is_stream,
     is_video,
-    without_password,
+    without_secrets,
 )
 from yolo_lightning.models.preparation import Interpolation, Resize
 
@@ -43,7 +43,7 @@ class FrameSource:
     """An image file, a video file, a camera or a stream."""
 
     location: str  # path, URL, or camera number
-    display_name: str  # location without a password
+    display_name: str  # location without secrets
     output_name: str  # unique relative path without a suffix, for output files
     kind: Kind  # live: a camera or URL, whose frames are processed one at a time
 
@@ -80,7 +80,7 @@ def find_sources(locations: Sequence[str]) -> list[FrameSource]:
         while name in used_names:
             name, number = f"{stem}-{number}", number + 1
         used_names.add(name)
-        sources[key] = FrameSource(location, without_password(location), name, kind)
+        sources[key] = FrameSource(location, without_secrets(location), name, kind)
 
     for location in locations:
         path = Path(location).expanduser()

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from yolo_lightning.errors import InputError
-from yolo_lightning.images import Image
+from yolo_lightning.errors import InputError, mask_secrets
+from yolo_lightning.images import MAX_PIXELS, Image
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg",
@@ -47,9 +47,9 @@ def is_stream(location: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", location, re.IGNORECASE) is not None
 
 
-def without_password(location: str) -> str:
-    """Remove user name and password from a URL."""
-    return re.sub(r"(?<=://)[^/]*@", "", location)
+def without_secrets(location: str) -> str:
+    """Return a path, a camera number, or a URL without its user, password and tokens."""
+    return mask_secrets(location) if is_stream(location) else location
 
 
 def is_camera(location: str) -> bool:
@@ -81,7 +81,7 @@ class VideoReader:
     def __init__(
         self, source: str | Path, start_s: float = 0.0, duration_s: float | None = None
     ) -> None:
-        self.source = without_password(str(source))
+        self.source = without_secrets(str(source))
         self._location, self._start_s = str(source), start_s
         self._end_s = math.inf if duration_s is None else start_s + duration_s
         self.frames_read = 0
@@ -93,8 +93,7 @@ class VideoReader:
         except BaseException:
             self.close()
             raise
-        pixel_aspect = self._stream.sample_aspect_ratio or 1
-        self._coded_hw = self._first.height, max(1, round(self._first.width * pixel_aspect))
+        self._coded_hw = self._first.height, self._square_width(self._first)
         self._quarter_turns = round(self._first.rotation / 90) % 4  # counterclockwise
         self.size_hw = self._coded_hw if self._quarter_turns % 2 == 0 else self._coded_hw[::-1]
         window_s = min(self._end_s, self._duration_s) - start_s
@@ -164,6 +163,7 @@ class VideoReader:
         if not streams:
             raise InputError(f"{self.source}: no video in it that can be decoded")
         self._stream = streams[0]
+        self._square_width(self._stream)
         rate = self._stream.average_rate or self._stream.guessed_rate or _DEFAULT_RATE
         self.frames_per_second = Fraction(rate) if 0 < rate < 1000 else _DEFAULT_RATE
         duration = self._container.duration or 0
@@ -176,6 +176,17 @@ class VideoReader:
         endless = is_stream(self._location) and self._duration_s == math.inf
         self._live = is_camera(self._location) or endless
         self._origin_s = float((self._stream.start_time or 0) * self._stream.time_base)
+
+    def _square_width(self, size: Any) -> int:
+        """Return the width of a frame, or of a stream, once its pixels are square."""
+        width = max(1, round(size.width * (self._stream.sample_aspect_ratio or 1)))
+        for side in (size.width, width):
+            if side * size.height > MAX_PIXELS:
+                raise InputError(
+                    f"{self.source}: frames of {side} x {size.height} px; allowed: at most "
+                    f"{MAX_PIXELS // 1_000_000} million pixels"
+                )
+        return width
 
     def _decode(self) -> Iterator[Any]:
         """Yield intact frames in presentation order, and fail at the first damage."""
@@ -293,6 +304,9 @@ def _open_container(location: str, display_name: str) -> Any:
         protocol = {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}
         options = {"timeout": (TIMEOUT_S, TIMEOUT_S), "options": protocol}
     else:
+        file = Path(location)
+        if file.exists() and not file.is_file():  # a named pipe or a device may block
+            raise InputError(f"{display_name}: not a regular file")
         # colons in a file name are no scheme, and a playlist must not open anything but files
         path, options = f"file:{location}", {"options": {"protocol_whitelist": "file"}}
     try:
