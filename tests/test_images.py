@@ -196,11 +196,11 @@ def test_ordinary_files_are_far_from_the_limits(tmp_path, suffix):
     texts = PngImagePlugin.PngInfo()
     for name in ("XML:com.adobe.xmp", "Comment"):
         texts.add_itxt(name, "text " * 100, zip=True)
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "jpg": {"progressive": True, "comment": thumbnail},
         "png": {"pnginfo": texts},
-    }.get(suffix, {})
-    data = save(tmp_path / f"a.{suffix}", **options).read_bytes()
+    }
+    data = save(tmp_path / f"a.{suffix}", **options.get(suffix, {})).read_bytes()
     assert check_image(data, "a").size_hw == (HEIGHT, WIDTH)
     if suffix == "jpg":
         assert len(images._SCAN.findall(data)) == 20

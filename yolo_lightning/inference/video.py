@@ -179,7 +179,7 @@ class VideoReader:
 
     def _square_width(self, size: Any) -> int:
         """Return the width of a frame, or of a stream, once its pixels are square."""
-        width = max(1, round(size.width * (self._stream.sample_aspect_ratio or 1)))
+        width: int = max(1, round(size.width * (self._stream.sample_aspect_ratio or 1)))
         for side in (size.width, width):
             if side * size.height > MAX_PIXELS:
                 raise InputError(

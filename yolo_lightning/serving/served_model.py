@@ -121,7 +121,7 @@ def _check_images(images: list[Any], limits: dict[str, Any]) -> list[bytes]:
         raise MlflowException.invalid_parameter_value(
             f"{len(images)} rows; allowed: at most {limits['max_rows']}"
         )
-    pixels = 0
+    checked, pixels = [], 0
     for number, data in enumerate(images):
         if not isinstance(data, bytes | bytearray):
             kind = type(data).__name__
@@ -130,7 +130,8 @@ def _check_images(images: list[Any], limits: dict[str, Any]) -> list[bytes]:
             size = f"{len(data):,} bytes"
             raise _invalid_row(number, f"{size}; allowed: at most {limits['max_row_bytes']:,}")
         try:
-            height, width = check_image(data, "image").size_hw
+            checked.append(bytes(data))
+            height, width = check_image(checked[-1], "image").size_hw
         except UnreadableSample as error:
             raise _invalid_row(number, str(error)) from None
         pixels += height * width
@@ -139,7 +140,7 @@ def _check_images(images: list[Any], limits: dict[str, Any]) -> list[bytes]:
             f"{len(images)} images of {pixels:,} px together; allowed: at most "
             f"{limits['max_pixels']:,}; send fewer images in a request"
         )
-    return [bytes(data) for data in images]
+    return checked
 
 
 def _invalid_row(number: int, reason: str) -> MlflowException:
