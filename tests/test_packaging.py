@@ -65,7 +65,7 @@ def test_the_top_level_is_the_agreed_one():
     assert top <= {
         "yolo_lightning", "recipes", "datamodules", "callbacks", "tests", "pyproject.toml",
         "README.md", "Makefile", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "docs",
-        "constraints.txt",
+        "SECURITY.md", "constraints.txt",
     }  # fmt: skip
 
 
