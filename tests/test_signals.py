@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -105,3 +107,28 @@ def test_handlers_are_restored():
     restore()
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+IMPORT_THAT_IGNORES_EXCEPTIONS = """
+import os, signal, time
+from yolo_lightning.cli import main
+
+def import_module(name):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except BaseException:
+        print("ignored")
+    raise SystemExit
+
+main.import_module = import_module
+main.main(["COMMAND"])
+"""
+
+
+@pytest.mark.parametrize("command", ["fit", "doctor"])
+def test_interrupt_during_imports_is_not_an_exception(command):
+    code = IMPORT_THAT_IGNORES_EXCEPTIONS.replace("COMMAND", command)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGINT
+    assert process.stdout == process.stderr == ""

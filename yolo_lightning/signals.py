@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -94,6 +94,19 @@ def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
         _state.__init__()  # type: ignore[misc]
 
     return restore
+
+
+@contextlib.contextmanager
+def leave_at_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: imports may ignore an exception, or break by it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(INTERRUPT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(INTERRUPT, handler)
 
 
 def ignore_stop_signals() -> None:

@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args[0] in _RECIPE_COMMANDS:
             args = _check_arguments(args)
-        module = import_module(f"yolo_lightning.cli.{COMMANDS[args[0]][0]}")
+        with signals.leave_at_interrupts():
+            module = import_module(f"yolo_lightning.cli.{COMMANDS[args[0]][0]}")
         module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
     except InputError as error:
         # errors of a loader worker contain its traceback
