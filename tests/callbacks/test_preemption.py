@@ -295,8 +295,7 @@ def test_loader_timeout_names_the_image(tmp_path, monkeypatch):
     source.bind(WordTree.from_source(str(REPO / "recipes/trees/shapes.tsv")))
     dataset = EvaluationDataset(source, 32)
     loader = ResumableLoader(dataset, [[0], [1], [2], [3]], 1, timeout_s=1)
-    batches = iter(loader)
-    assert next(batches).sample_ids.tolist() == [0]
+    assert [batch.sample_ids.tolist() for batch in loader] == [[0], [1], [2], [3]]
     assert loader.pending_images() == ""
     monkeypatch.setenv("HANG", str(tmp_path))
     with pytest.raises(InputError, match=r"no batch within 1 s, waiting for disk/1.jpg; see"):
