@@ -1,4 +1,4 @@
-"""A callback that records the batch and the loss of each step, to compare two trainings."""
+"""A callback that records the steps and validations of a training, to compare two of them."""
 
 import json
 import os
@@ -11,8 +11,10 @@ import torch
 class Diary(pl.Callback):
     """Appends a line per step: step, batch type, image size, sample ids, bits of the loss.
 
+    Rank 0 also appends a line per validation: step, metrics.
+
     Args:
-        folder: for the files, one per rank.
+        folder: for the files, one per rank and ``validations.jsonl``.
     """
 
     def __init__(self, folder: str) -> None:
@@ -21,16 +23,28 @@ class Diary(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         bits = outputs["loss"].detach().float().view(torch.int32).item()
         size, ids = batch.images.shape[-1], batch.sample_ids.tolist()
-        line = json.dumps([batch.step, type(batch).__name__[0], size, ids, bits])
-        with (self.folder / f"rank{trainer.global_rank}.jsonl").open("a") as file:
-            file.write(f"{line}\n")
+        self._append(
+            f"rank{trainer.global_rank}", [batch.step, type(batch).__name__[0], size, ids, bits]
+        )
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            values = {
+                name: float(value).hex() for name, value in metrics if name.startswith("val/")
+            }
+            self._append("validations", [trainer.global_step, values])
+
+    def _append(self, name: str, entry: list[object]) -> None:
+        with (self.folder / f"{name}.jsonl").open("a") as file:
+            file.write(f"{json.dumps(entry)}\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def entries(folder: Path, rank: int = 0) -> list[list[object]]:
-    """Return the complete lines; a kill may have truncated the last one."""
-    file = folder / f"rank{rank}.jsonl"
+def entries(folder: Path, rank: int = 0, name: str = "") -> list[list[object]]:
+    """Return the complete lines of steps, or of `name`; a kill may have truncated the last one."""
+    file = folder / f"{name or f'rank{rank}'}.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

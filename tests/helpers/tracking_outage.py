@@ -45,9 +45,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from tests.helpers.kill_and_resume import wait_for_process
 from tests.helpers.kill_and_resume import write_recipe as write_untracked_recipe
+from tests.helpers.kill_points import kill_at
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 
 VARYING_METRICS = ("system/", "speed/", "memory/")  # differ between any two trainings
@@ -266,6 +268,8 @@ def start(
         os.setsid()
         _redirect_output(folder / "log.txt")
         os.environ.update(environment or {})
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning set it on import
+        kill_at(os.environ.get("KILL_AT", ""))
         from yolo_lightning.cli import main as __main__
 
         sys.argv = ["yolo-lightning", *arguments(folder, *options)]
