@@ -266,7 +266,7 @@ def start(
     code = 1
     try:
         os.setsid()
-        _redirect_output(folder / "log.txt")
+        redirect_output(folder / "log.txt")
         os.environ.update(environment or {})
         rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning set it on import
         kill_at(os.environ.get("KILL_AT", ""))
@@ -286,7 +286,7 @@ def start(
         os._exit(code)
 
 
-def _redirect_output(file: Path) -> None:
+def redirect_output(file: Path) -> None:
     """Redirect the output of this process, also from pytest's capture, to a file."""
     log = file.open("a", buffering=1)
     os.dup2(log.fileno(), 1)
