@@ -13,7 +13,16 @@ import pytest
 from tests.drills.test_kills import IMPORTS
 from tests.helpers import hostile_files
 from tests.helpers.forked import Result, run_forked
-from tests.helpers.hostile_inputs import CASES, SECRET, Place, _predict, fit, image_bytes, sync
+from tests.helpers.hostile_inputs import (
+    CASES,
+    SECRET,
+    Place,
+    fit,
+    image_bytes,
+    predict,
+    sync,
+    tracked_fit,
+)
 from tests.helpers.images import write_image
 from tests.helpers.tracked import fresh_store
 from tests.helpers.tracking_outage import QUIET, start, wait_for_exit, write_recipe
@@ -46,6 +55,7 @@ def trained(tmp_path_factory) -> Path:
 def place(tmp_path, trained) -> Place:
     for name in ("work", "victim/photos"):
         (tmp_path / name).mkdir(parents=True)
+    fresh_store(tmp_path / "work")
     (tmp_path / "victim/secret.txt").write_text(f"{SECRET} = {SECRET}\n")
     (tmp_path / "victim/photos/one.jpg").write_bytes(b"photo")
     return Place(tmp_path / "work", tmp_path / "victim", tmp_path / "owned", trained)
@@ -55,11 +65,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
-def run(command: list[str] | Callable[[], int], folder: Path) -> Result:
+def run(command: list[str] | Callable[[], int], folder: Path, timeout_s: float = 60) -> Result:
     function = command if callable(command) else (lambda: main(command))
     before = dict(os.environ)
     try:
-        return run_forked(function, folder, folder.parent / "output.txt")
+        return run_forked(function, folder, folder.parent / "output.txt", timeout_s)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -71,12 +81,11 @@ _limits: dict[str, tuple[float, float]] = {}
 
 
 def _sound_dataset(place: Place) -> Path:
-    path = hostile_files.yolo(place.work)
-    return path
+    return hostile_files.yolo(place.work)
 
 
 SOUND: dict[str, Callable[[Place], list[str] | Callable[[], int]]] = {
-    "fit": fit,
+    "fit": tracked_fit,
     "validate": lambda p: ["validate", *fit(p)[1:5], "--ckpt_path", str(p.ckpt)],
     "detect": lambda p: [
         "detect",
@@ -92,7 +101,7 @@ SOUND: dict[str, Callable[[Place], list[str] | Callable[[], int]]] = {
     "benchmark": lambda p: ["benchmark", str(_sound_dataset(p))],
     "wordtree": lambda p: ["wordtree", "show", str(p.run / "tree.tsv")],
     "mlflow": lambda p: sync(p),
-    "predict": lambda p: _predict(p, [image_bytes(p)]),
+    "predict": lambda p: predict(p, [image_bytes(p)]),
 }
 
 
@@ -105,8 +114,7 @@ def limits(command: list[str] | Callable[[], int], factory, trained: Path) -> tu
         for part in ("work", "victim"):
             (folder / part).mkdir()
         place = Place(folder / "work", folder / "victim", folder / "owned", trained)
-        if name == "mlflow":
-            fresh_store(place.work)
+        fresh_store(place.work)
         result = run(SOUND[name](place), place.work)
         assert result.code == 0, result.output[-3000:]
         _limits[name] = result.seconds, result.peak_mb
@@ -121,7 +129,7 @@ def check(result: Result, sound: tuple[float, float], word: str, record_property
     record_property("hostile inputs: number", 1)
     record_property("hostile inputs: seconds", seconds)
     record_property("hostile inputs: MB", peak_mb)
-    what = f"{seconds:+.1f} s, {peak_mb:+.0f} MB, code {result.code}: {result.output[-1500:]}"
+    what = f"{seconds:+.1f} s, {peak_mb:+.0f} MB, code {result.code}: {result.output[-800:]}"
     assert result.code is not None, f"hangs: {what}"
     assert "Traceback" not in result.output, what
     assert SECRET not in result.output, f"shows a secret: {what}"
@@ -138,21 +146,23 @@ def test_hostile_input_is_refused(name, place, trained, tmp_path_factory, record
     environment = dict(os.environ)
     try:
         command, word = CASES[name](place)
-        result = run(command, place.work)
+        sound = limits(command, tmp_path_factory, trained)
+        result = run(command, place.work, sound[0] + 5 * MAX_SECONDS)
     finally:
         os.environ.clear()
         os.environ.update(environment)
-    assert not place.owned.exists(), f"ran hostile code: {result.output[-1500:]}"
-    assert snapshot(place.victim) == before, f"changed files: {result.output[-1500:]}"
+    assert not place.owned.exists(), f"ran hostile code: {result.output[-800:]}"
+    assert snapshot(place.victim) == before, f"changed files: {result.output[-800:]}"
     for path in (*place.work.rglob("*"), place.work.parent / "output.txt"):
         if path.is_file() and not path.is_symlink() and path.stat().st_size < 100 << 20:
-            assert SECRET.encode() not in path.read_bytes(), f"{path}: {result.output[-1500:]}"
-    check(result, limits(command, tmp_path_factory, trained), word, record_property)
+            assert SECRET.encode() not in path.read_bytes(), f"{path}: {result.output[-800:]}"
+    check(result, sound, word, record_property)
 
 
 @pytest.mark.parametrize("name", hostile_files.CASES)
 def test_hostile_text_file_is_refused(name, tmp_path, trained, tmp_path_factory, record_property):
     (tmp_path / "work").mkdir()
     command, word = hostile_files.CASES[name](tmp_path / "work")
-    result = run(command, tmp_path / "work")
-    check(result, limits(command, tmp_path_factory, trained), word, record_property)
+    sound = limits(command, tmp_path_factory, trained)
+    result = run(command, tmp_path / "work", sound[0] + 5 * MAX_SECONDS)
+    check(result, sound, word, record_property)

@@ -24,7 +24,8 @@ from tests.helpers.images import write_image
 from tests.helpers.kill_and_resume import write_recipe
 
 SECRET = "aws_secret_access_key"
-LIMITS = ["--trainer.max_steps=2", "--trainer.max_epochs=-1", "--data.num_workers=0"]
+LIMITS = ["--trainer.max_steps=2", "--trainer.max_epochs=-1", "--data.num_workers=0",
+          "--trainer.limit_val_batches=0"]  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -128,7 +129,7 @@ _NESTED = "{class_path: yolo_lightning.cli.recipe.RecipeCLI, init_args: {args: [
         "init_args: {setup: os.system}}", "os.system",
     ),
     in_a_backbone=("backbone: small", f"backbone: [[conv, {_TOUCH}]]", "class_path"),
-    nested_in_a_backbone=("backbone: small", f"backbone: [[conv, 8], [[[{_NESTED}]]]]", "backbone"),
+    nested_in_a_backbone=("backbone: small", f"backbone: [[conv, 8], [[[{_NESTED}]]]]", "layer 1"),
     in_tags=("logger: false", _logger("tags: {a: " + _SHIPPER + "}"), "tags"),
     nested_in_tags=("logger: false", _logger("tags: {a: [{b: " + _NESTED + "}]}"), "tags"),
     in_anchors=("anchors_wh_cell: [[1.5, 1.5], [3, 3]]", f"anchors_wh_cell: [{_TOUCH}]", "anchors"),
@@ -146,9 +147,9 @@ def recipe_class(place: Place, change: tuple[str, str, str]) -> tuple[Command, s
 @family(
     tree=("tree: ", "tree: <secret> #", "secret.txt"),
     pretrained=("head_channels: 8", "head_channels: 8\n    pretrained: <secret>", "secret.txt"),
-    pretrained_url=("head_channels: 8", "head_channels: 8\n    pretrained: http://127.0.0.1:9/", ""),
+    pretrained_url=("head_channels: 8", "head_channels: 8\n    pretrained: http://[::1]:9/", ""),
     dataset=("ShapesDetection\n      init_args: {length: 13, image_size: 64}",
-             "COCODetection\n      init_args: {annotations: <secret>, images: /}", "secret.txt"),
+             "COCOJson\n      init_args: {annotations: <secret>, images: /}", "secret.txt"),
     checkpoint=("trainer:", "ckpt_path: <secret>\ntrainer:", "secret.txt"),
     environment=("logger: false", _logger('experiment_name: "${oc.env:DRILL_TOKEN}"'),
                  "DRILL_TOKEN"),
@@ -168,7 +169,7 @@ def recipe_steals(place: Place, change: tuple[str, str, str]) -> tuple[Command, 
     image_size=("image_size: 64\n    steps", "image_size: 1000000000000\n    steps", "image_size"),
     image_of_a_dataset=("length: 13, image_size: 64", "length: 13, image_size: 99999999", "image"),
     head_channels=("head_channels: 8", "head_channels: 1000000000000", "head_channels"),
-    head_channels_of_many_digits=("head_channels: 8", f"head_channels: {'9' * 5000}", "channels"),
+    many_digits=("head_channels: 8", f"head_channels: {'9' * 5000}", "5000 digits"),
     backbone=("backbone: small", "backbone: [[conv, 100000000], [conv, 100000000]]", "backbone"),
     backbone_layers=("backbone: small", f"backbone: [{'[conv, 8], ' * 20_000}]", ""),
     anchors=("[[1.5, 1.5], [3, 3]]", "[" + "[1, 1], " * 20_000 + "]", "anchors"),
@@ -320,7 +321,7 @@ def checkpoint_deletes(place: Place) -> tuple[Command, str]:
         "{filename: best, monitor: val/AP50, mode: max, enable_version_counter: false}}"
     )
     _edit(place, "callbacks:", callback)
-    command = [word for word in resume(place) if not word.startswith("--trainer.max")]
+    command = [word for word in resume(place) if not word.startswith("--trainer")]
     return [*command, "--trainer.max_epochs=6"], ""
 
 
@@ -531,7 +532,7 @@ def journal_entry(place: Place, entry: dict[str, Any]) -> tuple[Command, str]:
     deep=b'{"op": "params", "values": ' + b"[" * 200_000 + b"\n",
     of_a_long_line=b'{"op": "metrics", "values": "' + b"x" * (150 << 20) + b'"}\n',
     of_nul=b"\0" * (20 << 20) + b"\n",
-    number_of_many_digits=b'{"op": "metrics", "t": 1, "step": ' + b"9" * 5000 + b', "values": {}}\n',
+    of_many_digits=b'{"op": "metrics", "t": 1, "step": ' + b"9" * 5000 + b', "values": {}}\n',
     of_escapes=b"\x1b[31mx\n",
     of_many_unreadable_lines=b"x\n" * 200_000,
 )  # fmt: skip
@@ -611,7 +612,8 @@ def resolved(place: Place, text: str) -> tuple[Command, str]:
 # working folders
 
 
-def _tracked_fit(place: Place) -> list[str]:
+def tracked_fit(place: Place) -> list[str]:
+    """Return the command that trains two steps, which are logged to the user's store."""
     return _edit(place, "logger: false", _logger("tracking_uri: sqlite:///mlflow.db"))
 
 
@@ -626,7 +628,7 @@ def repository_with_fsmonitor(place: Place) -> tuple[Command, str]:
     program.chmod(0o755)
     (git / "config").write_text(f"[core]\nrepositoryformatversion = 0\nfsmonitor = {program}\n")
     (git / "refs/heads/main").write_text("0" * 39 + "1\n")
-    return _tracked_fit(place), ""
+    return tracked_fit(place), ""
 
 
 @family(
@@ -642,24 +644,24 @@ def repository(place: Place, change: tuple[str, bytes | None]) -> tuple[Command,
             sparse.truncate(1 << 30)
     else:
         file.write_bytes(change[1])
-    return _tracked_fit(place), ""
+    return tracked_fit(place), ""
 
 
 @case
 def repository_head_fifo(place: Place) -> tuple[Command, str]:
     fifo(place.work / ".git" / "HEAD")
-    return _tracked_fit(place), ""
+    return tracked_fit(place), ""
 
 
 @family(**FILES)
 def store_is(place: Place, make: Callable[[Path], Any]) -> tuple[Command, str]:
+    (place.work / "mlflow.db").unlink()
     make(place.work / "mlflow.db")
     return ["mlflow", "compare"], "mlflow.db"
 
 
 @family(fifo=fifo, link=lambda path: path.symlink_to(path.parent.parent / "victim/secret.txt"))
 def store_lock(place: Place, make: Callable[[Path], Any]) -> tuple[Command, str]:
-    shutil.copy(place.run.parents[1] / "mlflow.db", place.work)
     make(place.work / "mlflow.db.lock")
     return sync(place, _METRICS), ""
 
@@ -675,7 +677,6 @@ def store_of(place: Place, content: bytes) -> tuple[Command, str]:
 )  # fmt: skip
 def shadowed(place: Place, name: str) -> tuple[Command, str]:
     """A module in the working folder must not replace that of the dashboard."""
-    shutil.copy(place.run.parents[1] / "mlflow.db", place.work)
     (place.work / name).write_text(f"open({str(place.owned)!r}, 'w')\nraise SystemExit\n")
 
     def dashboard() -> int:
@@ -767,8 +768,8 @@ def detect_image_with_escape_in_its_name(place: Place) -> tuple[Command, str]:
 # requests to the served model
 
 
-def _predict(place: Place, images: list[Any], params: dict[str, Any] | None = None) -> Command:
-    def predict() -> int:
+def predict(place: Place, images: list[Any], params: dict[str, Any] | None = None) -> Command:
+    def request() -> int:
         import mlflow.pyfunc
         import pandas as pd
         from mlflow.exceptions import MlflowException
@@ -784,7 +785,7 @@ def _predict(place: Place, images: list[Any], params: dict[str, Any] | None = No
             return 2
         return 0
 
-    return predict
+    return request
 
 
 def image_bytes(place: Place) -> bytes:
@@ -807,7 +808,7 @@ def image_bytes(place: Place) -> bytes:
     playlist=[b"#EXTM3U\nfile:///etc/passwd\n"],
 )
 def request(place: Place, images: list[Any]) -> tuple[Command, str]:
-    return _predict(place, [value() if callable(value) else value for value in images]), "row"
+    return predict(place, [value() if callable(value) else value for value in images]), "row"
 
 
 @family(
@@ -820,13 +821,13 @@ def request(place: Place, images: list[Any]) -> tuple[Command, str]:
     zero={"score_threshold": 0.0, "iou_threshold": 1.0, "tree_threshold": 0.0},
 )
 def parameter(place: Place, params: dict[str, Any]) -> tuple[Command, str]:
-    return _predict(place, [image_bytes(place)], params), ""
+    return predict(place, [image_bytes(place)], params), ""
 
 
 @case
 def many_large_images(place: Place) -> tuple[Command, str]:
     data = write_image(place.work / "big.jpg", 8000, 8000).read_bytes()
-    return _predict(place, [data] * 200), ""
+    return predict(place, [data] * 200), ""
 
 
 # servers
