@@ -10,6 +10,7 @@ from torch import nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.checkpoints.pretrained import load_pretrained
+from yolo_lightning.checkpoints.resuming import check_removable_paths, name_restore_errors
 from yolo_lightning.checkpoints.validation import first_difference, network_layers
 from yolo_lightning.errors import InputError, printable
 from yolo_lightning.models.backbones import backbone_layers, plain_backbone
@@ -77,6 +78,7 @@ class TrainingModule(pl.LightningModule):
         check_trainer(self.trainer)
         if stage != "fit":
             return
+        name_restore_errors(self.trainer)
         if self.pretrained is not None and not self.trainer.ckpt_path:
             report = load_pretrained(
                 self.network, self.tree, self.pretrained, len(self.backbone_layers)
@@ -219,6 +221,7 @@ class TrainingModule(pl.LightningModule):
                 raise InputError(f"{part} differs from the checkpoint's: {difference}")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
+        check_removable_paths(checkpoint["callbacks"])
         groups = [state["param_groups"] for state in checkpoint.get("optimizer_states", ())]
         if any(len(one) != len(self._group_options()) for one in groups):
             raise InputError(

@@ -22,6 +22,7 @@ from tests.helpers.images import write_image
 from tests.helpers.recipes import QUICK, TINY
 from yolo_lightning import ClassifierModule, DetectorModule, load
 from yolo_lightning.checkpoints.io import verify
+from yolo_lightning.checkpoints.resuming import check_removable_paths
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
@@ -496,3 +497,43 @@ def test_valid_checkpoints_are_accepted(tmp_path):
         loaded = load(path)
         for name, value in original.state_dict().items():
             assert torch.equal(value, loaded.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mlflow_run_id": "../../victim"}, {"mlflow_run_id": "/victim"}, {"mlflow_run_id": ["a"]},
+     {"mlflow_run_id": ".."}, {"global_step": -5}, {"global_step": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_run_id_or_step_that_is_none_is_rejected(tmp_path, changes):
+    """The run id is the name of the folder into which `validate` writes its journal."""
+    torch.save(build_checkpoint(module(), {}) | changes, tmp_path / "m.ckpt")
+    with pytest.raises(InputError, match=f"its {next(iter(changes))} is "):
+        read_checkpoint(tmp_path / "m.ckpt")
+
+
+def test_checkpoint_cannot_name_files_to_remove(tmp_path):
+    """`ModelCheckpoint` removes the worst of the best checkpoints, by the path in its state."""
+    folder = tmp_path / "checkpoints"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "victim").mkdir()
+    state = {"dirpath": str(folder), "best_model_path": "", "best_k_models": {}}
+    check_removable_paths({"ModelCheckpoint": {**state, "last_model_path": f"{folder}/a.ckpt"}})
+    for outside in (f"{folder}/../victim", str(tmp_path / "victim/a.ckpt"), f"{folder}/sub"):
+        for name in ("best_k_models", "kth_best_model_path", "last_model_path"):
+            value = {outside: 1.0} if name == "best_k_models" else outside
+            with pytest.raises(InputError, match="one of the best checkpoints; allowed: files in"):
+                check_removable_paths({"ModelCheckpoint": state | {name: value}})
+    del state["dirpath"]  # Lightning would take its own
+    with pytest.raises(InputError, match="one of the best checkpoints"):
+        check_removable_paths({"M": {**state, "last_model_path": str(folder / "a.ckpt")}})
+
+
+def test_state_that_cannot_be_restored_names_the_checkpoint(workplace, capsys):
+    """The drills have more such states."""
+    options = [*QUICK, *TINY, "--trainer.max_steps=1", "--trainer.logger=false"]
+    assert main(["fit", *options, "--trainer.limit_val_batches=0"]) == 0
+    (path,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    torch.save(torch.load(path, weights_only=True) | {"loops": {}}, workplace / "m.ckpt")
+    assert main(["fit", *options, "--ckpt_path", "m.ckpt"]) == 2
+    assert "error: m.ckpt: the state of its training cannot be restored" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Validation of checkpoints before a network is built from them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +26,7 @@ from yolo_lightning.tree.wordtree import MAX_NODES
 MAX_LAYERS = 1000
 MAX_IMAGE_PX = 8192  # side of the network input
 _MAX_KERNEL = 64  # kernel size, stride and padding of a layer
+_RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}")
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -44,6 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     checkpoint = load_file(path)
     try:
+        _check_origin(checkpoint)
         state, hparams = checkpoint["state_dict"], checkpoint["hyper_parameters"]
         _check_sizes(hparams["tree"], hparams.get("image_size", 32))
         if checkpoint.get("module") in ("DetectorModule", "ClassifierModule"):
@@ -91,6 +94,15 @@ def network_layers(hparams: dict[str, Any], out_channels: int = 1) -> tuple[Laye
         head, passthrough = hparams["head_channels"], hparams["passthrough_channels"]
         layers = detector_layers(layers, head, passthrough, hparams["reorg"])
     return layers if hparams["batch_norm"] else without_batch_norm(layers)
+
+
+def _check_origin(checkpoint: dict[str, Any]) -> None:
+    """Check the MLflow run, which becomes the name of a folder, and the step."""
+    run_id, step = checkpoint.get("mlflow_run_id"), checkpoint.get("global_step", 0)
+    if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
+        raise InputError(f"its mlflow_run_id is {str(run_id)[:100]!r}, no id of an MLflow run")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise InputError(f"its global_step is {str(step)[:100]!r}; allowed: 0 or more")
 
 
 def _check_sizes(tree: Any, image_size: Any) -> None:
