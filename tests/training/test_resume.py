@@ -1,5 +1,6 @@
 """A resumed training has the same samples and losses as an uninterrupted one, bit for bit."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.helpers.paths import REPO
 from yolo_lightning import CombinedDataModule, DetectorModule
 from yolo_lightning.callbacks import MultiScale
+from yolo_lightning.cli import runs
 from yolo_lightning.datamodules import (
     ClassificationAugmentation,
     DetectionAugmentation,
     ShapesDetection,
     ShapesImageLabels,
 )
+from yolo_lightning.errors import InputError
 from yolo_lightning.schedules import PolynomialDecay
 
 pytestmark = pytest.mark.end_to_end
@@ -127,3 +130,21 @@ def test_last_batches_at_the_largest_size_are_the_same_after_a_resume(uninterrup
     sizes = [size for _, _, size, *_ in diary.steps]
     assert 32 in sizes[13:]
     assert [size for _, _, size, *_ in resumed.steps] == sizes[8:13] + [64] * 5
+
+
+@pytest.mark.parametrize("name", [".lock", "mlflow/token", "checkpoints/other", "mlflow/files"])
+def test_run_folder_with_a_link_or_a_pipe_is_not_resumed(tmp_path, name):
+    """The training would truncate, log or remove what a link names, and wait for a pipe."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "mlflow").mkdir()
+    for file in ("resolved.yaml", "checkpoints/last.ckpt"):
+        (run / file).touch()
+    checkpoint = str(run / "checkpoints/last.ckpt")
+    assert runs.checkpoint_run_folder(checkpoint) == runs.tracked_run_folder(checkpoint) == run
+    for make in (lambda path: path.symlink_to(tmp_path), os.mkfifo):
+        make(run / name)
+        for find in (runs.checkpoint_run_folder, runs.tracked_run_folder):
+            with pytest.raises(InputError, match=f"^{run / name}: a .*allowed in a run folder"):
+                find(checkpoint)
+        (run / name).unlink()

@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import os
 import re
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,22 +35,51 @@ def runs_root(config: Namespace, recipes: Sequence[str]) -> Path:
     return Path(config.trainer.default_root_dir or f"outputs/{name}")
 
 
+def require_plain(folder: Path) -> Path:
+    """Return a run folder that holds files and folders alone.
+
+    A run folder may come from somebody else. A training that goes on in it would write through
+    links to other files of the user's, log and remove those files, or wait for ever for a pipe.
+
+    Raises:
+        InputError: it holds a link or a special file.
+    """
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # another process has just moved it
+                continue
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                kind = "link" if stat.S_ISLNK(mode) else "special file"
+                raise InputError(f"{path}: a {kind}; allowed in a run folder: files and folders")
+    return folder
+
+
 def checkpoint_run_folder(checkpoint: str | None) -> Path | None:
-    """Return the run folder that contains a checkpoint; None if it is outside of one."""
+    """Return the run folder that contains a checkpoint; None if it is outside of one.
+
+    Raises:
+        InputError: see `require_plain`.
+    """
     if not checkpoint:
         return None
     folder = Path(checkpoint).parent.parent
-    return folder if (folder / _RECORD).is_file() else None
+    return require_plain(folder) if (folder / _RECORD).is_file() else None
 
 
 def tracked_run_folder(checkpoint: str | None) -> Path | None:
-    """Return the run folder of a checkpoint if it also holds an MLflow run, else None."""
+    """Return the run folder of a checkpoint if it also holds an MLflow run, else None.
+
+    Raises:
+        InputError: see `require_plain`.
+    """
     folder = Path(checkpoint).parent.parent if checkpoint else None
     if folder is None or not (
         (folder / RUN_ID_FILE).is_file() or (folder / JOURNAL_FOLDER).is_dir()
     ):
         return None
-    return folder
+    return require_plain(folder)
 
 
 def cluster_job_id(environment: Mapping[str, str]) -> str | None:
