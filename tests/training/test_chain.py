@@ -154,12 +154,26 @@ def test_tree_whose_rows_changed_after_the_stage_finished_is_refused(folder, cap
     assert "model.tree was changed after the stage was trained: entry 4" in messages
 
 
-@pytest.mark.parametrize("text", ["", "garbage: [", "step: many\n"])
+BAD_TEXTS = ["", "a: " + "[" * 50_000]
+BAD_STEPS = ["1\ncheckpoint: ../../../secret.ckpt", ".inf\ncheckpoint: checkpoints/a.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "text", [*BAD_TEXTS, *(f"step: {step}\n" for step in BAD_STEPS), "garbage: ["]
+)
 def test_damaged_record_of_a_finished_stage_is_named(folder, capsys, text):
     (run_folder(folder) / FINISHED).write_text(text)
     code, output, messages = chain(capsys)
     assert (code, output) == (2, "")
     assert f"{run_folder(Path()) / FINISHED}: expected the keys step and checkpoint" in messages
+
+
+@pytest.mark.parametrize("text", ["- 1", BAD_TEXTS[1]])
+def test_damaged_values_of_a_finished_stage_are_named(folder, capsys, text):
+    (run_folder(folder) / "resolved.yaml").write_text(text)
+    code, _, messages = chain(capsys)
+    assert code == 2
+    assert f"{run_folder(Path()) / 'resolved.yaml'}:" in messages
 
 
 def test_stages_that_disagree_in_backbone_are_refused(folder, capsys):

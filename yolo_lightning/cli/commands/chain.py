@@ -22,7 +22,13 @@ from yolo_lightning.checkpoints.validation import first_difference, read_checkpo
 from yolo_lightning.cli import runs
 from yolo_lightning.cli.data import DataCLI
 from yolo_lightning.cli.recipe_errors import find_input_error
-from yolo_lightning.errors import InputError, mask_secrets, require_file
+from yolo_lightning.errors import (
+    InputError,
+    compose_yaml,
+    mask_secrets,
+    read_text,
+    require_file,
+)
 from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import layers_to_rows
 from yolo_lightning.tracking.names import flatten_params
@@ -33,6 +39,7 @@ _TRAINER_KEYS = (
     "max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "gradient_clip_val",
     "gradient_clip_algorithm", "sync_batchnorm",
 )  # fmt: skip
+_PARTS = ("model", "data")
 _CALLBACKS = ("MultiScale", "ModelCheckpoint", "WeightAveraging")
 
 
@@ -118,15 +125,16 @@ def _find_run(stage: Stage) -> None:
     markers = sorted(stage.root.glob(f"*/{runs.FINISHED}"), key=lambda path: path.stat().st_mtime)
     if markers:
         stage.run = markers[-1].parent
-        try:
-            values = yaml.safe_load(markers[-1].read_text(encoding="utf-8"))
-            stage.finished_step, checkpoint = int(values["step"]), str(values["checkpoint"])
-        except (ValueError, TypeError, KeyError, yaml.YAMLError):
+        values: dict[str, Any] = {}
+        with contextlib.suppress(InputError):
+            values = _read_values(markers[-1])
+        step, checkpoint = values.get("step"), str(values.get("checkpoint"))
+        if type(step) is not int or not re.fullmatch(r"checkpoints/[\w.=-]+\.ckpt", checkpoint):
             raise InputError(
                 f"{markers[-1]}: expected the keys step and checkpoint; remove it, and the stage "
                 "resumes at its last checkpoint"
-            ) from None
-        stage.checkpoint = stage.run / checkpoint
+            )
+        stage.finished_step, stage.checkpoint = step, stage.run / checkpoint
         return
     stage.checkpoint = runs.find_resume_checkpoint(stage.root)
     if stage.checkpoint is not None:
@@ -191,7 +199,21 @@ def _record(stage: Stage) -> dict[str, Any]:
     if not files:
         raise InputError(f"{stage.run} has no resolved.yaml, so it is no run: {_again(stage)}")
     newest = max(files, key=lambda path: path.stat().st_mtime)
-    return dict(yaml.safe_load(newest.read_text(encoding="utf-8")))
+    values = _read_values(newest)
+    if not all(isinstance((values.get(key) or {}).get("class_path"), str) for key in _PARTS):
+        raise InputError(f"{newest}: no recipe with a model and data; {_again(stage)}")
+    return values
+
+
+def _read_values(file: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file of a run; {} if it holds none."""
+    text = read_text(file, "run")
+    compose_yaml(text, file)  # within bounds
+    try:
+        values = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())[:100]})") from None
+    return values if isinstance(values, dict) else {}
 
 
 def _check_unchanged(stage: Stage) -> None:
