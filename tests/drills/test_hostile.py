@@ -62,7 +62,9 @@ def place(tmp_path, trained) -> Place:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+    """Return all files and folders but the indices that datasets get."""
+    paths = (path for path in sorted(folder.rglob("*")) if ".yolo_lightning" not in path.parts)
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def run(command: list[str] | Callable[[], int], folder: Path, timeout_s: float = 60) -> Result:

@@ -126,10 +126,10 @@ _NESTED = "{class_path: yolo_lightning.cli.recipe.RecipeCLI, init_args: {args: [
     callback=("callbacks:", f"callbacks:\n    - {_TOUCH}", "subprocess"),
     callback_hook=(
         "callbacks:", "callbacks:\n    - {class_path: lightning.pytorch.callbacks.LambdaCallback, "
-        "init_args: {setup: os.system}}", "os.system",
+        "init_args: {setup: os.system}}", "LambdaCallback",
     ),
     in_a_backbone=("backbone: small", f"backbone: [[conv, {_TOUCH}]]", "class_path"),
-    nested_in_a_backbone=("backbone: small", f"backbone: [[conv, 8], [[[{_NESTED}]]]]", "layer 1"),
+    nested_in_a_backbone=("backbone: small", f"backbone: [[conv, 8], [[[{_NESTED}]]]]", "backbone"),
     in_tags=("logger: false", _logger("tags: {a: " + _SHIPPER + "}"), "tags"),
     nested_in_tags=("logger: false", _logger("tags: {a: [{b: " + _NESTED + "}]}"), "tags"),
     in_anchors=("anchors_wh_cell: [[1.5, 1.5], [3, 3]]", f"anchors_wh_cell: [{_TOUCH}]", "anchors"),
@@ -175,15 +175,13 @@ def recipe_steals(place: Place, change: tuple[str, str, str]) -> tuple[Command, 
     anchors=("[[1.5, 1.5], [3, 3]]", "[" + "[1, 1], " * 20_000 + "]", "anchors"),
     anchors_infinite=("[[1.5, 1.5], [3, 3]]", "[[.inf, .nan]]", "anchors"),
     batch=("detection_batch_size: 4", "detection_batch_size: 1000000000000", "batch_size"),
-    length=("length: 13", "length: 1000000000000000000", "length"),
-    learning_rate=("learning_rate: 0.01", "learning_rate: .nan", "learning_rate"),
     workers=("num_workers: 0", "num_workers: 1000000", ""),
     seed=("seed_everything: 0", f"seed_everything: 1{'0' * 400}", "seed"),
     negative_seed=("seed_everything: 0", "seed_everything: -5", "seed"),
     epochs=("max_epochs: 4", f"max_epochs: 1{'0' * 400}", ""),
     steps_per_epoch=("steps_per_epoch: 6", "steps_per_epoch: -1", "steps_per_epoch"),
     devices=("devices: 1", "devices: 1000000", ""),
-    sizes=("sizes: [32, 64]", "sizes: [1000000000]", "sizes"),
+    sizes=("sizes: [32, 64]", "sizes: [1000000000]", "size 1000000000"),
     every=("every_n_steps: 2", "every_n_steps: .inf", "every_n_steps"),
 )  # fmt: skip
 def recipe_number(place: Place, change: tuple[str, str, str]) -> tuple[Command, str]:
@@ -291,7 +289,6 @@ _NAN = float("nan")
     version_is_new={"pytorch-lightning_version": "99999.0.0"},
     run_id_is_a_list={"mlflow_run_id": ["x"]},
     run_id_of_escapes={"mlflow_run_id": "\x1b[31m\n" * 1000},
-    learning_rate_is_text={"learning_rate": "x"},
     schedule_is_a_class={"schedule": {"class_path": "os.system"}},
     momentum_is_nan={"momentum": _NAN},
 )
@@ -367,7 +364,7 @@ def checkpoint_is(place: Place, make: Callable[[Path], Any]) -> tuple[Command, s
 
 @family(
     export=lambda p: ["export", "m.ckpt", "--output", "m.onnx"],
-    export_darknet=lambda p: ["darknet", "export", "m.ckpt", "--cfg", "m.cfg", "--weights", "m.w"],
+    export_darknet=lambda p: ["darknet", "export", "m.ckpt", "--output", "m"],
     classify=lambda p: ["classify", "m.ckpt", str(write_image(p.work / "x.jpg"))],
     speed=lambda p: ["speed", "m.ckpt"],
     model=lambda p: ["mlflow", "model", "m.ckpt", "--output", "model"],
