@@ -4,7 +4,7 @@ Each command runs in a fork of this process, in which everything is imported.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -36,7 +36,7 @@ COMMANDS = ("check_data", "init", "anchors", "benchmark", "detect", "classify", 
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory) -> Iterator[Path]:
     """Import all that the commands need, and train; return the run folder."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

@@ -11,9 +11,10 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_there_are_sixty_kills():
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Callable[[str], Path]:
+def reference(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
     """Return a function that gives the folder of an uninterrupted training."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in QUIET.items():
@@ -139,7 +140,8 @@ class Training:
     def kill(self, moment: str) -> None:
         """Train until a moment, in which one rank or all are killed."""
         if moment[0].isdigit():
-            return self._kill_in_imports(float(moment))
+            self._kill_in_imports(float(moment))
+            return
         rank, alone = (1, True) if moment.startswith("rank 1: ") else (0, False)
         moment = moment.removeprefix("rank 1: ")
         name = "STOP" if moment.startswith("SIGKILL") else "KILL_AT"
@@ -149,7 +151,6 @@ class Training:
             if not alone:
                 os.killpg(process, signal.SIGKILL)
             assert wait_for_process(process, 60) is not None, f"waits for ever after {moment}"
-        return None
 
     def _kill_in_imports(self, seconds: float) -> None:
         code = "import sys; from yolo_lightning.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -196,30 +197,34 @@ def differences(uninterrupted: Path, killed: Path, ranks: int) -> list[str]:
         assert [entry[0] for entry in expected] == list(range(STEPS))
         found += mismatches(expected, actual, STEPS)
     expected, actual = (entries(folder, name="validations") for folder in (uninterrupted, killed))
-    assert [step for step, _ in expected] == [6, 12, 18, 24]
+    assert [entry[0] for entry in expected] == [6, 12, 18, 24]
     found += mismatches(expected, actual, 0)
     for name in ("last.ckpt", "best.ckpt"):
-        expected, actual = (newest_checkpoint(folder, name) for folder in (uninterrupted, killed))
-        if actual["global_step"] != expected["global_step"]:
-            found.append(f"{name} is of step {actual['global_step']}")
-        for key, value in expected["state_dict"].items():
-            if not torch.equal(value, actual["state_dict"][key]):
+        whole, resumed = (newest_checkpoint(folder, name) for folder in (uninterrupted, killed))
+        if resumed["global_step"] != whole["global_step"]:
+            found.append(f"{name} is of step {resumed['global_step']}")
+        for key, value in whole["state_dict"].items():
+            if not torch.equal(value, resumed["state_dict"][key]):
                 found.append(f"{name}: {key} differs")
     return found + [f"left behind: {path}" for path in killed.glob("runs/**/*.part")]
 
 
-def newest_checkpoint(folder: Path, name: str) -> dict:
+def newest_checkpoint(folder: Path, name: str) -> dict[str, Any]:
     paths = folder.glob(f"runs/*/checkpoints/{name}")
-    return torch.load(max(paths, key=lambda path: path.stat().st_mtime), weights_only=True)
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    content: dict[str, Any] = torch.load(newest, weights_only=True)
+    return content
 
 
 def lost_validations(uninterrupted: Path, killed: Path) -> list[str]:
     """Return the validations that are not in the diary, or not all of them in the run."""
-    steps = {step for step, _ in entries(killed, name="validations")}
-    lost = {step for step, _ in entries(uninterrupted, name="validations")} - steps
+    whole, resumed = (
+        {int(str(entry[0])) for entry in entries(folder, name="validations")}
+        for folder in (uninterrupted, killed)
+    )
     expected, actual = (validation_points(folder) for folder in (uninterrupted, killed))
     assert len(expected) > 12
-    lost |= {step + 1 for _, step, _ in expected - actual}
+    lost = whole - resumed | {step + 1 for _, step, _ in expected - actual}
     return [f"the validation after step {step} is lost" for step in sorted(lost)]
 
 

@@ -10,10 +10,11 @@ import math
 import os
 import shutil
 import socket
+import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -679,14 +680,9 @@ def shadowed(place: Place, name: str) -> tuple[Command, str]:
     def dashboard() -> int:
         from yolo_lightning.cli.commands.mlflow import ui
 
-        def serve(command: list[str], environment: Any) -> int:
-            import subprocess
-
-            print(command)
-            version = [*command[:2], "mlflow", "--version"] if command[1] == "-m" else command
-            index = command.index("mlflow") if "mlflow" in command else len(command)
-            return subprocess.run([*version[:1], *command[1:index], "mlflow", "--version"],
-                                  env=dict(environment), check=False).returncode  # fmt: skip
+        def serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
+            program = [*command[: command.index("ui")], "--version"]
+            return subprocess.run(program, env=dict(environment), check=False).returncode
 
         ui._serve = serve
         with socket.socket() as listener:

@@ -268,7 +268,8 @@ def start(
         os.setsid()
         redirect_output(folder / "log.txt")
         os.environ.update(environment or {})
-        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning set it on import
+        # Lightning has set it on import
+        setattr(rank_zero_only, "rank", int(os.environ.get("LOCAL_RANK", 0)))  # noqa: B010
         kill_at(os.environ.get("KILL_AT", ""))
         from yolo_lightning.cli import main as __main__
 

@@ -24,7 +24,7 @@ from yolo_lightning.tree.wordtree import MAX_NODES
 
 # limits of what a checkpoint may describe
 MAX_LAYERS = 1000
-MAX_IMAGE_PX = 8192  # side of the network input
+MAX_IMAGE_PX = 2048  # side of the network input
 _MAX_KERNEL = 64  # kernel size, stride and padding of a layer
 _RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}")
 
