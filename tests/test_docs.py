@@ -138,7 +138,7 @@ def test_a_page_with_a_table_of_recipes_lists_every_recipe(page):
         ("yolo-lightning detect SOMETHING dog.jpg", "unknown placeholder"),
         ("make quickstrat", "no target"),
         ("python tests/helpers/gone.py", "no such file"),
-        ("python tests/helpers/kill_and_resume.py --kils 3", "--kils"),
+        ("python tests/helpers/tracking_outage.py --onli kill", "--onli"),
         ("python -m tests.helpers.gone", "no module"),
         ("pytest tests/gone", "no such file"),
         ("pytest -m slowest", "unknown markers"),

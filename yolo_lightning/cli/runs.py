@@ -163,7 +163,7 @@ def prepare_run_folder(root: Path, checkpoint: str | None, job_folder: Path | No
     if job_folder is not None:
         if rank() == 0:
             job_folder.mkdir(parents=True, exist_ok=True)
-        return job_folder
+        return require_plain(job_folder)
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     number = 1
     while True:
