@@ -15,6 +15,7 @@ from tests.helpers import hostile_files
 from tests.helpers.forked import Result, run_forked
 from tests.helpers.hostile_inputs import (
     CASES,
+    METRICS,
     SECRET,
     Place,
     fit,
@@ -102,7 +103,7 @@ SOUND: dict[str, Callable[[Place], list[str] | Callable[[], int]]] = {
     "anchors": lambda p: ["anchors", str(_sound_dataset(p)), "--number", "1", "--output", "o"],
     "benchmark": lambda p: ["benchmark", str(_sound_dataset(p))],
     "wordtree": lambda p: ["wordtree", "show", str(p.run / "tree.tsv")],
-    "mlflow": lambda p: sync(p),
+    "mlflow": lambda p: sync(p, METRICS),
     "predict": lambda p: predict(p, [image_bytes(p)]),
 }
 

@@ -471,7 +471,7 @@ def journal_steals(place: Place, change: dict[str, str]) -> tuple[Command, str]:
     return command, "run"
 
 
-_METRICS = {"op": "metrics", "t": 1, "step": 1, "values": {"a": 1.0}}
+METRICS = {"op": "metrics", "t": 1, "step": 1, "values": {"a": 1.0}}
 
 
 @family(
@@ -494,23 +494,23 @@ def journal_opens(place: Place, values: dict[str, Any]) -> tuple[Command, str]:
         k: v.replace("{victim}", str(place.victim)) if k == "store" else v
         for k, v in values.items()
     }
-    command = sync(place, _METRICS, **values)
+    command = sync(place, METRICS, **values)
     return (command[:3] if "store" in values else command), "run"
 
 
 @family(
     unknown_status={"op": "status", "t": 1, "status": "NONSENSE"},
     status_of_the_far_future={"op": "status", "t": 2**62, "status": "FINISHED"},
-    step_of_2_to_the_62={**_METRICS, "step": 2**62},
-    value_of_1e308={**_METRICS, "values": {"a": 1.7e308}},
-    value_of_nan={**_METRICS, "values": {"a": math.nan}},
-    name_is_empty={**_METRICS, "values": {"": 1.0}},
-    name_of_a_megabyte={**_METRICS, "values": {"x" * 2**20: 1.0}},
-    name_of_a_path={**_METRICS, "values": {"../../victim/a": 1.0}},
-    many_values={**_METRICS, "values": {f"a{k}": 1.0 for k in range(20_000)}},
-    many_params={"op": "params", "values": {f"a{k}": "1" for k in range(20_000)}},
+    step_of_2_to_the_62={**METRICS, "step": 2**62},
+    value_of_1e308={**METRICS, "values": {"a": 1.7e308}},
+    value_of_nan={**METRICS, "values": {"a": math.nan}},
+    name_is_empty={**METRICS, "values": {"": 1.0}},
+    name_of_a_megabyte={**METRICS, "values": {"x" * 2**20: 1.0}},
+    name_of_a_path={**METRICS, "values": {"../../victim/a": 1.0}},
+    many_values={**METRICS, "values": {f"a{k}": 1.0 for k in range(2_000)}},
+    many_params={"op": "params", "values": {f"a{k}": "1" for k in range(2_000)}},
     param_of_a_megabyte={"op": "params", "values": {"a": "x" * 2**20}},
-    many_tags={"op": "tags", "values": {f"a{k}": "1" for k in range(20_000)}},
+    many_tags={"op": "tags", "values": {f"a{k}": "1" for k in range(2_000)}},
     tag_of_mlflow={"op": "tags", "values": {"mlflow.parentRunId": "x", "mlflow.user": "root"}},
     datasets_of_other_values={"op": "inputs", "datasets": [1, {"a": 2}]},
     deep={"op": "inputs", "datasets": []},
@@ -549,7 +549,7 @@ def journal_lines(place: Place, lines: bytes) -> tuple[Command, str]:
     of_many_digits='{"STORE": {"run_id": "x", "offset": ' + "9" * 5000 + "}}",
 )
 def uploads(place: Place, text: str) -> tuple[Command, str]:
-    command = sync(place, _METRICS)
+    command = sync(place, METRICS)
     file = place.work / "run/mlflow/uploaded.json"
     file.write_text(text.replace("STORE", f"sqlite:///{place.work}/mlflow.db"))
     return command, "run"
@@ -565,7 +565,7 @@ def journal_is(place: Place, make: Callable[[Path], Any]) -> tuple[Command, str]
 
 @case
 def journal_of_a_link_that_contains_itself(place: Place) -> tuple[Command, str]:
-    command = sync(place, _METRICS)
+    command = sync(place, METRICS)
     for name in ("a", "b"):
         (place.work / "run" / name).symlink_to(place.work / "run")
     return command, "run"
@@ -661,7 +661,7 @@ def store_is(place: Place, make: Callable[[Path], Any]) -> tuple[Command, str]:
 @family(fifo=fifo, link=lambda path: path.symlink_to(path.parent.parent / "victim/secret.txt"))
 def store_lock(place: Place, make: Callable[[Path], Any]) -> tuple[Command, str]:
     make(place.work / "mlflow.db.lock")
-    return sync(place, _METRICS), ""
+    return sync(place, METRICS), ""
 
 
 @family(text=b"x" * 5000, header=b"SQLite format 3\0" + b"\xff" * 5000)
@@ -909,12 +909,12 @@ def _body(text: bytes, status: bytes = b"200 OK") -> Callable[[], Any]:
 def server(place: Place, chunks: Callable[[], Any]) -> tuple[Command, str]:
     uri = Server(chunks, place.work / "received.txt").uri
     os.environ["MLFLOW_TRACKING_TOKEN"] = "token-of-the-user"  # the store is the user's own
-    return [*sync(place, _METRICS)[:3], "--store", uri], "run"
+    return [*sync(place, METRICS)[:3], "--store", uri], "run"
 
 
 @family(
     recipe=lambda p, uri: _edit(p, "logger: false", _logger(f"tracking_uri: {uri}")),
-    journal=lambda p, uri: sync(p, _METRICS, store=uri)[:3],
+    journal=lambda p, uri: sync(p, METRICS, store=uri)[:3],
 )
 def token_for(place: Place, command: Any) -> tuple[Command, str]:
     """Credentials of the environment do not go to a store that a file names."""
@@ -930,4 +930,4 @@ def redirect_with_a_token(place: Place) -> tuple[Command, str]:
     other = Server(_body(b"{}"), place.work / "received.txt").uri.replace("127.0.0.1", "localhost")
     answer = b"HTTP/1.1 307 X\r\nLocation: %s/x\r\nContent-Length: 0\r\n\r\n" % other.encode()
     uri = Server(lambda: iter([answer]), place.victim.parent / "own.txt").uri
-    return [*sync(place, _METRICS)[:3], "--store", uri], ""
+    return [*sync(place, METRICS)[:3], "--store", uri], ""

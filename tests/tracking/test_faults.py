@@ -268,6 +268,7 @@ def test_messages_are_short_and_without_secrets():
     shown = "API request to http://***@host:5000/x failed, or to http://***@host"
     assert short_message(RuntimeError(text)) == shown
     assert short_message(RuntimeError("a " * 10**7)) == "a " * 150 + " …"
+    assert short_message("a\x1b[31m\x9b\0b") == r"a\x1b[31m\x9b\x00b"  # for the terminal
 
 
 # --- names and values

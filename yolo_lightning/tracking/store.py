@@ -13,7 +13,7 @@ from mlflow.store.db import utils as db_utils
 from mlflow.tracking import MlflowClient
 from sqlalchemy import create_engine
 
-from yolo_lightning.errors import mask_secrets
+from yolo_lightning.errors import mask_secrets, printable
 from yolo_lightning.tracking.bounded_http import bound_answers
 from yolo_lightning.tracking.files import open_file
 from yolo_lightning.tracking.names import SQLITE
@@ -151,7 +151,7 @@ class JournalLock:
 
 
 def short_message(error: object) -> str:
-    """Return an error message on one line, without secrets, cut to 300 characters."""
+    """Return an error message on one line, printable, without secrets, cut to 300 characters."""
     text = str(getattr(error, "message", error))[: 10 * _MAX_MESSAGE_LENGTH]  # may be a whole page
-    text = mask_secrets(" ".join(text.split()) or type(error).__name__)
+    text = printable(mask_secrets(" ".join(text.split()) or type(error).__name__))
     return text if len(text) <= _MAX_MESSAGE_LENGTH else text[:_MAX_MESSAGE_LENGTH] + " …"
