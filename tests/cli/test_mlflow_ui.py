@@ -64,6 +64,7 @@ def test_the_server_uses_this_python_and_the_store_in_the_working_folder(
     # as for trainings in the same folder
     assert environment["MLFLOW_DEFAULT_ARTIFACT_ROOT"] == str(store.parent / "mlruns")
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert environment["PYTHONSAFEPATH"] == "1"
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
 
 
@@ -90,6 +91,27 @@ def test_a_missing_store_raises_and_is_not_created(tmp_path, serve_calls, monkey
     with pytest.raises(InputError, match="no longer supports folders"):
         main(["ui"])
     assert not serve_calls
+
+
+def test_module_of_the_working_folder_is_not_imported(store, serve_calls, monkeypatch):
+    """A folder with an mlflow.py would run it, in place of MLflow."""
+    monkeypatch.chdir(store.parent)
+    (store.parent / "mlflow.py").touch()
+    main(["ui", "--port", str(free_port())])
+    ((command, environment),) = serve_calls
+    code = "import importlib.util; print(importlib.util.find_spec('mlflow').origin)"
+    program = [*command[: command.index("-m")], "-c", code]
+    result = subprocess.run(program, env=dict(environment), capture_output=True, text=True)
+    assert result.stdout.endswith("site-packages/mlflow/__init__.py\n")
+
+
+def test_pipe_as_store_is_refused(tmp_path, serve_calls, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    os.mkfifo("mlflow.db")
+    for command in ("ui", "compare"):
+        with pytest.raises(InputError, match="MLflow database .*mlflow.db' is no regular file"):
+            main([command])
 
 
 def test_a_port_in_use_raises_with_another_port(store, serve_calls):

@@ -703,7 +703,7 @@ def settings_of_matplotlib(place: Place) -> tuple[Command, str]:
     (data / "labels").mkdir()
     (data / "labels/x.txt").write_text("0 .5 .5 .5 .5\n")
     (data / "data.yaml").write_text("train: images\nnames: [a]\n")
-    return ["anchors", str(data / "data.yaml"), "--number", "1", "--output", "plots"], ""
+    return ["anchors", str(data / "data.yaml"), "--output", "plots"], ""
 
 
 # images, lists and videos of `detect`

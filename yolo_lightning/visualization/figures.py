@@ -169,8 +169,10 @@ def new_figure(
     width_inch: float, height_inch: float, layout: Literal["constrained"] | None = "constrained"
 ) -> "Figure":
     """Return an empty figure without pyplot, which needs a display and keeps every figure."""
+    from matplotlib import rcdefaults
     from matplotlib.figure import Figure
 
+    rcdefaults()  # not those of a matplotlibrc in the working folder, which may start programs
     return Figure(figsize=(width_inch, height_inch), dpi=_DPI, layout=layout, facecolor="white")
 
 

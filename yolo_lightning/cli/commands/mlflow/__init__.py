@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from yolo_lightning.cli.commands.doctor.connections import check_tracking
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, nearest, require_file
 from yolo_lightning.tracking.names import DEFAULT_STORE, SQLITE
 
 COMMANDS = {
@@ -46,7 +46,7 @@ def check_store(uri: str) -> str:
     """Check that a store responds, without creating it; return a description of its state.
 
     Raises:
-        InputError: the SQLite file does not exist, or the store does not respond.
+        InputError: the SQLite file does not exist or is no file, or the store does not respond.
     """
     file = Path(uri.removeprefix(SQLITE))
     if uri.startswith(SQLITE) and not file.exists():
@@ -54,6 +54,8 @@ def check_store(uri: str) -> str:
             f"no runs yet: there is no {file.name} in {file.parent}; the first training creates it."
             " Change to the folder where you started training, or set MLFLOW_TRACKING_URI"
         )
+    if uri.startswith(SQLITE):
+        require_file(file, "MLflow database")  # a pipe would block for ever
     result = check_tracking(uri)
     if result.state == "failed" and "not writable" not in result.text:  # reading is enough
         raise InputError(result.text)

@@ -92,6 +92,7 @@ def _environment(uri: str) -> Mapping[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         **os.environ,
         "MLFLOW_BACKEND_STORE_URI": uri,
+        "PYTHONSAFEPATH": "1",  # `python -m` would import modules of the working folder
     }
     if uri.startswith(SQLITE):
         # else experiments created in the UI get an artifact location that only the server can
