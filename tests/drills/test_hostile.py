@@ -129,8 +129,10 @@ def limits(
 # --- hostile inputs
 
 
-def check(result: Result, sound: tuple[float, float], word: str, record_property) -> None:
-    seconds, peak_mb = result.seconds - sound[0], result.peak_mb - sound[1]
+def check(
+    result: Result, sound: tuple[float, float], word: str, record_property, extra_s: float = 0
+) -> None:
+    seconds, peak_mb = result.seconds - sound[0] - extra_s, result.peak_mb - sound[1]
     record_property("hostile inputs: number", 1)
     record_property("hostile inputs: seconds", seconds)
     record_property("hostile inputs: MB", peak_mb)
@@ -163,7 +165,8 @@ def test_hostile_input_is_refused(name, place, trained, tmp_path_factory, record
             assert SECRET.encode() not in path.read_bytes(), f"{path}: {result.output[-800:]}"
     if result.seconds > sound[0] + MAX_SECONDS:  # the machine may be busier now
         sound = limits(command, tmp_path_factory, trained, again=True)
-    check(result, sound, word, record_property)
+    extra_s = 3 if name.startswith("server_") else 0  # the limit of an answer, see `server`
+    check(result, sound, word, record_property, extra_s)
 
 
 @pytest.mark.parametrize("name", hostile_files.CASES)

@@ -801,7 +801,7 @@ def image_bytes(place: Place) -> bytes:
     playlist=[b"#EXTM3U\nfile:///etc/passwd\n"],
 )
 def request(place: Place, images: list[Any]) -> tuple[Command, str]:
-    return predict(place, [value() if callable(value) else value for value in images]), "row"
+    return predict(place, [value() if callable(value) else value for value in images]), ""
 
 
 @family(
@@ -874,7 +874,9 @@ def _drip() -> Any:
 
 def _gzip_bomb() -> Any:
     packer = zlib.compressobj(9, wbits=31)
-    body = b"".join(packer.compress(bytes(1 << 20)) for _ in range(2_000)) + packer.flush()
+    head = packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    body = head + 4_000 * block
     yield _HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
@@ -909,6 +911,7 @@ def _body(text: bytes, status: bytes = b"200 OK") -> Callable[[], Any]:
 def server(place: Place, chunks: Callable[[], Any]) -> tuple[Command, str]:
     uri = Server(chunks, place.work / "received.txt").uri
     os.environ["MLFLOW_TRACKING_TOKEN"] = "token-of-the-user"  # the store is the user's own
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "1"  # three for an answer
     return [*sync(place, METRICS)[:3], "--store", uri], "run"
 
 

@@ -661,6 +661,25 @@ def test_names_of_files_are_not_masked(intact, tmp_path):
     assert source.display_name == str(file)
 
 
+@pytest.mark.parametrize(
+    "text", ["#EXTM3U\n#EXTINF:1,\n{other}\n", "ffconcat version 1.0\nfile '{other}'\n"]
+)
+def test_a_playlist_is_no_video(tmp_path, text):
+    """It would open other files, or itself, again and again."""
+    other = generate(tmp_path / "other.ts")
+    for name in ("x.mp4", "x.ts", "x.mkv"):
+        (tmp_path / name).write_text(text.format(other=other.name))
+        with pytest.raises(InputError, match=f"{name}: cannot be opened"):
+            VideoReader(tmp_path / name)
+
+
+@pytest.mark.parametrize("line", ["a" * 2**20, "/" + "a" * 256])
+def test_a_list_of_impossible_paths_is_named(tmp_path, line):
+    (tmp_path / "list.txt").write_text(line + "\n")
+    with pytest.raises(InputError, match="list.txt: the path .* too long"):
+        find_sources([str(tmp_path / "list.txt")])
+
+
 def test_a_named_pipe_is_no_video(tmp_path):
     file = fifo(tmp_path / "a.mp4")
     with pytest.raises(InputError, match=r"a\.mp4: not a regular file$"):

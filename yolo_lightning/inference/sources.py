@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import os
 import re
 import threading
 import time
@@ -35,6 +36,7 @@ from yolo_lightning.models.preparation import Interpolation, Resize
 T = TypeVar("T")
 Kind = Literal["image", "video", "live"]
 
+_MAX_PATH, _MAX_NAME = 2048, 255  # bytes, as file systems allow
 _RESULTS = re.compile(r"/outputs/detect-[^/]*/")  # of earlier calls, in a searched folder
 
 
@@ -128,9 +130,12 @@ def _find_files(path: Path) -> list[Path]:
 def _read_list(file: Path) -> list[Path]:
     """Read a list of paths, relative to the working folder or else to the folder of the list."""
     lines = [line.strip() for line in read_text(file, "list of paths").splitlines()]
-    paths = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+    paths = [Path(os.path.expanduser(s)) for s in lines if s and not s.startswith("#")]
     if not paths:
         raise InputError(f"{file}: lists no paths")
+    for path in paths:
+        if len(os.fsencode(path)) > _MAX_PATH or len(os.fsencode(path.name)) > _MAX_NAME:
+            raise InputError(f"{file}: the path {str(path)[:80]!r} … is too long")
     return [path if path.exists() else file.parent / path for path in paths]
 
 

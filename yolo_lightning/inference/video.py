@@ -19,6 +19,9 @@ VIDEO_SUFFIXES = (
     ".wmv", ".flv", ".3gp", ".ogv",
 )  # fmt: skip
 
+# FFmpeg's demuxers of these files
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg"
+
 STREAM_SCHEMES = ("http", "https", "rtmp", "rtmps", "rtsp", "rtsps", "tcp", "udp")
 
 TIMEOUT_S = 10.0  # for connecting to a stream, and for its next packet
@@ -305,10 +308,13 @@ def _open_container(location: str, display_name: str) -> Any:
         options = {"timeout": (TIMEOUT_S, TIMEOUT_S), "options": protocol}
     else:
         file = Path(location)
-        if file.exists() and not file.is_file():  # a named pipe or a device may block
+        if file.exists() and not (
+            file.is_file() or file.is_dir()
+        ):  # a named pipe or a device may block
             raise InputError(f"{display_name}: not a regular file")
-        # colons in a file name are no scheme, and a playlist must not open anything but files
-        path, options = f"file:{location}", {"options": {"protocol_whitelist": "file"}}
+        # colons in a file name are no scheme; a playlist of that name would open other files
+        limits = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+        path, options = f"file:{location}", {"options": limits}
     try:
         return av.open(path, metadata_errors="replace", **options)
     except (av.FFmpegError, ValueError) as error:
