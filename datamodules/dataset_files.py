@@ -97,7 +97,7 @@ class DatasetFiles:
     def __init__(self, root: Path, allow_outside: bool = False) -> None:
         self.root, self.allow_outside = root, allow_outside
         self._readable = [os.path.realpath(root)]  # texts, and folders of texts
-        self._inside: set[Path] = set()  # folders whose files may be read, if they are no links
+        self._inside: set[str] = set()  # folders whose files may be read, if they are no links
         self.faults: list[str] = []  # what was repaired or skipped, one sentence each
         self.watched: list[Path] = []  # files and folders that the result depends on
         self._names: dict[Path, dict[str, None]] = {}
@@ -153,7 +153,7 @@ class DatasetFiles:
         """Raise `UnsafePath` if a text, or what it links to, lies outside the dataset's folder."""
         if self.allow_outside:
             return
-        folder, is_link = file.parent, os.path.islink(file)
+        folder, is_link = os.path.dirname(file), os.path.islink(file)
         if folder in self._inside and not is_link and file.name != "..":
             return
         real = os.path.realpath(file)

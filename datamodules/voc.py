@@ -45,14 +45,15 @@ class _XMLSource(AnnotatedImages):
             for name in line.split()[:1]:
                 location = f"{file}:{number}"
                 path = resolve_inside(f"{name}.xml", folder, self.allow_outside, location)
-                if annotations.exists(folder / path):
-                    files.append(folder / path)
+                xml = folder / path
+                if annotations.exists(xml):
+                    files.append(xml)
                 else:
-                    annotations.faults.append(f"{folder / path}: listed but missing, skipped")
+                    annotations.faults.append(f"{xml}: listed but missing, skipped")
         return files
 
     def _parse(self, root: Path) -> Index:
-        files: list[Path] = []
+        files, prefix = list[Path](), os.path.join(root, "")
         annotations = Annotations(
             root,
             lambda image, number: f"{files[image]}: object {number}",
@@ -71,8 +72,7 @@ class _XMLSource(AnnotatedImages):
                 annotations.faults.append(f"{file}: its image is missing, skipped")
                 continue
             files.append(file)
-            path = image.relative_to(root) if image.is_relative_to(root) else image
-            self._add(annotations, document, str(path), file)
+            self._add(annotations, document, str(image).removeprefix(prefix), file)
         return annotations.build_index()
 
     def _add(self, annotations: Annotations, document: ET.Element, image: str, file: Path) -> None:

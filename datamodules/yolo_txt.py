@@ -155,7 +155,7 @@ class YOLOText(AnnotatedImages):
         for source in sources:
             if source.is_dir():
                 files = filter(is_image, annotations.walk(source))
-                images += [str(f.relative_to(root) if f.is_relative_to(root) else f) for f in files]
+                images += [str(file).removeprefix(os.path.join(root, "")) for file in files]
             else:
                 images += self._read_list(source, roots, annotations)
         return images
@@ -285,9 +285,10 @@ def _label_file(image: Path, annotations: Annotations) -> Path:
 
 def _add_lines(annotations: Annotations, row: int, file: Path, names: list[str]) -> None:
     faults, count = annotations.faults, 0
-    annotations.require_inside(file)
     try:
         lines = annotations.read_lines(file)
+    except UnsafePath:
+        raise
     except InputError as error:
         faults.append(f"{error}, its image is treated as having no objects")
         return

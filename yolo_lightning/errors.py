@@ -121,7 +121,7 @@ def not_found(path: str | Path, description: str, hint: str = "") -> InputError:
 
 def require_file(path: str | Path, description: str, hint: str = "") -> Path:
     """Return an existing file, with ``~`` expanded; raise `InputError` if there is none."""
-    file = Path(path).expanduser()
+    file = (path if isinstance(path, Path) else Path(path)).expanduser()
     if not os.path.isfile(file):
         if os.path.exists(file) and not os.path.isdir(file):
             raise InputError(f"{description} {str(path)!r} is no regular file")
@@ -175,7 +175,7 @@ def read_bytes(
         raise InputError(f"{file}: not readable ({error.strerror or error})") from None
 
 
-def _require_text(file: Path, content: bytes) -> None:
+def _require_text(file: str | Path, content: bytes) -> None:
     offset = content.find(b"\0")
     if offset >= 0:
         line = content.count(b"\n", 0, offset) + 1
@@ -191,7 +191,7 @@ def read_text(
         InputError: see `read_bytes`; or the file is not UTF-8, or has a NUL byte.
     """
     content = read_bytes(path, description, hint, max_bytes)
-    _require_text(Path(path), content)
+    _require_text(path, content)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
