@@ -358,7 +358,8 @@ def test_unreadable_image_is_replaced_and_reported(tmp_path, write_voc):
     assert isinstance(batch, DetectionBatch)
     assert (batch.labels >= 0).sum(1).tolist() == [1, 1, 1]
     (fault,) = batch.faults
-    assert "b.jpg: not a readable image; another image is used instead" in fault
+    assert "b.jpg: not a readable image (allowed: JPEG" in fault
+    assert fault.endswith("another image is used instead")
     (evaluated,) = list(data.val_dataloader())
     assert sorted(evaluated.sample_ids.tolist()) == [-1, 0, 2]
     assert "left out of the evaluation" in evaluated.faults[0]

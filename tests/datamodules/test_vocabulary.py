@@ -121,4 +121,6 @@ def test_benchmark_sizes_are_checked(boxes, capsys, argv, message):
 def test_benchmark_names_an_image_that_cannot_be_read(boxes, capsys):
     (boxes / "i5.jpg").write_bytes(b"no image")
     assert main(["benchmark", str(boxes)]) == 2
-    assert "i5.jpg: not a readable image; list all such" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "i5.jpg: not a readable image (allowed: JPEG" in error
+    assert "; list all such" in error
