@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes on few cores: threads that spin while they wait slow each other 30-fold.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: quickstart road rehearsal test test-fast test-slow lint types structure format clean
+.PHONY: quickstart road rehearsal test test-fast test-slow drills lint types structure format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -39,6 +39,10 @@ test-fast: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or cluster or browser"
+
+# kills, hostile inputs, and the memory of a long training
+drills: $(READY)
+	$(BIN)/python -m pytest -m slow tests/drills
 
 lint: $(READY)
 	$(BIN)/ruff check .
