@@ -41,6 +41,8 @@ class ResumableLoader(DataLoader[Batch]):
             InputError: a batch takes longer than the timeout; names the images being read.
         """
         iterator = super().__iter__()  # starts the workers
+        for worker in getattr(iterator, "_workers", []):  # exiting waits for them
+            worker._popen.terminate = worker._popen.kill  # they ignore SIGTERM
         return self._name_timeouts(iterator) if self.timeout else iterator
 
     def _name_timeouts(self, iterator: Any) -> Iterator[Any]:
@@ -53,8 +55,6 @@ class ResumableLoader(DataLoader[Batch]):
                 if not str(error).startswith("DataLoader timed out"):
                     raise
                 images = self.pending_images()
-                for worker in iterator._workers:
-                    worker.kill()  # exiting would wait for them, and they ignore SIGTERM
                 raise InputError(
                     f"no batch within {self.timeout:g} s, waiting for {images or 'the dataset'}; "
                     "see whether its disk answers, or set data.loader_timeout_s"

@@ -270,8 +270,12 @@ def test_loader_workers_ignore_the_signals():
     from yolo_lightning.datamodules.loader import ResumableLoader
 
     data: Any = IgnoredSignals()
-    loader = ResumableLoader(data, torch.utils.data.SequentialSampler([0, 1]), 1)
+    loader: Any = ResumableLoader(data, torch.utils.data.SequentialSampler([0, 1]), 1)
     assert [list(batch) for batch in loader] == [[1, 1, 1], [1, 1, 1]]
+    (worker,) = loader._iterator._workers
+    worker.terminate()  # as PyTorch and the exit of the process, which then waits for it
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 class HangingShapes(ShapesDetection):
