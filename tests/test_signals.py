@@ -91,6 +91,32 @@ def test_a_stop_that_hangs_ends_after_the_grace_period(exits, capfd, number, cod
     assert "no stop within 0.3 s, waiting for disk/a.jpg; leaving" in capfd.readouterr().err
 
 
+def test_interrupt_while_the_main_thread_is_in_a_c_library(exits, monkeypatch, capfd):
+    codes, left = exits
+    monkeypatch.setattr(signals, "_HANDLER_S", 0.05)
+    os.write(signals._state.writer, bytes([signal.SIGINT]))  # no handler runs
+    assert left.wait(5)
+    assert codes == [130]
+    assert capfd.readouterr().err == "\nstopped\n"
+
+
+def test_thread_ends_before_a_forked_process():
+    restore = signals.install_handlers()
+    (thread,) = [t for t in threading.enumerate() if t.name == "stop-signals"]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    restore()
+    thread.join(5)
+    assert not thread.is_alive()
+    os.close(writer)
+    os.waitpid(child, 0)
+    os.close(reader)
+
+
 def test_sigusr1_counts_before_sigterm_before_an_interrupt(exits):
     signals.defer_interrupts(True)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):

@@ -9,7 +9,6 @@ from a file descriptor, since a main thread that hangs in a C library does not r
 Handlers are installed before the first long import.
 """
 
-import _thread
 import contextlib
 import os
 import select
@@ -29,6 +28,7 @@ NAMES: dict[int, str] = {INTERRUPT: "Ctrl-C", STOP: "SIGTERM", STOP_AND_REQUEUE:
 
 GRACE_S = 60.0  # from a stop signal to the end of the process
 _REPEAT_S = 1.0  # a terminal and a launcher may both send the same Ctrl-C
+_HANDLER_S = 0.5  # from a signal to its handler, unless the main thread is in a C library
 _CLEANUP_S = {True: 15.0, False: 1.0}  # by whether the grace period has passed
 
 
@@ -55,6 +55,7 @@ class _State:
     """The received signals of this process, and how it reacts."""
 
     pid: int = 0
+    writer: int = -1  # of the pipe to the thread
     received: list[int] = field(default_factory=list)
     deferred: bool = False  # Ctrl-C waits for the end of the step
     grace_s: float = GRACE_S
@@ -72,18 +73,20 @@ def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
     Does nothing if they are handled already, or in another thread than the main one, which may not
     set handlers.
     """
+    global _state
     is_main = threading.current_thread() is threading.main_thread()
     if not numbers or not is_main or _state.pid == os.getpid():
         return lambda: None
-    _state.__init__(pid=os.getpid())  # type: ignore[misc]
-    handlers = {number: signal.signal(number, _record_signal) for number in numbers}
     reader, writer = os.pipe()
+    _state = _State(os.getpid(), writer)
+    handlers = {number: signal.signal(number, _record_signal) for number in numbers}
     os.set_blocking(writer, False)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), name="stop-signals", daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, _state), name="stop-signals", daemon=True).start()
     previous_hook, sys.unraisablehook = sys.unraisablehook, _raise_again
 
     def restore() -> None:
+        global _state
         if _state.pid != os.getpid():
             return
         sys.unraisablehook = previous_hook
@@ -91,7 +94,7 @@ def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
         os.close(writer)  # ends the thread
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        _state.__init__()  # type: ignore[misc]
+        _state = _State()
 
     return restore
 
@@ -163,20 +166,21 @@ def _raise_again(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
     elif INTERRUPT in _state.received:
         _state.received.remove(INTERRUPT)
-        threading.Timer(0.05, _thread.interrupt_main, (INTERRUPT,)).start()
+        main_thread = threading.main_thread().ident  # a real signal wakes it up
+        threading.Timer(0.05, signal.pthread_kill, (main_thread, INTERRUPT)).start()
 
 
-def _watch(reader: int) -> None:
+def _watch(reader: int, state: _State) -> None:
     """End the process after the grace period, or at a second Ctrl-C."""
     stop, interrupted = 0, 0.0
     while True:
-        remaining = _state.grace_start + _state.grace_s - time.monotonic() if stop else None
+        remaining = state.grace_start + state.grace_s - time.monotonic() if stop else None
         ready, _, _ = select.select([reader], [], [], remaining and max(0.0, remaining))
         now = time.monotonic()
         if not ready:
-            if now < _state.grace_start + _state.grace_s:
+            if now < state.grace_start + state.grace_s:
                 continue  # it was restarted
-            return _leave(stop, is_late=True)
+            return _leave(state, stop, is_late=True)
         data = os.read(reader, 1)
         if not data:
             return os.close(reader)
@@ -184,28 +188,33 @@ def _watch(reader: int) -> None:
         if number not in SIGNALS:
             continue
         if not stop:
-            stop, _state.grace_start = number, now
+            stop, state.grace_start = number, now
         if number != INTERRUPT:
             continue
+        if not interrupted and not state.deferred:
+            time.sleep(_HANDLER_S)
+            if INTERRUPT not in state.received:  # the main thread is in a C library
+                _write("stopped")
+                return _leave(state, number, is_late=False)
         if interrupted and now - interrupted > _REPEAT_S:
-            return _leave(number, is_late=False)
-        if not interrupted and _state.deferred:
+            return _leave(state, number, is_late=False)
+        if not interrupted and state.deferred:
             _write("Ctrl-C: stopping at the end of this step; press it again to leave at once")
         interrupted = interrupted or now
 
 
-def _leave(number: int, is_late: bool) -> None:
+def _leave(state: _State, number: int, is_late: bool) -> None:
     """End this process and those that it started; the last checkpoint stays as it is."""
     if is_late:
-        waiting = _state.waiting_for() if _state.waiting_for is not None else ""
+        waiting = state.waiting_for() if state.waiting_for is not None else ""
         _write(
-            f"{NAMES[number]}: no stop within {_state.grace_s:g} s"
+            f"{NAMES[number]}: no stop within {state.grace_s:g} s"
             f"{f', waiting for {waiting}' if waiting else ''}; "
             "leaving, the last checkpoint stays as it is",
             any_rank=True,
         )
-    if _state.cleanup is not None:  # it may hang as well
-        thread = threading.Thread(target=_state.cleanup, args=(number,), daemon=True)
+    if state.cleanup is not None:  # it may hang as well
+        thread = threading.Thread(target=state.cleanup, args=(number,), daemon=True)
         thread.start()
         thread.join(_CLEANUP_S[is_late])
     _exit(exit_code(number))
@@ -237,8 +246,11 @@ def is_first_rank() -> bool:
 
 
 def _after_fork() -> None:
+    global _state
     if _state.pid:  # else another program's descriptor
         signal.set_wakeup_fd(-1)
+        os.close(_state.writer)  # else the thread would not end before this process
+        _state = _State()
 
 
 os.register_at_fork(after_in_child=_after_fork)
