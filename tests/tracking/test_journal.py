@@ -447,6 +447,23 @@ def test_state_and_points_are_the_same_with_and_without_indices(journal, small_s
     assert list(journal.state("tags")) == before, "a damaged index is not used"
 
 
+def test_a_segment_closed_while_it_is_opened_for_reading_is_read(journal, small_segments):
+    for step in range(10):
+        journal.append(metrics(step))
+    open_current = journal._open_current
+
+    def close_segment_before() -> Any:
+        journal._open_current = open_current  # type: ignore[method-assign]
+        for step in range(10, 60):
+            journal.append(metrics(step))
+        return open_current()
+
+    reader = journal.entries(0, "metrics", end=journal.end)
+    journal._open_current = close_segment_before  # type: ignore[method-assign]
+    assert [entry["step"] for entry, _ in reader] == list(range(10))
+    assert segment_files(journal, ".jsonl")
+
+
 def test_a_damaged_segment_hides_no_other(journal, small_segments):
     for step in range(100):
         journal.append(metrics(step))

@@ -206,13 +206,12 @@ class Journal:
         before = -1
         while before < offset < end:
             before = offset
-            segment = next((s for s in find_segments(self.folder) if s.end > offset), None)
-            for line, offset in segment.lines(offset) if segment else self._newest_lines(offset):  # noqa: B020
+            for line, offset in self._part(offset):  # noqa: B020
                 yield line, offset
                 if offset >= end:
                     return
 
-    def _newest_lines(self, offset: int) -> Iterator[Line]:
+    def _part(self, offset: int) -> Iterator[Line]:
         with self._lock:
             file, start = self._open_current()
             size = file.seek(0, os.SEEK_END)
@@ -220,6 +219,10 @@ class Journal:
             end = self._buffer.find(b"\n", begin + _CHUNK_BYTES) + 1 or len(self._buffer)
             buffered = bytes(self._buffer[begin:end])
         with file:
+            if offset < start:
+                segment = next(s for s in find_segments(self.folder) if s.end > offset)
+                yield from segment.lines(offset)
+                return
             if offset < start + size:
                 yield from read_lines(file, start, offset, start + size)
         offset = start + size + begin
