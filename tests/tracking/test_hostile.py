@@ -190,6 +190,58 @@ def test_a_store_that_only_the_run_names_gets_nothing(folder, store, capsys, mon
     assert points(named) == {("loss", 0): 1, ("loss", 1): 1}
 
 
+SEGMENT = "journal-000000000000000-000000000000100.jsonl"
+
+
+def plant_compression_bomb(journal: Path) -> None:
+    """Write a gigabyte, in the name of a segment that is as large as a disk."""
+    block = gzip.compress(bytes(2**26), 1)
+    (journal / "journal-000000000000000-900000000000000.jsonl.gz").write_bytes(block * 16)
+
+
+def write_entry(journal: Path, **fields: Any) -> None:
+    entry = file_entry("checkpoints/a", callback="c", **fields)
+    (journal / "journal.jsonl").write_text(json.dumps(entry) + "\n")
+
+
+def write_index(journal: Path, text: str) -> None:
+    (journal / SEGMENT).write_text("x\n" * 50)
+    (journal / SEGMENT).with_suffix(".index").write_text(text + "\n")
+
+
+@pytest.mark.parametrize("plant", [
+    lambda journal: (journal / SEGMENT).mkdir(),
+    lambda journal: os.mkfifo(journal / f"{SEGMENT}.gz"),
+    lambda journal: (journal / SEGMENT).symlink_to(journal.parent.parent / "secret"),
+    lambda journal: write_index(journal, "[]"),
+    lambda journal: write_index(journal, '{"first": 1}'),
+    lambda journal: write_index(journal, "[" * 200_000),
+    lambda journal: write_entry(journal, mtime_ns="x"),
+    lambda journal: write_entry(journal, mtime_ns=[1]),
+    lambda journal: (journal / "files").symlink_to(journal.parent.parent),
+    lambda journal: (journal / "files").symlink_to("files"),
+    plant_compression_bomb,
+])  # fmt: skip
+def test_a_training_is_resumed_in_a_hostile_run_folder(folder, store, warnings, plant):
+    journal = folder / "a/mlflow"
+    journal.mkdir(parents=True)
+    plant(journal)
+    started = time.monotonic()
+    run = logger(folder / "a", store)
+    run.start_training(0)
+    run.log_metrics({"loss": 1.0}, 0)
+    run.log_image("image", np.zeros((8, 8, 3), np.uint8), 0)
+    run.log_artifact(folder / "secret", "reports")
+    (folder / "model").mkdir()
+    run.log_model(folder / "model", "model", 0)
+    assert time.monotonic() - started < 2
+    assert {path.name for path in folder.iterdir()} <= {
+        "a", "secret", "model", "mlflow.db", "mlflow.db.lock",
+    }  # fmt: skip
+    upload(folder / "a")
+    assert points(store)[("loss", 0)] == 1
+
+
 @pytest.mark.parametrize("run_id", ["../../../x", "a?b=c", "a b", "x" * 300, 3, ["a"], {"a": 1}])
 def test_a_run_id_of_another_form_is_never_sent(folder, store, warnings, run_id, monkeypatch):
     run = logger(folder / "a", store)

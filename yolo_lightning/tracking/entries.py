@@ -56,6 +56,8 @@ def _is_valid(entry: dict[str, Any]) -> bool:
         return all(isinstance(text, str) for text in entry["values"].values())
     if op == "remove" and not entry["path"].startswith("checkpoints/"):
         return False  # nothing else of a run is ever removed
+    if not isinstance(entry.get("mtime_ns", 0), int):
+        return False
     return all(_is_relative(entry[name]) for name in ("file", "path") if name in fields)
 
 

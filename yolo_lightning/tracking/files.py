@@ -47,7 +47,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def confine(folder: Path, path: Path) -> Path:
     """Return a path; raise `OSError` if it, or a link in it, leads out of the folder."""
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise OSError(errno.EPERM, f"is outside of the run folder {folder}", str(path))
     return path
 

@@ -364,8 +364,8 @@ class RunLogger(MLFlowLogger):
 
     def _log_file(self, path: Path, folder: str, extra: dict[str, Any]) -> None:
         name = f"{folder}/{path.name}"
-        replaced = self.journal.pending_path(name).exists()
         try:
+            replaced = self.journal.pending_path(name).exists()
             self.journal.add_file(path, name, link="callback" in extra)
         except OSError as error:
             self._warn(f"{path} cannot be logged to MLflow: {error.strerror or error}")
@@ -383,8 +383,8 @@ class RunLogger(MLFlowLogger):
         if (_image_key(key), step) in self._replayed_points:
             return
         file = f"images/{zlib.crc32(key.encode()):08x}-{step}.png"
-        path = self.journal.pending_path(file)
         try:
+            path = self.journal.pending_path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
         except OSError as error:
@@ -398,8 +398,8 @@ class RunLogger(MLFlowLogger):
     ) -> None:
         """Log an MLflow model that `mlflow_model.save_model` wrote; its folder is moved away."""
         file = f"models/{name}-{step}"
-        path = self.journal.pending_path(file)
         try:
+            path = self.journal.pending_path(file)
             shutil.rmtree(path, ignore_errors=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(folder, path)

@@ -17,6 +17,7 @@ from yolo_lightning.tracking.files import open_file
 
 _NAME = re.compile(r"journal-(\d{15})-(\d{15})\.jsonl(?:\.gz)?")
 _MAX_LINE_BYTES = 16 * 2**20
+_MAX_SEGMENT_BYTES = 2**28  # more than a journal writes: a small file may decompress to terabytes
 
 Line = tuple[bytes, int]  # and the offset after it
 
@@ -94,7 +95,7 @@ class Segment:
 
         The steps are ``first``, ``last``, of metrics and images, and ``system_step``, the last one.
         """
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             with open(open_file(self._index, os.O_RDONLY), "rb") as file:
                 summary = json.loads(file.readline(_MAX_LINE_BYTES))
                 state = [parse_line(line) for line, _ in read_lines(file, 0, file.tell())]
@@ -104,12 +105,14 @@ class Segment:
 
 
 def find_segments(folder: Path) -> list[Segment]:
-    """Return the closed segments of a journal in their order."""
-    try:
-        matches = [match for name in os.listdir(folder) if (match := _NAME.fullmatch(name))]
-    except OSError:
-        return []
-    return sorted({Segment(int(match[1]), int(match[2]), folder) for match in matches})
+    """Return the closed segments of a journal in their order; not those that no journal writes."""
+    segments: set[Segment] = set()
+    with contextlib.suppress(OSError), os.scandir(folder) as files:
+        for file in files:
+            match = _NAME.fullmatch(file.name)
+            if match and file.is_file(follow_symlinks=False):
+                segments.add(Segment(int(match[1]), int(match[2]), folder))
+    return sorted(s for s in segments if 0 < s.end - s.start <= _MAX_SEGMENT_BYTES)
 
 
 def read_lines(file: IO[bytes], start: int, offset: int, end: int = 2**63) -> Iterator[Line]:
