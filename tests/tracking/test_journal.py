@@ -1,5 +1,6 @@
 """The journal: no line is lost or reordered by a full disk or a crash."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -445,6 +446,48 @@ def test_state_and_points_are_the_same_with_and_without_indices(journal, small_s
     for file in segment_files(journal, ".index"):
         file.write_text('{"first": "x"}\n')
     assert list(journal.state("tags")) == before, "a damaged index is not used"
+
+
+def test_two_processes_on_a_full_disk_neither_lose_nor_repeat_a_line(journal, monkeypatch):
+    journal.append(metrics(0))
+    other = Journal(journal.folder)
+    write = os.write
+    thread = threading.Thread(target=lambda: other.append(metrics(3)))
+
+    def write_a_part(descriptor: int, data: bytes) -> int:
+        monkeypatch.setattr("yolo_lightning.tracking.journal.os.write", write)
+        written = write(descriptor, data[: data.index(b"\n") + 9])  # a line and a half
+        thread.start()
+        thread.join(0.3)  # the other process writes before this one truncates
+        return written
+
+    journal._buffer += json.dumps(metrics(1)).encode() + b"\n"
+    monkeypatch.setattr("yolo_lightning.tracking.journal.os.write", write_a_part)
+    journal.append(metrics(2))
+    thread.join()
+    journal._retry_at = 0.0
+    journal.append(metrics(4))
+    ops = [entry["op"] for entry, _ in journal.entries()]
+    assert ops == ["metrics"] * 5
+    assert sorted(steps(journal)) == [0, 1, 2, 3, 4]
+
+
+def test_a_segment_is_compressed_by_one_process_and_after_a_kill_by_the_next(
+    journal, small_segments
+):
+    for step in range(50):
+        journal.append(metrics(step))
+    (segment,) = segment_files(journal, ".jsonl")
+    for suffix in (".index.part", ".jsonl.gz.part"):
+        segment.with_suffix(suffix).write_text("left by a killed process")
+    with segment.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        journal.compress()
+        assert segment.exists()
+    journal.compress()
+    assert not segment.exists()
+    assert not list(journal.folder.glob("*.part"))
+    assert steps(journal) == list(range(50))
 
 
 def test_a_segment_closed_while_it_is_opened_for_reading_is_read(journal, small_segments):

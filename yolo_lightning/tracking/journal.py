@@ -114,12 +114,12 @@ class Journal:
             os.close(descriptor)
 
     def _open_locked(self) -> int:
-        """Open the journal with a shared lock, so that nobody closes the segment."""
+        """Open the journal, locked: its holder alone may truncate it or close the segment."""
         for _ in range(_MAX_OPEN_ATTEMPTS):
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = open_file(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             if self._is_current(descriptor):
                 return descriptor
             os.close(descriptor)
@@ -132,7 +132,7 @@ class Journal:
             return False
 
     def _close_segment(self, descriptor: int) -> None:
-        with contextlib.suppress(OSError):  # another process is appending: next time
+        with contextlib.suppress(OSError):  # a file system without locks: never
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_current(descriptor):
                 start = self._closed_bytes

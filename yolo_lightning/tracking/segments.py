@@ -1,6 +1,7 @@
 """Closed parts of a journal: compressed, with an index of what resuming needs."""
 
 import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -68,10 +69,18 @@ class Segment:
         """Compress the file, and write its index; does nothing if that is done.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, or another process is compressing it.
         """
         if not self.file.exists():
             return
+        with self._open() as source:
+            fcntl.flock(source, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.file.exists():  # not compressed meanwhile
+                self._write_index()
+                _write(self._compressed, lambda file: _copy_compressed(source, file))
+                self.file.unlink()
+
+    def _write_index(self) -> None:
         state: list[bytes] = []
         steps: list[int] = []
         system_step = -1
@@ -86,9 +95,6 @@ class Segment:
         summary = {"first": min(steps, default=0), "last": max(steps, default=-1)}
         head = json.dumps(summary | {"system_step": system_step}).encode() + b"\n"
         _write(self._index, lambda file: file.writelines([head, *state]))
-        with self._open() as source:
-            _write(self._compressed, lambda file: _copy_compressed(source, file))
-        self.file.unlink(missing_ok=True)
 
     def index(self) -> tuple[dict[str, int], list[dict[str, Any]]] | None:
         """Return the steps that the segment has, and its state entries; None without an index.
@@ -127,7 +133,7 @@ def read_lines(file: IO[bytes], start: int, offset: int, end: int = 2**63) -> It
 
 
 def _write(path: Path, write: Any) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.part")
     try:
         with open(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
             write(file)
