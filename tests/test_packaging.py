@@ -102,6 +102,18 @@ def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
     assert done.stdout.strip().startswith(str(tmp_path / "site"))
 
 
+def test_no_module_of_the_working_folder_is_imported(tmp_path):
+    """As `python -m` would; `torchrun -m` and `srun python -m` too."""
+    (tmp_path / "yaml.py").write_text("raise SystemExit('a stranger')\n")
+    (tmp_path / "a.yaml").write_text("model: {class_path: os.system}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "yolo_lightning", "fit", "--config", "a.yaml"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "model.class_path names 'os.system'" in done.stderr
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize("name", ["datamodules", "callbacks"])
 def test_the_folders_refuse_to_be_imported_by_their_bare_names(name):
     done = run(f"import {name}", REPO)
