@@ -160,7 +160,7 @@ class DatasetFiles:
         if not is_link and any(is_below(real, path) for path in self._readable):
             self._inside.add(folder)
         if not any(real == path or is_below(real, path) for path in self._readable):
-            path = os.path.normpath(file)
+            path = os.path.abspath(file)
             target = "" if real == path else f" leads to {real}, which"
             raise UnsafePath(
                 f"{path}{target} is outside the dataset's folder {str(self.root)!r}; "

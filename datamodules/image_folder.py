@@ -8,7 +8,7 @@ from yolo_lightning.datamodules.annotations import ImageLabels
 from yolo_lightning.datamodules.dataset_files import resolve_inside, visible_folders
 from yolo_lightning.datamodules.files import LabelledImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError, require_file, require_folder
+from yolo_lightning.errors import InputError, expand, require_file, require_folder
 from yolo_lightning.images import IMAGE_SUFFIXES
 
 _HEADERS = ("path", "image", "file", "filename", "file_name", "image_path", "imageid")
@@ -69,7 +69,7 @@ class LabelCSV(LabelledImages):
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
         file = require_file(self.file, "table of labels").absolute()
-        root = str(Path(self.root).expanduser().absolute()) if self.root is not None else None
+        root = str(expand(self.root).absolute()) if self.root is not None else None
         return file.parent, {"file": file.name, "root": root, "outside": self.allow_outside}
 
     def _parse(self, root: Path) -> Index:

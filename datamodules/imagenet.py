@@ -10,7 +10,7 @@ from yolo_lightning.datamodules.annotations import ImageLabels
 from yolo_lightning.datamodules.dataset_files import missing_split, visible_folders
 from yolo_lightning.datamodules.files import LabelledImages
 from yolo_lightning.datamodules.index import Index
-from yolo_lightning.errors import InputError, read_bytes, require_folder
+from yolo_lightning.errors import InputError, expand, read_bytes, require_folder
 from yolo_lightning.images import is_image
 
 _KAGGLE = "LOC_val_solution.csv"
@@ -54,7 +54,7 @@ class ImageNet(LabelledImages):
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
         root = require_folder(self.root, "ImageNet folder").absolute()
-        labels = Path(self.labels).expanduser().absolute() if self.labels is not None else None
+        labels = expand(self.labels).absolute() if self.labels is not None else None
         options = {"split": self.split, "labels": str(labels), "outside": self.allow_outside}
         return root, options
 
@@ -102,7 +102,7 @@ class ImageNet(LabelledImages):
 
     def _find_label_file(self, labels: ImageLabels) -> Path:
         root, file_names = labels.root, (_KAGGLE, *_SYNSETS, _DEVKIT)
-        start = Path(self.labels).expanduser() if self.labels is not None else root
+        start = expand(self.labels) if self.labels is not None else root
         if start.is_file():
             return start
         if start.is_dir():

@@ -22,6 +22,7 @@ from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import (
     InputError,
     compose_yaml,
+    expand,
     read_text,
     require_name,
     require_path,
@@ -114,7 +115,7 @@ class YOLOText(AnnotatedImages):
         if names is None and (root / "data.yaml").is_file():
             names = _read_description(root / "data.yaml", annotations).get("names")
         if isinstance(names, str):
-            candidates = [root / names, Path(names).expanduser()]
+            candidates = [root / names, expand(names)]
             file = next((file for file in candidates if os.path.exists(file)), None)
             if file is None:
                 raise InputError(f"{self.name}: file of names {short(names)} not found")
@@ -173,7 +174,7 @@ class YOLOText(AnnotatedImages):
         for path in (*paths, base):
             if not isinstance(path, str):
                 raise InputError(f"{self.name}: path {short(path)}; allowed: text")
-        bases = [root / Path(base).expanduser(), Path.cwd() / base, root, Path.cwd()]
+        bases = [root / expand(base), Path.cwd() / base, root, Path.cwd()]
         sources = []
         for path in paths:  # some tools write one ../ too many
             candidates = [base / p for base in bases for p in (path, path.removeprefix("../"))]

@@ -54,6 +54,17 @@ def test_home_is_expanded(tmp_path, monkeypatch):
         read_text("~/latin.txt")
 
 
+def test_the_home_of_an_unknown_user_is_no_file(tmp_path, monkeypatch, capsys):
+    """A dataset may name any user, and Python raises RuntimeError for those that do not exist."""
+    monkeypatch.chdir(tmp_path)
+    for text in ("names: ~nobody-here/n.txt", "path: ~nobody-here\nnames: [a]"):
+        (tmp_path / "data.yaml").write_text(f"train: images\n{text}\n")
+        assert main(["check-data", "data.yaml"]) == 2
+        assert "not found" in capsys.readouterr().err
+    assert main(["classify", "a.ckpt", "~nobody-here/a.jpg"]) == 2
+    assert "'~nobody-here/a.jpg' not found" in capsys.readouterr().err
+
+
 def test_a_file_is_replaced_with_its_mode_and_no_other_file_remains(tmp_path):
     file = tmp_path / "new" / "a.txt"
     write_atomically(file, "old")

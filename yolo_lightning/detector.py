@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms
 from yolo_lightning.detections import BestPairs, Detection, Detections, to_original_px
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, expand
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
 from yolo_lightning.images import Image, decode_image, decoding_side, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
@@ -248,7 +248,7 @@ class DetectorModule(TrainingModule):
         size_hw, interpolation = self.input_size_hw(image_size), self.hparams["interpolation"]
         min_side = decoding_side(max(size_hw), interpolation)
         if isinstance(image, str | Path):
-            pixels, size_hw_orig = read_image(Path(image).expanduser(), min_side)
+            pixels, size_hw_orig = read_image(expand(image), min_side)
         elif isinstance(image, bytes):
             pixels, size_hw_orig = decode_image(image, "image", min_side)
         else:

@@ -119,9 +119,16 @@ def not_found(path: str | Path, description: str, hint: str = "") -> InputError:
     return InputError(f"{message}; {hint}" if hint else message)
 
 
+def expand(path: str | Path) -> Path:
+    """Return a path with ``~`` expanded; that of an unknown user is unchanged."""
+    if str(path)[:1] == "~":
+        return Path(os.path.expanduser(path))
+    return path if isinstance(path, Path) else Path(path)
+
+
 def require_file(path: str | Path, description: str, hint: str = "") -> Path:
     """Return an existing file, with ``~`` expanded; raise `InputError` if there is none."""
-    file = (path if isinstance(path, Path) else Path(path)).expanduser()
+    file = expand(path)
     if not os.path.isfile(file):
         if os.path.exists(file) and not os.path.isdir(file):
             raise InputError(f"{description} {str(path)!r} is no regular file")
@@ -131,7 +138,7 @@ def require_file(path: str | Path, description: str, hint: str = "") -> Path:
 
 def require_folder(path: str | Path, description: str) -> Path:
     """Return an existing folder, with ``~`` expanded; raise `InputError` if it is missing."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if not os.path.isdir(folder):
         raise not_found(path, description)
     return folder
@@ -139,7 +146,7 @@ def require_folder(path: str | Path, description: str) -> Path:
 
 def require_path(path: str | Path, description: str = "file or folder") -> Path:
     """Return an existing file or folder, with ``~`` expanded; raise `InputError` if missing."""
-    existing = Path(path).expanduser()
+    existing = expand(path)
     if not os.path.exists(existing):
         raise not_found(path, description)
     return existing

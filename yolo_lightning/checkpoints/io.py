@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from yolo_lightning.errors import InputError, require_file
+from yolo_lightning.errors import InputError, expand, require_file
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 PARTIAL_SUFFIX = ".part"  # of a temporary file that is being written
@@ -129,9 +129,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     """Verify a checkpoint file, load it on the CPU, and check its values."""
     verify(path)
     try:
-        content: dict[str, Any] = torch.load(
-            Path(path).expanduser(), map_location="cpu", weights_only=True
-        )
+        content: dict[str, Any] = torch.load(expand(path), map_location="cpu", weights_only=True)
         _check_values(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

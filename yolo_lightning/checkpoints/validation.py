@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS, load_file, verify
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, expand
 from yolo_lightning.models.backbones import (
     checkpoint_layers,
     detector_layers,
@@ -31,7 +31,7 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}")
 
 def is_checkpoint(path: str | Path) -> bool:
     """Return whether a file is a checkpoint, which is a zip archive, and not Darknet weights."""
-    with Path(path).expanduser().open("rb") as handle:
+    with expand(path).open("rb") as handle:
         return handle.read(4) == b"PK\x03\x04"
 
 
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         _check_sizes(hparams["tree"], hparams.get("image_size", 32))
         if checkpoint.get("module") in ("DetectorModule", "ClassifierModule"):
             _check_options(hparams)
-            _check_state(state, hparams, Path(path).expanduser().stat().st_size)
+            _check_state(state, hparams, expand(path).stat().st_size)
     except InputError as error:
         raise InputError(f"{path}: {str(error)[:500]}") from None
     except Exception as error:
@@ -68,7 +68,7 @@ def resumable_checkpoint(path: str | Path) -> Path:
     Raises:
         InputError: no file can be used, with the reasons.
     """
-    file = Path(path).expanduser()
+    file = expand(path)
     previous = file.with_name(PREVIOUS)
     try:
         verify(file)

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.errors import InputError, expand, nearest
 
 ALLOW_MODULE, ALLOW_ENV = "--allow-module", "--allow-env"
 
@@ -196,7 +196,7 @@ def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
 
 
 def _absolute(path: str) -> Path:
-    return Path(os.path.normpath(Path.cwd() / Path(path).expanduser()))
+    return Path(os.path.normpath(Path.cwd() / expand(path)))
 
 
 def _texts(value: Any, path: _KeyPath = (), owner: str = "") -> Iterator[tuple[_KeyPath, str, str]]:

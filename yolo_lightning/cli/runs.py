@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import resumable_checkpoint
-from yolo_lightning.errors import InputError, write_atomically
+from yolo_lightning.errors import InputError, expand, write_atomically
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, RUN_ID_FILE
 
 BEST = "best.ckpt"
@@ -141,7 +141,7 @@ def find_pretrained(path: str) -> str:
     """
     if not path:
         raise InputError("model.pretrained is ''; allowed: a file, a folder of runs, or null")
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if not folder.is_dir():
         return path
     return str(find_best_checkpoint(folder, "model.pretrained: no run in"))

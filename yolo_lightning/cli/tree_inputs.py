@@ -20,6 +20,7 @@ from yolo_lightning.datamodules.voc import read_xml
 from yolo_lightning.errors import (
     InputError,
     compose_yaml,
+    expand,
     read_text,
     require_file,
     require_name,
@@ -46,7 +47,7 @@ def count_labels(dataset: str, allow_outside: bool = False) -> Counter[str]:
     Raises:
         InputError: an unsupported layout, or no labels.
     """
-    path = Path(dataset).expanduser()
+    path = expand(dataset)
     if path.suffix == ".json":
         counts = count_names(path)
     elif path.suffix in (".yaml", ".yml", ".data"):

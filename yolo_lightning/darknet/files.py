@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from yolo_lightning.errors import InputError, read_text
+from yolo_lightning.errors import InputError, expand, read_text
 from yolo_lightning.tree.wordtree import WordTree
 
 _LONG_NAMES = {
@@ -132,7 +132,7 @@ def find_referenced_file(path: str, source: str | Path) -> Path | None:
 
     The path is relative to the working folder, as in Darknet, or to the file.
     """
-    folder = Path(source).expanduser().parent
+    folder = expand(source).parent
     candidates = (Path(path), folder / path, folder.parent / path, folder / Path(path).name)
     return next((file for file in candidates if file.is_file()), None)
 

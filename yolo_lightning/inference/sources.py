@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from yolo_lightning.errors import InputError, read_text
+from yolo_lightning.errors import InputError, expand, read_text
 from yolo_lightning.images import (
     Image,
     NetworkInput,
@@ -85,7 +85,7 @@ def find_sources(locations: Sequence[str]) -> list[FrameSource]:
         sources[key] = FrameSource(location, without_secrets(location), name, kind)
 
     for location in locations:
-        path = Path(location).expanduser()
+        path = expand(location)
         if not path.exists() and is_stream(location):
             add(location, "stream", "live")
         elif not path.exists() and is_camera(location):
@@ -130,7 +130,7 @@ def _find_files(path: Path) -> list[Path]:
 def _read_list(file: Path) -> list[Path]:
     """Read a list of paths, relative to the working folder or else to the folder of the list."""
     lines = [line.strip() for line in read_text(file, "list of paths").splitlines()]
-    paths = [Path(os.path.expanduser(s)) for s in lines if s and not s.startswith("#")]
+    paths = [expand(line) for line in lines if line and not line.startswith("#")]
     if not paths:
         raise InputError(f"{file}: lists no paths")
     for path in paths:

@@ -26,7 +26,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from yolo_lightning.checkpoints.io import write_checkpoint
 from yolo_lightning.checkpoints.validation import read_checkpoint
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, expand
 from yolo_lightning.images import GREY, Image, resize_pixels
 
 REQUIREMENTS = (
@@ -91,7 +91,7 @@ def save_model(
         raise InputError(f"{checkpoint}: contains a {module[:60]}; allowed: {', '.join(COLUMNS)}")
     if isinstance(content["hyper_parameters"].get("backbone"), dict):
         raise InputError(f"{checkpoint}: its backbone is a class, which no model contains")
-    target = Path(folder).expanduser()
+    target = expand(folder)
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target}: not an empty folder; use a new one")

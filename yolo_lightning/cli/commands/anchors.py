@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from yolo_lightning.errors import (
     InputError,
     compose_yaml,
+    expand,
     read_text,
     require_path,
     write_atomically,
@@ -244,7 +245,7 @@ def cluster_boxes(
 def main(argv: Sequence[str]) -> None:
     """Print average IoUs and anchors of every source, and write anchors and plots."""
     options, overrides = _parse(argv)
-    recipe = Path(options.sources[0]).expanduser()
+    recipe = expand(options.sources[0])
     if options.write:  # check first
         if len(options.sources) > 1 or not is_recipe(options.sources[0]):
             sources = ", ".join(options.sources)

@@ -25,6 +25,7 @@ from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.errors import (
     InputError,
     compose_yaml,
+    expand,
     mask_secrets,
     read_text,
     require_file,
@@ -228,7 +229,7 @@ def _check_unchanged(stage: Stage) -> None:
             f"it back, or {_again(stage)}"
         )
     tree, saved = stage.model.tree, stage.run / "tree.tsv" if stage.run else Path()
-    if saved.is_file() and (not isinstance(tree, str) or Path(tree).expanduser().is_file()):
+    if saved.is_file() and (not isinstance(tree, str) or expand(tree).is_file()):
         rows, saved_rows = (WordTree.from_source(source).rows for source in (tree, str(saved)))
         if rows != saved_rows:
             difference = first_difference(rows, saved_rows, "the tree now", "that of the run")

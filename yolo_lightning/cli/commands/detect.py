@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yolo_lightning.cli.commands.darknet import add_darknet_options
-from yolo_lightning.errors import InputError, printable
+from yolo_lightning.errors import InputError, expand, printable
 
 if TYPE_CHECKING:
     from yolo_lightning.detections import Detection
@@ -156,7 +156,7 @@ def _load_detector(options: argparse.Namespace, checkpoint: str | None) -> "Dete
 
 def check_output_folder(output: str) -> Path:
     """Return the folder of ``--output``, which must be empty or not exist yet."""
-    folder = Path(output).expanduser()
+    folder = expand(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {output!r} is a file; expected a folder")
     if folder.is_dir() and any(folder.iterdir()):

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, expand
 
 if TYPE_CHECKING:
     from yolo_lightning.detector import DetectorModule
@@ -98,7 +98,7 @@ def _check(options: argparse.Namespace) -> None:
 def _output_path(options: argparse.Namespace) -> Path:
     """Return the file to write; it may exist only with ``--overwrite``."""
     name = Path(options.checkpoint).stem + SUFFIXES[options.format]
-    output = Path(options.output or name).expanduser()
+    output = expand(options.output or name)
     if output.is_dir() or not output.name:
         raise InputError(f"--output {options.output!r} is a folder; expected a file to write")
     if output.exists() and not options.overwrite:

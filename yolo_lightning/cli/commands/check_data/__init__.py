@@ -15,7 +15,7 @@ from yolo_lightning.datamodules.autodetect import detection_source, held_out, la
 from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.datamodules.inspection import inspect, same_files
 from yolo_lightning.datamodules.source import ConcatSource, DetectionSource, ImageLabelSource
-from yolo_lightning.errors import InputError, not_found, printable, write_atomically
+from yolo_lightning.errors import InputError, expand, not_found, printable, write_atomically
 from yolo_lightning.visualization.drawing import draw_batch, save_image
 from yolo_lightning.visualization.figures import LabelPlot, save_label_plot
 
@@ -83,7 +83,7 @@ def find_problems(
         except InputError as error:
             problems.append(str(error))
     weights = recipe.model.init_args.get("pretrained") if recipe is not None else None
-    if weights and not Path(weights).expanduser().is_file():
+    if weights and not expand(weights).is_file():
         problems.append(str(not_found(weights, "model.pretrained")))
     return list(dict.fromkeys(problems))
 

@@ -18,7 +18,7 @@ from yolo_lightning.cli.commands.doctor.connections import (
     check_rendezvous,
     check_tracking,
 )
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, expand
 from yolo_lightning.version import __version__
 
 EXTRAS = {
@@ -139,7 +139,7 @@ def storage(
 
     `output` need not exist; `needed_bytes` is None if the recipe is unknown.
     """
-    folder = Path(output).expanduser().absolute()
+    folder = expand(output).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     text, state = f"{free / _GIB:.1f} GiB free", "ok" if free > 2 * _GIB else "note"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_lightning.cli.commands.mlflow import check_store
-from yolo_lightning.errors import InputError, mask_secrets
+from yolo_lightning.errors import InputError, expand, mask_secrets
 from yolo_lightning.tracking.names import own_store, valid_run_id
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         from yolo_lightning.serving.mlflow_model import save_model
 
-        folder = Path(options.output).expanduser()
+        folder = expand(options.output)
         save_model(options.checkpoint, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{folder}: {size / 2**20:.1f} MiB")
@@ -96,7 +96,7 @@ def run_id_of(checkpoint: str, content: dict[str, Any]) -> str:
     from yolo_lightning.tracking.files import read_text
     from yolo_lightning.tracking.journal import RUN_ID_FILE
 
-    file = Path(checkpoint).expanduser().absolute().parent.parent / RUN_ID_FILE
+    file = expand(checkpoint).absolute().parent.parent / RUN_ID_FILE
     from_folder = read_text(file).strip() if file.is_file() else ""
     run_id = valid_run_id(from_folder or content.get("mlflow_run_id"))
     if run_id is None:
