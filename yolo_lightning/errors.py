@@ -43,7 +43,7 @@ _ASSIGNMENT = re.compile(
 _USER = re.compile(r"""(?<=[?&;/])((?:user(?:name)?|usr|login|uid|key)=)[^&;\s"'<>]+""", re.I)
 # NAME: VALUE, as a line of YAML or an entry of JSON
 _ENTRY = re.compile(
-    rf"""((?:^[ \t-]*|["'])[\w.-]*{_SECRET_NAME}["']?:[ \t]*)"""
+    rf"""((?:^[ \t]*(?:-[ \t]+)*|["'])[\w.-]*{_SECRET_NAME}["']?:[ \t]*)"""
     r"""("[^"\n]*"|'[^'\n]*'|[^\s,"'\[{][^,\n}]*)""",
     re.IGNORECASE | re.MULTILINE,
 )
