@@ -496,13 +496,13 @@ def test_a_segment_closed_while_it_is_opened_for_reading_is_read(journal, small_
     open_current = journal._open_current
 
     def close_segment_before() -> Any:
-        journal._open_current = open_current  # type: ignore[method-assign]
+        journal._open_current = open_current
         for step in range(10, 60):
             journal.append(metrics(step))
         return open_current()
 
     reader = journal.entries(0, "metrics", end=journal.end)
-    journal._open_current = close_segment_before  # type: ignore[method-assign]
+    journal._open_current = close_segment_before
     assert [entry["step"] for entry, _ in reader] == list(range(10))
     assert segment_files(journal, ".jsonl")
 
