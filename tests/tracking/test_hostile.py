@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import sqlite3
+import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from tests.helpers import tracked
@@ -20,7 +22,7 @@ from tests.helpers.tracked import fresh_store, logger, points, query_store, runs
 from yolo_lightning.cli.main import main
 from yolo_lightning.tracking import bounded_http, entry_writer, files
 from yolo_lightning.tracking.journal import RUN_ID_FILE
-from yolo_lightning.tracking.store import JournalLock, creation_lock
+from yolo_lightning.tracking.store import JournalLock, create_client, creation_lock
 from yolo_lightning.tracking.uploader import Uploader
 
 pytestmark = pytest.mark.end_to_end
@@ -420,3 +422,19 @@ def test_redirects_are_refused(folder, short_timeout, capsys):
             assert main(["mlflow", "sync", "a", "--store", uri]) == 2
     assert "302" in capsys.readouterr().err
     assert reached == []
+
+
+def test_a_deadline_does_not_end_a_later_request_of_its_connection(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    requests = []
+
+    def respond(request: BaseHTTPRequestHandler) -> None:
+        request.protocol_version, request.close_connection = "HTTP/1.1", False
+        requests.append(request.path)
+        respond_with(500, "{}")(request)
+
+    with server(respond) as port, pytest.raises(MlflowException):
+        create_client(f"http://127.0.0.1:{port}").get_experiment("1")
+    assert len(requests) == 3
+    deadlines = [t for t in threading.enumerate() if isinstance(t, bounded_http._Deadline)]
+    assert len([t for t in deadlines if not t.finished.is_set()]) <= 1, "of the last answer"

@@ -49,8 +49,12 @@ class _Deadline(threading.Timer):
 class _BoundedConnection:
     """A connection with a deadline for the headers and, if its reader cancels it, the body."""
 
+    _deadline: _Deadline | None = None
+
     def getresponse(self) -> Any:
-        deadline = _Deadline(self.sock)  # type: ignore[attr-defined]
+        if self._deadline is not None:
+            self._deadline.cancel()  # of an answer that urllib3 has read, to try again
+        self._deadline = deadline = _Deadline(self.sock)  # type: ignore[attr-defined]
         try:
             response = super().getresponse()  # type: ignore[misc]
         except Exception:
