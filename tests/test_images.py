@@ -207,6 +207,21 @@ def test_ordinary_files_are_far_from_the_limits(tmp_path, suffix):
         assert images.MAX_PIXELS * 14 < images.MAX_SCANNED_PIXELS
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_limit_of_parts_of_a_header(tmp_path, suffix):
+    """Pillow needs 15 s for 2 million empty parts of a PNG, which has 24 MB."""
+    data = save(tmp_path / f"a.{suffix}").read_bytes()
+    parts = {"jpg": (2, b"\xff\xfe\0\2"), "png": (33, hostile_images.chunk(b"teSt", b""))}
+    start, part = parts[suffix]
+    for count in (200, images.MAX_HEADER_READS):
+        file = tmp_path / f"{count}.{suffix}"
+        file.write_bytes(data[:start] + part * count + data[start:])
+    assert read_header(tmp_path / f"200.{suffix}").size_hw == (HEIGHT, WIDTH)
+    for read in (read_header, read_image):
+        with pytest.raises(UnreadableSample, match=f"{suffix}: a header of too many parts$"):
+            read(file)
+
+
 def test_limit_of_bytes(tmp_path, monkeypatch):
     file = save(tmp_path / "a.png")
     size = file.stat().st_size

@@ -7,7 +7,7 @@ import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import cv2
 import numpy as np
@@ -32,6 +32,7 @@ MAX_PIXELS = 178_000_000
 MAX_SCANS = 100  # of a JPEG; a progressive one usually has 10, and each is a pass over all blocks
 MAX_SCANNED_PIXELS = 3_000_000_000  # pixels x scans
 MAX_PNG_TEXTS = 20  # compressed; each may expand to 8 MB
+MAX_HEADER_READS = 20_000  # about 3 for each part of a header, which may be a few bytes
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # of which some are found as .jpg in datasets
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # start of a scan
@@ -106,9 +107,23 @@ def _open_descriptor(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no O_NONBLOCK
 
 
+class _BoundedReads:
+    """A file for Pillow, which needs a minute for a header of millions of parts."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file, self._name, self._count = file, name, 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self._count += 1
+        if self._count > MAX_HEADER_READS:
+            raise UnreadableSample(f"{self._name}: a header of too many parts")
+        return self._file.read(size)
+
+
 def _header(file: IO[bytes], name: str) -> Header:
     try:
-        with Pillow.open(file, formats=_FORMATS) as image:
+        with Pillow.open(cast(IO[bytes], _BoundedReads(file, name)), formats=_FORMATS) as image:
             width, height = image.size
             format_name = "JPEG" if image.format == "MPO" else str(image.format)
             exif = Pillow.Exif()  # image.getexif() would decode PNGs, and would read XMP too
@@ -118,6 +133,8 @@ def _header(file: IO[bytes], name: str) -> Header:
         raise UnreadableSample(
             f"{name}: declares more than {MAX_PIXELS // 1_000_000} million pixels"
         ) from None
+    except UnreadableSample:
+        raise
     except Exception:  # Pillow raises many kinds of exceptions for damaged headers
         raise UnreadableSample(
             f"{name}: not a readable image (allowed: JPEG, PNG, BMP, WebP, GIF)"

@@ -41,7 +41,7 @@ def png_bomb(side: int = 20_000) -> bytes:
     deflate = zlib.compressobj(1)
     packed = b"".join(deflate.compress(row) for _ in range(side)) + deflate.flush()
     head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    chunks = b"".join(_chunk(k, d) for k, d in ((b"IHDR", head), (b"IDAT", packed), (b"IEND", b"")))
+    chunks = b"".join(chunk(k, d) for k, d in ((b"IHDR", head), (b"IDAT", packed), (b"IEND", b"")))
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
@@ -49,11 +49,11 @@ def png_texts(count: int = 50, size: int = 7_900_000) -> bytes:
     """Return a small PNG followed by compressed texts: each 8 kB, or `size` bytes once inflated."""
     file = io.BytesIO()
     Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(file, "PNG")
-    text = _chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(size), 9))
-    return file.getvalue()[:-12] + text * count + _chunk(b"IEND", b"")
+    text = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(size), 9))
+    return file.getvalue()[:-12] + text * count + chunk(b"IEND", b"")
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
+def chunk(kind: bytes, data: bytes) -> bytes:
     body = kind + data
     return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
