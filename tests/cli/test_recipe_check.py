@@ -495,6 +495,23 @@ def test_the_parser_builds_no_class_for_a_value_of_any_type(workplace):
     assert not isinstance(built._table_kwargs["header"], Timer)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("trainer.accelerator", "warp", "an invalid accelerator name"),
+        ("trainer.barebones", "true", "barebones"),
+    ],
+)
+def test_values_that_lightning_does_not_accept_are_one_message(
+    workplace, capsys, key, value, expected
+):
+    Path("recipe.yaml").write_text(complete(**{key: value}))
+    assert main(["fit", "--config", "recipe.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert len(message) < 1_000
+
+
 # --- the environment
 
 

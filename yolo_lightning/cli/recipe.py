@@ -41,7 +41,7 @@ from yolo_lightning.cli.recipe_parser import (
     parse,
     take_from_model,
 )
-from yolo_lightning.cli.recipe_policy import restrict_parser
+from yolo_lightning.cli.recipe_policy import has_modules, restrict_parser
 from yolo_lightning.cli.reports import apply_report_options, model_evaluation, save_report
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.report import ReportOptions, check_report_options
@@ -209,7 +209,11 @@ class RecipeCLI(LightningCLI):
             raise
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; raise the `InputError` of a component unchanged."""
+        """Build model, data and trainer.
+
+        Raises:
+            InputError: that of a component, or a value that Lightning does not accept.
+        """
         try:
             with self._without_empty_folder():
                 super().instantiate_classes()
@@ -218,7 +222,11 @@ class RecipeCLI(LightningCLI):
                 if self.run_folder is not None and has_check:
                     self.datamodule.require_training_data()
         except Exception as error:
-            raise find_input_error(error) or error from None
+            refused = find_input_error(error)
+            # of classes that the user allows, the traceback is needed
+            if refused is None and isinstance(error, ValueError | TypeError) and not has_modules():
+                refused = InputError(_reason(error))
+            raise refused or error from None
 
     def _record_backbone(self) -> None:
         """Save the init_args of a custom backbone in the hyper-parameters of the checkpoints."""
@@ -343,6 +351,16 @@ class RecipeCLI(LightningCLI):
         elif trainer.is_global_zero and self.run_folder is not None:
             runs.mark_finished(self.run_folder, trainer.global_step)
             print(f"run folder: {self.run_folder}")
+
+
+def _reason(error: BaseException) -> str:
+    """Return the text of an error, or of its cause where it only says what the parser tried."""
+    while str(error).startswith(("Does not validate", "Problem with")):
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            break
+        error = cause
+    return " ".join(str(error).split())[:500]
 
 
 def _find_pretrained(config: Namespace) -> None:

@@ -77,6 +77,11 @@ def allow(modules: Iterable[str] = (), variables: Iterable[str] = ()) -> None:
     _allowed.update(modules=tuple(modules), variables=tuple(variables))
 
 
+def has_modules() -> bool:
+    """Return whether the user allows recipes to use other modules than the listed."""
+    return bool(_allowed["modules"])
+
+
 def may_read(variable: str) -> bool:
     """Return whether a recipe may read an environment variable."""
     return variable in _allowed["variables"] or bool(_VARIABLES.fullmatch(variable))
