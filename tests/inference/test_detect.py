@@ -124,7 +124,7 @@ def test_all_formats_equal_the_python_interface(checkpoint, photos, tmp_path, ca
 
 def test_formulas_in_the_table_are_quoted(tmp_path):
     source = FrameSource("=1+1.jpg", "=1+1.jpg", "=1+1", "image")
-    frame = Frame(source, np.zeros((4, 4, 3), np.uint8), Any, (4, 4))
+    frame = Frame(source, np.zeros((4, 4, 3), np.uint8), np.zeros(0), (4, 4))
     writer = CSVWriter(tmp_path, WordTree([("-key", "-", "@name")]))
     writer.write(frame, [Detection((-1.0, 0.0, 2.0, 2.0), "@name", 0.5, 0, "-key")], 1.0)
     writer.close()

@@ -1,6 +1,5 @@
 """A resumed training has the same samples and losses as an uninterrupted one, bit for bit."""
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -145,12 +144,11 @@ def test_run_folder_with_a_link_or_a_pipe_is_not_resumed(tmp_path, name):
     assert runs.checkpoint_run_folder(checkpoint) == runs.tracked_run_folder(checkpoint) == run
     for make in (lambda path: path.symlink_to(tmp_path), os.mkfifo):
         make(run / name)
-        continued = functools.partial(runs.prepare_run_folder, tmp_path, None)
-        for find, argument in (
-            (runs.checkpoint_run_folder, checkpoint),
-            (runs.tracked_run_folder, checkpoint),
-            (continued, run),  # a run without a checkpoint
+        for find in (
+            lambda: runs.checkpoint_run_folder(checkpoint),
+            lambda: runs.tracked_run_folder(checkpoint),
+            lambda: runs.prepare_run_folder(tmp_path, None, run),  # a run without a checkpoint
         ):
             with pytest.raises(InputError, match=f"^{run / name}: a .*allowed in a run folder"):
-                find(argument)
+                find()
         (run / name).unlink()
