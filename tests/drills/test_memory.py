@@ -63,6 +63,7 @@ def test_memory_does_not_grow(tmp_path, monkeypatch, record_property):
     process = start(tmp_path, *OPTIONS)
     own: list[tuple[int, float]] = []
     workers: list[tuple[int, float]] = []
+    code = None
     try:
         while (code := wait_for_process(process, 0.5)) is None:
             step, pids = current_step(tmp_path), children(process)
@@ -72,7 +73,7 @@ def test_memory_does_not_grow(tmp_path, monkeypatch, record_property):
                     workers.append((step, sum(map(resident_mb, pids)) / len(pids)))
             time.sleep(0.1)
     finally:
-        if wait_for_process(process, 0) is None:
+        if code is None:
             os.killpg(process, signal.SIGKILL)
     assert code == 0, (tmp_path / "log.txt").read_text()[-3000:]
     query = "select count(*) from metrics where key = 'val/AP50'"
