@@ -35,7 +35,12 @@ from yolo_lightning.datamodules.vocabulary import (
     vocabulary_table,
 )
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.preparation import PREPARATION, Interpolation, Resize
+from yolo_lightning.models.preparation import (
+    MAX_IMAGE_PX,
+    PREPARATION,
+    Interpolation,
+    Resize,
+)
 from yolo_lightning.tree.exclusive import ExclusiveNames
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -144,15 +149,15 @@ class CombinedDataModule(pl.LightningDataModule):
             setattr(self, name, default if given[name] is None else given[name])
         self._check_sizes()
         ratio = classification_batches_per_detection_batch
-        for name, value, minimum in (
-            ("num_workers", num_workers, 0),
-            ("loader_timeout_s", loader_timeout_s, 0),
-            ("detection_batch_size", detection_batch_size, 1),
-            ("classification_batch_size", classification_batch_size, 1),
-            ("steps_per_epoch", steps_per_epoch or 1, 1),
-            ("classification_batches_per_detection_batch", ratio, 0),
+        for name, value, low, high in (
+            ("num_workers", num_workers, 0, 1024),
+            ("loader_timeout_s", loader_timeout_s, 0, 10**6),
+            ("detection_batch_size", detection_batch_size, 1, 10**6),
+            ("classification_batch_size", classification_batch_size, 1, 10**6),
+            ("steps_per_epoch", steps_per_epoch or 1, 1, 10**12),
+            ("classification_batches_per_detection_batch", ratio, 0, 10**6),
         ):
-            check_option(f"data.{name}", value, value >= minimum, f"{minimum} or more")
+            check_option(f"data.{name}", value, low <= value <= high, f"{low} … {high:,}")
         self.ratio = Fraction(ratio if classification is not None else 0).limit_denominator(1000)
         self.batch_sizes = (detection_batch_size, classification_batch_size)
         self.steps_per_epoch = steps_per_epoch
@@ -169,8 +174,9 @@ class CombinedDataModule(pl.LightningDataModule):
     def _check_sizes(self) -> None:
         for name in ("image_size", "canvas_size"):
             size = getattr(self, name)
-            valid = isinstance(size, int) and size > 0 and size % 32 == 0
-            check_option(f"data.{name}", size, valid, "positive multiples of 32, of a square")
+            valid = isinstance(size, int) and 0 < size <= MAX_IMAGE_PX and size % 32 == 0
+            allowed = f"multiples of 32 up to {MAX_IMAGE_PX}, of a square"
+            check_option(f"data.{name}", size, valid, allowed)
 
     def _take_from_model(self) -> None:
         """Set the values that the constructor did not get from the model."""

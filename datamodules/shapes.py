@@ -18,6 +18,7 @@ from yolo_lightning.datamodules.source import (
 )
 from yolo_lightning.errors import InputError, nearest
 from yolo_lightning.images import Image
+from yolo_lightning.models.preparation import MAX_IMAGE_PX
 from yolo_lightning.tree.wordtree import WordTree
 
 Outline = NDArray[np.float64]  # (N, 2), closed polygon around the origin, in the unit circle
@@ -168,7 +169,8 @@ class _Shapes(Source):
         seed: int,
     ) -> None:
         check_option("shapes: length", length, length >= 1, "1 or more")
-        check_option("shapes: image_size", image_size, image_size >= 16, "16 or more")
+        valid = 16 <= image_size <= MAX_IMAGE_PX
+        check_option("shapes: image_size", image_size, valid, f"16 … {MAX_IMAGE_PX}")
         valid = 0.02 <= radii[0] <= radii[1] <= 0.45
         check_option("shapes: radii", radii, valid, "ascending, 0.02 … 0.45")
         for name in classes or ():

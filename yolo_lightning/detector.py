@@ -18,7 +18,7 @@ from yolo_lightning.images import Image, decode_image, decoding_side, fit, read_
 from yolo_lightning.losses import LossSettings, yolo9000_loss
 from yolo_lightning.models.backbones import detector_layers, without_batch_norm
 from yolo_lightning.models.head import Candidates, Location, select_candidates
-from yolo_lightning.models.layers import LayerRow, ReorgKind
+from yolo_lightning.models.layers import MAX_FILTERS, LayerRow, ReorgKind
 from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.models.preparation import Interpolation, Resize
 from yolo_lightning.schedules import Schedule
@@ -112,8 +112,8 @@ class DetectorModule(TrainingModule):
             ("head_channels", head_channels),
             ("passthrough_channels", passthrough_channels or 0),
         ):
-            if value < 0:
-                raise InputError(f"model.{name} is {value}; allowed: 0 or more")
+            if not 0 <= value <= MAX_FILTERS:
+                raise InputError(f"model.{name} is {value}; allowed: 0 … {MAX_FILTERS:,}")
         if location not in get_args(Location):
             allowed = ", ".join(get_args(Location))
             raise InputError(f"model.location is {location!r}; allowed: {allowed}")

@@ -221,7 +221,7 @@ class TrainingModule(pl.LightningModule):
                 raise InputError(f"{part} differs from the checkpoint's: {difference}")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        check_removable_paths(checkpoint["callbacks"])
+        check_removable_paths(checkpoint.get("callbacks", {}))
         groups = [state["param_groups"] for state in checkpoint.get("optimizer_states", ())]
         if any(len(one) != len(self._group_options()) for one in groups):
             raise InputError(

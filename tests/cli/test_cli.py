@@ -240,8 +240,10 @@ def test_tree_and_anchors_must_match_the_checkpoint(workplace, capsys):
         (["--trainer.precision=bf16-true"], ["allowed: 32-true, 16-mixed, bf16-mixed"]),
         (["--trainer.accumulate_grad_batches=3"], ["val_check_interval is 2", "accumulate"]),
         (["--model.learning_rate=-1"], ["model.learning_rate is -1", "allowed: 0 or more"]),
-        (["--model.head_channels=-1"], ["model.head_channels is -1; allowed: 0 or more"]),
-        (["--data.num_workers=-1"], ["data.num_workers is -1; allowed: 0 or more"]),
+        (["--model.head_channels=-1"], ["model.head_channels is -1; allowed: 0 … 65,536"]),
+        (["--data.num_workers=-1"], ["data.num_workers is -1; allowed: 0 … 1,024"]),
+        (["--seed_everything=-5"], ["seed_everything is '-5'; allowed: 0 … 4,294,967,295"]),
+        (["--trainer.devices=9999"], ["trainer.devices is 9,999; allowed: at most 1,024"]),
         (["--ckpt_path=none.ckpt"], ["checkpoint 'none.ckpt' not found"]),
         (["--weights_only=false"], ["weights_only"]),
         (
@@ -299,11 +301,11 @@ def test_a_typo_in_a_recipe_names_the_file_and_the_key(workplace, capsys):
     assert "recipe 'nothing.yaml' is empty" in capsys.readouterr().err
     (workplace / "latin.yaml").write_bytes(b"# caf\xe9\n")
     assert main(["fit", "--config", "latin.yaml"]) == 2
-    assert "recipe 'latin.yaml' is not UTF-8 text" in capsys.readouterr().err
+    assert "latin.yaml: not readable as UTF-8 text (byte 5)" in capsys.readouterr().err
     (workplace / "lost.yaml").write_text(text.replace("trainer.max_steps}", "trainer.steps}"))
     assert main(["fit", "--config", "lost.yaml"]) == 2
     message = capsys.readouterr().err
-    assert "lost.yaml: fit.model.init_args.schedule.init_args.total_steps" in message
+    assert "lost.yaml: model.init_args.schedule.init_args.total_steps" in message
     assert main(["fit", "--config", "missing.yaml"]) == 2
     assert "recipe 'missing.yaml' not found" in capsys.readouterr().err
     (workplace / "broken.yaml").write_text("model: [unclosed\n")

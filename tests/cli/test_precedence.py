@@ -163,7 +163,7 @@ def test_a_classifier_is_tested_at_the_size_of_its_checkpoint(workplace, capsys)
         ("--model.location=offset", "model.location differs from the checkpoint's: offset in the"),
         ("--model.backbone=tiny_darknet", "the network's list of layers differs from the check"),
         ("--model.head_channels=16", "the network's list of layers differs from the checkpoint's"),
-        ("--data.image_size=100", "data.image_size is 100; allowed: positive multiples of 32"),
+        ("--data.image_size=100", "data.image_size is 100; allowed: multiples of 32 up to 2048"),
     ],
 )
 def test_what_cannot_differ_from_the_checkpoint_is_refused(detector, capsys, option, message):

@@ -355,12 +355,23 @@ def test_only_the_size_of_a_dataset_yaml_is_checked(tmp_path):
 
 def test_a_large_recipe_is_checked_quickly(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    names = ", ".join(f"[class-{k}, 'class {k}; a-b']" for k in range(24_000))
-    recipe.write_text(f"model: {{init_args: {{tree: [{names}]}}}}\n")
+    lists = "\n".join(f"k{k}: [{', '.join(['class name; a-b'] * 500)}]" for k in range(96))
+    recipe.write_text(f"model: {{}}\n{lists}\n")
     assert recipe.stat().st_size > 700_000
     started = time.process_time()
     check_recipe(recipe)
     assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize(("item", "limit"), [("a", 500), ("[conv, 8]", 150)])
+def test_a_list_is_as_long_as_the_parser_can_read_in_seconds(tmp_path, item, limit):
+    recipe = tmp_path / "recipe.yaml"
+    for number in (limit, limit + 1):
+        recipe.write_text(f"model: {{init_args: {{tree: [{', '.join([item] * number)}]}}}}\n")
+        if number == limit:
+            check_recipe(recipe)
+    with pytest.raises(InputError, match=rf"line 1: model.init_args.tree has {limit + 1} items"):
+        check_recipe(recipe)
 
 
 # --- slots

@@ -404,9 +404,10 @@ def test_exif_orientation_is_applied(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 100}, "data.image_size is 100; allowed: positive multiples of 32"),
-        ({"detection_batch_size": 0}, "data.detection_batch_size is 0"),
-        ({"classification_batches_per_detection_batch": -1}, "is -1; allowed: 0 or more"),
+        ({"image_size": 100}, "data.image_size is 100; allowed: multiples of 32 up to 2048"),
+        ({"image_size": 2080}, "data.image_size is 2080; allowed: multiples of 32 up to 2048"),
+        ({"detection_batch_size": 0}, "data.detection_batch_size is 0; allowed: 1 … 1,000,000"),
+        ({"classification_batches_per_detection_batch": -1}, "is -1; allowed: 0 … 1,000,000"),
     ],
 )
 def test_sizes_out_of_range_raise(options, message):

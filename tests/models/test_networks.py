@@ -170,7 +170,7 @@ def test_layers_round_trip_through_plain_values():
     [
         ([["deconv", 3]], "layer 0 is .*; allowed types: conv, pool"),
         ([["conv", 8, 3, 1, 0, True, "leaky", 1]], "layer 0"),
-        ([["conv", 0]], r"layer 0 \(conv\): filters is 0; allowed: 1 or more"),
+        ([["conv", 0]], r"layer 0 \(conv\): filters is 0; allowed: 1 … 65,536"),
         ([["conv", 8, 3, 1, None, True, "mish"]], "activation is 'mish'; allowed: leaky"),
         ([["conv", 6], ["reorg", 2, "darknet"]], "6 input channels; allowed: multiples of 4"),
         ([["conv", 8], ["route", [-2]]], r"index -2; allowed: 0 … 0, or -1 … -1"),

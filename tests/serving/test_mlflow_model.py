@@ -446,7 +446,7 @@ def test_the_command_writes_a_folder_or_logs_to_the_run(folder, store, monkeypat
     assert (
         f"detector, step 40: models:/{logged.model_id} in run {run_id}" in capsys.readouterr().out
     )
-    extra = write_checkpoint(Path("run/checkpoints/best.ckpt"), module, mlflow_run_id="not this")
+    extra = write_checkpoint(Path("run/checkpoints/best.ckpt"), module, mlflow_run_id="f" * 32)
     Path("run/mlflow_run_id").write_text(f"{run_id}\n")
     main([str(extra), "--register", "beasts"])
     output = capsys.readouterr().out

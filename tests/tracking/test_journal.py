@@ -537,6 +537,7 @@ def test_two_processes_and_a_compressing_thread_lose_no_line(journal):
         for _ in journal.entries():
             pass
     assert [process.returncode for process in processes] == [0, 0]
+    journal.compress()
     assert len(segment_files(journal, ".jsonl.gz")) > 10
     entries = [(*entry["values"], entry["step"]) for entry, _ in journal.entries()]
     for name in "ab":

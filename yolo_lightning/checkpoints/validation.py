@@ -19,12 +19,11 @@ from yolo_lightning.models.backbones import (
 from yolo_lightning.models.head import Location
 from yolo_lightning.models.layers import CustomBackbone, Layer
 from yolo_lightning.models.networks import Classifier, YOLOv2
-from yolo_lightning.models.preparation import Interpolation, Resize
+from yolo_lightning.models.preparation import MAX_IMAGE_PX, Interpolation, Resize
 from yolo_lightning.tree.wordtree import MAX_NODES
 
 # limits of what a checkpoint may describe
 MAX_LAYERS = 1000
-MAX_IMAGE_PX = 2048  # side of the network input
 _MAX_KERNEL = 64  # kernel size, stride and padding of a layer
 _RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}")
 

@@ -16,6 +16,7 @@ from yolo_lightning.cli.recipe_policy import ALLOW_ENV, ALLOW_MODULE, may_read
 from yolo_lightning.errors import InputError
 
 _ENV_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^}]*))?\}")
+_MAX_DEVICES = 1024  # of a node
 # variables of Lightning's other cluster environments, whose sizes are not checked
 _OTHER_LAUNCHERS = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -200,6 +201,8 @@ def check_launch(
     devices = _device_count(options["devices"])
     if devices is None and (options["devices"], options["accelerator"]) == ("auto", "cpu"):
         devices = 1
+    if devices is not None and devices > _MAX_DEVICES:
+        raise InputError(f"trainer.devices is {devices:,}; allowed: at most {_MAX_DEVICES:,}")
     launch = detect_launch(environment)
     if launch is not None:
         _check_job_size(launch, nodes, devices, options)

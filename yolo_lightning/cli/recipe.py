@@ -224,7 +224,8 @@ class RecipeCLI(LightningCLI):
         except Exception as error:
             refused = find_input_error(error)
             # of classes that the user allows, the traceback is needed
-            if refused is None and isinstance(error, ValueError | TypeError) and not has_modules():
+            is_value = isinstance(error, ValueError | TypeError | RuntimeError | MemoryError)
+            if refused is None and is_value and not has_modules():
                 refused = InputError(_reason(error))
             raise refused or error from None
 

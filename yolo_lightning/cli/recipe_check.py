@@ -24,6 +24,7 @@ from yolo_lightning.errors import InputError, nearest, read_text, require_file
 
 _SECTIONS = {"model", "data", "trainer"}
 _BYTES, _NODES, _DEPTH, _ALIASES = 2**20, 100_000, 40, 100
+_ITEMS, _ROWS = 500, 150
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in "str int float bool null map seq".split()} | {"!"}
 _MERGE, _STR = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 # ${key}, ${..key} and ${oc.env:NAME,default}; nothing nested
@@ -149,6 +150,11 @@ def _check_nodes(root: yaml.Node, modules: Sequence[str], is_recipe: bool) -> No
             is_allowed |= any(in_modules(name, modules) for name in names)
         else:
             sequence = node.value if isinstance(node, yaml.SequenceNode) else ()
+            is_nested = any(not isinstance(value, yaml.ScalarNode) for value in sequence)
+            limit = _ROWS if is_nested else _ITEMS
+            if is_recipe and len(sequence) > limit:
+                problem = f"has {len(sequence):,} items; allowed: {limit}; a tree may be a file"
+                raise _Refused(f"{'.'.join(path)[:120]} {problem}", node)
             items = [([str(number)], value) for number, value in enumerate(sequence)]
         stack += [((*path, *keys), value, depth + 1, is_allowed) for keys, value in reversed(items)]
         matches = _REFERENCE.finditer(text) if is_recipe else ()

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning.cli.launch import option_values
 from yolo_lightning.cli.recipe_errors import readable_message
-from yolo_lightning.cli.recipe_policy import check_values
+from yolo_lightning.cli.recipe_policy import check_values, shorten
 from yolo_lightning.errors import InputError
 from yolo_lightning.models.preparation import PREPARATION
 
@@ -73,6 +73,11 @@ def parse(
             defaults.write_text(yaml.safe_dump({"model": model} if model else {}))
             config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
         check_values(config[args[0]].as_dict(), option_values(args))
+        seed = config[args[0]].get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise InputError(
+                f"{origin}seed_everything is {shorten(str(seed))}; allowed: 0 … {2**32 - 1:,}"
+            )
     except OmegaConfBaseException as error:
         key = str(error.full_key).removeprefix(f"{args[0]}.")
         reason = str(error).splitlines()[0]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 Activation = Literal["leaky", "linear", "relu", "logistic", "tanh", "elu"]
 ReorgKind = Literal["darknet", "space_to_depth"]
+MAX_FILTERS = 65_536  # of a layer
 LayerRow = list[str | int | float | bool | list[int] | None]  # such as ["conv", 32, 3]
 
 
@@ -169,8 +170,8 @@ def _check_layer(
     if isinstance(layer, Conv | Pool | Reorg):
         for name in ("filters", "size", "stride"):
             value = getattr(layer, name, 1)
-            if not _is_int(value, 1):
-                fail(f"{name} is {value}; allowed: 1 or more")
+            if not _is_int(value, 1) or value > MAX_FILTERS:
+                fail(f"{name} is {value}; allowed: 1 … {MAX_FILTERS:,}")
     match layer:
         case Conv():
             if layer.padding is not None and not _is_int(layer.padding, 0):
