@@ -404,10 +404,10 @@ def test_a_cfg_with_too_many_layers(files, capsys):
 
 
 def test_a_malicious_cfg_uses_no_memory(files, capsys):
-    layer = "[convolutional]\nfilters=999999\nsize=999\nactivation=linear\n"
+    layer = "[convolutional]\nfilters=60000\nsize=999\nactivation=linear\n"
     (files / "x.cfg").write_text("[net]\nwidth=32\nheight=32\n" + layer * 3)
     said = error_of([*IMPORT, "--output", "m.ckpt"], capsys)
-    assert "x.cfg:4: [convolutional] increases the network to 2,994,0" in said
+    assert "x.cfg:4: [convolutional] increases the network to 179,640,420,000 weights" in said
     assert "allowed: up to 200,000,000" in said
 
 
