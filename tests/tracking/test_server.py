@@ -99,7 +99,7 @@ def test_after_an_outage_the_server_has_every_point_once(server, outage_folder):
     log = (outage_folder / "log.txt").read_text()
     assert log.count("is not available") == 1
     if "mlflow sync" in log:  # on a slow machine, the training ended first
-        sync(outage_folder)
+        sync(outage_folder, server.uri)
     count = PointCount(server.database, outage_folder)
     assert count.complete, str(count)
     assert count.expected > 5 * STEPS
@@ -149,7 +149,7 @@ def test_training_completes_without_its_server_and_is_synced_later(
         server.resume()
     assert "is not complete" in (tmp_path / "log.txt").read_text()
     for _ in range(2):
-        sync(tmp_path)
+        sync(tmp_path, server.uri)
         count = PointCount(server.database, tmp_path)
         assert count.complete, str(count)
         assert count.status == "FINISHED"
