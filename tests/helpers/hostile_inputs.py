@@ -574,6 +574,14 @@ def journal_of_a_link_that_contains_itself(place: Place) -> tuple[Command, str]:
 # chains
 
 
+def finished_stage(place: Place) -> Path:
+    """Train, and return the run folder as that of the first stage of a chain."""
+    fit(place)
+    run = place.work / "outputs/chain/c/1-recipe/run"
+    shutil.copytree(place.run, run)
+    return run
+
+
 @family(
     alias_bomb=_bomb(),
     deep="a: " + "[" * 50_000,
@@ -583,10 +591,7 @@ def journal_of_a_link_that_contains_itself(place: Place) -> tuple[Command, str]:
     nul="step: \0",
 )
 def finished(place: Place, text: str) -> tuple[Command, str]:
-    fit(place)
-    run = place.work / "outputs/chain/c/1-recipe/run"
-    shutil.copytree(place.run, run)
-    (run / "finished.yaml").write_text(text)
+    (finished_stage(place) / "finished.yaml").write_text(text)
     return ["chain", "c", "recipe.yaml", "--allow-module", "tests.helpers.diary"], "recipe"
 
 
@@ -599,9 +604,7 @@ def finished(place: Place, text: str) -> tuple[Command, str]:
     no_model="trainer: {}",
 )
 def resolved(place: Place, text: str) -> tuple[Command, str]:
-    fit(place)
-    run = place.work / "outputs/chain/c/1-recipe/run"
-    shutil.copytree(place.run, run)
+    run = finished_stage(place)
     (run / "finished.yaml").write_text("step: 24\ncheckpoint: checkpoints/last.ckpt\n")
     (run / "resolved.yaml").write_text(text)
     return ["chain", "c", "recipe.yaml", "--allow-module", "tests.helpers.diary"], "recipe"

@@ -16,7 +16,6 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tests.helpers import tracked
 from tests.helpers.servers import released, respond_with, server
 from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, upload
 from yolo_lightning.cli.main import main
@@ -31,24 +30,17 @@ SECRET = "-----BEGIN PRIVATE KEY-----"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a secret next to the run folder ``a``; loggers have no threads."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    tracked.disable_threads(monkeypatch)
-    (tmp_path / "secret").write_text(SECRET)
-    return tmp_path
+def folder(folder: Path) -> Path:
+    """The working folder with a secret next to the run folder ``a``."""
+    (folder / "secret").write_text(SECRET)
+    return folder
 
 
-@pytest.fixture
-def store(folder: Path) -> str:
-    return fresh_store(folder)
-
-
-@pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return tracked.collect_warnings(monkeypatch)
+def upload_all(run: Any) -> None:
+    uploader = Uploader(run.journal)
+    while uploader.upload_next():
+        pass
+    uploader.close()
 
 
 def stored_files(folder: Path) -> list[Path]:
@@ -273,10 +265,7 @@ def test_links_in_the_journal_folder_are_not_written_through(folder, store, name
     (folder / "a/mlflow" / name).symlink_to(folder / "secret")
     run = logger(folder / "a", store)
     run.log_metrics({"loss": 1.0}, 0)
-    uploader = Uploader(run.journal)
-    while uploader.upload_next():
-        pass
-    uploader.close()
+    upload_all(run)
     assert (folder / "secret").read_text() == SECRET
     assert points(store) == {("loss", 0): 1}
 
@@ -287,10 +276,7 @@ def test_a_linked_run_id_file_is_replaced_and_a_linked_token_is_not_sent(folder,
     (folder / "a/mlflow/token").symlink_to(folder / "secret")
     run = logger(folder / "a", store)
     run.log_metrics({"loss": 1.0}, 0)
-    uploader = Uploader(run.journal)
-    while uploader.upload_next():
-        pass
-    uploader.close()
+    upload_all(run)
     assert (folder / "secret").read_text() == SECRET
     assert not query_store(store, "select * from tags where value like '%PRIVATE%'")
     assert (folder / "a" / RUN_ID_FILE).read_text() == runs(store)[0]

@@ -27,26 +27,6 @@ from yolo_lightning.tracking.uploader import Uploader
 pytestmark = pytest.mark.end_to_end
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder; loggers have no upload thread, each test uploads itself."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    tracked.disable_threads(monkeypatch)
-    return tmp_path
-
-
-@pytest.fixture
-def store(folder: Path) -> str:
-    return fresh_store(folder)
-
-
-@pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return tracked.collect_warnings(monkeypatch)
-
-
 def log_training(folder: Path, store: str, steps: range = range(5), **options: Any) -> Any:
     """Log a short training."""
     run = logger(folder, store, **options)
