@@ -40,9 +40,9 @@ test-fast: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or cluster or browser"
 
-# kills, hostile inputs, and the memory of a long training
+# kills, outages, hostile inputs, and the memory of a long training
 drills: $(READY)
-	$(BIN)/python -m pytest -m slow tests/drills
+	$(BIN)/python -m pytest -m slow tests/drills tests/tracking/test_server.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
