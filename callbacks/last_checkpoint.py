@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from yolo_lightning.checkpoints.io import (
     LAST,
@@ -31,7 +32,8 @@ class LastCheckpoint(Checkpoint):
     The one before is kept as ``previous.ckpt``; one of the two is always complete. A write error is
     a warning, but if the final state cannot be saved, the training fails. A checkpoint from before
     a validation says so; a training that resumes from it starts with the validation, also where
-    `max_steps` or `max_time` is reached.
+    `max_steps` or `max_time` is reached. The last checkpoint of a training that `EarlyStopping`
+    ended says so too: resuming ends at once, unless the recipe has other settings of it.
 
     Args:
         every_n_steps: most optimizer steps between two checkpoints, 1 or more.
@@ -61,6 +63,8 @@ class LastCheckpoint(Checkpoint):
         self._last_is_valid = False
         self._written: Path | None = None  # final state, to be published when training has ended
         self._resumed_metrics: tuple[int, dict[str, float]] = (0, {})  # epoch, metrics
+        self._early_stopping: list[list[Any]] = []  # settings of the recipe
+        self._resumed_early_stopping: list[list[Any]] = []  # settings of the resumed training
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
@@ -73,13 +77,27 @@ class LastCheckpoint(Checkpoint):
             return
         use_durable_io(trainer)
         _check_same_checkpoint_on_ranks(trainer)
+        self._early_stopping = _early_stopping_settings(trainer)
+        for callback in _early_stopping_callbacks(trainer):
+            if callback.monitor.startswith("val/"):  # at the end of an epoch, nothing is saved
+                callback._check_on_train_epoch_end = False
         if trainer.is_global_zero:
             for file in self.path(trainer).parent.glob(f"*{PARTIAL_SUFFIX}"):
                 with contextlib.suppress(OSError):
                     file.unlink()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the training begin with the validation that a stop interrupted."""
+        """End what EarlyStopping has ended; begin with the validation that a stop interrupted."""
+        if _has_stopped_early(trainer) and self._resumed_early_stopping == self._early_stopping:
+            trainer.should_stop = True
+            rank_zero_info(
+                "EarlyStopping has ended this training; to go on, change its settings in the recipe"
+            )
+        callbacks = _early_stopping_callbacks(trainer)
+        for callback, settings in zip(callbacks, self._early_stopping, strict=True):
+            callback.patience = settings[1]  # Lightning takes the checkpoint's
+            if not trainer.should_stop:
+                callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         if self._resumed_step >= 0:
             _validate_first(trainer, self._resumed_step)
 
@@ -140,6 +158,7 @@ class LastCheckpoint(Checkpoint):
         if run_loggers(trainer):
             checkpoint["step_metrics"] = self._step_metrics(trainer)
         checkpoint["validation_is_due"] = self._validation_is_due
+        checkpoint["early_stopping"] = self._early_stopping
         if not self._validation_is_due:
             return
         # Lightning would count the batches of the validation before as those of this one
@@ -153,7 +172,8 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the step metrics, and whether a validation is due."""
+        """Restore the step metrics, whether a validation is due, and when to stop early."""
+        self._resumed_early_stopping = checkpoint.get("early_stopping", [])
         self._resumed_metrics = (checkpoint["epoch"], checkpoint.get("step_metrics", {}))
         is_due = checkpoint.get("validation_is_due", False)
         self._resumed_step = checkpoint["global_step"] if is_due else -1
@@ -253,6 +273,24 @@ def training_ends(trainer: pl.Trainer) -> bool:
         or (trainer.should_stop and fit_loop._can_stop_early)
         or (is_last_epoch and fit_loop.epoch_loop._num_ready_batches_reached())
     )
+
+
+def _early_stopping_callbacks(trainer: pl.Trainer) -> list[EarlyStopping]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+
+
+def _early_stopping_settings(trainer: pl.Trainer) -> list[list[Any]]:
+    """Return monitor, patience, change that counts, and thresholds of each callback."""
+    return [
+        [c.monitor, c.patience, c.min_delta, c.stopping_threshold, c.divergence_threshold]
+        for c in _early_stopping_callbacks(trainer)
+    ]
+
+
+def _has_stopped_early(trainer: pl.Trainer) -> bool:
+    """Return whether EarlyStopping asked for the end, here or before resuming."""
+    callbacks = _early_stopping_callbacks(trainer)
+    return any(c.stopping_reason != EarlyStoppingReason.NOT_STOPPED for c in callbacks)
 
 
 def _validate_first(trainer: pl.Trainer, step: int) -> None:

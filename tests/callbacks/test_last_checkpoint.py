@@ -176,3 +176,50 @@ def test_a_checkpoint_is_saved_every_few_minutes(tmp_path, monkeypatch):
     assert LastCheckpoint().every_minutes == 5
     with pytest.raises(InputError, match="every_minutes is 0; allowed: more than 0"):
         LastCheckpoint(every_minutes=0)
+
+
+class SameMetric(pl.Callback):
+    """Logs a metric that never improves, and counts the training steps."""
+
+    steps = 0
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.steps += 1
+
+    def on_validation_epoch_end(self, trainer, module) -> None:
+        module.log("val/same", 1.0)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("every", "options"), [
+    (2, {"check_val_every_n_epoch": None, "val_check_interval": 2}),
+    (4, {}),  # Lightning would check at the end of the epoch, after the checkpoint
+])  # fmt: skip
+def test_a_training_that_early_stopping_ended_goes_on_with_other_settings_only(
+    tmp_path, caplog, every, options
+):
+    def fit_with(patience: int, folder=tmp_path) -> tuple[int, int]:
+        counter, last = SameMetric(), folder / "checkpoints/last.ckpt"
+        pl.seed_everything(1, verbose=False)
+        trainer = pl.Trainer(
+            default_root_dir=folder, max_epochs=-1, max_steps=20, accelerator="cpu", logger=False,
+            num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=True, **options,
+            callbacks=[counter, EarlyStopping("val/same", patience=patience), LastCheckpoint(100)],
+        )  # fmt: skip
+        path = last if last.exists() else None
+        trainer.fit(RecordingDetector(), make_datamodule(), ckpt_path=path, weights_only=True)
+        return trainer.global_step, counter.steps
+
+    assert fit_with(patience=1) == (2 * every, 2 * every)
+    assert fit_with(patience=1) == (2 * every, 0)
+    assert "EarlyStopping has ended this training; to go on" in caplog.text
+    assert fit_with(patience=2) == (3 * every, every)
+    assert fit_with(patience=2) == (3 * every, 0)
+    whole = tmp_path / "whole"
+    assert fit_with(2, whole) == (3 * every, 3 * every)
+    found, wanted = (
+        torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for folder in (tmp_path, whole)
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
