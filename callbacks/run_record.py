@@ -138,8 +138,11 @@ class RunRecord(pl.Callback):
             if logger.run_id is not None:
                 checkpoint["mlflow_run_id"] = logger.run_id
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the best checkpoint as a model, or the last one if there is no best one."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the best checkpoint as a model, or the last one if there is no best one.
+
+        Resuming a finished run logs what a stop at its last step left out.
+        """
         loggers = run_loggers(trainer)
         if not loggers or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -73,6 +73,7 @@ def train(
     data: Any = None,
     module: Any = None,
     loggers: Any = None,
+    ckpt_path: Any = None,
     **options,
 ) -> Any:
     pl.seed_everything(1, verbose=False)
@@ -85,5 +86,6 @@ def train(
         },
     )  # fmt: skip
     trainer.loggers = [RecordingLogger()] if loggers is None else loggers
-    trainer.fit(module or RecordingDetector(), data or make_datamodule())
+    module, data = module or RecordingDetector(), data or make_datamodule()
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer
