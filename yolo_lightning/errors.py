@@ -206,12 +206,12 @@ def read_text(
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def compose_yaml(text: str, origin: str | Path) -> "yaml.Node | None":
+def compose_yaml(text: str, origin: str | Path, any_alias: bool = False) -> "yaml.Node | None":
     """Parse YAML to nodes, which have line numbers; their values are text, and tags have no effect.
 
     Raises:
-        InputError: not YAML; too many values or levels; or an alias of a list or a mapping, whose
-            content could grow without end. Names the line.
+        InputError: not YAML; too many values or levels; or, unless `any_alias`, an alias of a list
+            or a mapping, whose content could grow without end. Names the line.
     """
     import yaml
 
@@ -231,7 +231,7 @@ def compose_yaml(text: str, origin: str | Path) -> "yaml.Node | None":
                     f"{MAX_YAML_LEVELS} levels"
                 )
             anchor = getattr(event, "anchor", None)
-            if isinstance(event, yaml.AliasEvent) and anchor not in scalars:
+            if isinstance(event, yaml.AliasEvent) and anchor not in scalars and not any_alias:
                 raise InputError(
                     f"{origin}:{line}: alias *{short(anchor)[1:-1]}; allowed: aliases of values "
                     "that are no lists or mappings"

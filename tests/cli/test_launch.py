@@ -146,17 +146,17 @@ def test_mismatch_names_both_numbers(values, environment, message):
 )
 def test_devices_are_compared_with_visible_gpus(values, gpus, message):
     if message is None:
-        check_launch(values, {}, lambda: gpus)
+        check_launch(values, {}, gpus)
     else:
         with pytest.raises(InputError) as raised:
-            check_launch(values, {}, lambda: gpus)
+            check_launch(values, {}, gpus)
         assert message in str(raised.value)
 
 
 def test_message_for_tasks_that_see_only_one_gpu_of_their_node():
     values = trainer(devices=8, num_nodes=2)
     with pytest.raises(InputError, match="give every task all GPUs of its node, --gres=gpu:8"):
-        check_launch(values, slurm(), lambda: 1)
+        check_launch(values, slurm(), 1)
 
 
 def test_launcher_is_detected():

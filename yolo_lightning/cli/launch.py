@@ -1,55 +1,60 @@
 """Check command-line options and the cluster launch against the recipe, before heavy imports."""
 
+import argparse
 import itertools
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from yolo_lightning.cli.recipe_check import check_recipe, read_value
 from yolo_lightning.cli.recipe_policy import ALLOW_ENV, ALLOW_MODULE, may_read
 from yolo_lightning.errors import InputError
 
 _ENV_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^}]*))?\}")
+_CONFIG = ("-c", "--config", "--recipe")
 _MAX_DEVICES = 1024  # of a node
 # variables of Lightning's other cluster environments, whose sizes are not checked
 _OTHER_LAUNCHERS = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-class Allowed(NamedTuple):
-    """What the command line allows recipes to use."""
-
-    modules: tuple[str, ...] = ()  # prefixes of class paths
-    variables: tuple[str, ...] = ()  # of the environment
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
-def split_allowed(args: Sequence[str]) -> tuple[list[str], Allowed]:
-    """Return the command line without `--allow-module` and `--allow-env`, and what they allow.
+def _take(args: Sequence[str], *options: str) -> tuple[list[str], list[str]]:
+    """Return the values of options, which may be given several times, and the other words."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*options, dest="values", action="append", default=[])
+    taken, rest = parser.parse_known_args(list(args))
+    return taken.values, rest
+
+
+def split_allowed(args: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Take `--allow-module` and `--allow-env` from a command line.
+
+    Returns:
+        The other words, allowed modules and allowed environment variables.
 
     Raises:
         InputError: a value is missing or is not a name.
     """
-    rest: list[str] = []
-    names: dict[str, list[str]] = {ALLOW_MODULE: [], ALLOW_ENV: []}
-    words = iter(args)
-    for word in words:
-        option, has_value, value = word.partition("=")
-        if option not in names:
-            rest.append(word)
-            continue
-        name = value if has_value else next(words, "")
-        parts = name.split(".") if option == ALLOW_MODULE else [name]
+    modules, rest = _take(args, ALLOW_MODULE)
+    variables, rest = _take(rest, ALLOW_ENV)
+    for name in modules:
+        parts = name.split(".")
         if not all(part.isidentifier() for part in parts) or parts[0] == "jsonargparse":
             example = "a module such as my_package.models"
-            example = example if option == ALLOW_MODULE else "a variable such as SCRATCH"
-            raise InputError(f"{option} {name!r}; expected {example}")
-        names[option].append(name)
-    return rest, Allowed(*map(tuple, names.values()))
+            raise InputError(f"{ALLOW_MODULE} {name!r}; expected {example}")
+    for name in variables:
+        if not name.isidentifier():
+            raise InputError(f"{ALLOW_ENV} {name!r}; expected a variable such as SCRATCH")
+    return rest, modules, variables
 
 
 def check_command_line(args: Sequence[str], modules: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,16 +66,21 @@ def check_command_line(args: Sequence[str], modules: Sequence[str] = ()) -> dict
     Raises:
         InputError: see `check_recipe`.
     """
+    recipes, rest = _take(args, *_CONFIG)
+    files = dict.fromkeys(recipes, False)
+    for word in rest:
+        if word.endswith((".yaml", ".yml")) and Path(word).is_file():
+            files.setdefault(word, True)  # a recipe or a dataset
     values: dict[str, Any] = {}
-    for path, may_be_dataset in _recipe_files(args).items():
+    for path, may_be_dataset in files.items():
         values |= _flatten(check_recipe(path, modules, may_be_dataset))
-    return values | option_values(args)
+    return values | option_values(rest)
 
 
 def option_values(args: Sequence[str]) -> dict[str, Any]:
     """Return the options of a command line by dotted key, their values read as YAML."""
     values: dict[str, Any] = {}
-    for word, next_word in _with_next(args):
+    for word, next_word in itertools.zip_longest(args, args[1:], fillvalue=""):
         if word.startswith("--"):
             key, has_value, value = word.removeprefix("--").partition("=")
             if not has_value:
@@ -84,39 +94,15 @@ def resume_command(args: Sequence[str], checkpoint: Path) -> str:
 
     `args` are those of the training.
     """
-    rest, words = [], iter(args)
-    for word in words:
-        name, has_value, _ = word.partition("=")
-        if name not in ("--resume", "--ckpt_path"):
-            rest.append(word)
-        elif not has_value:
-            next(words, None)
+    _, rest = _take(args, "--resume", "--ckpt_path")
     installed = shutil.which("yolo-lightning") is not None
     program = ["yolo-lightning"] if installed else [sys.executable, "-m", "yolo_lightning"]
     return shlex.join([*program, *rest, f"--ckpt_path={checkpoint}"])
 
 
 def recipe_paths(args: Sequence[str]) -> list[str]:
-    """Return the recipes passed with any spelling of `--config`."""
-    return [path for path, may_be_dataset in _recipe_files(args).items() if not may_be_dataset]
-
-
-def _recipe_files(args: Sequence[str]) -> dict[str, bool]:
-    """Return YAML files on a command line; True for those that may be a dataset's."""
-    files: dict[str, bool] = {}
-    for word, next_word in _with_next(args):
-        name, has_value, value = word.partition("=")
-        if name in ("-c", "--recipe") or (len(name) > 2 and "--config".startswith(name)):
-            files[value if has_value else next_word] = False
-        elif word.startswith("-c"):
-            files[word[2:]] = False
-        elif word.endswith((".yaml", ".yml")) and Path(word).is_file():
-            files.setdefault(word, True)
-    return files
-
-
-def _with_next(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    return itertools.zip_longest(args, args[1:], fillvalue="")
+    """Return the recipes of a command line, each once."""
+    return list(dict.fromkeys(_take(args, *_CONFIG)[0]))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -128,8 +114,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@dataclass
-class Launch:
+class Launch(NamedTuple):
     """How the processes of a distributed training were started."""
 
     launcher: str  # SLURM or torchrun
@@ -145,23 +130,19 @@ def detect_launch(environment: Mapping[str, str]) -> Launch | None:
             missing or got another number of tasks than the job.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
-        nodes = _env_int(environment, "GROUP_WORLD_SIZE") or 1
-        return Launch("torchrun", nodes, _env_int(environment, "LOCAL_WORLD_SIZE") or 1)
-    is_interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    total = _env_int(environment, "SLURM_NTASKS")
-    if total is None or is_interactive:
+        nodes = _env_int(environment, "GROUP_WORLD_SIZE", 1)
+        return Launch("torchrun", nodes, _env_int(environment, "LOCAL_WORLD_SIZE", 1))
+    total = _env_int(environment, "SLURM_NTASKS", 0)
+    if total == 0 or environment.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None
-    nodes = (
-        _env_int(environment, "SLURM_NNODES") or _env_int(environment, "SLURM_JOB_NUM_NODES") or 1
-    )
-    tasks = _env_int(environment, "SLURM_NTASKS_PER_NODE")
-    if total > 1 and tasks is None:
+    nodes = _env_int(environment, "SLURM_NNODES", _env_int(environment, "SLURM_JOB_NUM_NODES", 1))
+    tasks = _env_int(environment, "SLURM_NTASKS_PER_NODE", 0 if total > 1 else 1)
+    if tasks == 0:
         value = f"={total // nodes}" if total % nodes == 0 else ""
         raise InputError(
             f"the job has {total} tasks on {nodes} nodes, set by --ntasks; use SLURM's "
             f"--ntasks-per-node{value} instead"
         )
-    tasks = tasks or 1
     if total != nodes * tasks:
         raise InputError(
             f"srun started {total} tasks, but the job has {nodes} nodes x {tasks} tasks: omit "
@@ -184,11 +165,11 @@ def has_launcher(environment: Mapping[str, str]) -> bool:
 def check_launch(
     values: Mapping[str, Any],
     environment: Mapping[str, str],
-    gpu_count: Callable[[], int | None] | None = None,
+    gpus: int | None = None,
 ) -> None:
     """Compare the launched processes with the devices and nodes of a recipe.
 
-    `values` are from `check_command_line`; `gpu_count` returns the number of visible GPUs or None.
+    `values` are from `check_command_line`; `gpus` is the number of visible GPUs, None if unknown.
 
     Raises:
         InputError: tasks, devices or nodes differ; names both numbers and the option to change.
@@ -204,17 +185,16 @@ def check_launch(
     if devices is not None and devices > _MAX_DEVICES:
         raise InputError(f"trainer.devices is {devices:,}; allowed: at most {_MAX_DEVICES:,}")
     launch = detect_launch(environment)
+    is_other = any(name in environment for name in _OTHER_LAUNCHERS)
     if launch is not None:
         _check_job_size(launch, nodes, devices, options)
-    elif (
-        nodes is not None and nodes > 1 and not any(key in environment for key in _OTHER_LAUNCHERS)
-    ):
+    elif nodes is not None and nodes > 1 and not is_other:
         raise InputError(
             f"the recipe has trainer.num_nodes {nodes}, but this process was started by neither "
             "srun nor torchrun: start one on every node, or pass --trainer.num_nodes 1"
         )
-    gpus = gpu_count() if gpu_count is not None and options["accelerator"] != "cpu" else None
-    needs_gpus = options["accelerator"] in ("gpu", "cuda") or gpus
+    accelerator = options["accelerator"]
+    needs_gpus = accelerator in ("gpu", "cuda") or (gpus and accelerator != "cpu")
     if gpus is not None and needs_gpus and (devices or 1) > gpus:
         hint = f"pass --trainer.devices {gpus}" if gpus else "pass --trainer.accelerator cpu"
         if launch is not None and launch.launcher == "SLURM" and gpus:
@@ -250,9 +230,8 @@ def visible_gpu_count(environment: Mapping[str, str]) -> int | None:
         names = [name.strip() for name in listed.split(",")]
         valid = itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), names)
         return len(list(valid))
-    on_node = _env_int(environment, "SLURM_GPUS_ON_NODE")
-    if on_node is not None:
-        return on_node
+    if environment.get("SLURM_GPUS_ON_NODE", "").isdigit():
+        return int(environment["SLURM_GPUS_ON_NODE"])
     try:
         return len(os.listdir("/proc/driver/nvidia/gpus"))
     except OSError:
@@ -267,9 +246,8 @@ def resolve_env(value: Any, environment: Mapping[str, str]) -> Any:
     match = _ENV_REFERENCE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match and may_read(match[1]):
         value = environment.get(match[1], match[2] or "").strip()
-    if isinstance(value, str) and value.strip().lstrip("-").isdigit():
-        return int(value)
-    return value
+    is_number = isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,18}\s*", value)
+    return int(value) if is_number else value
 
 
 def _device_count(devices: Any) -> int | None:
@@ -283,6 +261,6 @@ def _device_count(devices: Any) -> int | None:
     return None
 
 
-def _env_int(environment: Mapping[str, str], name: str) -> int | None:
+def _env_int(environment: Mapping[str, str], name: str, default: int) -> int:
     value = environment.get(name, "").strip()
-    return int(value) if value.isdigit() else None
+    return int(value) if value.isdigit() else default

@@ -128,12 +128,12 @@ def _check_arguments(args: Sequence[str]) -> list[str]:
     """
     from yolo_lightning.cli import launch, recipe_policy
 
-    args, allowed = launch.split_allowed(args)
-    recipe_policy.allow(*allowed)
+    args, modules, variables = launch.split_allowed(args)
+    recipe_policy.allow(modules, variables)
     default_recipe = ["recipes/quickstart.yaml"] if args[0] == "quickstart" else []
-    values = launch.check_command_line([*default_recipe, *args[1:]], allowed.modules)
+    values = launch.check_command_line([*default_recipe, *args[1:]], modules)
     if args[0] in _TRAINING_COMMANDS:
-        launch.check_launch(values, os.environ, lambda: launch.visible_gpu_count(os.environ))
+        launch.check_launch(values, os.environ, launch.visible_gpu_count(os.environ))
     return args
 
 

@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning.cli.launch import option_values
 from yolo_lightning.cli.recipe_errors import readable_message
-from yolo_lightning.cli.recipe_policy import check_values, shorten
-from yolo_lightning.errors import InputError
+from yolo_lightning.cli.recipe_policy import check_values
+from yolo_lightning.errors import InputError, short
 from yolo_lightning.models.preparation import PREPARATION
 
 ANY_MODEL = {
@@ -32,7 +32,13 @@ class _ParserError(Exception):
 
 
 class RecipeParser(LightningArgumentParser):
-    """A parser that raises errors instead of printing its usage and exiting."""
+    """A parser that raises errors instead of printing its usage and exiting.
+
+    Options have one spelling, so that recipes and output folders are found before parsing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise the message; nested parsers pass it on, so `parse` makes it readable."""
@@ -76,7 +82,7 @@ def parse(
         seed = config[args[0]].get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(
-                f"{origin}seed_everything is {shorten(str(seed))}; allowed: 0 … {2**32 - 1:,}"
+                f"{origin}seed_everything is {short(str(seed))}; allowed: 0 … {2**32 - 1:,}"
             )
     except OmegaConfBaseException as error:
         key = str(error.full_key).removeprefix(f"{args[0]}.")

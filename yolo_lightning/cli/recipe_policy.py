@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from yolo_lightning.errors import InputError, expand, nearest
+from yolo_lightning.errors import InputError, expand, nearest, short
 
 ALLOW_MODULE, ALLOW_ENV = "--allow-module", "--allow-env"
 
@@ -46,6 +46,7 @@ CLASSES = {
 """Classes that a recipe may name. They run no program and send nothing, except RunLogger, whose
 store `check_values` checks; those that write take folders, checked there too. Not among them:
 RunRecord, which writes any text anywhere, and Lightning's loggers of other services."""
+_CLASS_NAMES = [name for names in CLASSES.values() for name in names]
 
 SLOTS = {
     "model", "model.backbone", "model.schedule", "model.loss",
@@ -95,30 +96,29 @@ def variable_refusal(variable: str) -> str:
     )
 
 
+def is_listed(name: str) -> bool:
+    """Return whether `CLASSES` has the name of a class; the parser compares the modules too."""
+    package, _, class_name = name.rpartition(".")
+    return package.split(".")[0] in ("yolo_lightning", "lightning") and class_name in _CLASS_NAMES
+
+
+def may_build(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a recipe may name a class; modules are matched by whole dotted parts.
+
+    The parser searches a name without a dot among imported classes.
+    """
+    is_allowed = any(name.startswith(f"{module}.") for module in modules)
+    return "." not in name or is_listed(name) or is_allowed
+
+
 def class_refusal(name: str) -> str:
     """Return why a recipe may not name a class, and how to allow it."""
     module, _, class_name = name.rpartition(".")
-    hint = nearest(class_name, _known_classes(name))
+    hint = nearest(class_name, _CLASS_NAMES)
     return (
-        f"names {shorten(name)}{'; ' + hint if hint else ''}; allowed: classes of yolo_lightning, "
+        f"names {short(name)}{'; ' + hint if hint else ''}; allowed: classes of yolo_lightning, "
         f"the usual ones of lightning.pytorch, and others with {ALLOW_MODULE} {module[:80]}"
     )
-
-
-def _known_classes(name: str) -> list[str]:
-    """Return the names in `CLASSES` of a class path's package; the parser checks the module."""
-    packages = {module: module.split(".")[0] for module in CLASSES}
-    return [c for m, names in CLASSES.items() if name.split(".")[0] == packages[m] for c in names]
-
-
-def is_listed(name: str) -> bool:
-    """Return whether the package and the name of a class are in `CLASSES`."""
-    return name.rpartition(".")[2] in _known_classes(name)
-
-
-def in_modules(name: str, modules: Sequence[str]) -> bool:
-    """Return whether a class path is in one of the modules, matched by whole dotted parts."""
-    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def restrict_parser() -> None:
@@ -195,7 +195,7 @@ def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
             where = ".".join(path)
             hint = f", or set {_STORE}" if key == "tracking_uri" else ""
             raise InputError(
-                f"{where} is {shorten(text)}, {problem}; a recipe cannot name it: pass it on the "
+                f"{where} is {short(text)}, {problem}; a recipe cannot name it: pass it on the "
                 f"command line, --{where}=…{hint}"
             )
 
@@ -215,8 +215,3 @@ def _texts(value: Any, path: _KeyPath = (), owner: str = "") -> Iterator[tuple[_
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield from _texts(item, (*path, str(number)), owner)
-
-
-def shorten(text: str) -> str:
-    """Return the start of a text in quotes, for messages."""
-    return repr(text if len(text) <= 80 else f"{text[:80]}…")

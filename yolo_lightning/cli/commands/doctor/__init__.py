@@ -191,12 +191,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _values(recipe: str | None, args: Sequence[str]) -> dict[str, Any]:
     """Return the values of a recipe by dotted key, with environment variables inserted."""
-    rest, allowed = launch.split_allowed(args)
-    recipe_policy.allow(*allowed)
+    rest, modules, variables = launch.split_allowed(args)
+    recipe_policy.allow(modules, variables)
     recipe_args = ["--recipe", recipe] if recipe else []
     if not recipe and rest:
         raise InputError(f"{rest[0]}: no such option; allowed: --recipe, --output")
-    values = launch.check_command_line([*recipe_args, *rest], allowed.modules)
+    values = launch.check_command_line([*recipe_args, *rest], modules)
     values = {key: launch.resolve_env(value, os.environ) for key, value in values.items()}
     recipe_policy.check_values(values, launch.option_values(rest))
     return values
@@ -207,8 +207,7 @@ def _check_launch(values: Mapping[str, Any]) -> CheckResult:
     try:
         job = launch.detect_launch(os.environ)
         if values:
-            gpus = launch.visible_gpu_count(os.environ)
-            launch.check_launch(values, os.environ, lambda: gpus)
+            launch.check_launch(values, os.environ, launch.visible_gpu_count(os.environ))
     except InputError as error:
         return CheckResult("launch", str(error), "failed")
     text = "a single process, without a launcher"
