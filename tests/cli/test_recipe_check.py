@@ -523,6 +523,14 @@ def test_the_parser_builds_no_class_for_a_value_of_any_type(workplace):
     [
         ("trainer.accelerator", "warp", "an invalid accelerator name"),
         ("trainer.barebones", "true", "barebones"),
+        ("trainer.strategy", "ddp_spawn", "trainer.strategy starts processes by spawn; allowed:"),
+        ("trainer.strategy", "ddp_notebook", "trainer.strategy starts processes by fork; allowed:"),
+        ("trainer.strategy", "xla", "torch_xla"),
+        (
+            "trainer.default_root_dir",
+            '"a\\0b"',
+            r"default_root_dir is 'a\x00b'; allowed: text with",
+        ),
     ],
 )
 def test_values_that_lightning_does_not_accept_are_one_message(
@@ -533,6 +541,17 @@ def test_values_that_lightning_does_not_accept_are_one_message(
     message = capsys.readouterr().err
     assert expected in message
     assert len(message) < 1_000
+
+
+def test_a_timer_may_stop_a_training(workplace, capsys):
+    """A default of it is an enumeration, which no YAML holds."""
+    timer = "{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:00:00:01'}}"
+    Path("recipe.yaml").write_text(complete(**{"trainer.callbacks": f"[{timer}]"}))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "recipe.yaml", "--print_config"])
+    assert end.value.code == 0
+    callback = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][0]
+    assert callback["init_args"]["interval"] == "step"
 
 
 # --- the environment

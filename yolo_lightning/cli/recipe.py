@@ -224,7 +224,9 @@ class RecipeCLI(LightningCLI):
         except Exception as error:
             refused = find_input_error(error)
             # of classes that the user allows, the traceback is needed
-            is_value = isinstance(error, ValueError | TypeError | RuntimeError | MemoryError)
+            is_value = isinstance(
+                error, ValueError | TypeError | RuntimeError | MemoryError | ImportError
+            )
             if refused is None and is_value and not has_modules():
                 refused = InputError(_reason(error))
             raise refused or error from None
@@ -240,6 +242,12 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with the callbacks that every run needs."""
         trainer = super().instantiate_trainer(**kwargs)
+        method = getattr(trainer.strategy, "_start_method", "popen")
+        if method != "popen":  # the results would stay in the processes that it starts
+            raise InputError(
+                f"trainer.strategy starts processes by {method}; allowed: auto, ddp, fsdp, which "
+                "start the command once for each device"
+            )
         trainer.callbacks += self._default_callbacks(trainer)  # type: ignore[attr-defined]
         # resuming and evaluating a checkpoint continue its MLflow run
         folder = self.run_folder or self._tracked_run_folder or self._evaluation_folder

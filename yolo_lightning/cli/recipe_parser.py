@@ -3,6 +3,7 @@
 import re
 import tempfile
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ PRINT_CONFIG = "--print_config"
 _RESOLVING = "InputError raised while resolving interpolation:"
 _SAVED_TREE = "(the checkpoint's tree)"
 _NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
+
+# the parser writes recipes with the defaults of classes, such as the interval of Lightning's Timer
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, item: dumper.represent_data(item.value))
 
 
 class _ParserError(Exception):

@@ -163,8 +163,9 @@ def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         options: of the command line alone.
 
     Raises:
-        InputError: a URL, a store that is no SQLite file below the working folder, or an output
-            path outside of it, which neither the command line nor the environment names.
+        InputError: a NUL byte; or a URL, a store that is no SQLite file below the working folder,
+            or an output path outside of it, which neither the command line nor the environment
+            names.
     """
     given = [(path[-1], text) for path, text, _ in _texts(options)]
     named = {os.environ.get(name, "") for name in _allowed["variables"]} - {""}
@@ -177,6 +178,8 @@ def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
 
     for path, text, owner in _texts(values):
         key = next((part for part in reversed(path) if not part.isdigit()), "")
+        if "\0" in text:
+            raise InputError(f"{'.'.join(path)} is {short(text)}; allowed: text without NUL")
         if text in trusted:
             continue
         if key == "tracking_uri":
