@@ -158,3 +158,38 @@ def test_interrupt_during_imports_is_not_an_exception(command):
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == -signal.SIGINT
     assert process.stdout == process.stderr == ""
+
+
+_EARLY = """
+import builtins, signal, sys
+import yolo_lightning.__main__ as program
+
+original = builtins.__import__
+
+def interrupt(name, *args, **kwargs):
+    if name == "yolo_lightning.cli.main":
+        signal.raise_signal(signal.SIGINT)
+    return original(name, *args, **kwargs)
+
+builtins.__import__ = interrupt
+program.run()
+"""
+_IN_A_COMMAND = """
+import signal, sys
+import yolo_lightning.cli.main as cli
+from yolo_lightning.__main__ import run
+
+cli.main = lambda: signal.raise_signal(signal.SIGINT)
+sys.exit(run())
+"""
+
+
+@pytest.mark.parametrize(("code", "expected", "printed"), [
+    (_EARLY, -signal.SIGINT, ""),  # shells report 130
+    (_IN_A_COMMAND, 130, "stopped\n"),
+], ids=["imports", "command"])  # fmt: skip
+def test_ctrl_c_prints_no_traceback(code, expected, printed):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (expected, printed)

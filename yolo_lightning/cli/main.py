@@ -1,6 +1,7 @@
 """The entry point `yolo-lightning COMMAND …`; heavy modules are imported only when needed."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -146,6 +147,8 @@ def console() -> int:
 
     files = tolerate_full_disk()
     try:
+        if signal.getsignal(signals.INTERRUPT) is signal.SIG_DFL:  # set while this was imported
+            signal.signal(signals.INTERRUPT, signal.default_int_handler)
         code = main()
         sys.stdout.flush()
         is_training = sys.argv[1:2] and sys.argv[1] in _TRAINING_COMMANDS
