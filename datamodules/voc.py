@@ -23,6 +23,8 @@ from yolo_lightning.images import is_image
 _ANNOTATION_FOLDERS = ("Annotations", "annotations")
 _IMAGE_FOLDERS = ("JPEGImages", "images")
 
+MAX_OBJECTS = 100_000  # of one image
+
 XMLFiles = list[tuple[Path, Path]]  # XML files, and the folders of their images
 
 
@@ -64,6 +66,9 @@ class _XMLSource(AnnotatedImages):
             annotations.require_inside(file)
             try:
                 document = read_xml(file)
+                count = sum(1 for _ in document.iter("object"))
+                if count > MAX_OBJECTS:
+                    raise InputError(f"{file}: {count:,} objects; allowed: {MAX_OBJECTS:,}")
             except InputError as error:
                 annotations.faults.append(f"{error}, skipped")
                 continue
@@ -246,10 +251,12 @@ def _to_int(text: str | None) -> int:
 
 def _parse_box(item: ET.Element, one_based: bool) -> Sequence[float]:
     """Return x1, y1, x2, y2 in px; NaN if there is no box."""
+    box = item.find("bndbox")  # once, since searching takes most of the time
+    if box is None:
+        return [np.nan] * 4
     try:
         x1, y1, x2, y2 = (
-            float(item.findtext(f"bndbox/{side}") or "nan")
-            for side in ("xmin", "ymin", "xmax", "ymax")
+            float(box.findtext(side) or "nan") for side in ("xmin", "ymin", "xmax", "ymax")
         )
     except ValueError:
         return [np.nan] * 4

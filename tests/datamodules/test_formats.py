@@ -18,7 +18,7 @@ from tests.helpers.miniatures import (
     write_coco,
 )
 from yolo_lightning.batches import DetectionBatch
-from yolo_lightning.datamodules import COCOJson, ImageFolder, VOCFolder, YOLOText
+from yolo_lightning.datamodules import COCOJson, ImageFolder, VOCFolder, YOLOText, voc
 from yolo_lightning.errors import InputError
 
 Box = list[float]
@@ -461,3 +461,12 @@ def test_duplicates_of_crowds_and_difficult_objects_keep_the_easy_object(tmp_pat
     easy = hard.replace(">1</diff", ">0</diff")
     xml.write_text(text.replace("</annotation>", f"{easy}</annotation>"))
     assert bind_source(VOCFolder(str(tmp_path / "voc"))).read(0).difficult.tolist() == [False]
+
+
+def test_an_xml_file_with_too_many_objects_is_skipped(tmp_path, write_voc, monkeypatch):
+    monkeypatch.setattr(voc, "MAX_OBJECTS", 2)
+    write_voc(tmp_path, "few", [("apple", 1, 1, 9, 9), ("apple", 11, 1, 19, 9)])
+    file = write_voc(tmp_path, "many", [("apple", k, 1, 9, 9) for k in range(1, 4)])
+    source = bind_source(VOCFolder(str(tmp_path)))
+    assert len(source) == 1
+    assert source.faults == [f"{file}: 3 objects; allowed: 2, skipped"]
