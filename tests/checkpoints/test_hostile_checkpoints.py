@@ -301,6 +301,7 @@ ORDERED_DICT = b"ccollections\nOrderedDict\n"
     ("start", "each", "times", "end", "message"),
     [
         (b"]q\0(", b"\x8f", 3_000_000, b"e", "a pickle of more than 2,000,000 operations"),
+        (b"]q\0(", b"h\0", 300_001, b"e", "a pickle with more than 300,000 repeated values"),
         (b"]q\0(", b"K\1", 9_000_000, b"e", "a pickle of 18,000,008 bytes; allowed: 16,777,216"),
         # a dict that is copied repeatedly, in three ways
         (b"}q\0](", ORDERED_DICT + b"h\0\x85R", 10, b"e", "does more than store plain values"),

@@ -21,6 +21,7 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 PARTIAL_SUFFIX = ".part"  # of a temporary file that is being written
 MAX_OPERATIONS = 2_000_000  # of a pickle, and values in it; a tree of 82,115 nodes needs 820,000
 
+_MAX_REPEATED = 300_000  # values that occur before; a tree of 100,000 nodes has 200,000
 _MAX_PICKLE_BYTES = 16 << 20
 _MAX_DIRECTORY_BYTES = 8 << 20
 _MAX_BUILDS = 8
@@ -197,11 +198,14 @@ def _check_pickle(pickled: bytes) -> None:
     """Check, without executing it, that a pickle only creates plain values and tensors."""
     # operations are limited, since one byte can create an object of 200 bytes; calls may not take
     # arguments that could be copied repeatedly
-    builds, previous = 0, ("", "")
+    builds, repeated, previous = 0, 0, ("", "")
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
         name = operation.name
         if number >= MAX_OPERATIONS:
             raise InputError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
+        repeated += name in ("BINGET", "LONG_BINGET")
+        if repeated > _MAX_REPEATED:  # such as a million anchors in a small file
+            raise InputError(f"a pickle with more than {_MAX_REPEATED:,} repeated values")
         if name in ("GLOBAL", "INST") and not _ALLOWED_GLOBALS.fullmatch(str(argument)):
             global_name = ".".join(str(argument).split(" ", 1))[:80]
             raise InputError(
