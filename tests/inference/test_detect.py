@@ -3,10 +3,12 @@
 import csv
 import itertools
 import json
+import re
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +71,16 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+def test_quiet_and_hostile_names(checkpoint, photos, capsys):
+    (photos / "a.jpg").rename(photos / "red\x1b[31m.jpg")
+    assert run(checkpoint, photos, "--no-pictures", "--score-threshold", 1) == 0
+    output = capsys.readouterr().out
+    assert "photos/red\\x1b[31m.jpg: nothing found, " in output
+    assert "\x1b" not in output
+    assert run(checkpoint, photos, "--no-pictures", "--quiet") == 0
+    assert ".jpg: " not in capsys.readouterr().out
+
+
 def read_csv(folder):
     with (folder / "detections.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -85,6 +97,8 @@ def test_all_formats_equal_the_python_interface(checkpoint, photos, tmp_path, ca
     output = capsys.readouterr().out
     assert "3 images" in output
     assert "milliseconds per image" in output
+    shown = re.findall(r"^(.+): (.+), \d+\.\d ms$", output, re.M)
+    assert [Path(path) for path, _ in shown] == sorted(photos.rglob("*.*"))
     model = load(checkpoint)
     coco = json.loads((out / "detections.json").read_text())
     names = {row["id"]: row["name"] for row in coco["categories"]}
@@ -96,6 +110,9 @@ def test_all_formats_equal_the_python_interface(checkpoint, photos, tmp_path, ca
         path = photos / entry["file_name"]
         expected = model(path, score_threshold=0.05)
         assert expected, "the test needs detections"
+        counts = Counter(one.name for one in expected)
+        line = dict(shown)[str(path)]
+        assert sorted(line.split(", ")) == sorted(f"{n} {name}" for name, n in counts.items())
         total += len(expected)
         height, width = read_image(path)[1]
         assert (entry["height"], entry["width"]) == (height, width)
@@ -484,8 +501,7 @@ def test_interrupt_keeps_the_results_so_far(capsys):
         return [[-frames[0]]]
 
     recorder: Any = Recorder()
-    reader: Any = SimpleNamespace(frame_count=None)
-    stats = detect.run(batches_of_one(), predict, lambda: [recorder], reader)
+    stats = detect.run(batches_of_one(), predict, lambda: [recorder], lambda *_: None)
     assert recorder.written == [(k, -k) for k in range(12)]
     assert (stats.frames, stats.interrupted, recorder.closed) == (12, True, 1)
     assert "interrupted; the results so far are written" in capsys.readouterr().err
@@ -493,7 +509,7 @@ def test_interrupt_keeps_the_results_so_far(capsys):
 
 def test_write_error_ends_the_run():
     recorder: Any = Recorder(OSError(28, "No space left on device"))
-    reader: Any = SimpleNamespace(frame_count=None)
+    show: Any = lambda *_: None  # noqa: E731
     predicted = []
 
     def predict(frames):
@@ -502,8 +518,8 @@ def test_write_error_ends_the_run():
         return [[0]]
 
     with pytest.raises(OSError, match="No space"):
-        detect.run(batches_of_one(), predict, lambda: [recorder], reader)
+        detect.run(batches_of_one(), predict, lambda: [recorder], show)
     assert 0 < len(predicted) < 20
     assert recorder.closed == 1
     with pytest.raises(OSError, match="No space"):  # also of the last write
-        detect.run(itertools.islice(batches_of_one(), 1), predict, lambda: [recorder], reader)
+        detect.run(itertools.islice(batches_of_one(), 1), predict, lambda: [recorder], show)

@@ -5,7 +5,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PREFETCH_BATCHES, QUEUED_WRITES = 3, 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
-_RATE_WINDOW, _BAR_WIDTH = 30, 30
+_RATE_WINDOW = 30
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="detections.json, one text file per image, detections.csv (default: coco); place it "
         "after the sources",
     )
+    add("--quiet", action="store_true", help="print no line for each image, and no progress bar")
     add("--no-pictures", action="store_true", help="write no annotated images and videos")
     add(
         "--video-format",
@@ -197,6 +198,7 @@ class RunStats:
 
 
 Predictor = Callable[[list["Frame"]], list[list["Detection"]]]
+Show = Callable[[list["Frame"], list[list["Detection"]], float], None]  # of a batch, its seconds
 
 
 def _make_predictor(module: "DetectorModule", options: argparse.Namespace) -> Predictor:
@@ -245,9 +247,9 @@ def run(
     batches: "Iterator[list[Frame]]",
     predict: Predictor,
     make_writers: "Callable[[], Sequence[ResultWriter]]",
-    reader: "FrameReader",
+    show: Show,
 ) -> RunStats:
-    """Detect and write batch by batch; reading, network and writing run in parallel."""
+    """Detect, write and show batch by batch; reading, network and writing run in parallel."""
     from yolo_lightning.inference.sources import prefetch
 
     stats = RunStats()
@@ -273,12 +275,13 @@ def run(
             for frames in prefetch(batches, PREFETCH_BATCHES):
                 started = time.perf_counter()
                 detections = predict(frames)
-                stats.network_s += time.perf_counter() - started
+                seconds = time.perf_counter() - started
+                stats.network_s += seconds
                 rate = stats.add_batch(len(frames), sum(len(found) for found in detections))
                 pending.append(executor.submit(write, frames, detections, rate))
                 if len(pending) > QUEUED_WRITES:
                     pending.popleft().result()
-                _show_progress(stats.frames, reader.frame_count, rate)
+                show(frames, detections, seconds)
     except KeyboardInterrupt:  # the usual end of a camera
         stats.interrupted = True
         print("\ninterrupted; the results so far are written", file=sys.stderr)
@@ -291,14 +294,29 @@ def run(
     return stats
 
 
-def _show_progress(done: int, total: int | None, rate: float) -> None:
-    """Show a progress bar on a terminal."""
-    if sys.stderr.isatty():
-        bar = f"{done} frames"
-        if total:
-            filled = min(_BAR_WIDTH, done * _BAR_WIDTH // total)
-            bar = f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {done} of {total}"
-        print(f"\r{bar}, {rate:.1f} frames/s   ", end="", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _display(reader: "FrameReader", only_images: bool, quiet: bool) -> "Iterator[Show]":
+    """Return a function that shows each batch: a line an image, or a progress bar of frames."""
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+    hidden = quiet or only_images or not sys.stderr.isatty()
+    with Tqdm(desc="frames", leave=False, dynamic_ncols=True, miniters=1, disable=hidden) as bar:
+
+        def show(frames: "list[Frame]", results: "list[list[Detection]]", seconds: float) -> None:
+            bar.total = reader.frame_count
+            bar.update(len(frames))
+            if only_images and not quiet:
+                for frame, found in zip(frames, results, strict=True):
+                    print(_line(frame, found, seconds / len(frames)), flush=True)
+
+        yield show
+
+
+def _line(frame: "Frame", found: "list[Detection]", seconds: float) -> str:
+    counts = Counter(detection.name for detection in found)
+    objects = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    name = frame.source.display_name
+    return printable(f"{name}: {objects or 'nothing found'}, {1000 * seconds:.1f} ms")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -335,15 +353,14 @@ def main(argv: Sequence[str]) -> None:
     # SIGTERM also keeps the results so far, as Ctrl-C does
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        stats = run(batches, predict, lambda: _make_writers(folder, module.tree, options), reader)
+        with _display(reader, only_images, options.quiet) as show:
+            stats = run(batches, predict, lambda: _make_writers(folder, module.tree, options), show)
     except OSError as error:
         message = f"{folder}: cannot be written ({error.strerror or error})"
         raise InputError("\n  ".join([message, *reader.errors])) from None
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
     if stats.frames:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # end the line of the progress bar
         print(stats.summary(reader.reading_s))
         print(f"written to {folder}")
     elif options.output is None:
