@@ -1,6 +1,7 @@
 """Callback that draws predictions on fixed validation images during training."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -16,7 +17,7 @@ from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, UnreadableSample, decoding_side, fit
 from yolo_lightning.tracking.logger import run_loggers
-from yolo_lightning.visualization.drawing import draw_boxes, draw_caption, make_grid
+from yolo_lightning.visualization.drawing import draw_boxes, draw_caption, make_grid, save_image
 
 _TILE, _COLUMNS = 320, 4
 _GREEN, _ORANGE, _WHITE = (24, 160, 70), (245, 110, 0), (255, 255, 255)
@@ -26,8 +27,8 @@ _DASH, _BATCH_SIZE = 6, 4
 class PredictionGrid(pl.Callback):
     """Draw predictions and ground truth of the same validation images every n validations.
 
-    The weights are those of the validation. The grid is logged to every `RunLogger`. Errors become
-    warnings, and random states are restored.
+    The weights are those of the validation. The grid is written to ``predictions.jpg`` in the run
+    folder, and logged to every `RunLogger`. Errors become warnings, and random states are restored.
 
     Args:
         images: number of images, evenly spaced over the validation source.
@@ -75,21 +76,25 @@ class PredictionGrid(pl.Callback):
         if batch_idx + 1 != trainer.num_val_batches[dataloader_idx]:
             return
         self._validations += 1
-        loggers = run_loggers(trainer)
         source = getattr(trainer.datamodule, "validation", None)  # type: ignore[attr-defined]
         is_due = self._validations % self.every_n_validations == 0 and trainer.is_global_zero
-        if not (is_due and loggers and source is not None and isinstance(batch, DetectionBatch)):
+        if not (is_due and source is not None and isinstance(batch, DetectionBatch)):
+            return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         with isolate_rng(include_cuda=False):  # no random numbers on the device
             try:
                 image = self._draw(trainer, pl_module, source)
+                if image is not None:
+                    self._log(trainer, image)
             except Exception as error:  # a failed drawing must not stop training
                 rank_zero_warn(f"cannot draw predictions: {type(error).__name__}: {error}")
-                return
-        if image is not None:
-            for logger in loggers:  # at the step of the metrics of this validation
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.log_image("predictions", image, step)
+
+    def _log(self, trainer: pl.Trainer, image: Image) -> None:
+        for logger in run_loggers(trainer):  # at the step of the metrics of this validation
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            logger.log_image("predictions", image, step)
+        save_image(Path(trainer.default_root_dir) / "predictions.jpg", image)
 
     def _draw(self, trainer: pl.Trainer, module: Any, source: Any) -> Image | None:
         indices = evenly_spaced(self.images, len(source))

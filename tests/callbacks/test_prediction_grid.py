@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -46,6 +47,11 @@ def source() -> RecordingSource:
 
 def detection(name: str, *box: float) -> Detection:
     return Detection((box[0], box[1], box[2], box[3]), name, 0.5, 0, name)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -141,9 +147,27 @@ def test_an_error_becomes_a_warning_and_training_continues(monkeypatch):
     assert torch.equal(*states)
 
 
-def test_nothing_is_drawn_without_a_run_logger_or_in_sanity_checks():
+def test_the_newest_grid_is_a_file_of_the_run_folder(tmp_path):
+    for loggers in ([], [RecordingLogger()]):
+        train([PredictionGrid(3)], loggers=loggers, default_root_dir=tmp_path / "run")
+        picture: Any = cv2.imread(str(tmp_path / "run/predictions.jpg"))
+        assert picture is not None
+        (tmp_path / "run/predictions.jpg").unlink()
+    drawn = loggers[0].images[-1][1]
+    assert drawn.shape == picture.shape
+    assert abs(drawn.mean() - picture.mean()) < 1
+
+
+def test_a_full_disk_is_a_warning(tmp_path):
+    (tmp_path / "predictions.jpg").mkdir()
+    with pytest.warns(UserWarning, match="cannot draw predictions: .*predictions.jpg"):
+        trainer = train([PredictionGrid()])
+    assert trainer.global_step == 6
+    assert len(trainer.logger.images) == 3
+
+
+def test_nothing_is_drawn_in_sanity_checks():
     module = RecordingDetector()
-    train([PredictionGrid()], module=module, loggers=[])
     train([PredictionGrid()], module=module, max_steps=1, num_sanity_val_steps=-1)
     assert module.validation_weights
     assert not module.predict_weights
