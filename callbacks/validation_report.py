@@ -40,7 +40,7 @@ class ValidationReport(pl.Callback):
         except Exception as error:  # a failed report must not stop training
             rank_zero_warn(f"no report of the last validation: {type(error).__name__}: {error}")
             return
-        print("\n".join([*summary, f"report: {folder}"]))
+        print("\n".join(summary), flush=True)
         for logger in run_loggers(trainer):
             logger.log_artifacts(folder, "plots")
 

@@ -126,7 +126,7 @@ class ClassifierModule(TrainingModule):
         self.tree_accuracy.reset()
         self.evaluation.metrics = accuracies | on_path
         for name, value in accuracies.items():
-            self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
+            self.log(f"{stage}/{name}", value, sync_dist=True)
         self.log_dict({f"{stage}/{name}": value for name, value in on_path.items()}, sync_dist=True)
         if len(self.evaluation.nodes) <= MAX_LOGGED_CLASSES:
             rows = self.evaluation.per_class.items()

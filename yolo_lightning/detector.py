@@ -30,8 +30,6 @@ SCORE_THRESHOLD = 0.005  # minimum score of detections in evaluation, as in the 
 MAX_LOGGED_CLASSES = 1000
 """With more classes, per-class metrics are not logged; reports contain those of all classes."""
 
-PROGRESS_BAR_METRICS = ("AP50", "AP50_boxed", "AP50_unboxed", "AP50_coarse")
-
 BOX_TERMS = ("loss_coord", "loss_anchor_prior")  # loss terms of images with boxes only
 
 
@@ -380,8 +378,7 @@ class DetectorModule(TrainingModule):
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.evaluation.compute(self.boxed).items():
             # values are equal on all ranks; sync_dist lets callbacks monitor them on every rank
-            show = name in PROGRESS_BAR_METRICS
-            self.log(f"{stage}/{name}", value, prog_bar=show, sync_dist=True)
+            self.log(f"{stage}/{name}", value, sync_dist=True)
         metrics = self.class_metrics()
         if not self.trainer.sanity_checking and len(metrics) <= 2 * MAX_LOGGED_CLASSES:
             # not with `self.log`, which would synchronise the ranks once per class

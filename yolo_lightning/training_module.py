@@ -160,7 +160,7 @@ class TrainingModule(pl.LightningModule):
         self, batch: DetectionBatch | ClassificationBatch, losses: dict[str, torch.Tensor]
     ) -> None:
         """Log the losses of a step, its learning rate and its image size."""
-        self.log_dict(losses, prog_bar=True, batch_size=len(batch))
+        self.log_dict(losses, batch_size=len(batch))
         lr, image_size = self.trainer.optimizers[0].param_groups[0]["lr"], batch.images.shape[-1]
         settings = {"train/lr": lr, "train/image_size": float(image_size)}
         self.log_dict(settings, batch_size=len(batch))

@@ -74,7 +74,7 @@ def test_no_component_receives_an_unresolved_reference(build, monkeypatch):
 def test_fit_writes_a_run_folder_checkpoints_and_one_mlflow_run(workplace, reports, capsys):
     assert main(["fit", *QUICK, *TINY]) == 0
     (folder,) = (workplace / "outputs/quickstart").iterdir()
-    assert f"run folder: {folder.relative_to(workplace)}" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"run folder  {folder.relative_to(workplace)}\n")
     written = (REPO / "recipes/quickstart.yaml").read_text()
     assert (folder / "recipe.yaml").read_text() == written
     assert "--trainer.max_steps=4" in (folder / "command.txt").read_text()

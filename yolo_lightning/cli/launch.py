@@ -17,6 +17,7 @@ from yolo_lightning.errors import InputError
 
 _ENV_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^}]*))?\}")
 _CONFIG = ("-c", "--config", "--recipe")
+_AS_MODULE = (sys.executable, "-m", "yolo_lightning")
 _MAX_DEVICES = 1024  # of a node
 # variables of Lightning's other cluster environments, whose sizes are not checked
 _OTHER_LAUNCHERS = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -89,15 +90,19 @@ def option_values(args: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def resume_command(args: Sequence[str], checkpoint: Path) -> str:
-    """Return the command, quoted for the shell, that resumes a training from a checkpoint.
-
-    `args` are those of the training.
-    """
+def with_checkpoint(args: Sequence[str], checkpoint: Path) -> str:
+    """Return the command with these arguments, but another checkpoint, quoted for the shell."""
     _, rest = _take(args, "--resume", "--ckpt_path")
-    installed = shutil.which("yolo-lightning") is not None
-    program = ["yolo-lightning"] if installed else [sys.executable, "-m", "yolo_lightning"]
-    return shlex.join([*program, *rest, f"--ckpt_path={checkpoint}"])
+    return command([*rest, f"--ckpt_path={checkpoint}"])
+
+
+def command(args: Sequence[str]) -> str:
+    """Return a command of this program, quoted for the shell, as it can be started here."""
+    name = "yolo-lightning"
+    if shutil.which(name) is not None:
+        return shlex.join([name, *args])
+    is_script = Path(sys.argv[0]).name == name
+    return shlex.join([*([sys.argv[0]] if is_script else _AS_MODULE), *args])
 
 
 def recipe_paths(args: Sequence[str]) -> list[str]:

@@ -117,7 +117,7 @@ def _describe_stop(args: Sequence[str], stop: signals.Stop) -> str:
     if launch.has_launcher(os.environ):
         return "to go on, start the job again with --resume auto"
     if args[0] == "fit":
-        return f"to go on: {launch.resume_command(args, stop.checkpoint)}"
+        return f"to go on: {launch.with_checkpoint(args, stop.checkpoint)}"
     return f"stopped; the training is in {stop.checkpoint.parent.parent}"
 
 

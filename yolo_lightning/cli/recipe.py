@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -21,15 +21,19 @@ from yolo_lightning.callbacks import (
     BatchDigests,
     DataReport,
     FiniteGuard,
+    LabelGrid,
     LastCheckpoint,
     PredictionGrid,
     Preemption,
+    ResultsTable,
     RunRecord,
     Throughput,
+    TrainingProgress,
     ValidationReport,
 )
+from yolo_lightning.callbacks.training_progress import final_step
 from yolo_lightning.checkpoints.validation import read_checkpoint, resumable_checkpoint
-from yolo_lightning.cli import runs
+from yolo_lightning.cli import fit_summary, runs
 from yolo_lightning.cli.launch import recipe_paths
 from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.cli.recipe_parser import (
@@ -41,7 +45,7 @@ from yolo_lightning.cli.recipe_parser import (
     parse,
     take_from_model,
 )
-from yolo_lightning.cli.recipe_policy import has_modules, restrict_parser
+from yolo_lightning.cli.recipe_policy import allow_options, has_modules, restrict_parser
 from yolo_lightning.cli.reports import apply_report_options, model_evaluation, save_report
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.report import ReportOptions, check_report_options
@@ -52,6 +56,23 @@ from yolo_lightning.training_module import TrainingModule
 _RESUME_HELP = (
     "`auto`: resume from the last checkpoint, or start a new run if there is none; in a SLURM or "
     "torchrun job this is the job's run, otherwise the newest run of the recipe"
+)
+
+_LIGHTNING_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.fabric.utilities.seed",
+)
+_NEEDLESS = (
+    "Tip",
+    "PU available: ",
+    "Automatic Mixed Precision",
+    "Seed set to",
+    "LOCAL_RANK",
+    "Tensor Cores",
+    "`Trainer.fit` stopped: `max_",
+    "Restored all states",
 )
 
 
@@ -66,6 +87,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.command_line = list(args)
+        self.given_args = [*args, *allow_options()]
         self.run_folder: Path | None = None
         self.job_folder: Path | None = None
         self.requested_config = Namespace()
@@ -92,9 +114,9 @@ class RecipeCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's subcommands without `predict` and the unsafe option `weights_only`."""
+        """Return Lightning's subcommands without `predict`, and options without use or unsafe."""
         return {
-            name: options | {"weights_only"}
+            name: options | {"weights_only", "verbose"}
             for name, options in LightningCLI.subcommands().items()
             if name != "predict"
         }
@@ -241,6 +263,8 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with the callbacks that every run needs."""
+        named = self._get(self.config_init, "trainer")["callbacks"] or []
+        named = [*named] if isinstance(named, list) else [named]
         trainer = super().instantiate_trainer(**kwargs)
         method = getattr(trainer.strategy, "_start_method", "popen")
         if method != "popen":  # the results would stay in the processes that it starts
@@ -248,6 +272,7 @@ class RecipeCLI(LightningCLI):
                 f"trainer.strategy starts processes by {method}; allowed: auto, ddp, fsdp, which "
                 "start the command once for each device"
             )
+        _replace_default_output(trainer, named)
         trainer.callbacks += self._default_callbacks(trainer)  # type: ignore[attr-defined]
         # resuming and evaluating a checkpoint continue its MLflow run
         folder = self.run_folder or self._tracked_run_folder or self._evaluation_folder
@@ -272,7 +297,9 @@ class RecipeCLI(LightningCLI):
             FiniteGuard,
             BatchDigests,
             Throughput,
+            LabelGrid,
             PredictionGrid,
+            ResultsTable,
             ValidationReport,
             LastCheckpoint,
             Preemption,
@@ -311,7 +338,14 @@ class RecipeCLI(LightningCLI):
         return dict(yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True)))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        options = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        # `after_validate` prints the metrics
+        return options if subcommand == "fit" else {**options, "verbose": False}
+
+    def before_fit(self) -> None:
+        """Print where the run is, and what it trains."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(fit_summary.describe_start(self), flush=True)
 
     def before_validate(self) -> None:
         """Check the model against the checkpoint, before the data is read, and the options."""
@@ -338,28 +372,33 @@ class RecipeCLI(LightningCLI):
     after_test = after_validate
 
     def after_fit(self) -> None:
-        """Check that training reached max_steps or max_epochs, and print the run folder.
+        """Check that training reached max_steps or max_epochs, and print its results.
 
         Raises:
             RuntimeError: training ended early without a reason.
         """
         trainer = self.trainer
-        limits = []
-        if trainer.max_steps > 0:
-            limits.append(trainer.max_steps)
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            batches = trainer.max_epochs * int(trainer.num_training_batches)
-            limits.append(-(-batches // trainer.accumulate_grad_batches))
-        finished = not limits or trainer.global_step >= min(limits)
+        end = final_step(trainer)
+        finished = end is None or trainer.global_step >= end
         if not finished and not trainer.should_stop and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RuntimeError(
-                f"training ended at step {trainer.global_step} of {min(limits)} without a reason"
+                f"training ended at step {trainer.global_step} of {end} without a reason"
             )
         if trainer.fast_dev_run and self.run_folder is not None:  # type: ignore[attr-defined]
             runs.remove_if_empty(self.run_folder)
         elif trainer.is_global_zero and self.run_folder is not None:
             runs.mark_finished(self.run_folder, trainer.global_step)
-            print(f"run folder: {self.run_folder}")
+            print(f"\n{fit_summary.describe_end(self)}", flush=True)
+
+
+def _replace_default_output(trainer: pl.Trainer, named: list[pl.Callback]) -> None:
+    """Replace Lightning's progress bar and model summary, unless the recipe names them."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in [c for c in callbacks if c not in named]:
+        if isinstance(callback, ProgressBar):
+            callbacks.append(TrainingProgress())
+        if isinstance(callback, ProgressBar | ModelSummary):
+            callbacks.remove(callback)
 
 
 def _reason(error: BaseException) -> str:
@@ -380,10 +419,18 @@ def _find_pretrained(config: Namespace) -> None:
         model["pretrained"] = runs.find_pretrained(path)
 
 
+def _is_needed(record: logging.LogRecord) -> bool:
+    """Return whether a message of Lightning says more than the recipe and our own output."""
+    message = record.getMessage()
+    return not any(text in message for text in _NEEDLESS)
+
+
 def silence_libraries() -> None:
     """Hide warnings and tips of libraries that need no action."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # steps are logged across epochs
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*skip_none parameter was deprecated.*")
     warnings.filterwarnings("ignore", message=".*instantiate_classes.* was deprecated.*")
@@ -397,10 +444,8 @@ def silence_libraries() -> None:
         "urllib3",
     ):
         logging.getLogger(name).setLevel(logging.ERROR if name == "urllib3" else logging.WARNING)
-    tip = logging.Filter()
-    tip.filter = lambda record: "💡 Tip" not in record.getMessage()  # type: ignore[method-assign]
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(tip)
+    for name in _LIGHTNING_LOGGERS:
+        logging.getLogger(name).addFilter(_is_needed)
 
 
 def main(args: Sequence[str]) -> RecipeCLI:

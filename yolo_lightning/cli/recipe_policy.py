@@ -20,7 +20,8 @@ CLASSES = {
     for module, names in {
         "yolo_lightning": "ClassifierModule CombinedDataModule DetectorModule",
         "yolo_lightning.callbacks": """BatchDigests CompileNetwork DataReport FiniteGuard
-            LastCheckpoint MultiScale PredictionGrid Preemption Throughput ValidationReport""",
+            LabelGrid LastCheckpoint MultiScale PredictionGrid Preemption ResultsTable Throughput
+            TrainingProgress ValidationReport""",
         "yolo_lightning.datamodules": """COCOJson ClassificationAugmentation CombinedDataModule
             DetectionAugmentation ILSVRCDetection ImageFolder ImageNet LabelCSV ShapesDetection
             ShapesImageLabels VOCFolder YOLOText""",
@@ -81,6 +82,12 @@ def allow(modules: Iterable[str] = (), variables: Iterable[str] = ()) -> None:
 def has_modules() -> bool:
     """Return whether the user allows recipes to use other modules than the listed."""
     return bool(_allowed["modules"])
+
+
+def allow_options() -> list[str]:
+    """Return the options of a command line that allow what this one does."""
+    options = {ALLOW_MODULE: _allowed["modules"], ALLOW_ENV: _allowed["variables"]}
+    return [f"{option}={name}" for option, names in options.items() for name in names]
 
 
 def may_read(variable: str) -> bool:
