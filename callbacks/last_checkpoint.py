@@ -155,8 +155,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the step metrics; let a resumed training restart an unfinished validation."""
-        if run_loggers(trainer):
-            checkpoint["step_metrics"] = self._step_metrics(trainer)
+        checkpoint["step_metrics"] = self.step_metrics(trainer)
         checkpoint["validation_is_due"] = self._validation_is_due
         checkpoint["early_stopping"] = self._early_stopping
         if not self._validation_is_due:
@@ -178,7 +177,8 @@ class LastCheckpoint(Checkpoint):
         is_due = checkpoint.get("validation_is_due", False)
         self._resumed_step = checkpoint["global_step"] if is_due else -1
 
-    def _step_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+    def step_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the newest values of this epoch's steps, also of those before a resume."""
         epoch, resumed = self._resumed_metrics
         results = trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
         newest = convert_tensors_to_scalars(results)
@@ -188,7 +188,7 @@ class LastCheckpoint(Checkpoint):
         # called before saving: Lightning would log them after it, when a stop is possible
         loggers = run_loggers(trainer)
         if loggers and trainer._logger_connector.should_update_logs:
-            metrics = self._step_metrics(trainer)
+            metrics = self.step_metrics(trainer)
             # epoch is the last one: MLflow's pages show metrics in this order
             metrics = {**metrics, "epoch": metrics.get("epoch", trainer.current_epoch)}
             for logger in loggers:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_warn
 
+from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.callbacks.training_progress import total_losses
 from yolo_lightning.errors import InputError, read_text, write_atomically
 
@@ -81,10 +82,13 @@ class ResultsTable(pl.Callback):
         """Add the losses of a logged step."""
         if not (trainer.is_global_zero and trainer._logger_connector.should_update_logs):
             return
-        for name, value in trainer.callback_metrics.items():
-            if name.startswith("train/") and "loss" in name:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        saver = next((c for c in callbacks if isinstance(c, LastCheckpoint)), LastCheckpoint())
+        for name, value in saver.step_metrics(trainer).items():
+            # values of a resumed checkpoint may be anything
+            if name.startswith("train/") and "loss" in name and isinstance(value, float):
                 total, count = self._losses.get(name, (0.0, 0))
-                self._losses[name] = (total + float(value), count + 1)
+                self._losses[name] = (total + value, count + 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print and write the row."""

@@ -50,7 +50,7 @@ def temporary_index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def reports() -> None:
-    """Request the validation reports, which `workplace` disables otherwise."""
+    """Request the validation reports and curves, which `workplace` disables otherwise."""
 
 
 @pytest.fixture
@@ -59,11 +59,12 @@ def workplace(
 ) -> Path:
     """A temporary working folder with a link to the recipes.
 
-    Validation reports, which take a second each, are only written with the fixture `reports`.
+    Validation reports and curves, which take a second each, need the fixture `reports`.
     """
     if "reports" not in request.fixturenames:
-        from yolo_lightning.callbacks import ValidationReport
+        from yolo_lightning.callbacks import ResultsTable, ValidationReport
 
+        monkeypatch.setattr(ResultsTable, "_draw", lambda *_: None)
         monkeypatch.setattr(ValidationReport, "on_train_end", lambda *_: None)
     (tmp_path / "recipes").symlink_to(REPO / "recipes")
     monkeypatch.chdir(tmp_path)

@@ -272,8 +272,8 @@ class RecipeCLI(LightningCLI):
                 f"trainer.strategy starts processes by {method}; allowed: auto, ddp, fsdp, which "
                 "start the command once for each device"
             )
-        _replace_default_output(trainer, named)
-        trainer.callbacks += self._default_callbacks(trainer)  # type: ignore[attr-defined]
+        has_bar = _remove_default_output(trainer, named)
+        trainer.callbacks += self._default_callbacks(trainer, has_bar)  # type: ignore[attr-defined]
         # resuming and evaluating a checkpoint continue its MLflow run
         folder = self.run_folder or self._tracked_run_folder or self._evaluation_folder
         # training numbers steps from 0
@@ -288,15 +288,17 @@ class RecipeCLI(LightningCLI):
         trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint))  # type: ignore[attr-defined]
         return trainer
 
-    def _default_callbacks(self, trainer: pl.Trainer) -> list[pl.Callback]:
+    def _default_callbacks(self, trainer: pl.Trainer, has_bar: bool) -> list[pl.Callback]:
         """Return the callbacks of every run, except those that the recipe configures itself."""
+        bar: list[type[pl.Callback]] = [TrainingProgress] if has_bar else []
         if self.config.subcommand != "fit":
-            return [DataReport()]
+            return [DataReport(), *(callback() for callback in bar)]
         defaults: list[type[pl.Callback]] = [
             DataReport,
             FiniteGuard,
             BatchDigests,
             Throughput,
+            *bar,  # shows the speed, and ends before others print
             LabelGrid,
             PredictionGrid,
             ResultsTable,
@@ -391,14 +393,18 @@ class RecipeCLI(LightningCLI):
             print(f"\n{fit_summary.describe_end(self)}", flush=True)
 
 
-def _replace_default_output(trainer: pl.Trainer, named: list[pl.Callback]) -> None:
-    """Replace Lightning's progress bar and model summary, unless the recipe names them."""
+def _remove_default_output(trainer: pl.Trainer, named: list[pl.Callback]) -> bool:
+    """Remove Lightning's progress bar and model summary, unless the recipe names them.
+
+    Returns:
+        Whether there was such a bar.
+    """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in [c for c in callbacks if c not in named]:
-        if isinstance(callback, ProgressBar):
-            callbacks.append(TrainingProgress())
-        if isinstance(callback, ProgressBar | ModelSummary):
-            callbacks.remove(callback)
+    kinds = (ProgressBar, ModelSummary)
+    removed = [c for c in callbacks if isinstance(c, kinds) and c not in named]
+    for callback in removed:
+        callbacks.remove(callback)
+    return any(isinstance(callback, ProgressBar) for callback in removed)
 
 
 def _reason(error: BaseException) -> str:
