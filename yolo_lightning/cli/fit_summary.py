@@ -2,10 +2,12 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.cli import LightningCLI
 
 from yolo_lightning.callbacks import ResultsTable
 from yolo_lightning.checkpoints.io import LAST
@@ -16,16 +18,13 @@ from yolo_lightning.tracking.names import own_store
 from yolo_lightning.tracking.provenance import processor_name
 from yolo_lightning.training_module import TrainingModule
 
-if TYPE_CHECKING:
-    from yolo_lightning.cli.recipe import RecipeCLI
-
 _BYTES, _MIB = 4, 2**20  # of a parameter: mixed precision keeps weights in float32
 _PICTURES = ("predictions.jpg", "results.png")
 
 
-def describe_start(cli: "RecipeCLI") -> str:
+def describe_start(cli: LightningCLI, folder: Path) -> str:
     """Return the run folder, the dashboard, the network and the processor of a training."""
-    lines = {"run folder": str(cli.run_folder)}
+    lines = {"run folder": str(folder)}
     for logger in run_loggers(cli.trainer):
         lines["dashboard"] = _dashboard(logger.store)
     if isinstance(cli.model, TrainingModule):
@@ -70,10 +69,11 @@ def _describe_network(model: TrainingModule, data: Any, trainer: Any) -> dict[st
     }
 
 
-def describe_end(cli: "RecipeCLI") -> str:
-    """Return the last and the best result, the paths of the run's files, and the next commands."""
-    folder = cli.run_folder
-    assert folder is not None, "`fit` has a run folder"
+def describe_end(cli: LightningCLI, folder: Path, args: Sequence[str]) -> str:
+    """Return the last and the best result, the paths of the run's files, and the next commands.
+
+    `args` are those of the training.
+    """
     lines = {}
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ResultsTable):
@@ -90,7 +90,7 @@ def describe_end(cli: "RecipeCLI") -> str:
         lines[name] = " ".join(shlex.quote(str(path)) for path in paths if path.exists())
     if checkpoint is not None:
         use = "detect" if hasattr(cli.model, "detect") else "classify"
-        lines["test it"] = launch.with_checkpoint(["test", *cli.given_args[1:]], checkpoint)
+        lines["test it"] = launch.with_checkpoint(["test", *args[1:]], checkpoint)
         lines["use it"] = launch.command([use, str(checkpoint), _example_image(cli.datamodule)])
     return printable(_table({name: text for name, text in lines.items() if text}))
 

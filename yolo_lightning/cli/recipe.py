@@ -87,7 +87,6 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.command_line = list(args)
-        self.given_args = [*args, *allow_options()]
         self.run_folder: Path | None = None
         self.job_folder: Path | None = None
         self.requested_config = Namespace()
@@ -346,8 +345,9 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Print where the run is, and what it trains."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print(fit_summary.describe_start(self), flush=True)
+        trainer, folder = self.trainer, self.run_folder
+        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(fit_summary.describe_start(self, folder), flush=True)
 
     def before_validate(self) -> None:
         """Check the model against the checkpoint, before the data is read, and the options."""
@@ -390,7 +390,8 @@ class RecipeCLI(LightningCLI):
             runs.remove_if_empty(self.run_folder)
         elif trainer.is_global_zero and self.run_folder is not None:
             runs.mark_finished(self.run_folder, trainer.global_step)
-            print(f"\n{fit_summary.describe_end(self)}", flush=True)
+            args = [*self.command_line, *allow_options()]
+            print(f"\n{fit_summary.describe_end(self, self.run_folder, args)}", flush=True)
 
 
 def _remove_default_output(trainer: pl.Trainer, named: list[pl.Callback]) -> bool:
