@@ -27,9 +27,9 @@ from yolo_lightning.errors import (
     require_path,
     short,
 )
-from yolo_lightning.tree.build import ENTITY, build_tree, is_below
+from yolo_lightning.tree.build import build_tree, is_below
 from yolo_lightning.tree.labels import resolve_labels
-from yolo_lightning.tree.wordnet import is_wnid, wordnet
+from yolo_lightning.tree.wordnet import ENTITY, is_wnid, wordnet
 from yolo_lightning.tree.wordtree import WordTree
 
 ALIAS = " | "

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from yolo_lightning.errors import InputError, expand, read_text
-from yolo_lightning.tree.wordtree import WordTree
+
+if TYPE_CHECKING:
+    from yolo_lightning.tree.wordtree import WordTree
 
 _LONG_NAMES = {
     "network": "net",
@@ -152,7 +155,7 @@ def read_names(path: str | Path) -> list[str]:
 
 def read_tree(
     path: str | Path, names: Sequence[str] | None = None, count: int | None = None
-) -> WordTree:
+) -> "WordTree":
     """Read a `.tree` file, whose lines are a key and the number of its parent, or -1.
 
     Names default to the keys. If `count` is given, the file must have that number of nodes.
@@ -161,6 +164,8 @@ def read_tree(
         InputError: an invalid line, a duplicate key, a parent after its children, siblings that are
             not contiguous, or another number of nodes or names; names the line.
     """
+    from yolo_lightning.tree.wordtree import WordTree
+
     keys: list[str] = []
     parents: list[int] = []
     groups: set[int] = set()
@@ -194,7 +199,7 @@ def read_tree(
     return WordTree(rows, str(path), range(1, len(rows) + 1))
 
 
-def darknet_order(tree: WordTree) -> list[int]:
+def darknet_order(tree: "WordTree") -> list[int]:
     """Return the nodes in an order that is valid in a `.tree` file; unchanged if already valid.
 
     Parents come before their children, and siblings are contiguous.
@@ -212,7 +217,7 @@ def darknet_order(tree: WordTree) -> list[int]:
     return order
 
 
-def write_tree(path: Path, tree: WordTree, order: Sequence[int]) -> None:
+def write_tree(path: Path, tree: "WordTree", order: Sequence[int]) -> None:
     """Write a `.tree` file with the nodes in this order.
 
     Raises:

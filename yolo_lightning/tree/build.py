@@ -4,10 +4,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 
 from yolo_lightning.errors import InputError
-from yolo_lightning.tree.wordnet import WordNet, is_wnid, wordnet
+from yolo_lightning.tree.wordnet import ENTITY, WordNet, is_wnid, wordnet
 from yolo_lightning.tree.wordtree import OTHER, Row, WordTree
-
-ENTITY = "n00001740"
 
 
 def build_tree(

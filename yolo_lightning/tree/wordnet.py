@@ -14,6 +14,9 @@ TABLE = Path(__file__).parent / "data/wordnet_nouns.xz"
 
 LICENCE = TABLE.with_name("wordnet_licence.txt")  # licence of WordNet and of the table
 
+ENTITY = "n00001740"
+"""The root of all nouns."""
+
 GLOSS_LENGTH = 60
 
 _WNID = re.compile(r"n\d{8}")

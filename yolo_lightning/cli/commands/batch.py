@@ -4,18 +4,19 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from yolo_lightning.batches import ClassificationBatch, DetectionBatch
-from yolo_lightning.callbacks.multi_scale import first_batch_at_largest, resize, size_at_step
-from yolo_lightning.cli.data import DataCLI
-from yolo_lightning.datamodules.combined import CombinedDataModule
 from yolo_lightning.errors import InputError, printable
-from yolo_lightning.visualization.drawing import draw_batch, save_image
+
+if TYPE_CHECKING:
+    from yolo_lightning.batches import ClassificationBatch, DetectionBatch
+    from yolo_lightning.datamodules.combined import CombinedDataModule
 
 
-def image_size_at_step(recipe: Any, data: CombinedDataModule, step: int) -> int:
+def image_size_at_step(recipe: Any, data: "CombinedDataModule", step: int) -> int:
     """Return the image size, px, that the recipe's `MultiScale` selects; else `canvas_size`."""
+    from yolo_lightning.callbacks.multi_scale import first_batch_at_largest, size_at_step
+
     callbacks = recipe.trainer.callbacks
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if callback is not None and callback.class_path.endswith(".MultiScale"):
@@ -30,7 +31,7 @@ def image_size_at_step(recipe: Any, data: CombinedDataModule, step: int) -> int:
     return data.canvas_size
 
 
-def format_samples(data: CombinedDataModule, step: int, rank: int, world_size: int) -> str:
+def format_samples(data: "CombinedDataModule", step: int, rank: int, world_size: int) -> str:
     """Return the samples of a rank at a step, one per line."""
     plan = data.order.plan(step, rank, world_size)
     source = data.detection if plan.kind == "detection" else data.classification
@@ -84,6 +85,10 @@ def main(argv: Sequence[str]) -> None:
         InputError: an invalid recipe, step or rank.
     """
     options, overrides = _parser().parse_known_args(list(argv))
+    from yolo_lightning.callbacks.multi_scale import resize
+    from yolo_lightning.cli.data import DataCLI
+    from yolo_lightning.visualization.drawing import draw_batch, save_image
+
     run = DataCLI([options.recipe, *overrides])
     data = run.datamodule
     world_size = _world_size(run.recipe) if options.world_size is None else options.world_size

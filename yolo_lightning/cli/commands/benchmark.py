@@ -8,27 +8,24 @@ import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import cv2
-import numpy as np
-import torch
-
-from yolo_lightning.batches import DetectionSample
-from yolo_lightning.datamodules.autodetect import detection_source
-from yolo_lightning.datamodules.batching import JointDataset
-from yolo_lightning.datamodules.files import AnnotatedImages
-from yolo_lightning.datamodules.sampler import JointOrder
-from yolo_lightning.datamodules.transforms import DetectionAugmentation
-from yolo_lightning.datamodules.yolo_txt import YOLOText
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import UnreadableSample, read_image
-from yolo_lightning.tree.wordtree import WordTree
+
+if TYPE_CHECKING:
+    from yolo_lightning.datamodules.files import AnnotatedImages
+    from yolo_lightning.datamodules.yolo_txt import YOLOText
 
 _BATCH, _ROUNDS = 16, 7
 
 
-def resized_copy(source: AnnotatedImages, folder: Path, width: int, height: int) -> YOLOText:
+def resized_copy(source: "AnnotatedImages", folder: Path, width: int, height: int) -> "YOLOText":
     """Save a bound source as a YOLO text dataset with all images at one size, px."""
+    import cv2
+    import numpy as np
+
+    from yolo_lightning.datamodules.yolo_txt import YOLOText
+
     (folder / "images").mkdir()
     (folder / "labels").mkdir()
     for index in range(len(source)):
@@ -44,12 +41,22 @@ def resized_copy(source: AnnotatedImages, folder: Path, width: int, height: int)
     return YOLOText(str(folder), names=["object"])
 
 
-def images_per_second(source: AnnotatedImages, image_size: int) -> dict[str, float]:
+def images_per_second(source: "AnnotatedImages", image_size: int) -> dict[str, float]:
     """Measure decoding alone, a plain loop, and the dataset of training, on one core.
 
     The plain loop decodes with OpenCV and augments; its files and boxes are already in memory. The
     three alternate, and the median round is returned. The source must be bound to a tree.
     """
+    import cv2
+    import numpy as np
+    import torch
+
+    from yolo_lightning.batches import DetectionSample
+    from yolo_lightning.datamodules.batching import JointDataset
+    from yolo_lightning.datamodules.sampler import JointOrder
+    from yolo_lightning.datamodules.transforms import DetectionAugmentation
+    from yolo_lightning.images import read_image
+
     torch.set_num_threads(1)
     augment = DetectionAugmentation()
     order = JointOrder(len(source), 0, _BATCH, _BATCH, Fraction(0), 0)
@@ -113,6 +120,10 @@ def main(argv: Sequence[str]) -> None:
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", options.resized or "1x1")
     if size is None:
         raise InputError(f"--resized {options.resized!r}; expected a size such as 640x480")
+    from yolo_lightning.datamodules.autodetect import detection_source
+    from yolo_lightning.images import UnreadableSample
+    from yolo_lightning.tree.wordtree import WordTree
+
     source = detection_source(options.dataset, allow_outside=options.allow_outside)
     source.bind(WordTree.from_names(sorted(source.name_counts()) or ["nothing"]))
     with tempfile.TemporaryDirectory() as scratch:

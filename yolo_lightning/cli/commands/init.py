@@ -4,34 +4,26 @@ import argparse
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
-from yolo_lightning.cli.commands.recipe_template import (
-    ANCHORS,
-    NOT_IN_TEMPLATE,
-    Source,
-    recipe_text,
-)
 from yolo_lightning.cli.commands.wordtree import MIXED_NAMES, write
-from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, read_mapping
-from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
-from yolo_lightning.datamodules.files import AnnotatedImages
-from yolo_lightning.datamodules.vocabulary import vocabulary_report
 from yolo_lightning.errors import InputError, nearest, printable, require_file, write_atomically
-from yolo_lightning.images import UnreadableSample, read_header
 from yolo_lightning.models.backbones import BACKBONES
-from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import load_reviewed_labels
-from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.tree.wordnet import ENTITY
+
+if TYPE_CHECKING:
+    from yolo_lightning.cli.commands.recipe_template import Source
+    from yolo_lightning.tree.wordtree import WordTree
 
 _IMAGES_READ, _MAX_SHOWN = 64, 10
 
 
 def _open_sources(options: argparse.Namespace) -> dict[str, Any]:
     """Open the datasets, and print a summary of each; return sources by their part in the data."""
+    from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
+    from yolo_lightning.datamodules.files import AnnotatedImages
+
     outside = options.allow_outside
     training = detection_source(options.detection, allow_outside=outside)
     parts: dict[str, Any] = {"detection": training, "classification": None, "validation": None}
@@ -48,8 +40,13 @@ def _open_sources(options: argparse.Namespace) -> dict[str, Any]:
     return sources
 
 
-def _print_summary(source: Source) -> None:
+def _print_summary(source: "Source") -> None:
     """Print the classes and faults of a source; reject one without images or labels."""
+    import numpy as np
+
+    from yolo_lightning.datamodules.files import AnnotatedImages
+    from yolo_lightning.images import UnreadableSample, read_header
+
     names, faults = source.name_counts(), list(source.load_index().metadata["faults"])
     if not len(source) or not sum(names.values()):
         hint = f": {faults[0]}" if faults else ""
@@ -71,9 +68,12 @@ def _print_summary(source: Source) -> None:
 
 
 def _tree(
-    options: argparse.Namespace, sources: Iterable[Source], pretrained: Mapping[str, Any]
-) -> WordTree:
+    options: argparse.Namespace, sources: "Iterable[Source]", pretrained: Mapping[str, Any]
+) -> "WordTree":
     """Build the tree of all class names; leaves ``X/other`` of the pretrained tree are kept."""
+    from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, read_mapping
+    from yolo_lightning.tree.wordtree import WordTree
+
     names: dict[str, list[str]] = {}
     exclusive: set[str] = set()
     for source in sources:
@@ -104,6 +104,8 @@ def _tree(
 
 def _pretrained(path: str | None) -> dict[str, Any]:
     """Return the hyper-parameters of a pretrained checkpoint, none of other weights."""
+    from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
+
     if path is not None and is_checkpoint(require_file(path, "--pretrained")):
         hparams: dict[str, Any] = read_checkpoint(path)["hyper_parameters"]
         return hparams
@@ -112,6 +114,8 @@ def _pretrained(path: str | None) -> dict[str, Any]:
 
 def _network(options: argparse.Namespace, pretrained: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the network, those of the pretrained checkpoint if there is one."""
+    from yolo_lightning.cli.commands.recipe_template import NOT_IN_TEMPLATE
+
     backbone = pretrained.get("backbone", options.backbone)
     values = {
         "backbone": backbone,
@@ -154,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-size", type=int, default=416, help="px, a multiple of 32 (default: 416)"
     )
-    parser.add_argument("--num-anchors", type=int, help=f"number of anchors (default: {ANCHORS})")
+    parser.add_argument("--num-anchors", type=int, help="number of anchors (default: 5)")
     parser.add_argument("--backbone", default="tiny_darknet", help=f"one of {', '.join(BACKBONES)}")
     parser.add_argument("--pretrained", help="Darknet .weights or a checkpoint to start from")
     return parser
@@ -184,6 +188,9 @@ def main(argv: Sequence[str]) -> None:
     """
     options = _parser().parse_args(list(argv))
     _check_options(options)
+    from yolo_lightning.cli.commands.recipe_template import recipe_text
+    from yolo_lightning.datamodules.vocabulary import vocabulary_report
+
     sources = _open_sources(options)
     pretrained = _pretrained(options.pretrained)
     tree = _tree(options, sources.values(), pretrained)

@@ -5,14 +5,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from yolo_lightning.cli.tree_inputs import (
-    build_class_tree,
-    count_labels,
-    read_hierarchy,
-    read_mapping,
-    top_labels,
-)
 from yolo_lightning.darknet.files import (
     darknet_order,
     read_names,
@@ -21,11 +15,11 @@ from yolo_lightning.darknet.files import (
     write_tree,
 )
 from yolo_lightning.errors import InputError, nearest, require_file, write_atomically
-from yolo_lightning.tree.build import ENTITY
 from yolo_lightning.tree.labels import load_reviewed_labels
-from yolo_lightning.tree.wordnet import is_wnid
-from yolo_lightning.tree.wordtree import WordTree
-from yolo_lightning.visualization.tree import MAX_NODES, layout_tree, save_tree, visible_depth
+from yolo_lightning.tree.wordnet import ENTITY, is_wnid
+
+if TYPE_CHECKING:
+    from yolo_lightning.tree.wordtree import WordTree
 
 MIXED_NAMES = (
     "boxes of one dataset may have coarse and fine names, such as animal and dog for a dog; by "
@@ -33,7 +27,7 @@ MIXED_NAMES = (
 )
 
 
-def write(tree: WordTree, output: str) -> None:
+def write(tree: "WordTree", output: str) -> None:
     """Write a tree: tab-separated, or Darknet's `.tree` with its `.names`.
 
     Raises:
@@ -52,9 +46,10 @@ def write(tree: WordTree, output: str) -> None:
         raise InputError(f"--output {output!r}: {error.strerror}") from None
 
 
-def read(file: str) -> WordTree:
+def read(file: str) -> "WordTree":
     """Read a tree: tab-separated, of a checkpoint, or Darknet's `.tree` with its `.names`."""
     from yolo_lightning.checkpoints.validation import is_checkpoint, read_checkpoint
+    from yolo_lightning.tree.wordtree import WordTree
 
     path = require_file(file, "tree file")
     if is_checkpoint(path):
@@ -66,6 +61,14 @@ def read(file: str) -> WordTree:
 
 
 def _build(options: argparse.Namespace) -> None:
+    from yolo_lightning.cli.tree_inputs import (
+        build_class_tree,
+        count_labels,
+        read_hierarchy,
+        read_mapping,
+        top_labels,
+    )
+
     datasets: dict[str, Iterable[str]] = {}
     for file in options.wnids:
         wnids = read_names(file)
@@ -99,7 +102,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def render(
-    tree: WordTree,
+    tree: "WordTree",
     counts: Mapping[str, Mapping[int, int]],
     node: int | None = None,
     depth: int | None = None,
@@ -142,6 +145,8 @@ def render(
 
 
 def _show(options: argparse.Namespace) -> None:
+    from yolo_lightning.cli.tree_inputs import count_labels
+
     tree = read(options.tree)
     if options.depth is not None and options.depth < 1:
         raise InputError(f"--depth is {options.depth}; allowed: 1 or more")
@@ -160,6 +165,9 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
+    from yolo_lightning.cli.tree_inputs import count_labels
+    from yolo_lightning.visualization.tree import layout_tree, save_tree, visible_depth
+
     tree = read(options.tree)
     depth = options.depth if options.depth is not None else visible_depth(tree)
     if depth < 1:
@@ -219,9 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     plotter = actions.add_parser("plot", help="plot a tree")
     plotter.add_argument("tree", help="tree.tsv, a checkpoint, or Darknet's NAME.tree")
     plotter.add_argument("--output", required=True, help="NAME.svg or NAME.png")
-    plotter.add_argument(
-        "--depth", type=int, help=f"number of levels; default: up to {MAX_NODES} nodes"
-    )
+    plotter.add_argument("--depth", type=int, help="number of levels; default: 1,500 nodes at most")
     for kind in ("detection", "classification"):
         plotter.add_argument(
             f"--{kind}", action="append", default=[], help="dataset whose labels are coloured"

@@ -5,19 +5,15 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.cli.commands.anchors import is_recipe
-from yolo_lightning.cli.commands.check_data.report import PartReport, format_reports, render_page
-from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
-from yolo_lightning.datamodules.combined import CombinedDataModule
-from yolo_lightning.datamodules.inspection import inspect, same_files
-from yolo_lightning.datamodules.source import ConcatSource, DetectionSource, ImageLabelSource
 from yolo_lightning.errors import InputError, expand, not_found, printable, write_atomically
-from yolo_lightning.visualization.drawing import draw_batch, save_image
-from yolo_lightning.visualization.figures import LabelPlot, save_label_plot
+
+if TYPE_CHECKING:
+    from yolo_lightning.cli.commands.check_data.report import PartReport
+    from yolo_lightning.datamodules.combined import CombinedDataModule
+    from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource
 
 _PARTS = ("detection", "classification", "validation", "test")
 _MAX_DRAWN = 12  # images of a batch
@@ -25,12 +21,15 @@ _MAX_DRAWN = 12  # images of a batch
 
 def load_datamodule(
     source: str, overrides: Sequence[str], allow_outside: bool = False
-) -> tuple[CombinedDataModule, Any]:
+) -> "tuple[CombinedDataModule, Any]":
     """Return the datamodule of a recipe and its values, or one of a dataset, and None.
 
     Raises:
         InputError: `source` is missing, or not a known format.
     """
+    from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
+    from yolo_lightning.datamodules.combined import CombinedDataModule
+
     if is_recipe(source):
         from yolo_lightning.cli.data import DataCLI
 
@@ -53,8 +52,11 @@ def load_datamodule(
     return CombinedDataModule(tree=sorted(names) or ["no class"], **parts), None
 
 
-def inspect_parts(data: CombinedDataModule) -> list[PartReport]:
+def inspect_parts(data: "CombinedDataModule") -> "list[PartReport]":
     """Inspect each source of each part of the data."""
+    from yolo_lightning.datamodules.inspection import inspect
+    from yolo_lightning.datamodules.source import ConcatSource
+
     reports: list[PartReport] = []
     inspected: set[int] = set()
     for part in _PARTS:
@@ -67,7 +69,7 @@ def inspect_parts(data: CombinedDataModule) -> list[PartReport]:
 
 
 def find_problems(
-    data: CombinedDataModule, reports: Sequence[PartReport], recipe: Any = None
+    data: "CombinedDataModule", reports: "Sequence[PartReport]", recipe: Any = None
 ) -> list[str]:
     """Return the reasons why training would not start; the test data is not needed."""
     needed = [(name, report) for name, report in reports if name != "test"]
@@ -88,8 +90,10 @@ def find_problems(
     return list(dict.fromkeys(problems))
 
 
-def _draw_batches(data: CombinedDataModule, folder: Path) -> list[tuple[str, Path]]:
+def _draw_batches(data: "CombinedDataModule", folder: Path) -> list[tuple[str, Path]]:
     """Draw the first augmented batch of each kind; return titles and files."""
+    from yolo_lightning.visualization.drawing import draw_batch, save_image
+
     images = []
     order, kinds = data.order, dict[str, int]()
     for step in range(order.ratio.numerator + order.ratio.denominator):  # one period of both
@@ -101,8 +105,12 @@ def _draw_batches(data: CombinedDataModule, folder: Path) -> list[tuple[str, Pat
     return images
 
 
-def _plot_labels(reports: Sequence[PartReport], folder: Path) -> dict[int, Path]:
+def _plot_labels(reports: "Sequence[PartReport]", folder: Path) -> dict[int, Path]:
     """Plot the labels of each source; return files by index of the report."""
+    import numpy as np
+
+    from yolo_lightning.visualization.figures import LabelPlot, save_label_plot
+
     plots: dict[int, Path] = {}
     for number, (part, report) in enumerate(reports):
         if report.generated or not report.images:
@@ -146,6 +154,9 @@ def main(argv: Sequence[str]) -> None:
         InputError: training would not start; names all reasons, after the report.
     """
     options, overrides = _parser().parse_known_args(list(argv))
+    from yolo_lightning.cli.commands.check_data.report import format_reports, render_page
+    from yolo_lightning.datamodules.inspection import same_files
+
     data, recipe = load_datamodule(options.source, overrides, options.allow_outside)
     reports = inspect_parts(data)
     duplicates = same_files(reports)

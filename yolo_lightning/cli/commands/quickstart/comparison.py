@@ -1,6 +1,5 @@
-"""`yolo-lightning quickstart`: compare joint training with training on the same boxes alone."""
+"""Train jointly and on the same boxes alone, and compare."""
 
-import argparse
 import json
 import shutil
 import time
@@ -139,23 +138,11 @@ def new_folder(output: Path) -> Path:
     return output / f"run-{number:03}"
 
 
-def main(argv: Sequence[str]) -> None:
+def compare(recipe: str, overrides: Sequence[str], output: Path) -> None:
     """Run both trainings, and print the comparison and the paths of its files."""
-    parser = argparse.ArgumentParser(
-        prog="yolo-lightning quickstart",
-        description="Train with and without image labels on the same boxes, and compare.",
-        epilog="Other options are passed to both trainings, such as --seed_everything 1.",
-    )
-    parser.add_argument(
-        "--config", default="recipes/quickstart.yaml", help="recipe (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", default="outputs/quickstart", type=Path, help="folder (default: %(default)s)"
-    )
-    options, overrides = parser.parse_known_args(list(argv))
     started = time.monotonic()
-    folder = new_folder(options.output)
-    args = ["--config", options.config, *overrides]
+    folder = new_folder(output)
+    args = ["--config", recipe, *overrides]
     print(f"joint training: yolo-lightning fit {' '.join(args)}", flush=True)
     joint, run = train_and_test(args, folder / "joint")
     model, data = _model_and_data(run)
@@ -177,12 +164,12 @@ def main(argv: Sequence[str]) -> None:
         "seconds": seconds,
         "seed": int(run.config.fit.seed_everything),
     }
-    _write_summary(options.output, folder, summary)
+    _write_summary(output, folder, summary)
     unboxed = [model.tree.names[k] for k in model.tree.leaves.tolist() if not model.boxed[k]]
     print("\n" + table(joint, alone, unboxed))
     print(f"\n{seconds:.0f} s in total. All files are in {folder}; copies of the newest run:")
-    print(f"  pictures   {options.output / 'predictions.png'}")
-    print(f"  figures    {options.output / 'summary.json'}")
+    print(f"  pictures   {output / 'predictions.png'}")
+    print(f"  figures    {output / 'summary.json'}")
     if run_loggers(run.trainer):
         print("  dashboard  .venv/bin/yolo-lightning mlflow ui")
 
