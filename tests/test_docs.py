@@ -21,6 +21,7 @@ from tests.helpers.commands import (
 )
 from tests.helpers.paths import REPO
 from tests.helpers.trees import BACKBONE, TREE
+from yolo_lightning.cli.arguments import OTHER_COMMANDS, OTHER_OPTIONS
 from yolo_lightning.cli.main import COMMANDS, main
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.export.darknet import build_checkpoint
@@ -241,3 +242,10 @@ def test_onnx_without_this_package_runs_as_written(best_checkpoint, capsys):
     capsys.readouterr()
     exec(compile(block, "docs/prediction.md", "exec"), {})
     assert any(name in capsys.readouterr().out for _, _, name in TREE)
+
+
+def test_the_answers_to_names_of_other_programs_are_commands_of_ours():
+    options = {*OTHER_OPTIONS.values(), "--model.pretrained best.ckpt"}
+    check(f"yolo-lightning fit recipe.yaml {' '.join(options)}")
+    for command in {*OTHER_COMMANDS.values(), "test recipe.yaml --ckpt_path best.ckpt"}:
+        check(f"yolo-lightning {command}")

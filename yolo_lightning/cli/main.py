@@ -40,10 +40,8 @@ _STOP_SIGNALS = {
     **dict.fromkeys(_TRAINING_COMMANDS, signals.SIGNALS),
     **dict.fromkeys(("validate", "test"), (signals.INTERRUPT,)),
 }
-_RECIPE_COMMANDS = {
-    *_LIGHTNING_COMMANDS, "chain", "check-data", "anchors", "batch", "explain", "speed",
-    "quickstart",
-}  # fmt: skip
+_POSITIONAL_RECIPES = ("chain", "check-data", "anchors", "batch", "explain")
+_RECIPE_COMMANDS = {*_LIGHTNING_COMMANDS, *_POSITIONAL_RECIPES, "speed", "quickstart"}
 
 
 def usage() -> str:
@@ -55,7 +53,7 @@ def usage() -> str:
         "",
         *(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()),
         "",
-        "  yolo-lightning fit --config recipes/quickstart.yaml",
+        "  yolo-lightning fit recipes/quickstart.yaml",
         "  yolo-lightning COMMAND --help    all options of a command",
         "  yolo-lightning COMMAND … --allow-module my_package    allow your classes in a recipe",
         "  yolo-lightning COMMAND … --allow-env NAME    let a recipe read a variable",
@@ -78,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if args[0] not in COMMANDS:
-        hint = nearest(args[0], COMMANDS) or f"allowed: {', '.join(COMMANDS)}"
+        from yolo_lightning.cli import arguments
+
+        other = arguments.OTHER_COMMANDS.get(args[0])
+        hint = f"here: yolo-lightning {other}" if other else nearest(args[0], COMMANDS)
+        hint = hint or f"allowed: {', '.join(COMMANDS)}"
         print(f"yolo-lightning: unknown command {args[0]!r}; {hint}", file=sys.stderr)
         return 2
     if args[0] != "detect":  # detect runs as one process
@@ -125,10 +127,14 @@ def _check_arguments(args: Sequence[str]) -> list[str]:
     """Check recipes, options and launch before heavy imports; return args for the command.
 
     Raises:
-        InputError: see `recipe_check`, `recipe_policy` and `launch`.
+        InputError: see `arguments`, `recipe_check`, `recipe_policy` and `launch`.
     """
-    from yolo_lightning.cli import launch, recipe_policy
+    from yolo_lightning.cli import arguments, launch, recipe_policy
 
+    if args[0] in _POSITIONAL_RECIPES:
+        args = [word.removeprefix("--config=") for word in args if word != "--config"]
+    elif args[0] != "speed":
+        args = arguments.expand_recipes(args)
     args, modules, variables = launch.split_allowed(args)
     recipe_policy.allow(modules, variables)
     default_recipe = ["recipes/quickstart.yaml"] if args[0] == "quickstart" else []
