@@ -13,7 +13,6 @@ from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.errors import mask_secrets
-from yolo_lightning.serving.mlflow_model import save_model
 from yolo_lightning.signals import Stop
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER
 from yolo_lightning.tracking.logger import RunLogger, run_loggers
@@ -160,6 +159,8 @@ class RunRecord(pl.Callback):
         source = getattr(trainer.datamodule, "validation", None)  # type: ignore[attr-defined]
         first = source.read(0) if source is not None and len(source) else None
         example = first[0] if isinstance(first, tuple) else getattr(first, "image", None)
+        from yolo_lightning.serving.mlflow_model import save_model  # imports MLflow
+
         folder = self.folder / JOURNAL_FOLDER / "model.part"
         save_model(path, folder, example)
         checkpoint = read_checkpoint(path)

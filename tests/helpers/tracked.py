@@ -82,7 +82,7 @@ def use_fast_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, uploader: Uploader) -> None:
             super().__init__(uploader, interval_s=0.05)
 
-    monkeypatch.setattr(tracking, "UploadThread", FastThread)
+    monkeypatch.setattr("yolo_lightning.tracking.upload_thread.UploadThread", FastThread)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
@@ -97,7 +97,7 @@ def disable_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         def finish(self, timeout_s: float | None = None) -> bool:
             return True
 
-    monkeypatch.setattr(tracking, "UploadThread", NoThread)
+    monkeypatch.setattr("yolo_lightning.tracking.upload_thread.UploadThread", NoThread)
 
 
 def logger(

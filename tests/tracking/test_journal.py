@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.paths import REPO
-from yolo_lightning.tracking import logger as tracking
 from yolo_lightning.tracking.entries import UNREADABLE
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal, find_journals
 from yolo_lightning.tracking.logger import RunLogger
@@ -360,7 +359,7 @@ def test_a_long_journal_does_not_delay_resuming(tmp_path, monkeypatch):
     line = '{"op": "metrics", "t": 1, "step": %d, "values": {"train/loss": 0.5, "train/lr": 0.1}}\n'
     text = "".join(line % step for step in range(lines))
     (folder / "journal.jsonl").write_text(text)
-    monkeypatch.setattr(tracking, "UploadThread", lambda uploader: None)
+    monkeypatch.setattr("yolo_lightning.tracking.upload_thread.UploadThread", lambda uploader: None)
     logger = RunLogger(
         "e", tracking_uri="sqlite:///none.db", folder=str(tmp_path), system_metrics=False
     )

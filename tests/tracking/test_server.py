@@ -31,9 +31,6 @@ from tests.helpers.tracking_outage import (
     write_recipe,
 )
 from yolo_lightning.cli import recipe as cli
-from yolo_lightning.tracking import (
-    logger as tracking,  # imported once, for all forked trainings
-)
 from yolo_lightning.tracking.upload_thread import UploadThread
 
 pytestmark = pytest.mark.end_to_end
@@ -66,7 +63,7 @@ def short_timeouts():
             super().__init__(uploader, interval_s=0.2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "UploadThread", FastThread)
+        patch.setattr("yolo_lightning.tracking.upload_thread.UploadThread", FastThread)
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         yield
 

@@ -443,6 +443,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*instantiate_classes.* was deprecated.*")
     warnings.filterwarnings("ignore", message=".*compute.. method of metric .* was called before")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need.*")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it is imported later
     for name in (
         "mlflow",
         "alembic",

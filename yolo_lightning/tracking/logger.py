@@ -10,7 +10,7 @@ import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,7 +18,6 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -36,10 +35,14 @@ from yolo_lightning.tracking.names import (
     own_store,
     sanitize_text,
 )
-from yolo_lightning.tracking.store import LazyClient
-from yolo_lightning.tracking.system_metrics import SystemMetrics
-from yolo_lightning.tracking.upload_thread import UploadThread
-from yolo_lightning.tracking.uploader import Uploader
+
+# MLflow takes seconds to import, and a wrong recipe should not wait for it
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+    from yolo_lightning.tracking.system_metrics import SystemMetrics
+    from yolo_lightning.tracking.upload_thread import UploadThread
+    from yolo_lightning.tracking.uploader import Uploader
 
 _CHANGED = "changed."
 _DURATION_PARAMS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
@@ -114,7 +117,7 @@ class RunLogger(MLFlowLogger):
         self._uploader: Uploader | None = None
         self._thread: UploadThread | None = None
         self._system_metrics: SystemMetrics | None = None
-        self._client = LazyClient(self._tracking_uri)
+        self._client: MlflowClient | None = None
         self._keys = KeyMap()
         self._warned: set[str] = set()
         self._params: dict[str, str] = {}
@@ -150,6 +153,9 @@ class RunLogger(MLFlowLogger):
         """The journal; opened on first access, which also starts the upload thread."""
         journal = self._open_journal()
         if self._thread is None:
+            from yolo_lightning.tracking.upload_thread import UploadThread
+            from yolo_lightning.tracking.uploader import Uploader
+
             self._uploader = Uploader(journal, self._tracking_uri, self._evaluates)
             self._thread = UploadThread(self._uploader)
         return journal
@@ -188,6 +194,8 @@ class RunLogger(MLFlowLogger):
 
     def _start_system_metrics(self) -> None:
         if self._log_system_metrics and self._system_metrics is None:
+            from yolo_lightning.tracking.system_metrics import SystemMetrics
+
             self._system_metrics = SystemMetrics(self._record_system)
 
     def _restore_state(self, journal: Journal) -> None:
@@ -228,9 +236,12 @@ class RunLogger(MLFlowLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> MlflowClient:
+    def experiment(self) -> "MlflowClient":
         """An MLflow client, on rank 0; its calls wait for the store and raise if it fails."""
-        return cast(MlflowClient, self._client)
+        from yolo_lightning.tracking.store import LazyClient
+
+        self._client = self._client or cast("MlflowClient", LazyClient(self._tracking_uri))
+        return self._client
 
     # --- logging
 
