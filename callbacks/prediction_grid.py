@@ -17,7 +17,7 @@ from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
 from yolo_lightning.images import Image, UnreadableSample, decoding_side, fit
 from yolo_lightning.tracking.logger import run_loggers
-from yolo_lightning.visualization.drawing import draw_boxes, draw_caption, make_grid, save_image
+from yolo_lightning.visualization.drawing import draw_boxes, draw_captions, make_grid, save_image
 
 _TILE, _COLUMNS = 320, 4
 _GREEN, _ORANGE, _WHITE = (24, 160, 70), (245, 110, 0), (255, 255, 255)
@@ -152,9 +152,10 @@ def draw_tile(
     boxes = np.array([one.box_xyxy_orig_px for one in detections], np.float32).reshape(-1, 4)
     boxes = (boxes * scale + offset).astype(np.float32)
     captions = [f"{one.name} {one.score:.2f}" for one in detections]
-    drawn = draw_boxes(canvas, boxes, captions, [_ORANGE] * len(detections))
-    for (x1, _, _, y2), name in zip(targets, names, strict=True):  # last, on top of all lines
-        draw_caption(drawn, name, (x1, y2), _GREEN)
+    colours = [_ORANGE] * len(detections)
+    drawn = draw_boxes(canvas, boxes, [""] * len(detections), colours)
+    corners = np.concatenate([boxes.round().astype(int), np.array(targets, int).reshape(-1, 4)])
+    draw_captions(drawn, corners, [*captions, *names], [*colours, *[_GREEN] * len(names)])
     return drawn
 
 

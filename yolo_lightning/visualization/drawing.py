@@ -19,6 +19,9 @@ _FONT, _FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.42
 _REFERENCE_SIDE = 500
 """Shorter side of an image, px, above which lines and text are scaled with the image."""
 
+_SMALL_BOX = 40  # px; the lines of smaller boxes are thin
+_HIDDEN_CAPTION = 10.0  # how much worse it is to hide a caption than a box
+
 _COLOURS: tuple[Colour, ...] = (
     (255, 140, 0), (64, 160, 255), (120, 200, 80), (220, 90, 160), (250, 210, 60), (150, 110, 230),
     (70, 200, 200), (230, 80, 60),
@@ -44,13 +47,49 @@ def draw_boxes(
     size = (image.shape[1] * scale, image.shape[0] * scale)
     canvas = np.array(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
     line_scale = _line_scale(canvas)
-    thickness = round(2 * line_scale)
     corners = np.round(boxes_xyxy_px * scale).astype(int)
     for (x1, y1, x2, y2), colour in zip(corners.tolist(), colours, strict=True):
+        is_small = min(x2 - x1, y2 - y1) < _SMALL_BOX * line_scale
+        thickness = round((1 if is_small else 2) * line_scale)
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thickness, cv2.LINE_AA)
-    for (x1, y1, _, _), caption, colour in zip(corners.tolist(), captions, colours, strict=True):
-        draw_caption(canvas, caption, (x1, y1), colour, line_scale)
+    draw_captions(canvas, corners, captions, colours)
     return canvas
+
+
+def draw_captions(
+    canvas: Image,
+    boxes_xyxy_px: NDArray[np.int_],
+    captions: Sequence[str],
+    colours: Sequence[Colour],
+) -> None:
+    """Draw a caption at each box, in place, where it hides least of boxes and other captions."""
+    shown = [index for index, text in enumerate(captions) if text]
+    line_scale = _line_scale(canvas)
+    sizes_wh = np.array([_caption_size(text, line_scale) for text in captions]).reshape(-1, 2)
+    areas = (boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2]).clip(1).prod(axis=1)
+    placed = np.zeros((0, 4), np.int_)
+    for index in sorted(shown, key=lambda k: areas[k]):  # small boxes have the least choice
+        (x1, y1, x2, y2), (width, height) = boxes_xyxy_px[index].tolist(), sizes_wh[index].tolist()
+        places = np.array(
+            [(x, y) for x in (x1, x2 - width) for y in (y1 - height, y2, y1)]
+            + [(x2, y1), (x1 - width, y1)]
+        )
+        places = places.clip(0, np.subtract(canvas.shape[1::-1], (width, height)).clip(0))
+        rectangles = np.concatenate([places, places + (width, height)], axis=1)
+        hidden = 0.02 * np.arange(len(places))  # above on the left, unless another is better
+        hidden += (_intersections(rectangles, boxes_xyxy_px) / areas).sum(axis=1)
+        hidden += _HIDDEN_CAPTION * _intersections(rectangles, placed).sum(axis=1) / width / height
+        best = int(np.argmin(hidden))
+        placed = np.concatenate([placed, rectangles[best : best + 1]])
+        x, y = places[best].tolist()
+        draw_caption(canvas, captions[index], (x, y + height), colours[index], line_scale)
+
+
+def _intersections(first: NDArray[np.int_], second: NDArray[np.int_]) -> NDArray[np.int_]:
+    """Return the areas that boxes (N, 4) and (M, 4) share, (N, M)."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    return np.asarray((high - low).clip(0).prod(axis=2))
 
 
 def draw_detections(image: Image, detections: Sequence[Detection]) -> Image:
@@ -93,13 +132,18 @@ def _line_scale(image: Image) -> float:
     return max(1.0, float(min(image.shape[:2])) / _REFERENCE_SIDE)
 
 
+def _caption_size(text: str, scale: float) -> tuple[int, int]:
+    """Return width and height of a caption with its background, px."""
+    (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE * scale, round(scale))
+    return width + round(4 * scale), height + round(5 * scale)
+
+
 def draw_caption(
     canvas: Image, text: str, left_bottom: tuple[int, int], colour: Colour, scale: float = 1.0
 ) -> None:
     """Draw text on a background above a point, moved into the image, in place."""
     font = (_FONT, _FONT_SCALE * scale)
-    (width, height), _ = cv2.getTextSize(text, *font, round(scale))
-    width, height = width + round(4 * scale), height + round(5 * scale)
+    width, height = _caption_size(text, scale)
     left = max(0, min(left_bottom[0], canvas.shape[1] - width))
     top = max(0, left_bottom[1] - height)
     cv2.rectangle(canvas, (left, top), (left + width, top + height), colour, -1)
