@@ -246,6 +246,22 @@ def test_the_grid_has_a_row_of_tiles_for_each_kind_that_occurs():
     assert tall - low == 4 * 220  # tile, caption and gap
 
 
+def test_the_plot_of_the_matrix_shows_counts_and_of_one_class_no_background():
+    def texts(classes, counts):
+        matrix = ConfusionMatrix(np.arange(classes), np.array(counts))
+        axes = plot_confusion_matrix(matrix, {0: "cat", 1: "dog"}, "Confusion").axes[0]
+        rows = [label.get_text() for label in axes.get_yticklabels()]
+        return {text.get_text() for text in axes.texts}, rows, axes.get_xlabel()
+
+    shown, rows, label = texts(2, [[112, 5, 3], [0, 90, 0], [23, 0, 0]])
+    assert shown == {"112", "5", "3", "90", "23"}
+    assert rows == ["cat  120", "dog  90", "background  23"]
+    assert label == "predicted class"
+    shown, rows, label = texts(1, [[112, 5], [23, 0]])
+    assert (shown, rows) == ({"112", "5"}, ["cat  117"])
+    assert label == "predicted class; 23 predictions match no target"
+
+
 @pytest.mark.parametrize("count", [1, 40])
 def test_the_plot_of_the_matrix_grows_with_the_number_of_classes(count):
     tree = WordTree.from_names([f"class {k}" for k in range(count)])

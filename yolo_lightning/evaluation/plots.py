@@ -10,7 +10,7 @@ from PIL import ImageDraw, ImageFont
 
 from yolo_lightning.evaluation.curves import CONFIDENCES, RECALLS, Curves, mean_precision
 from yolo_lightning.evaluation.error_analysis import ConfusionMatrix, DetectionError
-from yolo_lightning.evaluation.matching import BOX, LABEL, SCORE, Table
+from yolo_lightning.evaluation.matching import BOX, LABEL, SCORE, Rows, Table
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.visualization.figures import COLOURS, LINE, TEXT, new_figure
 
@@ -118,50 +118,54 @@ def _add_legend(figure: "Figure", axes: "Axes", title: str) -> None:
 def plot_confusion_matrix(
     matrix: ConfusionMatrix, names: Mapping[int, str], title: str
 ) -> "Figure":
-    """Plot the confusion matrix, normalized by row, background last."""
-    count = len(matrix.counts)
+    """Plot the counts of the confusion matrix, coloured by their share of the row, background last.
+
+    With one class, all predictions on background are of this class: the label of the axis has
+    their number.
+    """
+    count, is_single = len(matrix.counts), len(matrix.nodes) == 1
+    counts = matrix.counts[:1] if is_single else matrix.counts
     side = count * min(_MAX_CELL, max(_MIN_CELL, _MATRIX_WIDTH / count))
     side = max(_MIN_SIDE, min(_MAX_SIDE, side))
-    figure = new_figure(side + 3.0, side + 2.0)
+    figure = new_figure(side + 3.0, side * len(counts) / count + 2.0)
     from matplotlib.colors import PowerNorm
 
     axes = figure.add_subplot()
-    shares = matrix.counts / matrix.counts.sum(axis=1).clip(1)[:, None]
-    shares = np.where(matrix.counts > 0, shares, np.nan)
+    shares = counts / counts.sum(axis=1).clip(1)[:, None]
+    shares = np.where(counts > 0, shares, np.nan)
     # a power makes small shares beside the diagonal visible
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.6, 0, 1))
     font_size = max(4.5, min(10.0, side / count * 72 * 0.62))
-    _label_cells(axes, matrix, [_short(names[node]) for node in matrix.nodes.tolist()], font_size)
-    _draw_cell_lines(axes, count)
+    _label_cells(axes, counts, [_short(names[node]) for node in matrix.nodes.tolist()], font_size)
+    _draw_cell_lines(axes, count, is_single)
     if count <= _MAX_NUMBERS:
-        for row, column in np.argwhere(matrix.counts > 0).tolist():
-            share = shares[row, column]
+        for row, column in np.argwhere(counts > 0).tolist():
             style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": font_size}
-            colour = "white" if share > 0.5 else _MEAN_COLOUR
-            axes.text(column, row, f"{100 * share:.0f}", color=colour, **style)
-    axes.set(xlabel="predicted class", ylabel="true class, number of targets")
+            colour = "white" if shares[row, column] > 0.5 else _MEAN_COLOUR
+            axes.text(column, row, str(counts[row, column]), color=colour, **style)
+    unmatched = f"; {matrix.counts[1, 0]} predictions match no target" if is_single else ""
+    axes.set(xlabel=f"predicted class{unmatched}", ylabel="true class, number of targets")
     axes.set_title(title, fontsize=12, loc="left")
     bar = figure.colorbar(image, ax=axes, shrink=min(0.8, 4 / side), pad=0.02)
     bar.set_ticks([0, 0.05, 0.2, 0.5, 1], labels=["0 %", "5 %", "20 %", "50 %", "100 %"])
+    bar.set_label("share of the row")
     bar.outline.set_visible(False)
     return figure
 
 
-def _label_cells(
-    axes: "Axes", matrix: ConfusionMatrix, names: Sequence[str], font_size: float
-) -> None:
+def _label_cells(axes: "Axes", counts: Rows, names: Sequence[str], font_size: float) -> None:
     axes.tick_params(length=0, colors=TEXT)
     axes.set(xticks=[], yticks=[])
-    count, totals = len(matrix.counts), matrix.counts.sum(axis=1).tolist()
-    if count > _MAX_LABELS:
+    if counts.shape[1] > _MAX_LABELS:
         return
-    rows = [f"{name}  {total}" for name, total in zip([*names, "background"], totals, strict=True)]
-    axes.set_yticks(range(count), rows, fontsize=font_size)
-    axes.set_xticks(range(count), [*names, "missed"], fontsize=font_size, rotation=90)
+    totals = counts.sum(axis=1).tolist()  # those of one class lack the row of the background
+    rows = [f"{name}  {total}" for name, total in zip([*names, "background"], totals, strict=False)]
+    axes.set_yticks(range(len(rows)), rows, fontsize=font_size)
+    axes.set_xticks(range(counts.shape[1]), [*names, "missed"], fontsize=font_size, rotation=90)
 
 
-def _draw_cell_lines(axes: "Axes", count: int) -> None:
-    for draw_line in (axes.axhline, axes.axvline):
+def _draw_cell_lines(axes: "Axes", count: int, is_single: bool) -> None:
+    for draw_line in (axes.axvline,) if is_single else (axes.axhline, axes.axvline):
         for index in range(count - 2 if count <= _MAX_LINES else 0):
             draw_line(index + 0.5, color=LINE, linewidth=0.5, zorder=1)
         width = 1.2 if count <= _MAX_LABELS else 0.3

@@ -229,7 +229,7 @@ def _write_plots(
         plots["confidence.png"] = partial(plot_confidence, curves, names)
     if len(matrix.nodes):
         level = f", level {options.level} of the tree" if options.level else ""
-        title = f"Confusion matrix at confidence {options.confidence:g}{level}, % of each row"
+        title = f"Confusion matrix at confidence {options.confidence:g}{level}"
         plots["confusion.png"] = partial(plot_confusion_matrix, matrix, names, title)
     for file, plot in plots.items():
         plot().savefig(folder / file, bbox_inches="tight", pad_inches=0.1)
