@@ -20,7 +20,7 @@ from tests.helpers.servers import released, respond_with, server
 from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, upload
 from yolo_lightning.cli.main import main
 from yolo_lightning.tracking import bounded_http, entry_writer, files
-from yolo_lightning.tracking.journal import RUN_ID_FILE
+from yolo_lightning.tracking.journal import RUN_ID_FILE, Journal
 from yolo_lightning.tracking.store import JournalLock, create_client, creation_lock
 from yolo_lightning.tracking.uploader import Uploader
 
@@ -156,7 +156,9 @@ def test_images_of_huge_sizes_are_skipped(folder, store, warnings, monkeypatch):
     assert not stored_files(folder)
 
 
-@pytest.mark.parametrize("path", ["recipe/recipe.yaml", "checkpoints", "checkpoints/../x", "."])
+@pytest.mark.parametrize("path", [
+    "recipe/recipe.yaml", "checkpoints", "checkpoints/", "checkpoints/.", "checkpoints/../x", ".",
+])  # fmt: skip
 def test_a_journal_removes_nothing_but_checkpoints(folder, store, warnings, path):
     run = logger(folder / "a", store)
     (folder / "recipe.yaml").write_text("x")
@@ -184,39 +186,52 @@ def test_a_store_that_only_the_run_names_gets_nothing(folder, store, capsys, mon
     assert points(named) == {("loss", 0): 1, ("loss", 1): 1}
 
 
-SEGMENT = "journal-000000000000000-000000000000100.jsonl"
-
-
-def plant_compression_bomb(journal: Path) -> None:
-    """Write a gigabyte, in the name of a segment that is as large as a disk."""
-    block = gzip.compress(bytes(2**26), 1)
-    (journal / "journal-000000000000000-900000000000000.jsonl.gz").write_bytes(block * 16)
-
-
 def write_entry(journal: Path, **fields: Any) -> None:
     entry = file_entry("checkpoints/a", callback="c", **fields)
     (journal / "journal.jsonl").write_text(json.dumps(entry) + "\n")
 
 
 def write_index(journal: Path, text: str) -> None:
-    (journal / SEGMENT).write_text("x\n" * 50)
-    (journal / SEGMENT).with_suffix(".index").write_text(text + "\n")
+    """Write an index that fits to the journal, where it may."""
+    (journal / "journal.jsonl").write_text("x\n" * 50)
+    (journal / "index.jsonl").write_text(text + "\n")
+
+
+def write_part(journal: Path, **values: Any) -> None:
+    part = {"op": "part", "end": 100, "first": 0, "last": 9, "samples": 0, "state": []}
+    write_index(journal, json.dumps(part | values))
+
+
+def plant_overlapping_parts(journal: Path) -> None:
+    """Write an index that describes the same lines many times."""
+    part = '{"op": "part", "end": %d, "first": 0, "last": 9, "samples": 0, "state": []}\n'
+    write_index(journal, "".join(part % (50 + 50 * (k % 2)) for k in range(5_000)))
+    line = '{"op": "metrics", "t": 1, "step": 1, "values": {"a": 1}}\n'
+    (journal / "journal.jsonl").write_text(line * 5_000)
 
 
 @pytest.mark.parametrize("plant", [
-    lambda journal: (journal / SEGMENT).mkdir(),
-    lambda journal: os.mkfifo(journal / f"{SEGMENT}.gz"),
-    lambda journal: (journal / SEGMENT).symlink_to(journal.parent.parent / "secret"),
+    lambda journal: (journal / "index.jsonl").mkdir(),
+    lambda journal: os.mkfifo(journal / "index.jsonl"),
+    lambda journal: (journal / "index.jsonl").symlink_to(journal.parent.parent / "secret"),
     lambda journal: write_index(journal, "[]"),
     lambda journal: write_index(journal, '{"first": 1}'),
     lambda journal: write_index(journal, "[" * 200_000),
+    lambda journal: write_index(journal, '{"op": "part", "state": [' * 20_000),
+    lambda journal: write_part(journal, end="x"),
+    lambda journal: write_part(journal, end=10**30),
+    lambda journal: write_part(journal, samples=None),
+    lambda journal: write_part(journal, state=[1]),
+    lambda journal: write_part(journal, state=[{"op": "params", "values": {"a": 1}}]),
+    lambda journal: write_part(journal, state=[{"op": "zap"}]),
+    plant_overlapping_parts,
     lambda journal: write_entry(journal, mtime_ns="x"),
     lambda journal: write_entry(journal, mtime_ns=[1]),
     lambda journal: (journal / "files").symlink_to(journal.parent.parent),
     lambda journal: (journal / "files").symlink_to("files"),
-    plant_compression_bomb,
 ])  # fmt: skip
-def test_a_training_is_resumed_in_a_hostile_run_folder(folder, store, warnings, plant):
+def test_a_training_is_resumed_in_a_hostile_run_folder(folder, store, warnings, plant, monkeypatch):
+    monkeypatch.setattr(Journal, "PART_BYTES", 50)
     journal = folder / "a/mlflow"
     journal.mkdir(parents=True)
     plant(journal)

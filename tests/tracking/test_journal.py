@@ -1,6 +1,5 @@
 """The journal: no line is lost or reordered by a full disk or a crash."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -15,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.paths import REPO
+from yolo_lightning.tracking import journal as journal_module
 from yolo_lightning.tracking.entries import UNREADABLE
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal, find_journals
 from yolo_lightning.tracking.logger import RunLogger
-from yolo_lightning.tracking.segments import Segment
 
 
 def metrics(step: int, **values: float) -> dict[str, Any]:
@@ -56,7 +55,9 @@ texts = st.text(max_size=20)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.dictionaries(texts, st.floats() | st.integers(-(2**53), 2**53), max_size=4)),
+    st.lists(
+        st.dictionaries(texts, st.floats() | st.integers(-(2**53), 2**53), min_size=1, max_size=4)
+    ),
     st.dictionaries(texts, texts),
 )
 def test_entries_are_read_back_from_every_offset(tmp_path_factory, values, named):
@@ -112,7 +113,8 @@ def test_a_line_truncated_by_a_crash_damages_no_other_line(journal, cut):
         '{"op": "params", "values": {"a": 1}}', '{"op": "tags"}', '{"op": "open", "store": 1}',
         '{"op": "file", "file": "../../secret", "folder": "x"}', '{"op": "file", "file": "/etc/x"}',
         '{"op": "remove", "path": "../x"}', '{"op": "image", "file": "x"}', '{"op": "status"}',
-        "\x00\x00\x00\x00", "\ufffd",
+        '{"op": "part", "end": 9, "first": 0, "last": 9, "samples": 0, "state": []}',
+        '{"op": "metrics", "t": 1, "step": 1, "values": {}}', "\x00\x00\x00\x00", "\ufffd",
     ],
 )  # fmt: skip
 def test_an_invalid_line_is_an_unreadable_entry_and_hides_no_other(journal, line):
@@ -163,6 +165,8 @@ def test_lines_are_buffered_in_order_while_the_disk_is_full(journal, disk):
     offsets = [offset for _, offset in journal.entries()]
     disk["bytes"] = 10**9
     journal.append(metrics(4))
+    assert "space" in journal.write_error, "one attempt a second"
+    journal.sync()
     assert not journal.write_error
     assert steps(Journal(journal.folder)) == [0, 1, 2, 3, 4]
     # offsets of lines that were read from the buffer stay valid
@@ -180,6 +184,8 @@ def test_offsets_of_buffered_lines_after_a_truncated_line_stay_valid(journal, di
     assert [entry["step"] for entry, _ in entries] == [0, 1, 2]
     disk["bytes"] = 10**9
     journal.append(metrics(3))
+    journal.sync()
+    assert steps(Journal(journal.folder)) == [0, 1, 2, 3]
     assert [steps(journal, offset) for _, offset in entries] == [[1, 2, 3], [2, 3], [3]]
 
 
@@ -205,6 +211,7 @@ def test_a_real_full_disk_loses_no_lines(tmp_path):
         assert not list((journal.folder / "files").rglob("*.part")), "no partial copy is left"
         subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
         journal.append(metrics(1500))
+        journal.sync()
         assert not journal.write_error
         assert steps(Journal(small_disk / "run" / JOURNAL_FOLDER)) == list(range(1501))
     finally:
@@ -379,72 +386,119 @@ def test_a_long_journal_does_not_delay_resuming(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Journal, "SEGMENT_BYTES", 2000)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "PART_BYTES", 2000)
 
 
-def segment_files(journal: Journal, suffix: str) -> list[Path]:
-    return sorted(journal.folder.glob(f"journal-*{suffix}"))
-
-
-def test_a_journal_in_segments_reads_like_one_file(journal, small_segments):
-    written = [metrics(step) for step in range(300)]
-    for number, entry in enumerate(written):
-        journal.append(entry)
-        if number == 150:
-            journal.compress()
-    assert len(segment_files(journal, ".jsonl.gz")) > 3
-    assert len(segment_files(journal, ".jsonl")) > 3
-    for reader in (journal, Journal(journal.folder)):
-        entries = list(reader.entries())
-        assert [entry for entry, _ in entries] == written
-        assert entries[-1][1] == reader.end
-        for number in (0, 7, 99, 150, 298):
-            assert steps(reader, entries[number][1]) == list(range(number + 1, 300))
-    journal.compress()
-    assert segment_files(journal, ".jsonl") == []
-    assert steps(journal) == list(range(300))
-    assert not list(journal.folder.glob("*.part"))
-    for file in journal.folder.glob("journal.jsonl"):
-        file.unlink()
-    assert find_journals(journal.folder.parent) == [journal.folder]
-
-
-def test_state_and_points_are_the_same_with_and_without_indices(journal, small_segments):
+@pytest.fixture
+def long_journal(journal: Journal, small_parts: None) -> Journal:
+    """A journal of 200 steps that is longer than ten parts of an index."""
     for step in range(200):
-        journal.append(metrics(step))
+        journal.append(metrics(step, **{"loss" * 10: 1.0}))
         if step % 20 == 0:
             journal.append({"op": "tags", "t": 1, "values": {"step": str(step)}})
             journal.append(metrics(step // 20) | {"system": True})
             journal.append({"op": "image", "t": 1, "file": "i", "key": "k", "step": step})
-    before = list(journal.state("tags"))
+    return journal
+
+
+def read_state_and_points(journal: Journal) -> list[Any]:
     tail = [entry for entry in journal.points(180) if entry["step"] >= 180]
     middle = [entry for entry in journal.points(90, 95) if 90 <= entry["step"] <= 95]
-    assert len(before) == 10
-    journal.compress()
-    assert list(journal.state("tags")) == before
-    opened: list[str] = []
-    lines = Segment.lines
+    samples = max(entry["step"] for entry in journal.points(180) if entry.get("system"))
+    return [list(journal.state("tags")), tail, middle, samples]
 
-    def traced(self: Segment, offset: int) -> Any:
-        opened.append(self.file.name)
-        return lines(self, offset)
 
-    Segment.lines = traced  # type: ignore[method-assign]
-    try:
-        points = list(journal.points(180))
-        assert [entry for entry in points if entry["step"] >= 180] == tail
-        assert max(entry["step"] for entry in points if entry.get("system")) == 9
-        assert len(opened) <= 2, "only the end is read"
-        assert [e for e in journal.points(90, 95) if 90 <= e["step"] <= 95] == middle
-        opened.clear()
-        assert list(journal.state("tags")) == before
-        assert opened == []
-    finally:
-        Segment.lines = lines  # type: ignore[method-assign]
-    for file in segment_files(journal, ".index"):
-        file.write_text('{"first": "x"}\n')
-    assert list(journal.state("tags")) == before, "a damaged index is not used"
+def index(journal: Journal) -> Path:
+    for _ in range(30):
+        journal.update_index()
+    return journal.folder / "index.jsonl"
+
+
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the length of each line that is read from a journal's file."""
+    lengths: list[int] = []
+    read_lines = journal_module._read_lines
+
+    def traced(path: Path, offset: int, end: int) -> Any:
+        for line, after in read_lines(path, offset, end):
+            if path.name == "journal.jsonl":
+                lengths.append(len(line))
+            yield line, after
+
+    monkeypatch.setattr(journal_module, "_read_lines", traced)
+    return lengths
+
+
+def test_with_an_index_only_the_end_is_read(long_journal, bytes_read):
+    expected = read_state_and_points(long_journal)
+    assert [len(part) for part in expected[:3]] == [10, 21, 6]
+    assert expected[3] == 9
+    assert len(index(long_journal).read_text().splitlines()) > 10
+    for journal in (long_journal, Journal(long_journal.folder)):
+        assert read_state_and_points(journal) == expected
+    bytes_read.clear()
+    list(long_journal.state("tags"))
+    assert sum(bytes_read) < 2500
+    list(long_journal.points(190))
+    assert sum(bytes_read) < 7500
+    long_journal.append({"op": "tags", "t": 1, "values": {"step": "200"}})
+    assert len(list(long_journal.state("tags"))) == 11
+
+
+def test_an_index_is_continued_and_not_rewritten_without_need(long_journal):
+    file = index(long_journal)
+    lines, status = file.read_text().splitlines(), file.stat()
+    index(long_journal)
+    assert file.stat().st_mtime_ns == status.st_mtime_ns
+    for step in range(200, 400):
+        long_journal.append(metrics(step))
+    index(long_journal)
+    assert file.read_text().splitlines()[: len(lines)] == lines
+    assert len(file.read_text().splitlines()) > len(lines) + 5
+    assert [e["step"] for e in long_journal.points(390) if e["step"] > 390] == [*range(391, 400)]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: ["x", *lines],
+    lambda lines: [*lines[:4], lines[4][:50], *lines[5:]],
+    lambda lines: [*lines, *lines],
+    lambda lines: [lines[0].replace('"end": 2', '"end": -2'), *lines[1:3]],
+    lambda lines: [lines[0].replace('"end": 2', '"end": 99999992')],
+    lambda lines: [lines[0].replace('"first": 0', '"first": []')],
+])  # fmt: skip
+def test_a_damaged_index_hides_nothing_of_the_end(long_journal, damage, bytes_read):
+    expected = read_state_and_points(long_journal)
+    file = index(long_journal)
+    file.write_text("\n".join(damage(file.read_text().splitlines())) + "\n")
+    bytes_read.clear()
+    tail, middle, samples = read_state_and_points(long_journal)[1:]
+    assert (tail, samples) == (expected[1], 9)
+    assert middle == expected[2]
+    assert sum(bytes_read) <= 4 * long_journal.end, "each part is read at most once"
+
+
+def test_the_index_of_a_deleted_journal_is_not_used(long_journal):
+    index(long_journal)
+    (long_journal.folder / "journal.jsonl").unlink()
+    long_journal.append({"op": "tags", "t": 1, "values": {"fresh": "1"}})
+    assert [entry["values"] for entry in long_journal.state("tags")] == [{"fresh": "1"}]
+    long_journal.update_index()
+    assert list(long_journal.points(0)) == []
+
+
+def test_an_index_is_not_written_to_a_full_disk(long_journal, monkeypatch):
+    expected = read_state_and_points(long_journal)
+
+    def refuse(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("yolo_lightning.tracking.journal.replace_text", refuse)
+        long_journal.update_index()
+    assert read_state_and_points(long_journal) == expected
+    assert index(long_journal).exists()
 
 
 def test_two_processes_on_a_full_disk_neither_lose_nor_repeat_a_line(journal, monkeypatch):
@@ -464,67 +518,21 @@ def test_two_processes_on_a_full_disk_neither_lose_nor_repeat_a_line(journal, mo
     monkeypatch.setattr("yolo_lightning.tracking.journal.os.write", write_a_part)
     journal.append(metrics(2))
     thread.join()
-    journal._retry_at = 0.0
     journal.append(metrics(4))
+    journal.sync()
     ops = [entry["op"] for entry, _ in journal.entries()]
     assert ops == ["metrics"] * 5
     assert sorted(steps(journal)) == [0, 1, 2, 3, 4]
 
 
-def test_a_segment_is_compressed_by_one_process_and_after_a_kill_by_the_next(
-    journal, small_segments
-):
-    for step in range(50):
-        journal.append(metrics(step))
-    (segment,) = segment_files(journal, ".jsonl")
-    for suffix in (".index.part", ".jsonl.gz.part"):
-        segment.with_suffix(suffix).write_text("left by a killed process")
-    with segment.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        journal.compress()
-        assert segment.exists()
-    journal.compress()
-    assert not segment.exists()
-    assert not list(journal.folder.glob("*.part"))
-    assert steps(journal) == list(range(50))
-
-
-def test_a_segment_closed_while_it_is_opened_for_reading_is_read(journal, small_segments):
-    for step in range(10):
-        journal.append(metrics(step))
-    open_current = journal._open_current
-
-    def close_segment_before() -> Any:
-        journal._open_current = open_current
-        for step in range(10, 60):
-            journal.append(metrics(step))
-        return open_current()
-
-    reader = journal.entries(0, "metrics", end=journal.end)
-    journal._open_current = close_segment_before
-    assert [entry["step"] for entry, _ in reader] == list(range(10))
-    assert segment_files(journal, ".jsonl")
-
-
-def test_a_damaged_segment_hides_no_other(journal, small_segments):
-    for step in range(100):
-        journal.append(metrics(step))
-    journal.compress()
-    first = segment_files(journal, ".jsonl.gz")[0]
-    first.write_bytes(first.read_bytes()[:50])
-    entries = [entry for entry, _ in journal.entries()]
-    (damaged,) = [entry for entry in entries if entry["op"] == UNREADABLE]
-    assert damaged["line"].startswith("damaged: journal-0")
-    assert steps(journal)[-50:] == list(range(50, 100))
-
-
-def test_two_processes_and_a_compressing_thread_lose_no_line(journal):
+def test_two_processes_and_a_thread_that_indexes_lose_no_line(journal, small_parts):
     code = (
         "import sys\nfrom yolo_lightning.tracking.journal import Journal\n"
-        "Journal.SEGMENT_BYTES = 5000\njournal = Journal(sys.argv[1])\n"
+        "Journal.PART_BYTES = 2000\njournal = Journal(sys.argv[1])\n"
         "for step in range(600):\n"
         "    values = {sys.argv[2]: 1.0}\n"
         "    journal.append({'op': 'metrics', 't': 1, 'step': step, 'values': values})\n"
+        "    journal.update_index()\n"
         "    assert not journal.write_error\n"
     )
     processes = [
@@ -532,29 +540,29 @@ def test_two_processes_and_a_compressing_thread_lose_no_line(journal):
         for name in "ab"
     ]
     while any(process.poll() is None for process in processes):
-        journal.compress()
-        for _ in journal.entries():
+        journal.update_index()
+        for _ in journal.points(500):
             pass
     assert [process.returncode for process in processes] == [0, 0]
-    journal.compress()
-    assert len(segment_files(journal, ".jsonl.gz")) > 10
-    entries = [(*entry["values"], entry["step"]) for entry, _ in journal.entries()]
-    for name in "ab":
-        assert [step for key, step in entries if key == name * 100] == list(range(600))
+    index(journal)
+    for first in (0, 300, 599):
+        points = [(*entry["values"], entry["step"]) for entry in journal.points(first)]
+        for name in "ab":
+            read = [step for key, *rest in points if key == name * 100 for step in rest]
+            assert [step for step in read if step >= first] == list(range(first, 600))
 
 
-def test_compressing_is_skipped_on_a_full_disk(journal, small_segments, monkeypatch):
-    for step in range(100):
-        journal.append(metrics(step))
-
-    def refuse(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("yolo_lightning.tracking.segments.shutil.copyfileobj", refuse)
-        journal.compress()
-    assert steps(journal) == list(range(100))
-    assert not list(journal.folder.glob("*.part"))
+def test_lines_that_cannot_be_parsed_are_one_entry(journal):
+    journal.append(metrics(1))
+    with (journal.folder / "journal.jsonl").open("a") as file:
+        file.write("first\n\n" + "x\n" * 20_000)
+    journal.append(metrics(2))
+    entries = [entry for entry, _ in journal.entries()]
+    assert entries == [
+        metrics(1), {"op": UNREADABLE, "line": "first", "count": 20_001}, metrics(2),
+    ]  # fmt: skip
+    assert [end for _, end in journal.entries()][-1] == journal.end
+    assert steps(journal, next(end for e, end in journal.entries() if "count" in e)) == [2]
 
 
 def test_appending_on_a_full_disk_takes_linear_time(journal, disk):
@@ -568,8 +576,8 @@ def test_appending_on_a_full_disk_takes_linear_time(journal, disk):
     assert "No space" in journal.write_error
     assert sum(1 for _ in journal.entries()) == 8_001
     disk["bytes"] = 10**9
-    journal._retry_at = 0.0
     journal.append(metrics(2))
+    journal.sync()
     assert not journal.write_error
     assert sum(1 for _ in Journal(journal.folder).entries()) == 8_002
 
@@ -589,3 +597,8 @@ def test_a_buffer_of_the_largest_size_says_that_lines_are_lost(journal, disk, mo
     kept = steps(journal)
     assert 5 < len(kept) < 30
     assert kept == list(range(len(kept)))
+    disk["bytes"] = 10**9
+    journal.sync()
+    journal.append(metrics(30))
+    assert not journal.write_error
+    assert steps(Journal(journal.folder)) == [*kept, 30]

@@ -11,23 +11,23 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from yolo_lightning.tracking.entries import STATE_OPS, UNREADABLE, parse_line
+from yolo_lightning.errors import InputError
+from yolo_lightning.tracking.entries import INDEX, STATE_OPS, UNREADABLE, parse_line
 from yolo_lightning.tracking.files import confine, open_file, read_text, replace_text
-from yolo_lightning.tracking.segments import Line, Segment, find_segments, read_lines
 
 JOURNAL_FOLDER = "mlflow"  # name of the journal's folder in the run folder
 
 RUN_ID_FILE = "mlflow_run_id"  # name of the file in the run folder that contains the MLflow run id
 
-_JOURNAL_FILE, _UPLOADS_FILE, _TOKEN_FILE = "journal.jsonl", "uploaded.json", "token"
-_PENDING_FOLDER = "files"
-_RETRY_S = 1.0  # between attempts to write a buffer of more than one chunk
-_CHUNK_BYTES = 2**16  # written, or copied from the buffer, at once
-_MAX_BUFFER_BYTES = 2**29
-_MAX_OPEN_ATTEMPTS = 20
+_RETRY_S = 1.0  # between attempts to write to a full disk
+_MAX_BUFFER_BYTES = 2**28
+_MAX_LINE_BYTES, _MAX_INDEX_BYTES = 2**24, 2**28
+
+_Line = tuple[bytes, int]  # and the offset after it
 
 
 class Journal:
@@ -35,41 +35,31 @@ class Journal:
 
     When `append` returns, the line is on the disk, or in a file system cache that survives this
     process. If the disk is full, lines are buffered in memory, in order, and can be read, until
-    they can be written. Several processes may append. Offsets count bytes from the first line.
+    they can be written. Several processes may append. Offsets count bytes.
 
-    After `SEGMENT_BYTES` the file is closed and a new one begins; `compress` compresses the closed
-    ones. With their indices, a resumed training reads only the last lines.
+    `update_index` describes each `PART_BYTES` of the file in a line of an index, so that a resumed
+    training reads only the end of the file.
     """
 
-    SEGMENT_BYTES = 16 * 2**20
+    PART_BYTES = 16 * 2**20
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.write_error = ""  # why the newest line could not be written
-        self._file = self.folder / _JOURNAL_FILE
-        self._buffer, self._retry_at = bytearray(), 0.0
+        self._file, self._index_file = self.folder / "journal.jsonl", self.folder / "index.jsonl"
+        self._uploads_file = self.folder / "uploaded.json"
+        self._buffer, self._retry_at, self._indexed = bytearray(), 0.0, 0
         self._lock = threading.RLock()
         self.token = uuid.uuid4().hex  # identifies the run, in every process
-        with self._store_write_error():
+        with contextlib.suppress(OSError):  # `append` says why
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.token = self._load_token()
+            self.token = self._load_token(self.folder / "token")
 
-    @contextlib.contextmanager
-    def _store_write_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.write_error = (
-                f"{self.folder}: {error.strerror or error}; lines are buffered in memory"
-            )
-
-    def _load_token(self) -> str:
-        file = self.folder / _TOKEN_FILE
-        with contextlib.suppress(FileExistsError):
-            descriptor = open_file(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            with open(descriptor, "w", encoding="utf-8") as new:
-                new.write(self.token)
-        if not _is_token(read_text(file)):  # after a full disk or a crash
+    def _load_token(self, file: Path) -> str:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with contextlib.suppress(FileExistsError), open(open_file(file, flags), "w") as new:
+            new.write(self.token)
+        if not re.fullmatch(r"[0-9a-f]{32}\s*", read_text(file)):  # after a full disk or a crash
             replace_text(file, self.token)
         return read_text(file).strip()
 
@@ -79,109 +69,147 @@ class Journal:
         """Append an entry. Never raises; see `write_error`."""
         line = json.dumps(entry, ensure_ascii=False, default=str).encode(errors="replace") + b"\n"
         with self._lock:
-            if len(self._buffer) + len(line) > _MAX_BUFFER_BYTES:
+            is_full = len(self._buffer) > _MAX_BUFFER_BYTES
+            self._buffer += b"" if is_full else line
+            if time.monotonic() >= self._retry_at:
+                self._flush()
+            if is_full:
                 self.write_error = f"{self.folder}: disk and buffer are full; new lines are lost"
-                return
-            self._buffer += line
-            if len(self._buffer) > _CHUNK_BYTES and time.monotonic() < self._retry_at:
-                return
-            self.write_error = ""
-            with self._store_write_error():
-                while self._buffer:
-                    self._write_chunk()
-            self._retry_at = time.monotonic() + _RETRY_S if self._buffer else 0.0
 
-    def _write_chunk(self) -> None:
-        """Write whole lines of the buffer; truncate the file again if only a part fits."""
-        end = self._buffer.rfind(b"\n", 0, _CHUNK_BYTES) + 1 or self._buffer.find(b"\n") + 1
-        descriptor = self._open_locked()
+    def _flush(self) -> None:
+        self._retry_at = time.monotonic() + _RETRY_S
         try:
-            before = os.fstat(descriptor).st_size
-            # a machine crash may have cut the last line; end it, so that this line stays readable
-            incomplete = before and os.pread(descriptor, 1, before - 1) != b"\n"
-            lines = b"\n" * bool(incomplete) + bytes(self._buffer[:end])
-            written = os.write(descriptor, lines)
-            if written < len(lines):
-                if os.fstat(descriptor).st_size == before + written:
-                    os.ftruncate(descriptor, before)
-                raise OSError(None, "no space for a whole line")
-            del self._buffer[:end]
-            if before + written > self.SEGMENT_BYTES:
-                self._close_segment(descriptor)
-        finally:
-            with contextlib.suppress(OSError):  # now, also if a worker was forked meanwhile
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
-
-    def _open_locked(self) -> int:
-        """Open the journal, locked: its holder alone may truncate it or close the segment."""
-        for _ in range(_MAX_OPEN_ATTEMPTS):
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = open_file(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if self._is_current(descriptor):
-                return descriptor
-            os.close(descriptor)
-        raise OSError(None, "replaced again and again")
+            with open(descriptor, "rb", buffering=0) as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    self._write_buffer(descriptor)
+                finally:
+                    with contextlib.suppress(OSError):  # now, also if a worker was forked meanwhile
+                        fcntl.flock(file, fcntl.LOCK_UN)
+            self.write_error, self._retry_at = "", 0.0
+        except OSError as error:
+            reason = error.strerror or error
+            self.write_error = f"{self.folder}: {reason}; lines are buffered in memory"
 
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._file))
-        except OSError:
-            return False
-
-    def _close_segment(self, descriptor: int) -> None:
-        with contextlib.suppress(OSError):  # a file system without locks: never
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._is_current(descriptor):
-                start = self._closed_bytes
-                segment = Segment(start, start + os.fstat(descriptor).st_size, self.folder)
-                self._file.rename(segment.file)
-
-    def compress(self) -> None:
-        """Compress the closed segments; does nothing on a full disk."""
-        with contextlib.suppress(OSError):
-            for segment in find_segments(self.folder):
-                segment.compress()
+    def _write_buffer(self, descriptor: int) -> None:
+        """Write the buffer; if only a part fits, write whole lines and raise `OSError`."""
+        size = os.fstat(descriptor).st_size
+        # a machine crash may have cut the last line; end it, so that the next one stays readable
+        is_cut = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        if is_cut and not self._buffer.startswith(b"\n"):
+            self._buffer[:0] = b"\n"
+        written = os.write(descriptor, self._buffer)
+        complete = self._buffer.rfind(b"\n", 0, written) + 1
+        del self._buffer[:complete]
+        if self._buffer:
+            os.ftruncate(descriptor, size + complete)
+            raise OSError(None, "no space for a whole line")
 
     def sync(self) -> None:
-        """Flush written lines to the disk, so that they survive a loss of power."""
-        for file in (self._file, *(segment.file for segment in find_segments(self.folder))):
-            with contextlib.suppress(OSError), open(open_file(file, os.O_RDONLY), "rb") as lines:
-                os.fsync(lines.fileno())
+        """Write lines to the disk, so that they survive a loss of power."""
+        with self._lock:
+            if self._buffer:
+                self._flush()
+        with contextlib.suppress(OSError), open(open_file(self._file, os.O_RDONLY)) as lines:
+            os.fsync(lines.fileno())
 
     # --- reading
 
     def entries(
-        self, offset: int = 0, *ops: str, end: int | None = None
+        self, offset: int = 0, *ops: str, end: int = 2**63
     ) -> Iterator[tuple[dict[str, Any], int]]:
         """Yield the entries of these operations from a byte offset on, and the offset after each.
 
-        Without `ops`, yield all, and `UNREADABLE` entries with the ``line`` that cannot be parsed.
+        Without `ops`, yield all, and for lines in succession that cannot be parsed one `UNREADABLE`
+        entry with their ``count`` and the first ``line``.
         """
         prefixes = tuple(f'{{"op": "{op}"'.encode() for op in ops)
-        for line, after in self._lines(offset, self.end if end is None else end):
-            if not line.strip() or (prefixes and not line.startswith(prefixes)):
-                continue
-            entry = parse_line(line)
-            if entry is not None:
-                yield entry, after
+        parsed = (
+            (parse_line(line), line, after)
+            for line, after in self._lines(offset, end)
+            if line.strip() and (not prefixes or line.startswith(prefixes))
+        )
+        for is_unreadable, group in groupby(parsed, lambda item: item[0] is None):
+            if not is_unreadable:
+                yield from ((entry, after) for entry, _, after in group if entry)
             elif not prefixes:
-                yield {"op": UNREADABLE, "line": line.decode(errors="replace").strip()}, after
+                _, line, after = next(group)
+                count = 1
+                for _, _, after in group:  # noqa: B007
+                    count += 1
+                text = line.decode(errors="replace").strip()
+                yield {"op": UNREADABLE, "line": text, "count": count}, after
+
+    def _lines(self, offset: int, end: int) -> Iterator[_Line]:
+        """Yield the lines between two offsets: of the file, then of the buffer."""
+        with self._lock:  # what is written from now on is read from the buffer's copy
+            size = self._size
+            begin = self._buffer.rfind(b"\n", 0, max(offset - size, 0)) + 1
+            buffered = bytes(self._buffer[begin : max(end - size, 0)])
+        if offset < min(size, end):
+            yield from _read_lines(self._file, max(offset, 0), min(size, end))
+        offset = size + begin
+        for line in io.BytesIO(buffered):
+            offset += len(line)
+            yield line, offset
+
+    @property
+    def _size(self) -> int:
+        """Bytes on the disk."""
+        is_regular = os.path.isfile(self._file) and not os.path.islink(self._file)
+        return os.path.getsize(self._file) if is_regular else 0
+
+    @property
+    def end(self) -> int:
+        """Byte offset after the newest entry."""
+        with self._lock:
+            return self._size + len(self._buffer)
+
+    # --- the index
+
+    def update_index(self) -> None:
+        """Add a part to the index if enough was written since the last one. Never raises."""
+        with contextlib.suppress(OSError, InputError):  # a full disk: the next time
+            if self._size >= self._indexed + self.PART_BYTES:
+                self._add_part()
+
+    def _add_part(self) -> None:
+        parts, end = self._parts()
+        state: list[dict[str, Any]] = []
+        steps: dict[bool, list[int]] = {False: [], True: []}  # True: system metrics
+        for line, end in self._lines(end, min(end + self.PART_BYTES, self._size)):  # noqa: B007, B020
+            entry = parse_line(line) or {"op": ""}
+            if entry["op"] in STATE_OPS:
+                state.append(entry)
+            elif entry["op"] in ("metrics", "image"):
+                steps[bool(entry.get("system"))].append(entry["step"])
+        parts.append({
+            "op": "part", "end": end, "state": state, "first": min(steps[False], default=1),
+            "last": max(steps[False], default=0), "samples": 1 + max(steps[True], default=-1),
+        })  # fmt: skip
+        replace_text(self._index_file, "".join(json.dumps(part) + "\n" for part in parts))
+        self._indexed = end
+
+    def _parts(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the steps and the state entries of each part, and the offset after the last."""
+        parts: list[dict[str, Any]] = []
+        end, size = 0, self._size
+        with contextlib.suppress(OSError):
+            for line, _ in _read_lines(self._index_file, 0, _MAX_INDEX_BYTES):
+                part = parse_line(line, INDEX)
+                # the parts of a stranger may overlap, and would be read again and again
+                if part and end + self.PART_BYTES <= part["end"] <= size:
+                    parts.append(part)
+                    end = part["end"]
+        return parts, end
 
     def state(self, *ops: str) -> Iterator[dict[str, Any]]:
-        """Yield all entries of some of the `STATE_OPS`, from the indices where there are some."""
-        assert set(ops) <= set(STATE_OPS)
-        end = 0
-        for segment in find_segments(self.folder):
-            if index := segment.index():
-                yield from (entry for entry in index[1] if entry["op"] in ops)
-            else:
-                yield from (
-                    entry for entry, _ in self.entries(segment.start, *ops, end=segment.end)
-                )
-            end = segment.end
+        """Yield all entries of some of the `STATE_OPS`, from the index as far as there is one."""
+        parts, end = self._parts()
+        yield from (entry for part in parts for entry in part["state"] if entry["op"] in ops)
         yield from (entry for entry, _ in self.entries(end, *ops))
 
     def points(self, first: int, last: int = 2**63) -> Iterator[dict[str, Any]]:
@@ -189,83 +217,27 @@ class Journal:
 
         Of the rest there is one entry for the last of the ``system`` metrics.
         """
-        ops, end = ("metrics", "image"), 0
-        for segment in find_segments(self.folder):
-            steps = (segment.index() or ({},))[0]
-            if steps and (steps["last"] < first or steps["first"] > last):
-                yield {"op": "metrics", "system": True, "step": steps["system_step"], "values": {}}
+        start = 0
+        for part in [*self._parts()[0], {"end": 2**63, "first": first, "last": last}]:
+            if part["last"] < first or part["first"] > last:
+                step = part["samples"] - 1
+                yield {"op": "metrics", "system": True, "step": step, "values": {}}
             else:
-                yield from (
-                    entry for entry, _ in self.entries(segment.start, *ops, end=segment.end)
-                )
-            end = segment.end
-        yield from (entry for entry, _ in self.entries(end, *ops))
-
-    def _lines(self, offset: int, end: int) -> Iterator[Line]:
-        """Yield the lines between two offsets; one file, or a part of the buffer, at a time."""
-        before = -1
-        while before < offset < end:
-            before = offset
-            for line, offset in self._part(offset):  # noqa: B020
-                yield line, offset
-                if offset >= end:
-                    return
-
-    def _part(self, offset: int) -> Iterator[Line]:
-        with self._lock:
-            file, start = self._open_current()
-            size = file.seek(0, os.SEEK_END)
-            begin = self._buffer.rfind(b"\n", 0, max(offset - start - size, 0)) + 1
-            end = self._buffer.find(b"\n", begin + _CHUNK_BYTES) + 1 or len(self._buffer)
-            buffered = bytes(self._buffer[begin:end])
-        with file:
-            if offset < start:
-                segment = next(s for s in find_segments(self.folder) if s.end > offset)
-                yield from segment.lines(offset)
-                return
-            if offset < start + size:
-                yield from read_lines(file, start, offset, start + size)
-        offset = start + size + begin
-        for line in buffered.splitlines(keepends=True):
-            offset += len(line)
-            yield line, offset
-
-    def _open_current(self) -> tuple[IO[bytes], int]:
-        """Return the newest file and the offset of its first byte; an empty file without one."""
-        while True:
-            start = self._closed_bytes
-            file: IO[bytes] = io.BytesIO()
-            with contextlib.suppress(OSError):
-                file = open(open_file(self._file, os.O_RDONLY), "rb")  # noqa: SIM115
-            if self._closed_bytes == start:  # else another process closed the segment meanwhile
-                return file, start
-            file.close()
-
-    @property
-    def _closed_bytes(self) -> int:
-        return max((segment.end for segment in find_segments(self.folder)), default=0)
-
-    @property
-    def _bytes_on_disk(self) -> int:
-        file, start = self._open_current()
-        with file:
-            return start + file.seek(0, os.SEEK_END)
-
-    @property
-    def end(self) -> int:
-        """Byte offset after the newest entry."""
-        with self._lock:
-            return self._bytes_on_disk + len(self._buffer)
+                entries = self.entries(start, "metrics", "image", end=part["end"])
+                yield from (entry for entry, _ in entries)
+            start = part["end"]
 
     # --- upload progress
 
     @property
     def uploads(self) -> dict[str, dict[str, Any]]:
         """The last upload to each store, as `record_upload` wrote it."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            uploads = json.loads(read_text(self.folder / _UPLOADS_FILE))
-            if isinstance(uploads, dict):
-                return {store: upload for store, upload in uploads.items() if _is_upload(upload)}
+        with contextlib.suppress(OSError):
+            text = read_text(self._uploads_file)
+            with contextlib.suppress(ValueError, RecursionError):
+                uploads = json.loads(text)
+                if isinstance(uploads, dict):
+                    return {name: value for name, value in uploads.items() if _is_upload(value)}
         return {}
 
     def record_upload(self, store: str, run_id: str, offset: int, **extra: Any) -> None:
@@ -275,14 +247,14 @@ class Journal:
         """
         self.sync()
         # not more than what is on the disk: another process cannot read the buffer
-        upload = {"run_id": run_id, "offset": min(offset, self._bytes_on_disk), **extra}
-        replace_text(self.folder / _UPLOADS_FILE, json.dumps(self.uploads | {store: upload}))
+        upload = {"run_id": run_id, "offset": min(offset, self._size), **extra}
+        replace_text(self._uploads_file, json.dumps(self.uploads | {store: upload}))
 
     # --- files pending upload
 
     def pending_path(self, name: str) -> Path:
         """Return the path of a pending file; raise `OSError` if a link leads elsewhere."""
-        return confine(self.folder.parent, self.folder / _PENDING_FOLDER / name)
+        return confine(self.folder.parent, self.folder / "files" / name)
 
     def add_file(self, source: Path, name: str, link: bool = False) -> None:
         """Copy a file into the journal until it is uploaded; replaces a file of the same name.
@@ -297,54 +269,47 @@ class Journal:
         temporary = target.with_name(target.name + ".part")
         temporary.unlink(missing_ok=True)
         try:
-            if not (link and _try_link(source, temporary)):
+            with contextlib.suppress(OSError):
+                if link:
+                    os.link(source, temporary)
+            if not temporary.exists():
                 shutil.copyfile(source, temporary)
             with self._lock:
                 temporary.replace(target)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def remove_file(self, name: str, uploaded: os.stat_result | None = None) -> None:
         """Remove a pending file or folder, unless it is newer than the `uploaded` status."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._lock:
             path = self.pending_path(name)
-            removed = path.with_name(path.name + ".gone")
-            with self._lock:
-                current = path.stat()
-                if uploaded is not None and (current.st_ino, current.st_mtime_ns) != (
-                    uploaded.st_ino, uploaded.st_mtime_ns,
-                ):  # fmt: skip
-                    return
-                path.replace(removed)
-            shutil.rmtree(removed) if removed.is_dir() else removed.unlink()
-
-
-def _is_token(text: str) -> bool:
-    return bool(re.fullmatch(r"[0-9a-f]{32}\s*", text))
+            versions = {(s.st_ino, s.st_mtime_ns) for s in (path.stat(), uploaded) if s}
+            if len(versions) == 1:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_upload(upload: Any) -> bool:
-    return (
-        isinstance(upload, dict)
-        and {"run_id", "offset"} <= upload.keys()
-        and isinstance(upload["offset"], int)
-        and isinstance(upload.get("deferred", []), list)
-        and all(isinstance(offset, int) for offset in upload.get("deferred", []))
-        and isinstance(upload.get("system_step_offset", 0), int)
+    if not isinstance(upload, dict) or not isinstance(upload.get("deferred", []), list):
+        return False
+    offsets = [upload.get("offset"), upload.get("system_step_offset", 0)]
+    return "run_id" in upload and all(
+        isinstance(offset, int) for offset in [*offsets, *upload.get("deferred", [])]
     )
 
 
-def _try_link(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError:
-        return False
-    return True
+def _read_lines(path: Path, offset: int, end: int) -> Iterator[_Line]:
+    """Yield the complete lines of a file between two offsets; of longer ones only the end."""
+    with open(open_file(path, os.O_RDONLY), "rb") as file:
+        file.seek(offset)
+        while offset < end and (line := file.readline(_MAX_LINE_BYTES)):
+            offset += len(line)
+            if line.endswith(b"\n"):
+                yield line, offset
+            elif len(line) < _MAX_LINE_BYTES:
+                return  # still being written by another process
 
 
 def find_journals(folder: Path) -> list[Path]:
     """Return the journal folders in a folder and its subfolders, sorted by path."""
-    files = folder.rglob("journal*.jsonl*")
+    files = folder.rglob("journal.jsonl")
     return sorted({file.parent for file in files if file.parent.name == JOURNAL_FOLDER})

@@ -41,7 +41,7 @@ class UploadThread:
                 self._upload_all(final)  # a database may have been locked for a moment
             if final:
                 break
-            self.uploader.journal.compress()
+            self.uploader.journal.update_index()
             interval = min(self.interval_s * 2 ** min(self._failures, 10), self.MAX_INTERVAL_S)
             self._wake.wait(interval)
         self.uploader.close()
