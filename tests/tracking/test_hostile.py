@@ -1,5 +1,6 @@
 """Hostile run folders, working folders and servers: nothing leaves, nothing is overwritten."""
 
+import errno
 import gzip
 import json
 import os
@@ -19,6 +20,7 @@ from mlflow.tracking import MlflowClient
 from tests.helpers.servers import released, respond_with, server
 from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, upload
 from yolo_lightning.cli.main import main
+from yolo_lightning.errors import InputError
 from yolo_lightning.tracking import bounded_http, entry_writer, files
 from yolo_lightning.tracking.journal import RUN_ID_FILE, Journal
 from yolo_lightning.tracking.store import JournalLock, create_client, creation_lock
@@ -283,6 +285,39 @@ def test_links_in_the_journal_folder_are_not_written_through(folder, store, name
     upload_all(run)
     assert (folder / "secret").read_text() == SECRET
     assert points(store) == {("loss", 0): 1}
+
+
+@pytest.mark.parametrize("name", ["mlflow/journal.jsonl", "mlflow/uploaded.json", "mlflow_run_id"])
+def test_a_file_that_cannot_be_read_is_named(folder, store, capsys, name, monkeypatch):
+    """Without it an upload would be incomplete, or go to a second run."""
+    run = logger(folder / "a", store)
+    run.log_metrics({"loss": 1.0}, 0)
+    (folder / "a" / name).touch()
+    os_open = os.open
+
+    def refuse(path: Any, flags: int, *mode: Any) -> int:
+        if str(path).endswith(name) and flags & os.O_ACCMODE == os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert main(["mlflow", "sync", "a"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert f"a/{name}: not readable (Permission denied)" in shown
+    assert points(store) == {}
+
+
+def test_a_token_that_cannot_be_read_is_named(folder, store, capsys, monkeypatch):
+    logger(folder / "a", store).log_metrics({"loss": 1.0}, 0)
+
+    def refuse(path: Path) -> str:
+        raise InputError(f"{path}: not readable (Permission denied)")
+
+    monkeypatch.setattr("yolo_lightning.tracking.journal.read_text", refuse)
+    assert main(["mlflow", "sync", "a"]) == 2
+    assert "a/mlflow/token: not readable" in capsys.readouterr().err
+    assert runs(store) == []
 
 
 def test_a_linked_run_id_file_is_replaced_and_a_linked_token_is_not_sent(folder, store):

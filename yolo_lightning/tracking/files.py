@@ -8,6 +8,8 @@ import os
 import stat
 from pathlib import Path
 
+from yolo_lightning.errors import InputError
+
 MAX_FILE_BYTES = 64 * 2**30  # of a file to upload
 _MAX_TEXT_BYTES = 2**20
 
@@ -17,12 +19,15 @@ def open_file(path: Path, flags: int) -> int:
 
     Raises:
         OSError: it cannot be opened, or is a link, a pipe or a device.
+        InputError: this user may not read it.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "is a link", str(path)) from None
+        if error.errno == errno.EACCES and flags == os.O_RDONLY:  # never skip a part silently
+            raise InputError(f"{path}: not readable ({error.strerror})") from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
