@@ -1,9 +1,9 @@
 """Bounds for the answers of MLflow servers: size, time, no compression, no other host."""
 
-import contextlib
+import http.client
+import io
 import os
-import socket
-import threading
+import time
 from typing import Any
 
 import requests
@@ -15,7 +15,6 @@ MAX_ANSWER_BYTES = 32 * 2**20
 """A page of a thousand runs' metrics is a third of it; as Python objects it may be ten times it."""
 
 _TIME_FACTOR = 3  # of MLFLOW_HTTP_REQUEST_TIMEOUT, which bounds each wait for a part of the answer
-_CHUNK_BYTES = 2**20
 
 
 def bound_answers() -> None:
@@ -31,47 +30,44 @@ def bound_answers() -> None:
         request_utils._cached_get_request_session.cache_clear()
 
 
-class _Deadline(threading.Timer):
-    """Shuts a connection down, which ends a `recv` in another thread."""
+class _BoundedReader(io.RawIOBase):
+    """The bytes of one answer, headers and body."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.limit_s = _TIME_FACTOR * float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") or 20)
-        super().__init__(self.limit_s, self._shut_down, (connection,))
-        self.daemon, self.expired = True, False
-        self.start()
+    def __init__(self, source: Any) -> None:
+        self._source, self.is_bounded, self._size = source, True, 0
+        self._limit_s = _TIME_FACTOR * float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") or 20)
+        self._end = time.monotonic() + self._limit_s
 
-    def _shut_down(self, connection: socket.socket) -> None:
-        self.expired = True
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
+    def readable(self) -> bool:
+        return True
 
+    def readinto(self, buffer: Any) -> int | None:
+        count: int | None = self._source.readinto(buffer)
+        self._size += count or 0
+        if self.is_bounded and self._size > MAX_ANSWER_BYTES:
+            raise OSError(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+        if self.is_bounded and time.monotonic() > self._end:
+            raise OSError(f"the answer took longer than {self._limit_s:g} s")
+        return count
 
-class _BoundedConnection:
-    """A connection with a deadline for the headers and, if its reader cancels it, the body."""
-
-    _deadline: _Deadline | None = None
-
-    def getresponse(self) -> Any:
-        if self._deadline is not None:
-            self._deadline.cancel()  # of an answer that urllib3 has read, to try again
-        self._deadline = deadline = _Deadline(self.sock)  # type: ignore[attr-defined]
-        try:
-            response = super().getresponse()  # type: ignore[misc]
-        except Exception:
-            deadline.cancel()
-            if deadline.expired:
-                raise TimeoutError(f"no answer within {deadline.limit_s:g} s") from None
-            raise
-        response.deadline = deadline
-        return response
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
-class _Connection(_BoundedConnection, HTTPConnection):
-    pass
+class _Response(http.client.HTTPResponse):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.reader = _BoundedReader(self.fp.detach())
+        self.fp = io.BufferedReader(self.reader)
 
 
-class _SecureConnection(_BoundedConnection, HTTPSConnection):
-    pass
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(HTTPSConnection):
+    response_class = _Response
 
 
 class _Pool(HTTPConnectionPool):
@@ -98,37 +94,12 @@ class _BoundedAdapter(request_utils.TCPKeepAliveHTTPAdapter):
     def send(self, request: Any, stream: bool = False, **options: Any) -> requests.Response:
         request.headers["Accept-Encoding"] = "identity"
         response: requests.Response = super().send(request, stream=stream, **options)
-        deadline: _Deadline = response.raw.deadline
-        try:
-            if not stream:
-                response._content = _read(response)
-                response._content_consumed = True
-        except BaseException:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if stream:  # a download of a file
+            response.raw._original_response.reader.is_bounded = False
+        elif encoding != "identity":
             response.close()
-            if not deadline.expired:
-                raise
-        finally:
-            deadline.cancel()
-        if deadline.expired:
-            raise requests.exceptions.ReadTimeout(
-                f"the answer took longer than {deadline.limit_s:g} s"
+            raise requests.exceptions.ContentDecodingError(
+                f"the answer is compressed ({encoding[:40]}), which was not asked for"
             )
         return response
-
-
-def _read(response: requests.Response) -> bytes:
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        raise requests.exceptions.ContentDecodingError(
-            f"the answer is compressed ({encoding[:40]}), which was not asked for"
-        )
-    chunks: list[bytes] = []
-    size = 0
-    while chunk := response.raw.read(_CHUNK_BYTES, decode_content=False):
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > MAX_ANSWER_BYTES:
-            raise requests.exceptions.RequestException(
-                f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB"
-            )
-    return b"".join(chunks)
