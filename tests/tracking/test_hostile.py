@@ -24,7 +24,7 @@ from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking import bounded_http, entry_writer, files
 from yolo_lightning.tracking.journal import RUN_ID_FILE, Journal
-from yolo_lightning.tracking.store import JournalLock, create_client, creation_lock
+from yolo_lightning.tracking.store import create_client, creation_lock, lock
 from yolo_lightning.tracking.uploader import Uploader
 
 pytestmark = pytest.mark.end_to_end
@@ -335,16 +335,12 @@ def test_a_linked_run_id_file_is_replaced_and_a_linked_token_is_not_sent(folder,
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_lock_never_changes_what_stands_at_its_place(folder, kind):
-    for path in (folder / "mlflow.db.lock", folder / "lock"):
-        path.symlink_to(folder / "secret") if kind == "link" else os.mkfifo(path)
-    with (
-        pytest.raises(OSError, match="is a link" if kind == "link" else "not a regular file"),
-        creation_lock(f"sqlite:///{folder}/mlflow.db"),
-    ):
+    file, words = folder / "mlflow.db.lock", "is a link" if kind == "link" else "not a regular file"
+    file.symlink_to(folder / "secret") if kind == "link" else os.mkfifo(file)
+    with pytest.raises(OSError, match=words), creation_lock(f"sqlite:///{folder}/mlflow.db"):
         pytest.fail("locked")
-    lock = JournalLock(folder)
-    lock.acquire()
-    lock.release()
+    with pytest.raises(OSError, match=words):
+        lock(file)
     assert (folder / "secret").read_text() == SECRET
 
 

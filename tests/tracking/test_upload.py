@@ -1,6 +1,7 @@
 """Upload of the journal: one run, no lost and no duplicate points, also after failures."""
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -20,7 +21,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.tracking import entry_writer, upload_thread
 from yolo_lightning.tracking.entry_writer import EntryWriter
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, RUN_ID_FILE, Journal
-from yolo_lightning.tracking.store import JournalLock, StoreUnavailable
+from yolo_lightning.tracking.store import StoreUnavailable, lock, unlock
 from yolo_lightning.tracking.upload_thread import UploadThread
 from yolo_lightning.tracking.uploader import Uploader
 
@@ -469,30 +470,31 @@ def test_only_one_uploader_at_a_time_holds_a_journal(folder, store):
 
 
 def test_a_lock_is_not_inherited_by_forked_workers(folder):
-    import multiprocessing
-
-    lock, context = JournalLock(folder), multiprocessing.get_context("fork")
-    lock.acquire()
-    release, results = context.Event(), context.Queue()
-    worker = context.Process(target=release.wait)
-    worker.start()
-
-    def try_acquire() -> None:
-        JournalLock._locked_folders.clear()  # as in a process that was not forked
+    """A worker may outlive a training that was killed."""
+    reader, writer = os.pipe()
+    if not (training := os.fork()):
         try:
-            JournalLock(folder).acquire()
-            results.put("acquired")
-        except StoreUnavailable:
-            results.put("busy")
+            lock(folder / "lock")
+            if not os.fork():
+                os.close(writer)
+                os.read(reader, 1)  # the worker ends with the test
+        finally:
+            os._exit(0)
+    os.waitpid(training, 0)
+    try:
+        unlock(lock(folder / "lock"))
+    finally:
+        os.close(writer)
 
-    for expected in ("busy", "acquired"):
-        other = context.Process(target=try_acquire)
-        other.start()
-        assert results.get(timeout=20) == expected
-        other.join()
-        lock.release()
-    release.set()
-    worker.join()
+
+def test_a_lock_is_released_for_workers_too(folder):
+    held = lock(folder / "lock")
+    worker = os.dup(held)  # as if forked before the lock is known
+    with pytest.raises(StoreUnavailable):
+        lock(folder / "lock")
+    unlock(held)
+    unlock(lock(folder / "lock"))
+    os.close(worker)
 
 
 def test_sync_fails_while_another_process_is_uploading(folder, store):

@@ -1,13 +1,12 @@
-"""Clients of MLflow tracking stores, creation of SQLite stores, and the lock of a journal."""
+"""Clients of MLflow tracking stores, creation of SQLite stores, and locks."""
 
 import contextlib
 import fcntl
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from mlflow.store.db import utils as db_utils
 from mlflow.tracking import MlflowClient
@@ -25,7 +24,7 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _MAX_MESSAGE_LENGTH = 300
-_creating = threading.Lock()
+_locks: set[int] = set()  # descriptors
 
 
 class StoreUnavailable(Exception):
@@ -39,6 +38,43 @@ def prepare_client() -> None:
     bound_answers()
 
 
+def lock(file: Path, wait: bool = False) -> int:
+    """Lock a file for this thread, if its file system has locks, and return its descriptor.
+
+    Raises:
+        StoreUnavailable: another thread or process has locked it, and `wait` is false.
+        OSError: the file cannot be opened, or is a link, a pipe or a device.
+    """
+    descriptor = open_file(file, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreUnavailable("another process is uploading this journal") from None
+    except OSError:
+        pass
+    _locks.add(descriptor)
+    return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Release a lock of this process."""
+    if descriptor in _locks:
+        _locks.discard(descriptor)
+        with contextlib.suppress(OSError):  # also of a worker that was forked during `lock`
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _close_inherited_locks() -> None:
+    """Leave the locks to the parent: a worker may outlive a parent that was killed."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
 @contextlib.contextmanager
 def creation_lock(uri: str) -> Iterator[None]:
     """Allow one thread of one process at a time to create and migrate a SQLite store."""
@@ -47,14 +83,11 @@ def creation_lock(uri: str) -> Iterator[None]:
         return
     database = Path(uri.removeprefix(SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
-    with _creating:
-        lock = open_file(Path(f"{database}.lock"), os.O_RDWR | os.O_CREAT)
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.lockf(lock, fcntl.LOCK_EX)  # of the process: forked workers do not inherit it
-            yield
-        finally:
-            os.close(lock)
+    descriptor = lock(Path(f"{database}.lock"), wait=True)
+    try:
+        yield
+    finally:
+        unlock(descriptor)
 
 
 def create_client(uri: str) -> MlflowClient:
@@ -101,53 +134,6 @@ class LazyClient:
         if self._client is None:
             self._client = create_client(self._uri)
         return getattr(self._client, name)
-
-
-class JournalLock:
-    """Prevents two processes, or two threads of this one, from uploading the same journal.
-
-    The lock belongs to the process, so forked workers do not inherit it.
-    """
-
-    _locked_folders: ClassVar[set[Path]] = set()
-    _guard = threading.Lock()
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
-        self._descriptor: int | None = None
-        self._acquired = False
-
-    def acquire(self) -> None:
-        """Acquire the lock; raise `StoreUnavailable` if another process or thread holds it."""
-        with self._guard:
-            if self._acquired:
-                return
-            # opening the file of a lock of this process would end it
-            if self._folder in self._locked_folders or not self._lock_file():
-                raise StoreUnavailable("another process is uploading this journal")
-            self._locked_folders.add(self._folder)
-            self._acquired = True
-
-    def _lock_file(self) -> bool:
-        with contextlib.suppress(OSError):  # a full disk, or a file system without locks
-            self._descriptor = open_file(self._folder / "lock", os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                os.close(self._descriptor)
-                self._descriptor = None
-                return False
-        return True
-
-    def release(self) -> None:
-        """Release the lock if this object holds it."""
-        with self._guard:
-            if not self._acquired:
-                return
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-            self._locked_folders.discard(self._folder)
-            self._acquired, self._descriptor = False, None
 
 
 def short_message(error: object) -> str:

@@ -24,10 +24,11 @@ from yolo_lightning.tracking.run_lookup import (
     find_or_create_run,
 )
 from yolo_lightning.tracking.store import (
-    JournalLock,
     StoreUnavailable,
     create_client,
+    lock,
     short_message,
+    unlock,
 )
 from yolo_lightning.tracking.system_metrics import PREFIX as SYSTEM
 
@@ -65,7 +66,7 @@ class Uploader:
         self._reader: Iterator[_Item] | None = None
         self._next: _Item | None = None  # was read, but not uploaded yet
         self._retry_at, self._retry_s = 0.0, self.RETRY_S
-        self._lock = JournalLock(journal.folder)
+        self._lock: int | None = None
         # the last step of each metric that the run had before this journal; None: it had none
         self._earlier_steps: dict[str, int] | None = None
         self._reported_earlier_points = False
@@ -106,8 +107,9 @@ class Uploader:
 
     def close(self) -> None:
         """Release the lock of the journal."""
-        self._lock.release()
-        self.run_id = ""
+        if self._lock is not None:
+            unlock(self._lock)
+        self._lock, self.run_id = None, ""
 
     def _next_entries(self) -> tuple[list[dict[str, Any]], int]:
         """Return entries to upload together, and the offset after them."""
@@ -144,7 +146,9 @@ class Uploader:
     # --- the run
 
     def _connect(self) -> None:
-        self._lock.acquire()
+        if self._lock is None:
+            with contextlib.suppress(OSError):  # a full disk
+                self._lock = lock(self.journal.folder / "lock")
         all_opened = list(self.journal.state("open"))
         if not all_opened:
             raise StoreUnavailable("the journal does not name its run")
