@@ -21,14 +21,22 @@ MAX_NAME = 4_000  # characters of a class's name, with its alternative names
 MAX_LINE = 2_000  # characters of a line in a terminal
 _MAX_COMPARED, _MAX_WORD = 20_000, 100  # of words in a hint, which takes time for each pair
 
-# In a URL, what stands before the @ of the host. A password may contain a slash or a quotation
-# mark, but a host with a port and a path with an @ is no user with a password.
+# In a URL, what stands before the @ of the host. A password may contain a slash, a quotation mark
+# or up to three spaces, but a host with a port and a path with an @ is no user with a password.
 _USER_INFO = re.compile(
-    r"""(?:(?<=://)|(?<=https:/)|(?<=http:/)|(?<=rtsp:/))
+    r"""(?:(?<=://)|(?<=:\\/\\/)|(?<=https:/)|(?<=http:/)|(?<=rtsp:/))
     (?: [^/?#\s"'<>]{0,2000}
-      | (?!\[)[^/?#\s"'@:]{1,500} : (?!\d{1,5}(?:[/?#\s"']|$)) (?:[^\s"'<>]{0,500}|\S{0,500}?)
+      | (?!\[)[^/?#\s"'@:]{1,500} : (?!\d{1,5}(?:[/?#\s"'\\]|$)) (?:[^\s"'<>]{0,500}|\S{0,500}?)
+      | (?!\[)[^/?#\s"'@:]{1,500} : (?!\d{1,5}\b) [^/\s"'@<>]{1,100} (?:\ [^/\s"'@<>]{1,100}){1,3}
     )@""",
     re.VERBOSE,
+)
+# The same without a scheme: the host has a domain, an address, or a port and a path
+_USER_AND_PASSWORD = re.compile(
+    r"""(?<![\w.+/\\:@%~-]) (?!mailto:) [\w.+-]{1,100} : [^\s/\\:@"'<>,;]{1,200} @
+    (?= (?:[\w-]{1,63}\.){1,9}[a-z]{2,20}\b | \d+\.\d+\.\d+\.\d+\b | localhost\b
+      | [\w-]{1,63}:\d{2,5}/ )""",
+    re.VERBOSE | re.IGNORECASE,
 )
 _SECRET_NAME = (
     r"(?:pass(?:word|wd|phrase)|pwd|psw|token|secret|(?:api|access|private|account)[_-]?key"
@@ -64,10 +72,11 @@ class InputError(ValueError):
 def mask_secrets(text: str) -> str:
     """Replace users, passwords, tokens and keys in the URLs of a text, and beside it, by ``***``.
 
-    That is ``scheme://USER:PASSWORD@host``, and ``NAME=VALUE`` or ``NAME: VALUE`` where the name is
-    that of a secret. Other text, such as ``/home/ann@corp``, is unchanged.
+    That is ``scheme://USER:PASSWORD@host``, also without the scheme, and ``NAME=VALUE`` or
+    ``NAME: VALUE`` where the name is that of a secret. Other text, such as ``/home/ann@corp``, is
+    unchanged.
     """
-    text = _USER_INFO.sub("***@", text)
+    text = _USER_AND_PASSWORD.sub("***@", _USER_INFO.sub("***@", text))
     for pattern in (_ASSIGNMENT, _USER, _ENTRY, _HEADER):
         text = pattern.sub(r"\1***", text)
     return text
