@@ -454,9 +454,10 @@ def test_resume_from_an_older_checkpoint_keeps_both_metrics_and_warns(workplace)
     points = {step: (count, rate) for step, count, rate in store.execute(rates)}
     assert [count for count, _ in points.values()] == [1, 1, 1, 1, 2, 2]
     assert points[4][1] > 0.05  # 0.5 instead of 0.02, both divided by 6
-    tags = dict(store.execute("select key, value from tags where key like 'changed%'"))
-    assert tags == {"changed.model.learning_rate": "0.5", "changed.trainer.max_steps": "6",
-                    "changed.model.schedule.total_steps": "6"}  # fmt: skip
+    parameter = "select value from params where key = 'model.learning_rate'"
+    assert store.execute(parameter).fetchone() == ("0.02",)
+    (logged,) = workplace.glob("mlruns/*/*/artifacts/recipe/resumed-2-resolved.yaml")
+    assert yaml.safe_load(logged.read_text())["model"]["init_args"]["learning_rate"] == 0.5
     store.close()
 
 

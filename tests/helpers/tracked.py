@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from yolo_lightning.tracking import (
-    entry_writer,
+    artifacts,
     run_lookup,
     system_metrics,
     upload_thread,
@@ -23,7 +23,7 @@ from yolo_lightning.tracking.upload_thread import UploadThread
 from yolo_lightning.tracking.uploader import Uploader
 
 MODULES_WITH_WARNINGS = (
-    run_lookup, entry_writer, uploader, upload_thread, system_metrics, tracking,
+    run_lookup, artifacts, uploader, upload_thread, system_metrics, tracking,
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def use_fast_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use short intervals and timeouts in upload threads."""
 
     class FastThread(UploadThread):
-        MAX_INTERVAL_S, HANG_TIMEOUT_S = 0.2, 6.0
+        MAX_INTERVAL_S, OUTAGE_TIMEOUT_S = 0.2, 2.0
 
         def __init__(self, uploader: Uploader) -> None:
             super().__init__(uploader, interval_s=0.05)

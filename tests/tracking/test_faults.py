@@ -27,7 +27,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.tracking import system_metrics
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal
 from yolo_lightning.tracking.logger import RunLogger
-from yolo_lightning.tracking.names import KeyMap, valid_key
+from yolo_lightning.tracking.names import valid_key
 from yolo_lightning.tracking.store import short_message
 from yolo_lightning.tracking.system_metrics import SystemMetrics
 
@@ -291,10 +291,9 @@ def test_valid_key_returns_a_name_that_mlflow_accepts(name):
 
 
 def test_different_names_get_different_keys():
-    names = KeyMap()
-    keys = [names.key(name) for name in ("a*b", "a?b", "a_b", "a*b", "x" * 260, "x" * 261)]
-    assert keys[0] == keys[3] == "a_b"
-    assert len({*keys}) == 5
+    names = ["a*b", "a?b", "a_b", "a//b", "a/b", "x" * 260, "x" * 261, ".", "..", "_"]
+    assert len({valid_key(name) for name in names}) == len(names)
+    assert valid_key("a*b") == "a_b-7a83b459"
 
 
 def test_invalid_names_warn_once_and_keep_their_keys_when_resuming(offline_folder, warnings):
@@ -304,16 +303,17 @@ def test_invalid_names_warn_once_and_keep_their_keys_when_resuming(offline_folde
     for step in range(3):
         run.log_metrics({name: float(step) for name in [*unusual, "ü"]}, step)
     assert len(warnings) == len(unusual) + 1
-    assert warnings[1] == "MLflow does not accept the name 'a*b'; logged as 'a_b'"
+    key = valid_key("a*b")
+    assert warnings[1] == f"MLflow does not accept the name 'a*b'; logged as {key!r}"
     resumed = logger(offline_folder / "run", store)
     resumed.log_metrics(dict.fromkeys(reversed(["a_b", *unusual, "ü"]), 3.0), 3)
     upload(offline_folder / "run")
     logged = points(store)
     assert len(logged) == 3 * 7 + 8
     assert set(logged.values()) == {1}
-    rows = query_store(store, "select step from metrics where key = 'a_b' order by step")
+    rows = query_store(store, f"select step from metrics where key = '{key}' order by step")
     assert rows == [(0,), (1,), (2,), (3,)]
-    assert tags(store)["t_g"] == "1"
+    assert tags(store)[valid_key("t*g")] == "1"
 
 
 def test_values_that_are_not_finite_are_logged_and_warn_once(offline_folder, warnings):
@@ -379,10 +379,24 @@ def test_parameters_contain_no_password(offline_folder):
     assert not files_with_the_password(offline_folder)
 
 
-@pytest.mark.parametrize("name", ["", "x" * 501])
-def test_an_invalid_experiment_name_raises(offline_folder, name):
-    with pytest.raises(InputError, match=r"experiment_name has \d+ characters; allowed: 1 to 500"):
+@pytest.mark.parametrize(("name", "words"), [
+    ("", "has 0 characters; allowed: 1 to 500"), ("x" * 501, "has 501 characters"),
+    ("a\x1b[31m", "holds control characters"), ("a\nb", "holds control characters"),
+])  # fmt: skip
+def test_an_invalid_experiment_name_raises(offline_folder, name, words):
+    with pytest.raises(InputError, match=f"experiment_name.* {words}"):
         RunLogger(name)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/../b", "日本" * 200])
+def test_files_of_an_experiment_of_any_name_have_their_own_folder(offline_folder, name):
+    run = RunLogger(name, tracking_uri=fresh_store(offline_folder), system_metrics=False)
+    run.configure_run(offline_folder / "run", "one")
+    (offline_folder / "x.txt").write_text("x")
+    run.log_artifact(offline_folder / "x.txt", "plots")
+    upload(offline_folder / "run")
+    (file,) = offline_folder.rglob("plots/x.txt")
+    assert len(file.relative_to(offline_folder).parts) == 6  # mlruns/NAME/ID/artifacts/plots/x.txt
 
 
 def test_a_long_run_name_is_truncated(offline_folder):
@@ -409,7 +423,7 @@ def test_each_missing_file_warns_once(offline_folder, warnings):
     run.log_metrics({"a": 1.0}, 0)
     upload(offline_folder / "run")
     assert points(store) == {("a", 0): 1}
-    assert warnings[3:] == ["MLflow: skipped 1 files that no longer exist: plots/x.txt"]
+    assert warnings[3:] == ["MLflow: plots/x.txt no longer exists; such files are skipped"]
 
 
 def test_a_full_disk_warns_once_and_loses_no_points(folder, warnings, monkeypatch):

@@ -22,7 +22,7 @@ from tests.helpers.servers import released, respond_with, server
 from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, upload
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking import bounded_http, entry_writer, files
+from yolo_lightning.tracking import artifacts, bounded_http, files
 from yolo_lightning.tracking.journal import RUN_ID_FILE, Journal
 from yolo_lightning.tracking.store import create_client, creation_lock, lock
 from yolo_lightning.tracking.uploader import Uploader
@@ -107,7 +107,7 @@ PLANTED = [
 @pytest.mark.parametrize("plant", PLANTED)
 def test_no_file_outside_of_the_run_folder_is_uploaded(folder, store, warnings, plant, monkeypatch):
     monkeypatch.setattr(
-        entry_writer, "log_model", lambda client, run_id, path, *_: pytest.fail("was logged")
+        artifacts, "log_model", lambda client, run_id, path, *_: pytest.fail("was logged")
     )
     run = logger(folder / "a", store)
     run.log_metrics({"loss": 1.0}, 0)
@@ -151,7 +151,7 @@ def test_a_file_that_is_too_large_is_skipped(folder, store, warnings, monkeypatc
 
 
 def test_images_of_huge_sizes_are_skipped(folder, store, warnings, monkeypatch):
-    monkeypatch.setattr(entry_writer, "_MAX_PIXELS", 99)
+    monkeypatch.setattr(artifacts, "_MAX_PIXELS", 99)
     run = logger(folder / "a", store)
     run.log_image("grid", np.zeros((10, 10, 3), np.uint8), 1)
     upload(folder / "a")
@@ -480,10 +480,10 @@ def test_each_answer_of_a_connection_has_its_own_limits(folder, monkeypatch):
 
 
 def test_a_download_may_be_larger_than_an_answer(folder, monkeypatch):
-    monkeypatch.setattr(bounded_http, "MAX_ANSWER_BYTES", 1000)
+    monkeypatch.setattr(bounded_http, "MAX_ANSWER_BYTES", 100_000)
     bounded_http.bound_answers()
-    with server(respond_with(200, "x" * 20_000)) as port:
+    with server(respond_with(200, "x" * 900_000)) as port:
         host = MlflowHostCreds(f"http://127.0.0.1:{port}")
-        assert len(http_request(host, "/x", "GET", stream=True).content) == 20_000
+        assert len(http_request(host, "/x", "GET", stream=True).content) == 900_000
         with pytest.raises(MlflowException, match="larger"):
             http_request(host, "/x", "GET")

@@ -18,8 +18,9 @@ from tests.helpers.tracked import fresh_store, logger, points, query_store, runs
 from yolo_lightning.cli.commands.mlflow import sync as mlflow_sync
 from yolo_lightning.cli.main import main
 from yolo_lightning.errors import InputError
-from yolo_lightning.tracking import entry_writer, upload_thread
-from yolo_lightning.tracking.entry_writer import EntryWriter
+from yolo_lightning.tracking import artifacts as artifact_module
+from yolo_lightning.tracking import upload_thread
+from yolo_lightning.tracking.artifacts import ArtifactWriter
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, RUN_ID_FILE, Journal
 from yolo_lightning.tracking.store import StoreUnavailable, lock, unlock
 from yolo_lightning.tracking.upload_thread import UploadThread
@@ -217,7 +218,8 @@ def test_upload_to_a_second_store_is_complete_and_keeps_the_first_run(folder, st
         "files in the run folder are uploaded again"
     )
     (warning,) = warnings
-    assert "skipped 1 files that no longer exist: images/" in warning
+    assert "images/" in warning
+    assert "no longer exists; such files are skipped" in warning
     assert (folder / "a" / RUN_ID_FILE).read_text() == home_run
     log_training(folder / "a", store, range(3, 4))
     upload(folder / "a")
@@ -254,6 +256,7 @@ def test_rejected_items_are_skipped_with_a_warning_and_the_others_are_logged(
     bad = {"op": "metrics", "t": 5, "step": 3, "values": {"loss": 0.25, "../up": 1.0, "lr": 0.1}}
     run.journal.append(bad)
     run.journal.append(bad | {"step": 4, "values": {"loss": 0.2, "../up": 2.0, "lr": 0.1}})
+    run.journal.append(bad | {"values": {}})
     run.journal.append({"op": "tags", "values": {"good": "1", "bad*": "2"}})
     run.journal.append({"op": "params", "values": {"fine": "1", "": "2"}})
     upload(folder / "a")
@@ -295,8 +298,8 @@ def test_invalid_lines_are_skipped_with_a_warning(folder, store, warnings):
     upload(folder / "a")
     assert points(store) == expected_points(range(3))
     assert len([text for text in warnings if "unreadable line" in text]) == 1
-    assert len([text for text in warnings if "skipped" in text]) == 4
-    assert any("no longer exist: images/x" in text for text in warnings)
+    assert any("images/x no longer exists" in text for text in warnings)
+    assert len([text for text in warnings if "MLflow: skipped {" in text]) == 2
     assert broken.is_file(), "skipped files are kept"
 
 
@@ -330,7 +333,9 @@ def test_an_existing_run_keeps_its_points_and_gets_new_ones(folder, store):
     assert runs(store) == [run_id]
     assert points(store) == expected_points(range(8))
     system = "select step, value from metrics where key like 'system/%' order by step"
-    assert query_store(store, system) == [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)], "steps continue"
+    samples = query_store(store, system)
+    assert [value for _, value in samples] == [1.0, 2.0, 3.0, 4.0]
+    assert samples[0][0] <= time.time() < samples[0][0] + 600, "steps are seconds"
 
 
 def test_a_long_run_is_not_read_back_when_it_is_adopted(folder, store, monkeypatch):
@@ -376,16 +381,23 @@ def test_an_unknown_run_id_warns_and_creates_a_run(folder, store, warnings, run_
     assert warnings == [f"MLflow run {run_id} does not exist in {store}"]
 
 
-def test_parameters_that_change_when_resuming_become_tags(folder, store):
+def test_parameters_that_change_when_resuming_keep_their_first_value(folder, store, warnings):
+    changed = []
     for rate in ("0.1", "0.2", "0.2", "0.1"):
-        logger(folder / "a", store).log_hyperparams({"model": {"init_args": {"rate": rate}}})
+        run = logger(folder / "a", store)
+        run.log_hyperparams(
+            {"model": {"init_args": {"rate": rate}}, "trainer": {"max_steps": rate}}
+        )
+        changed.append(run._params_changed)
         upload(folder / "a")
-        assert query_store(store, "select key, value from params") == [("model.rate", "0.1")]
-        assert tags(store).get("changed.model.rate", "0.1") == rate
+    params = dict(query_store(store, "select key, value from params"))
+    assert params == {"model.rate": "0.1", "trainer.max_steps": "0.1"}
+    assert changed == [False, True, False, True]
     assert len(runs(store)) == 1
+    assert warnings == []
 
 
-def test_different_parameters_of_an_existing_run_become_tags(folder, store, warnings):
+def test_parameters_of_an_existing_run_keep_their_values(folder, store, warnings):
     logger(folder / "a", store).log_hyperparams({"rate": 0.1, "size": 5})
     upload(folder / "a")
     other = logger(folder / "b", store, run_id=runs(store)[0])
@@ -393,7 +405,6 @@ def test_different_parameters_of_an_existing_run_become_tags(folder, store, warn
     upload(folder / "b")
     params = dict(query_store(store, "select key, value from params"))
     assert params == {"rate": "0.1", "size": "5", "fresh": "1"}
-    assert {k: v for k, v in tags(store).items() if "changed" in k} == {"changed.rate": "0.3"}
     assert warnings == []
 
 
@@ -436,6 +447,11 @@ def test_evaluation_metrics_are_added_to_the_run_once_unless_they_differ(folder,
         time.sleep(0.002)
     assert points(store) == expected_points(range(5)) | {("test/AP", 4): 2}
     assert query_store(store, "select status from runs") == [("FINISHED",)]
+    # a checkpoint that was moved out of its run folder
+    moved = logger(folder / "moved", store, checkpoint_run_id=runs(store)[0], evaluated_step=4)
+    moved.log_metrics({"loss": 1 / 5, "lr": 0.2}, 0)
+    upload(folder / "moved")
+    assert (points(store)["loss", 4], points(store)["lr", 4]) == (1, 2)
     unknown = logger(folder / "b", store, evaluated_step=4)
     unknown.log_metrics({"test/AP": 0.5}, 5)
     with pytest.raises(StoreUnavailable, match="does not exist"):
@@ -443,14 +459,14 @@ def test_evaluation_metrics_are_added_to_the_run_once_unless_they_differ(folder,
     assert len(runs(store)) == 1
 
 
-def test_system_metric_steps_continue_after_resuming(folder, store):
-    for _ in range(2):
-        run = logger(folder / "a", store, system_metrics=True)
-        run.start_training(0)
-        run.finalize()
-        upload(folder / "a")
-    steps = "select distinct step from metrics where key = 'system/cpu_utilization_percentage'"
-    assert query_store(store, steps) == [(0,), (1,)]
+def test_samples_of_system_metrics_have_the_time_as_step(folder, store):
+    run = logger(folder / "a", store)
+    for value in range(3):
+        run._record_system({"system/cpu": value})
+    upload(folder / "a")
+    steps = [step for (step,) in query_store(store, "select step from metrics order by step")]
+    assert len(set(steps)) == 3, "also of samples in one second"
+    assert abs(steps[0] - time.time()) < 600
 
 
 # --- locking
@@ -584,7 +600,7 @@ def test_a_model_is_logged_once_and_its_folder_is_moved(folder, store, monkeypat
     def log_model(client: Any, run_id: str, folder: Path, *arguments: Any) -> None:
         calls.append((sorted(folder.iterdir()), arguments))
 
-    monkeypatch.setattr(entry_writer, "log_model", log_model)
+    monkeypatch.setattr(artifact_module, "log_model", log_model)
     run = logger(folder / "a", store)
     (folder / "model").mkdir()
     (folder / "model/MLmodel").write_text("x")
@@ -629,7 +645,7 @@ def test_a_failing_artifact_store_does_not_delay_metrics(
     assert "it is kept in" in warning
     # the next process knows the deferred files, and that the rest is uploaded
     recorded = json.loads((folder / "a/mlflow/uploaded.json").read_text())[store]
-    assert len(recorded["deferred"]) == 3
+    assert len(recorded["deferred"]) == 4, "where to begin, and the ends of three entries"
     assert recorded["offset"] == run.journal.end
     broken_artifact_store.clear()
     assert upload(folder / "a").deferred == []
@@ -672,14 +688,14 @@ def test_the_thread_retries_deferred_files(
 
 
 def test_a_file_that_always_fails_does_not_block_the_others(folder, store, monkeypatch):
-    original = EntryWriter._file
+    original = ArtifactWriter.write
 
-    def guarded_file(self: EntryWriter, entry: dict[str, Any], path: Path) -> None:
+    def guarded(self: ArtifactWriter, entry: dict[str, Any], may_exist: bool) -> Any:
         if entry["file"].endswith("bad"):
             raise RuntimeError("never")
-        original(self, entry, path)
+        return original(self, entry, may_exist)
 
-    monkeypatch.setattr(EntryWriter, "_file", guarded_file)
+    monkeypatch.setattr(ArtifactWriter, "write", guarded)
     run = logger(folder / "a", store)
     for name in ("bad", "good"):
         (folder / name).write_text(name)
@@ -688,6 +704,27 @@ def test_a_file_that_always_fails_does_not_block_the_others(folder, store, monke
     assert len(upload(folder / "a").deferred) == 2
     assert len(upload(folder / "a").deferred) == 1
     assert artifacts(folder) == ["x/good"]
+
+
+def test_many_deferred_files_are_found_in_one_pass(folder, store, warnings, monkeypatch):
+    run = log_training(folder / "a", store)
+    ends = []
+    for number in range(300):
+        run.journal.append({"op": "file", "t": 1, "file": f"x/{number}", "folder": "x"})
+        ends.append(run.journal.end)
+    upload(folder / "a")
+    run.journal.record_upload(store, runs(store)[0], ends[-1], deferred=[-5, *ends, 7, 2**70])
+    starts, read = [], Journal.entries
+
+    def counted(self: Journal, offset: int = 0, *ops: str, **options: Any) -> Any:
+        starts.append(offset)
+        return read(self, offset, *ops, **options)
+
+    monkeypatch.setattr(Journal, "entries", counted)
+    uploader = upload(folder / "a")
+    assert uploader.deferred == []
+    assert len([start for start in starts if start < ends[0]]) == 2, "the state, and these files"
+    assert warnings == ["MLflow: x/0 no longer exists; such files are skipped"] * 2
 
 
 # --- the thread

@@ -1,12 +1,12 @@
-"""Writes journal entries to an MLflow run."""
+"""Uploads the files of a journal to an MLflow run."""
 
-from collections.abc import Callable, Sequence
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from lightning.pytorch.utilities import rank_zero_info
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
@@ -15,17 +15,12 @@ from PIL import Image
 from yolo_lightning.serving.mlflow_model import log_model
 from yolo_lightning.tracking.files import check_uploadable
 from yolo_lightning.tracking.journal import Journal
-from yolo_lightning.tracking.names import MAX_KEY_LENGTH
 from yolo_lightning.tracking.run_lookup import NOT_FOUND
 from yolo_lightning.tracking.store import StoreUnavailable, short_message
 
-WriteItems = Callable[[Sequence[Any]], Any]  # writes items to the store in one request
+FILE_OPS = ("file", "image", "model", "remove")
+"""Operations that use the artifact store."""
 
-SplitOnError = Callable[[Sequence[Any], WriteItems], None]
-"""Writes items, and leaves out those that the store rejects."""
-
-_MAX_LISTED = 3
-_MAX_UNREADABLE = 20  # warnings
 _MAX_PIXELS = 2**26
 
 
@@ -33,117 +28,58 @@ class InvalidEntry(Exception):
     """An entry that no store could accept; the message gives the reason."""
 
 
-class EntryWriter:
-    """Writes single entries of a journal to a run."""
+class MissingFile(InvalidEntry):
+    """A file that exists neither in the journal nor at its source."""
 
-    FILE_OPS = ("file", "image", "model", "remove")
-    """Operations that use the artifact store."""
+
+class ArtifactWriter:
+    """Uploads single files of a journal, and removes checkpoints of a run."""
 
     def __init__(self, client: MlflowClient, store_uri: str, run: Run, journal: Journal) -> None:
         self._client, self._store_uri, self._run_id = client, store_uri, run.info.run_id
         self._artifact_uri, self._journal = run.info.artifact_uri, journal
-        self.may_exist = True  # after a lost response, the store may have the next entry
-        self._uploaded: list[tuple[str, Any]] = []
-        self._missing: list[str] = []
-        self._unreadable_lines = 0
 
-    def write(self, entry: dict[str, Any], split_on_error: SplitOnError) -> None:
-        """Write one entry; raise `InvalidEntry` if no store could accept it."""
-        op = entry["op"]
-        if op in ("params", "tags"):
-            getattr(self, f"_{op}")(entry["values"], split_on_error)
-        elif op in self.FILE_OPS:
-            self._check_artifact_host()
-            getattr(self, f"_{op}")(entry) if op == "remove" else self._upload(entry)
-        elif op not in ("open", "name"):
-            getattr(self, f"_{op}")(entry)
+    def write(self, entry: dict[str, Any], may_exist: bool) -> os.stat_result | None:
+        """Write one entry; return the status of the uploaded file, None if there is none.
 
-    def write_metrics(self, points: Sequence[Metric]) -> None:
-        """Write points in one request."""
-        self._client.log_batch(self._run_id, metrics=points, synchronous=True)
+        `may_exist` says that an earlier upload of this entry may have had no response.
 
-    def remove_uploaded_files(self) -> None:
-        """Remove files from the journal; call it after the upload is recorded."""
-        for name, status in self._uploaded:
-            self._journal.remove_file(name, status)
-        self._uploaded = []
-
-    def warn_missing_files(self) -> None:
-        """Warn about files that exist neither in the journal nor at their source."""
-        if self._missing:
-            more = " …" if len(self._missing) > _MAX_LISTED else ""
-            listed = ", ".join(self._missing[:_MAX_LISTED]) + more
-            rank_zero_warn(
-                f"MLflow: skipped {len(self._missing)} files that no longer exist: {listed}"
-            )
-        self._missing = []
-
-    def _unreadable(self, entry: dict[str, Any]) -> None:
-        self._unreadable_lines += 1
-        if self._unreadable_lines <= _MAX_UNREADABLE:
-            line = short_message(entry["line"])
-            rank_zero_warn(f"MLflow: skipped an unreadable line in {self._journal.folder}: {line}")
-
-    def _params(self, values: dict[str, str], split_on_error: SplitOnError) -> None:
-        existing = self._client.get_run(self._run_id).data.params
-        params = [Param(key, value) for key, value in values.items() if key not in existing]
-        split_on_error(
-            params,
-            lambda items: self._client.log_batch(self._run_id, params=items, synchronous=True),
-        )
-        changed = {key: value for key, value in values.items() if existing.get(key, value) != value}
-        # parameters are immutable in MLflow
-        tags = {f"changed.{key}"[:MAX_KEY_LENGTH]: value for key, value in changed.items()}
-        self._tags(tags, split_on_error)
-
-    def _tags(self, values: dict[str, str], split_on_error: SplitOnError) -> None:
-        tags = [RunTag(key, value) for key, value in values.items()]
-        split_on_error(
-            tags, lambda items: self._client.log_batch(self._run_id, tags=items, synchronous=True)
-        )
-
-    def _status(self, entry: dict[str, Any]) -> None:
-        if entry["status"] == "RUNNING":
-            self._client.update_run(self._run_id, status="RUNNING")
-        else:
-            self._client.set_terminated(self._run_id, entry["status"], entry["t"])
-
-    def _inputs(self, entry: dict[str, Any]) -> None:
+        Raises:
+            InvalidEntry: no store could accept the file.
+            StoreUnavailable: the run's files belong to another server than the store.
+        """
+        self._check_host()
+        if entry["op"] == "remove":
+            self._remove(entry["path"])
+            return None
         try:
-            inputs = [
-                DatasetInput(
-                    Dataset(**item["dataset"]), [InputTag("mlflow.data.context", item["use"])]
-                )
-                for item in entry["datasets"]
-            ]
-        except (KeyError, TypeError) as error:
-            raise InvalidEntry(f"{type(error).__name__}: {error}") from None
-        self._client.log_inputs(self._run_id, datasets=inputs)
+            path = self._find_file(entry)
+            # a run folder may come from a stranger
+            status = check_uploadable(self._journal.folder.parent, path) if path else None
+        except OSError as error:
+            raise InvalidEntry(f"{entry['file']}: {error.strerror or error}") from None
+        if path is None:
+            return None
+        if entry["op"] == "image":
+            self._log_image(entry, path, may_exist)
+        elif entry["op"] == "model":
+            names = entry["name"], entry["step"], entry.get("registered")
+            log_model(self._client, self._run_id, path, *names)
+        elif path.is_dir():
+            raise InvalidEntry(f"{entry['file']} is a folder")
+        else:
+            self._client.log_artifact(self._run_id, str(path), entry["folder"] or None)
+        return status
 
-    # --- files
-
-    def _check_artifact_host(self) -> None:
+    def _check_host(self) -> None:
         """Check that files go to no other server: MLflow would send it the credentials."""
         target, own = urlsplit(self._artifact_uri), urlsplit(self._store_uri)
         is_server = target.scheme in ("http", "https", "mlflow-artifacts")
         if is_server and target.hostname and target.hostname != own.hostname:
             raise StoreUnavailable(f"the run's files belong to another server, {target.hostname}")
 
-    def _upload(self, entry: dict[str, Any]) -> None:
-        name = entry["file"]
-        try:
-            path = self._find_file(entry)
-            if path is None:
-                return
-            # a run folder may come from a stranger
-            status = check_uploadable(self._journal.folder.parent, path)
-        except OSError as error:
-            raise InvalidEntry(f"{name}: {error.strerror or error}") from None
-        getattr(self, f"_{entry['op']}")(entry, path)
-        self._uploaded.append((name, status))
-
     def _find_file(self, entry: dict[str, Any]) -> Path | None:
-        """Return the file to upload, None if it is missing or a newer one has replaced it."""
+        """Return the file to upload, None if a newer file has replaced it."""
         path = self._journal.pending_path(entry["file"])
         if path.exists():
             return path
@@ -153,22 +89,12 @@ class EntryWriter:
         source = self._journal.folder.parent / str(entry.get("source", ""))
         if entry.get("source") and source.exists():
             return source
-        if not self._is_removed_later(entry["file"]):
-            self._missing.append(entry["file"])
-        return None
+        if "callback" in entry:
+            return None  # a better checkpoint was saved
+        raise MissingFile(f"{entry['file']} no longer exists")
 
-    def _is_removed_later(self, name: str) -> bool:
-        entries = self._journal.state("file", "remove")
-        ops = [e["op"] for e in entries if name in (e.get("file"), e.get("path"))]
-        return ops[-1:] == ["remove"]
-
-    def _file(self, entry: dict[str, Any], path: Path) -> None:
-        if path.is_dir():
-            raise InvalidEntry(f"{entry['file']} is a folder")
-        self._client.log_artifact(self._run_id, str(path), entry["folder"] or None)
-
-    def _image(self, entry: dict[str, Any], path: Path) -> None:
-        if self.may_exist and self._image_exists(entry):
+    def _log_image(self, entry: dict[str, Any], path: Path, may_exist: bool) -> None:
+        if may_exist and self._image_exists(entry):
             return
         try:
             with Image.open(path, formats=["PNG"]) as image:
@@ -191,17 +117,12 @@ class EntryWriter:
             for file in self._client.list_artifacts(self._run_id, "images")
         )
 
-    def _model(self, entry: dict[str, Any], path: Path) -> None:
-        log_model(
-            self._client, self._run_id, path, entry["name"], entry["step"], entry.get("registered")
-        )
-
-    def _remove(self, entry: dict[str, Any]) -> None:
+    def _remove(self, path: str) -> None:
         repository = get_artifact_repository(self._artifact_uri, tracking_uri=self._store_uri)
         try:
-            repository.delete_artifacts(entry["path"])
+            repository.delete_artifacts(path)
         except NotImplementedError:
-            rank_zero_info(f"MLflow: {entry['path']} is kept, this store cannot delete files")
+            rank_zero_info(f"MLflow: {path} is kept, this store cannot delete files")
         except MlflowException as error:
             if error.error_code != NOT_FOUND:
                 raise

@@ -1,5 +1,6 @@
 """`RunLogger`: one MLflow run per training, without lost or duplicate points."""
 
+import contextlib
 import math
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 
-from yolo_lightning.errors import InputError, mask_secrets
+from yolo_lightning.errors import InputError, mask_secrets, require_name
 from yolo_lightning.tracking.journal import JOURNAL_FOLDER, Journal
 from yolo_lightning.tracking.names import (
     MAX_EXPERIMENT_NAME_LENGTH,
@@ -29,11 +30,11 @@ from yolo_lightning.tracking.names import (
     MAX_PARAM_LENGTH,
     MAX_RUN_NAME_LENGTH,
     MAX_TAG_LENGTH,
-    KeyMap,
     absolute_uri,
     flatten_params,
     own_store,
     sanitize_text,
+    valid_key,
 )
 
 # MLflow takes seconds to import, and a wrong recipe should not wait for it
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 
     from yolo_lightning.tracking.system_metrics import SystemMetrics
     from yolo_lightning.tracking.upload_thread import UploadThread
-    from yolo_lightning.tracking.uploader import Uploader
 
-_CHANGED = "changed."
 _DURATION_PARAMS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 """Parameters that only set how long a training lasts."""
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
@@ -100,6 +99,7 @@ class RunLogger(MLFlowLogger):
                 f"experiment_name has {len(experiment_name):,} characters; "
                 f"allowed: 1 to {MAX_EXPERIMENT_NAME_LENGTH}"
             )
+        require_name(experiment_name, "experiment_name")
         self._tracking_uri = absolute_uri(tracking_uri) if tracking_uri else own_store()
         self.store = mask_secrets(self._tracking_uri)
         self._experiment_name, self._run_name = experiment_name, run_name
@@ -110,20 +110,19 @@ class RunLogger(MLFlowLogger):
         self._checkpoint_run_id: str | None = None
         self._running, self._final_status = False, ""
         self._evaluated_step: int | None = None
-        self._evaluated_points: set[tuple[str, str]] | None = None
         self._params_changed = False
         self._folder = Path(folder) if folder else None
         self._journal: Journal | None = None
-        self._uploader: Uploader | None = None
         self._thread: UploadThread | None = None
         self._system_metrics: SystemMetrics | None = None
         self._client: MlflowClient | None = None
-        self._keys = KeyMap()
         self._warned: set[str] = set()
         self._params: dict[str, str] = {}
         self._checkpoints: dict[str, dict[str, int]] = {}
-        self._last_points: dict[str, tuple[int, float]] = {}
-        self._replayed_points: set[tuple[str, int]] = set()
+        self._last_points: dict[str, tuple[int, str]] = {}  # values as text: NaN equals NaN
+        # points that an earlier process of this run has logged: key and step, with the value if
+        # a checkpoint is only evaluated
+        self._logged: set[tuple[str, int] | tuple[str, int, str]] = set()
         self._system_step = 0
 
     # --- the run and its journal
@@ -156,8 +155,8 @@ class RunLogger(MLFlowLogger):
             from yolo_lightning.tracking.upload_thread import UploadThread
             from yolo_lightning.tracking.uploader import Uploader
 
-            self._uploader = Uploader(journal, self._tracking_uri, self._evaluates)
-            self._thread = UploadThread(self._uploader)
+            uploader = Uploader(journal, self._tracking_uri, self._evaluates)
+            self._thread = UploadThread(uploader)
         return journal
 
     def _open_journal(self) -> Journal:
@@ -167,32 +166,28 @@ class RunLogger(MLFlowLogger):
             self._journal = Journal(folder / JOURNAL_FOLDER)
             self._restore_state(self._journal)
             if not (self._evaluates and self._journal.end):
-                self._append_open_entry(self._journal)
+                self._append_open_entry()
         return self._journal
 
-    def _append_open_entry(self, journal: Journal) -> None:
-        is_new = not journal.end
-        journal.append(
-            {
-                "op": "open", "t": _now_ms(), "store": self.store,
-                "experiment": sanitize_text(self._experiment_name),
-                "name": sanitize_text(self._run_name or "run")[:MAX_RUN_NAME_LENGTH],
-                "run_ids": self._requested_run_ids, "checkpoint_run_id": self._checkpoint_run_id,
-                "parent": self._parent, "existing_run_only": self._evaluates,
-            }
-        )  # fmt: skip
+    def _append_open_entry(self) -> None:
+        self._append(
+            "open",
+            store=self.store,
+            experiment=sanitize_text(self._experiment_name),
+            name=sanitize_text(self._run_name or "run")[:MAX_RUN_NAME_LENGTH],
+            run_ids=self._requested_run_ids,
+            checkpoint_run_id=self._checkpoint_run_id,
+            parent=self._parent,
+            existing_run_only=self._evaluates,
+        )
         if self.tags:
             self.set_tags(self.tags)
         if not self._evaluates:
             self._set_running()
-            if is_new:  # else `start_training` first reads the number of earlier samples
-                self._start_system_metrics()
 
     def _set_running(self) -> None:
-        self._append({"op": "status", "t": _now_ms(), "status": "RUNNING"})
+        self._append("status", status="RUNNING")
         self._running, self._final_status = True, ""
-
-    def _start_system_metrics(self) -> None:
         if self._log_system_metrics and self._system_metrics is None:
             from yolo_lightning.tracking.system_metrics import SystemMetrics
 
@@ -200,25 +195,27 @@ class RunLogger(MLFlowLogger):
 
     def _restore_state(self, journal: Journal) -> None:
         """Read what earlier processes of this run logged, except metrics."""
-        for entry in journal.state("params", "tags", "name", "file", "remove"):
+        for entry in journal.state("params", "file", "remove"):
             if entry["op"] == "params":
                 self._params |= entry["values"]
-            elif entry["op"] == "tags":
-                self._params |= _changed_params(entry["values"])
-            elif entry["op"] == "name":
-                self._keys.add(entry["name"], entry["key"])
             elif entry["op"] == "remove":
                 for checkpoints in self._checkpoints.values():
                     checkpoints.pop(Path(entry["path"]).name, None)
             elif "callback" in entry:
                 checkpoints = self._checkpoints.setdefault(str(entry["callback"]), {})
                 checkpoints[Path(entry["file"]).name] = int(entry.get("mtime_ns") or 0)
+        if self._evaluated_step is not None:
+            step = self._evaluated_step
+            self._logged = {
+                (key, step, repr(float(value)))
+                for entry in journal.points(step, step)
+                if entry["step"] == step and not entry.get("system")
+                for key, value in entry.get("values", {}).items()
+            }
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run id; None until the run exists in the store."""
-        if self._uploader is not None and self._uploader.run_id:
-            return self._uploader.run_id
         if self._journal is None:
             return None
         upload = self._journal.uploads.get(self.store, {})
@@ -251,34 +248,32 @@ class RunLogger(MLFlowLogger):
 
         With `replay`, steps that a killed process has already logged are not logged again.
         """
-        self._open_journal()
+        journal = self._open_journal()
         if not self._running:
             self._set_running()
-        self._replayed_points = set()
-        for entry in self.journal.points(step - 1):
-            if entry.get("system"):
-                self._system_step = max(self._system_step, entry["step"] + 1)
-            elif entry["step"] >= step - 1 and not entry.get("evaluation"):
-                keys = entry.get("values") or [_image_key(entry["key"])]
-                self._replayed_points |= {(key, entry["step"]) for key in keys}
-        last = max((logged for _, logged in self._replayed_points), default=0)
-        if not replay or self._params_changed:
-            self._replayed_points = set()
-            if last >= step:
-                self._warn(
-                    f"steps {step} to {last} are trained again with a different result: the run "
-                    "keeps the points of both, the later ones have later timestamps"
-                )
-        self._start_system_metrics()
+        points = {
+            (key, entry["step"])
+            for entry in journal.points(step - 1)
+            if entry["step"] >= step - 1 and not (entry.get("system") or entry.get("evaluation"))
+            for key in entry.get("values") or [_image_key(entry["key"])]
+        }
+        last = max((logged for _, logged in points), default=-1)
+        is_repeated = replay and not self._params_changed
+        self._logged = {*points} if is_repeated else set()
+        if last >= step and not is_repeated:
+            self._warn(
+                f"steps {step} to {last} are trained again with a different result: the run "
+                "keeps the points of both, the later ones have later timestamps"
+            )
 
     def _record_system(self, values: Mapping[str, float]) -> None:
-        entry = {"op": "metrics", "t": _now_ms(), "step": self._system_step, "values": dict(values)}
-        self._append(entry | {"system": True})
-        self._system_step += 1
+        self._system_step = max(int(time.time()), self._system_step + 1)
+        self._append("metrics", step=self._system_step, values=dict(values), system=True)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics; identical points, which Lightning logs at epoch ends, are logged once."""
+        self._open_journal()
         step = int(step or 0) if self._evaluated_step is None else self._evaluated_step
         values: dict[str, float] = {}
         for name, value in metrics.items():
@@ -286,8 +281,12 @@ class RunLogger(MLFlowLogger):
             if number is None:
                 self._warn(f"metric {name} is not a number and is ignored", f"{value!r}"[:100])
                 continue
-            key = self._key(name)
-            if self._is_logged(name, key, step, number):
+            key, point = self._key(name), (step, repr(number))
+            if (
+                {(key, step), (key, *point)} & self._logged
+                or self._last_points.get(key) == point
+                or (self._evaluates and name == "epoch")
+            ):
                 continue
             if not math.isfinite(number):
                 shown = "NaN" if math.isnan(number) else f"{'-' if number < 0 else '+'}1.8e308"
@@ -296,54 +295,28 @@ class RunLogger(MLFlowLogger):
                     f"{number} at step {step}",
                     f"MLflow shows {shown}",
                 )
-            self._last_points[name] = (step, number)
+            self._last_points[key] = point
             values[key] = number
         if values:
-            entry: dict[str, Any] = {
-                "op": "metrics", "t": _now_ms(), "step": step, "values": values
-            }  # fmt: skip
-            self._append(entry | ({"evaluation": True} if self._evaluates else {}))
-
-    def _is_logged(self, name: str, key: str, step: int, number: float) -> bool:
-        if (key, step) in self._replayed_points:
-            return True
-        last = self._last_points.get(name)
-        if last is not None and _is_same_point(last, (step, number)):
-            return True
-        return self._evaluates and (
-            name == "epoch" or (key, repr(number)) in self._points_of_evaluated_step()
-        )
-
-    def _points_of_evaluated_step(self) -> set[tuple[str, str]]:
-        if self._evaluated_points is None:
-            step = self._evaluated_step or 0
-            self._evaluated_points = {
-                (key, repr(float(value)))  # as text, NaN equals NaN
-                for entry in self.journal.points(step, step)
-                if entry["step"] == step and not entry.get("system")
-                for key, value in entry.get("values", {}).items()
-            }
-        return self._evaluated_points
+            extra = {"evaluation": True} if self._evaluates else {}
+            self._append("metrics", step=step, values=values, **extra)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Log parameters once; a value that changes on resume becomes a tag ``changed.NAME``."""
+        """Log parameters once; MLflow keeps the first value if one changes on resume."""
+        self._open_journal()  # reads those of earlier processes
         flat = {
             self._key(name): self._truncate(mask_secrets(value), MAX_PARAM_LENGTH, name)
             for name, value in flatten_params(
                 params if isinstance(params, Mapping) else vars(params)
             ).items()
         }
-        new = {key: value for key, value in flat.items() if key not in self._params}
-        changed = {
-            key: value for key, value in flat.items() if self._params.get(key, value) != value
-        }
+        new = {key: value for key, value in flat.items() if self._params.get(key) != value}
+        changed = new.keys() & self._params.keys() - _DURATION_PARAMS
         if new:
-            self._append({"op": "params", "t": _now_ms(), "values": new})
-        if changed:
-            self.set_tags({f"{_CHANGED}{key}": value for key, value in changed.items()})
-        self._params_changed |= bool(changed.keys() - _DURATION_PARAMS)
-        self._params |= flat
+            self._append("params", values=new)
+        self._params_changed |= bool(changed)
+        self._params |= new
 
     @rank_zero_only
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -352,12 +325,12 @@ class RunLogger(MLFlowLogger):
             self._key(str(name)): self._truncate(str(value), MAX_TAG_LENGTH, str(name))
             for name, value in tags.items()
         }
-        self._append({"op": "tags", "t": _now_ms(), "values": values})
+        self._append("tags", values=values)
 
     @rank_zero_only
     def log_inputs(self, datasets: list[dict[str, Any]]) -> None:
         """Log datasets: ``use``, the context, and ``dataset``, the fields of MLflow's entity."""
-        self._append({"op": "inputs", "t": _now_ms(), "datasets": datasets})
+        self._append("inputs", datasets=datasets)
 
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str) -> None:
@@ -374,34 +347,26 @@ class RunLogger(MLFlowLogger):
             self._log_file(file, folder if subfolder == "." else f"{folder}/{subfolder}", {})
 
     def _log_file(self, path: Path, folder: str, extra: dict[str, Any]) -> None:
-        name = f"{folder}/{path.name}"
-        try:
+        name, run_folder = f"{folder}/{path.name}", self.journal.folder.parent.absolute()
+        if path.absolute().is_relative_to(run_folder):
+            extra = extra | {"source": str(path.absolute().relative_to(run_folder))}
+        with self._warn_on_error(path):
             replaced = self.journal.pending_path(name).exists()
             self.journal.add_file(path, name, link="callback" in extra)
-        except OSError as error:
-            self._warn(f"{path} cannot be logged to MLflow: {error.strerror or error}")
-            return
-        entry = {"op": "file", "t": _now_ms(), "file": name, "folder": folder, "replaced": replaced}
-        run_folder = self.journal.folder.parent.absolute()
-        if path.absolute().is_relative_to(run_folder):
-            entry["source"] = str(path.absolute().relative_to(run_folder))
-        self._append(entry | extra)
+            self._append("file", file=name, folder=folder, replaced=replaced, **extra)
 
     @rank_zero_only
     def log_image(self, name: str, image: NDArray[np.uint8], step: int) -> None:
         """Log an image, uint8 (H, W, 3), RGB; MLflow shows the images of a name over steps."""
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", name)
-        if (_image_key(key), step) in self._replayed_points:
+        if (_image_key(key), step) in self._logged:
             return
         file = f"images/{zlib.crc32(key.encode()):08x}-{step}.png"
-        try:
+        with self._warn_on_error(f"image {name}"):
             path = self.journal.pending_path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-        except OSError as error:
-            self._warn(f"image {name} cannot be logged to MLflow: {error.strerror or error}")
-            return
-        self._append({"op": "image", "t": _now_ms(), "file": file, "key": key, "step": step})
+            self._append("image", file=file, key=key, step=step)
 
     @rank_zero_only
     def log_model(
@@ -409,16 +374,12 @@ class RunLogger(MLFlowLogger):
     ) -> None:
         """Log an MLflow model that `mlflow_model.save_model` wrote; its folder is moved away."""
         file = f"models/{name}-{step}"
-        try:
+        with self._warn_on_error(f"model {folder}"):
             path = self.journal.pending_path(file)
             shutil.rmtree(path, ignore_errors=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(folder, path)
-        except OSError as error:
-            self._warn(f"model {folder} cannot be logged to MLflow: {error.strerror or error}")
-            return
-        entry = {"op": "model", "t": _now_ms(), "file": file, "name": name, "step": step}
-        self._append(entry | {"registered": registered_name})
+            self._append("model", file=file, name=name, step=step, registered=registered_name)
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
@@ -432,7 +393,7 @@ class RunLogger(MLFlowLogger):
         current = {Path(path).name: Path(path) for path in paths if path and Path(path).is_file()}
         for name in logged.keys() - current.keys():
             del logged[name]
-            self._append({"op": "remove", "t": _now_ms(), "path": f"checkpoints/{name}"})
+            self._append("remove", path=f"checkpoints/{name}")
             # at once: during a long outage, pending checkpoints would fill the disk
             self.journal.remove_file(f"checkpoints/{name}")
         for name, path in current.items():
@@ -462,7 +423,7 @@ class RunLogger(MLFlowLogger):
             if self._system_metrics is not None:
                 self._system_metrics.stop()
                 self._system_metrics = None
-            self._append({"op": "status", "t": _now_ms(), "status": final})
+            self._append("status", status=final)
         self.close(_INTERRUPTED_TIMEOUT_S if self._final_status else None)
 
     @rank_zero_only
@@ -478,7 +439,6 @@ class RunLogger(MLFlowLogger):
         try:
             complete = thread.finish(self._flush_timeout_s if timeout_s is None else timeout_s)
         finally:
-            self._uploader = None
             if not complete:
                 folder = shlex.quote(str(self._journal.folder.parent))
                 is_own = self.store == mask_secrets(own_store())
@@ -491,11 +451,18 @@ class RunLogger(MLFlowLogger):
 
     # --- helpers
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, op: str, **fields: Any) -> None:
         journal = self.journal
-        journal.append(entry)
+        journal.append({"op": op, "t": int(time.time() * 1000), **fields})
         if journal.write_error:
             self._warn(f"MLflow journal: {journal.write_error}")
+
+    @contextlib.contextmanager
+    def _warn_on_error(self, source: object) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._warn(f"{source} cannot be logged to MLflow: {error.strerror or error}")
 
     def _warn(self, message: str, *details: str) -> None:
         """Warn once for each message, whatever its details."""
@@ -504,15 +471,11 @@ class RunLogger(MLFlowLogger):
             rank_zero_warn(f"{message} ({'; '.join(details)})" if details else message)
 
     def _key(self, name: str) -> str:
-        """Return a key that MLflow accepts; the journal records it if it differs from the name."""
-        self._open_journal()
-        key = self._keys.key(name)
-        if key != name and f"name {name}" not in self._warned:
-            self._warned.add(f"name {name}")
+        key = valid_key(name)
+        if key != name:
             self._warn(
                 f"MLflow does not accept the name {name[:MAX_KEY_LENGTH]!r}; logged as {key!r}"
             )
-            self._append({"op": "name", "name": name, "key": key})
         return key
 
     def _truncate(self, text: str, max_length: int, name: str) -> str:
@@ -535,10 +498,6 @@ def _image_key(key: str) -> str:
     return f"images/{key}"
 
 
-def _changed_params(tags: Mapping[str, str]) -> dict[str, str]:
-    return {k.removeprefix(_CHANGED): v for k, v in tags.items() if k.startswith(_CHANGED)}
-
-
 def _to_float(value: Any) -> float | None:
     """Return a metric's value, None if it is not a number."""
     if isinstance(value, str):
@@ -547,12 +506,3 @@ def _to_float(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
-
-
-def _is_same_point(first: tuple[int, float], second: tuple[int, float]) -> bool:
-    equal = first[1] == second[1] or (math.isnan(first[1]) and math.isnan(second[1]))
-    return first[0] == second[0] and equal
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

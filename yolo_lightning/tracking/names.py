@@ -35,37 +35,16 @@ def valid_run_id(value: object) -> str | None:
     return str(value) if is_valid else None
 
 
-class KeyMap:
-    """Maps names to keys that MLflow accepts: always the same key, and no key for two names."""
-
-    def __init__(self) -> None:
-        self._keys: dict[str, str] = {}
-        self._names: dict[str, str] = {}
-
-    def key(self, name: str) -> str:
-        """Return the key of a name."""
-        if name not in self._keys:
-            key = valid_key(name)
-            if self._names.get(key, name) != name:
-                key = _with_checksum(key, name)
-            self.add(name, key)
-        return self._keys[name]
-
-    def add(self, name: str, key: str) -> None:
-        """Add a pair that an earlier process has used."""
-        self._keys[name] = key
-        self._names[key] = name
-
-
 def valid_key(name: str) -> str:
-    """Replace what MLflow rejects: keys are relative paths of letters, digits and ``_-. :/``."""
+    """Return a key that MLflow accepts: a relative path of letters, digits and ``_-. :/``.
+
+    Where characters are replaced, a checksum of the name follows: no two names have one key.
+    """
     parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
     key = posixpath.join(*(part if part.strip(".") else "_" for part in parts))
     key = f"_{key}" if key.startswith("..") else key
-    return _with_checksum(key, name) if len(key) > MAX_KEY_LENGTH else key
-
-
-def _with_checksum(key: str, name: str) -> str:
+    if key == name and len(key) <= MAX_KEY_LENGTH:
+        return key
     return f"{key[: MAX_KEY_LENGTH - 9]}-{zlib.crc32(name.encode(errors='replace')):08x}"
 
 
@@ -94,9 +73,7 @@ def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str
 def _by_class_name(components: list[Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for number, component in enumerate(components):
-        path = str(number)
-        if isinstance(component, dict):
-            path = component.get("class_path", path)
-        name = path.rpartition(".")[2]
+        path = component.get("class_path", "") if isinstance(component, dict) else ""
+        name = path.rpartition(".")[2] or str(number)
         named[name if name not in named else f"{name}-{number}"] = component
     return named

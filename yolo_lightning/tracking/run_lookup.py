@@ -55,18 +55,19 @@ def check_active(client: MlflowClient, run: Run) -> None:
     """Raise `StoreUnavailable`, with the command that restores it, if a run is deleted."""
     if run.info.lifecycle_stage == "deleted":
         _check_experiment(client.get_experiment(run.info.experiment_id))
-        run_id = run.info.run_id
-        raise StoreUnavailable(
-            f"run {run_id} is deleted; restore it with `mlflow runs restore --run-id {run_id}`"
-        )
+        command = f"mlflow runs restore --run-id {run.info.run_id}"
+        raise StoreUnavailable(f"run {run.info.run_id} is deleted; restore it with `{command}`")
 
 
-def _check_experiment(experiment: Any) -> None:
+def _check_experiment(experiment: Any) -> str:
+    """Return the id of an experiment; raise `StoreUnavailable` if it is deleted."""
     if experiment.lifecycle_stage == "deleted":
-        raise StoreUnavailable(
-            f"experiment {experiment.name!r} is deleted; restore it with `mlflow experiments "
-            f"restore --experiment-id {experiment.experiment_id}`"
-        )
+        command = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        name = experiment.name
+        raise StoreUnavailable(f"experiment {name!r} is deleted; restore it with `{command}`")
+    if not experiment.experiment_id:
+        raise StoreUnavailable("the response contains no experiment id")
+    return str(experiment.experiment_id)
 
 
 def _run_by_id(client: MlflowClient, run_ids: Iterable[Any]) -> Run | None:
@@ -96,10 +97,7 @@ def _get_or_create_experiment(client: MlflowClient, name: str) -> str:
             experiment = client.get_experiment_by_name(name)
             if error.error_code != _ALREADY_EXISTS or experiment is None:
                 raise
-    _check_experiment(experiment)
-    if not experiment.experiment_id:
-        raise StoreUnavailable("the response contains no experiment id")
-    return str(experiment.experiment_id)
+    return _check_experiment(experiment)
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
@@ -108,7 +106,8 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
         return None
     # MLflow's default depends on the working folder of the process that creates the experiment
     folder = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns"
-    return (folder / quote(experiment, safe=" ")).as_posix()
+    name = quote(experiment, safe=" ")[:200]  # no file system has names longer than 255
+    return (folder / (name if name.strip(".") else f"_{name}")).as_posix()
 
 
 def _create_run(
@@ -129,9 +128,9 @@ def _get_or_create_parent(client: MlflowClient, experiment_id: str, name: str) -
     if runs:
         return str(runs[0].info.run_id)
     tags = _with_context_tags({SWEEP_TAG: sweep, MLFLOW_RUN_NAME: name})
-    parent = client.create_run(experiment_id, tags=tags)
-    client.set_terminated(parent.info.run_id)
-    return str(parent.info.run_id)
+    run_id = str(client.create_run(experiment_id, tags=tags).info.run_id)
+    client.set_terminated(run_id)
+    return run_id
 
 
 def _with_context_tags(tags: dict[str, str]) -> dict[str, str]:

@@ -2,17 +2,17 @@
 
 import contextlib
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from mlflow.entities import Metric, Run
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from yolo_lightning.errors import mask_secrets
-from yolo_lightning.tracking.entry_writer import EntryWriter, InvalidEntry
+from yolo_lightning.tracking.artifacts import FILE_OPS, ArtifactWriter, InvalidEntry, MissingFile
 from yolo_lightning.tracking.files import read_text, replace_text
 from yolo_lightning.tracking.journal import RUN_ID_FILE, Journal
 from yolo_lightning.tracking.names import own_store
@@ -30,13 +30,12 @@ from yolo_lightning.tracking.store import (
     short_message,
     unlock,
 )
-from yolo_lightning.tracking.system_metrics import PREFIX as SYSTEM
 
 _MAX_POINTS = 1000  # in a request, MLflow's limit
-_MAX_FAILED_RETRIES = 3  # in one pass over the deferred entries
-_MAX_RETRY_S = 600.0
+_MAX_FAILED_FILES = 3  # until the next retry
+_MAX_WARNINGS = 20  # a journal may come from a stranger
 
-_Item = tuple[dict[str, Any], int]  # an entry and the offset after it
+_Entry = dict[str, Any]
 
 
 class Uploader:
@@ -54,24 +53,24 @@ class Uploader:
     """
 
     RETRY_S = 60.0
+    """Delay before files are tried again that the artifact store did not accept."""
 
     def __init__(
         self, journal: Journal, store_uri: str | None = None, existing_run_only: bool = False
     ) -> None:
         self.journal, self.store_uri, self.run_id = journal, store_uri or own_store(), ""
-        self._existing_run_only = existing_run_only
-        # file entries that the artifact store rejected, each with its offset in the journal
-        self.deferred: list[tuple[int, dict[str, Any]]] = []
+        self._store, self._existing_run_only = mask_secrets(self.store_uri), existing_run_only
+        # files that the artifact store did not accept, each with the offset after its entry
+        self.deferred: list[tuple[int, _Entry]] = []
+        self._deferred_start = self._failed_files = 0
+        self._retry_at = 0.0
         self._offset = 0
-        self._reader: Iterator[_Item] | None = None
-        self._next: _Item | None = None  # was read, but not uploaded yet
-        self._retry_at, self._retry_s = 0.0, self.RETRY_S
+        self._batches: Iterator[tuple[list[_Entry], int]] | None = None
+        self._may_exist = True  # after a lost response, the store may have the next entry
         self._lock: int | None = None
-        # the last step of each metric that the run had before this journal; None: it had none
-        self._earlier_steps: dict[str, int] | None = None
-        self._reported_earlier_points = False
-        self._system_step_offset = 0
-        self._rejected: set[str] = set()
+        # the last step and value of each metric that the run had before this journal
+        self._earlier: dict[str, tuple[int, float]] = {}
+        self._warned: set[str] = set()
 
     def upload_next(self) -> bool:
         """Upload the next entries; return whether there were any.
@@ -83,17 +82,18 @@ class Uploader:
             if not self.journal.end:
                 return False
             self._connect()
-        entries, end = self._next_entries()
+        if self._batches is None:
+            self._batches = self._read_batches()
+        entries, end = next(self._batches, ([], 0))
         if not entries:
-            self._writer.warn_missing_files()
+            self._batches = None  # the next one finds what is logged meanwhile
             return self._retry_deferred()
         try:
-            self._upload(entries)
+            self._upload(entries, end)
         except Exception:
-            self._writer.may_exist, self._reader, self._next = True, None, None
+            self._may_exist, self._batches = True, None
             raise
-        self._offset, self._writer.may_exist = end, False
-        self._record_progress()
+        self._may_exist = False
         return True
 
     def retry_now(self) -> None:
@@ -111,41 +111,10 @@ class Uploader:
             unlock(self._lock)
         self._lock, self.run_id = None, ""
 
-    def _next_entries(self) -> tuple[list[dict[str, Any]], int]:
-        """Return entries to upload together, and the offset after them."""
-        if self._reader is None:
-            if self.journal.end < self._offset:
-                self._offset = 0  # the journal was deleted
-            self._reader, self._next = self.journal.entries(self._offset), None
-        entries: list[dict[str, Any]] = []
-        end, points = self._offset, 0
-        while item := self._next or next(self._reader, None):
-            self._next = item
-            is_metrics = item[0]["op"] == "metrics"
-            points += len(item[0]["values"]) if is_metrics else 0
-            if entries and (not is_metrics or points > _MAX_POINTS):
-                return entries, end
-            entries.append(item[0])
-            end, self._next = item[1], None
-            if not is_metrics:
-                return entries, end
-        self._reader = None  # the next one finds what is logged meanwhile
-        return entries, end
-
-    def _record_progress(self) -> None:
-        with contextlib.suppress(OSError):  # entries that are uploaded again are not duplicated
-            self.journal.record_upload(
-                mask_secrets(self.store_uri),
-                self.run_id,
-                self._offset,
-                deferred=[offset for offset, _ in self.deferred],
-                system_step_offset=self._system_step_offset,
-            )
-        self._writer.remove_uploaded_files()
-
     # --- the run
 
     def _connect(self) -> None:
+        """Find or create the run, and restore the state after the last recorded upload to it."""
         if self._lock is None:
             with contextlib.suppress(OSError):  # a full disk
                 self._lock = lock(self.journal.folder / "lock")
@@ -155,110 +124,41 @@ class Uploader:
         # an evaluation, such as `validate`, creates no run if a training has not done so yet
         trainings = [entry for entry in all_opened if not entry["existing_run_only"]]
         opened = (trainings or all_opened)[-1]
+        opened["existing_run_only"] |= self._existing_run_only
         self._client = create_client(self.store_uri)
-        store = mask_secrets(self.store_uri)
-        upload = self.journal.uploads.get(store, {})
+        upload = self.journal.uploads.get(self._store, {})
         run_ids = [upload.get("run_id")]
         run_id_file = self.journal.folder.parent / RUN_ID_FILE
-        is_own_store = store == opened["store"]
+        is_own_store = self._store == opened["store"]
         if is_own_store:  # the other ids are of this store
             with contextlib.suppress(OSError):
                 run_ids.append(read_text(run_id_file).strip())
             run_ids = [*opened["run_ids"], *run_ids, opened.get("checkpoint_run_id")]
-        opened["existing_run_only"] |= self._existing_run_only
         run = find_or_create_run(self._client, opened, run_ids, self.journal.token)
-        self._continue_run(run, upload if run.info.run_id == upload.get("run_id") else {})
+        self._restore(upload if run.info.run_id == upload.get("run_id") else {})
+        self._earlier = {}
+        if run.data.tags.get(TOKEN_TAG) != self.journal.token:
+            self._earlier = {m.key: (m.step, m.value) for m in run.data._metric_objs}
+        self._files = ArtifactWriter(self._client, self.store_uri, run, self.journal)
+        self.run_id = run.info.run_id
+        self._record_progress()
         if is_own_store:
             with contextlib.suppress(OSError):
                 replace_text(run_id_file, self.run_id)
 
-    def _continue_run(self, run: Run, upload: dict[str, Any]) -> None:
-        """Restore the state after the last recorded upload to this run, empty for the first."""
-        steps: dict[str, int] | None = None
-        if run.data.tags.get(TOKEN_TAG) != self.journal.token:
-            steps = {metric.key: metric.step for metric in run.data._metric_objs}
-        self._earlier_steps, self._offset = steps, upload.get("offset", 0)
-        self._reader, self.deferred = None, []
-        for offset in upload.get("deferred", []):
-            first = islice(self.journal.entries(offset), 1)
-            self.deferred += [(offset, e) for e, _ in first if e["op"] in EntryWriter.FILE_OPS]
-        system = (step for key, step in (steps or {}).items() if key.startswith(SYSTEM))
-        self._system_step_offset = upload.get("system_step_offset", 1 + max(system, default=-1))
-        self._writer = EntryWriter(self._client, self.store_uri, run, self.journal)
-        self.run_id = run.info.run_id
-        self._record_progress()
+    def _restore(self, upload: dict[str, Any]) -> None:
+        """Restore what `_record_progress` wrote; `upload` is empty for a new run."""
+        self._offset, self._batches, self.deferred = upload.get("offset", 0), None, []
+        if deferred := upload.get("deferred"):
+            self._deferred_start, ends = max(deferred[0], 0), set(deferred[1:])
+            entries = self.journal.entries(self._deferred_start, *FILE_OPS, end=self._offset)
+            self.deferred = [(end, entry) for entry, end in entries if end in ends]
 
-    # --- entries
-
-    def _upload(self, entries: list[dict[str, Any]]) -> None:
-        if entries[0]["op"] == "metrics":
-            points = [point for entry in entries for point in self._new_points(entry)]
-            for start in range(0, len(points), _MAX_POINTS):
-                self._split_on_error(
-                    points[start : start + _MAX_POINTS], self._writer.write_metrics
-                )
-        elif entries[0]["op"] in EntryWriter.FILE_OPS:
-            self._upload_file(entries[0])
-        else:
-            self._write(entries[0])
-
-    def _new_points(self, entry: dict[str, Any]) -> Iterator[Metric]:
-        """Yield the points of an entry that the run did not have before this journal."""
-        step = entry["step"] + (self._system_step_offset if entry.get("system") else 0)
-        for key, value in entry["values"].items():
-            earlier = None if entry.get("system") else (self._earlier_steps or {}).get(key)
-            if earlier is None or step > earlier:
-                is_new = True
-            elif entry.get("evaluation"):
-                history = self._client.get_metric_history(self.run_id, key)
-                is_new = not any((p.step, p.value) == (step, float(value)) for p in history)
-            else:
-                is_new = False
-                self._report_earlier_points(earlier)
-            if is_new:
-                yield Metric(key, float(value), entry["t"], step)
-
-    def _report_earlier_points(self, last_step: int) -> None:
-        if not self._reported_earlier_points:
-            self._reported_earlier_points = True
-            rank_zero_info(
-                f"MLflow run {self.run_id} already has points up to step {last_step}; they are not "
-                "logged again"
-            )
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        """Write one entry; skip it with a warning if it is invalid or rejected."""
-        try:
-            self._split_on_error(
-                [entry], lambda items: self._writer.write(items[0], self._split_on_error)
-            )
-        except InvalidEntry as error:
-            rank_zero_warn(f"MLflow: skipped {short_message(json.dumps(entry))} ({error})")
-
-    def _split_on_error(self, items: Sequence[Any], write: Callable[[Sequence[Any]], Any]) -> None:
-        """Write items; skip those that the store rejects, found by bisection, with a warning."""
-        if not items:
-            return
-        try:
-            write(items)
-        except MlflowException as error:
-            if error.error_code in (NOT_FOUND, INVALID_VALUE):
-                self._check_run()
-            if error.error_code != INVALID_VALUE:
-                raise
-            if len(items) == 1:
-                self._warn_rejected(items[0], error)
-                return
-            half = len(items) // 2
-            self._split_on_error(items[:half], write)
-            self._split_on_error(items[half:], write)
-
-    def _warn_rejected(self, item: Any, error: MlflowException) -> None:
-        name = str(getattr(item, "key", item))
-        if name not in self._rejected:
-            self._rejected.add(name)
-            text = f"{name}={item.value}" if hasattr(item, "value") else json.dumps(item)
-            rank_zero_warn(f"MLflow rejects {short_message(text)}: {short_message(error)}")
+    def _record_progress(self) -> None:
+        ends = [end for end, _ in self.deferred]
+        deferred = [self._deferred_start, *ends] if ends else []
+        with contextlib.suppress(OSError):  # entries that are uploaded again are not duplicated
+            self.journal.record_upload(self._store, self.run_id, self._offset, deferred=deferred)
 
     def _check_run(self) -> None:
         """Raise if the run is deleted; if it does not exist, search for it again next time."""
@@ -270,51 +170,172 @@ class Uploader:
             raise
         check_active(self._client, run)
 
+    # --- entries
+
+    def _read_batches(self) -> Iterator[tuple[list[_Entry], int]]:
+        """Yield what is not uploaded: metrics together, others alone; and the offset after it."""
+        if self.journal.end < self._offset:
+            self._offset = 0  # the journal was deleted
+        batch: list[_Entry] = []
+        points, batch_end = 0, self._offset
+        for entry, end in self.journal.entries(self._offset):
+            is_metrics = entry["op"] == "metrics"
+            new_points = max(len(entry["values"]), 1) if is_metrics else _MAX_POINTS
+            if batch and points + new_points > _MAX_POINTS:
+                yield batch, batch_end
+                batch, points = [], 0
+            batch.append(entry)
+            points, batch_end = points + new_points, end
+        if batch:
+            yield batch, batch_end
+
+    def _upload(self, entries: list[_Entry], end: int) -> None:
+        uploaded: Any = None
+        if entries[0]["op"] == "metrics":
+            self._log("metrics", [p for entry in entries for p in self._new_points(entry)])
+        elif entries[0]["op"] in FILE_OPS:
+            uploaded = self._upload_or_defer(entries[0], end)
+        else:
+            self._write(entries[0])
+        self._offset = end
+        self._record_progress()
+        if uploaded:  # once it is recorded
+            self.journal.remove_file(entries[0]["file"], uploaded)
+
+    def _new_points(self, entry: _Entry) -> Iterator[Metric]:
+        """Yield the points of an entry, but no step twice that the run had before this journal."""
+        step, is_evaluation = entry["step"], entry.get("evaluation")
+        for key, value in entry["values"].items():
+            earlier_step, earlier_value = self._earlier.get(key, (-math.inf, 0.0))
+            is_other = is_evaluation and (step, value) != (earlier_step, earlier_value)
+            if step > earlier_step or is_other or entry.get("system"):
+                yield Metric(key, float(value), entry["t"], step)
+            elif not is_evaluation:
+                self._warn_once(
+                    "earlier points",
+                    f"MLflow run {self.run_id} already has points up to step {earlier_step}; they "
+                    "are not logged again",
+                )
+
+    def _log(self, kind: str, items: Sequence[Any]) -> None:
+        """Log metrics, params or tags; leave out those that the store rejects, by bisection."""
+        if not items:
+            return
+        try:
+            self._client.log_batch(self.run_id, **{kind: items}, synchronous=True)
+        except MlflowException as error:
+            self._raise_unless_rejected(error)
+            if len(items) > 1:
+                half = len(items) // 2
+                self._log(kind, items[:half])
+                self._log(kind, items[half:])
+            else:
+                text = short_message(f"{items[0].key}={items[0].value}")
+                message = f"MLflow rejects {text}: {short_message(error)}"
+                self._warn_once(f"{kind} {items[0].key}", message)
+
+    def _raise_unless_rejected(self, error: MlflowException) -> None:
+        if error.error_code in (NOT_FOUND, INVALID_VALUE):
+            self._check_run()
+        if error.error_code != INVALID_VALUE:
+            raise error
+
+    def _write(self, entry: _Entry) -> Any:
+        """Write one entry; skip it with a warning if it is invalid or rejected."""
+        try:
+            if entry["op"] in FILE_OPS:
+                return self._files.write(entry, self._may_exist)
+            if write := getattr(self, f"_write_{entry['op']}", None):
+                write(entry)
+        except MissingFile as error:
+            self._warn_once("missing", f"MLflow: {error}; such files are skipped")
+        except InvalidEntry as error:
+            text = short_message(json.dumps(entry))
+            self._warn_once(text, f"MLflow: skipped {text} ({error})")
+        except MlflowException as error:
+            self._raise_unless_rejected(error)
+            text = short_message(json.dumps(entry))
+            self._warn_once(text, f"MLflow rejects {text}: {short_message(error)}")
+        return None
+
+    def _write_params(self, entry: _Entry) -> None:
+        existing = self._client.get_run(self.run_id).data.params  # MLflow does not change them
+        new = {key: value for key, value in entry["values"].items() if key not in existing}
+        self._log("params", [Param(key, value) for key, value in new.items()])
+
+    def _write_tags(self, entry: _Entry) -> None:
+        self._log("tags", [RunTag(key, value) for key, value in entry["values"].items()])
+
+    def _write_status(self, entry: _Entry) -> None:
+        if entry["status"] == "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+        else:
+            self._client.set_terminated(self.run_id, entry["status"], entry["t"])
+
+    def _write_inputs(self, entry: _Entry) -> None:
+        try:
+            inputs = [
+                DatasetInput(
+                    Dataset(**item["dataset"]), [InputTag("mlflow.data.context", item["use"])]
+                )
+                for item in entry["datasets"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise InvalidEntry(f"{type(error).__name__}: {error}") from None
+        self._client.log_inputs(self.run_id, datasets=inputs)
+
+    def _write_unreadable(self, entry: _Entry) -> None:
+        count = entry.get("count", 1)
+        lines = "an unreadable line" if count == 1 else f"{count:,} unreadable lines"
+        line = short_message(entry["line"])
+        self._warn_once(line, f"MLflow: skipped {lines} in {self.journal.folder}: {line}")
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        """Warn once for each kind, at most 20 times."""
+        if kind not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add(kind)
+            last = len(self._warned) == _MAX_WARNINGS
+            rank_zero_warn(f"{message}; further entries are skipped silently" if last else message)
+
     # --- files: the artifact store may fail while the tracking store works
 
-    def _upload_file(self, entry: dict[str, Any]) -> None:
+    def _upload_or_defer(self, entry: _Entry, end: int) -> Any:
         if entry["op"] == "remove":
             removed = entry["path"]
             self.deferred = [item for item in self.deferred if item[1].get("file") != removed]
         if not self.deferred:
             try:
-                self._write(entry)
-                return
+                return self._write(entry)
             except Exception as error:
                 self._check_run()
-                self._warn_deferred(entry, error)
-        self.deferred.append((self._offset, entry))
-
-    def _warn_deferred(self, entry: dict[str, Any], error: Exception) -> None:
-        self._retry_s = self.RETRY_S
-        self._retry_at = time.monotonic() + self._retry_s
-        rank_zero_warn(
-            f"MLflow at {mask_secrets(self.store_uri)} cannot store the file "
-            f"{entry.get('file') or entry.get('path')} ({short_message(error)}); it is kept in "
-            f"{self.journal.folder} and uploaded later, training continues"
-        )
+                self._deferred_start, self._retry_at = self._offset, time.monotonic() + self.RETRY_S
+                rank_zero_warn(
+                    f"MLflow at {self._store} cannot store the file "
+                    f"{entry.get('file') or entry.get('path')} ({short_message(error)}); it is "
+                    f"kept in {self.journal.folder} and uploaded later, training continues"
+                )
+        self.deferred.append((end, entry))
+        return None
 
     def _retry_deferred(self) -> bool:
-        """Retry the deferred entries if their delay has passed; return whether one succeeded."""
+        """Retry one deferred entry, after a delay if some have failed; return whether it did."""
         if not self.deferred or time.monotonic() < self._retry_at:
             return False
-        waiting, before = list(self.deferred), len(self.deferred)
-        failed: list[tuple[int, dict[str, Any]]] = []
-        self._writer.may_exist = True
+        end, entry = self.deferred.pop(0)
+        self._may_exist = True
         try:
-            while waiting and len(failed) < _MAX_FAILED_RETRIES:
-                try:
-                    self._write(waiting[0][1])
-                except Exception:
-                    self._check_run()
-                    failed.append(waiting[0])
-                waiting.pop(0)
-        finally:
-            self.deferred = [*waiting, *failed]  # the others are tried first next time
-            succeeded = len(self.deferred) < before
-            self._retry_s = self.RETRY_S if succeeded else min(2 * self._retry_s, _MAX_RETRY_S)
-            self._retry_at = time.monotonic() + self._retry_s
-        self._record_progress()
+            uploaded = self._write(entry)
+        except Exception:
+            self.deferred.append((end, entry))  # the others are tried first
+            self._check_run()
+            self._failed_files += 1
+            if self._failed_files >= min(len(self.deferred), _MAX_FAILED_FILES):
+                self._failed_files, self._retry_at = 0, time.monotonic() + self.RETRY_S
+            return True
+        if uploaded or not self.deferred:
+            self._record_progress()
+        if uploaded:
+            self.journal.remove_file(entry["file"], uploaded)
         if not self.deferred:
             rank_zero_info("MLflow stores files again; all deferred files are uploaded")
-        return succeeded
+        return True

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from yolo_lightning.errors import InputError, mask_secrets, require_folder
 from yolo_lightning.tracking.names import absolute_uri, own_store
@@ -51,18 +50,22 @@ def _sync(folder: Path, requested_store: str | None) -> str:
 
     store = absolute_uri(requested_store) if requested_store else own_store()
     uploader = Uploader(Journal(folder), store)
+    state = "was complete"
     try:
         if not uploader.journal.end:
-            raise InputError("the journal is empty or cannot be read")
-        if not requested_store:
-            _check_store(uploader.journal.state("open"), store)
-        changed = False
+            raise StoreUnavailable("the journal is empty or cannot be read")
+        *_, opened = {"store": store}, *uploader.journal.state("open")
+        if not requested_store and mask_secrets(opened["store"]) != mask_secrets(store):
+            raise StoreUnavailable(
+                f"the run names the store {mask_secrets(opened['store'])[:300]}, not yours, "
+                f"{mask_secrets(store)}; if you trust it, name it with --store URI"
+            )
         while uploader.upload_next():
-            changed = True
+            state = "synced"
             if sys.stdout.isatty():
                 print(f"\r{uploader.progress:.0%}", end="\r", flush=True)
-        result = f"{folder.parent}: run {uploader.run_id} {'synced' if changed else 'was complete'}"
-    except (InputError, StoreUnavailable) as error:
+        result = f"{folder.parent}: run {uploader.run_id} {state}"
+    except StoreUnavailable as error:
         return f"{folder.parent}: {error}"
     except Exception as error:
         return f"{folder.parent}: upload to {mask_secrets(store)} failed: {short_message(error)}"
@@ -72,13 +75,3 @@ def _sync(folder: Path, requested_store: str | None) -> str:
         return f"{result}, except {len(uploader.deferred)} files that the store cannot accept"
     print(result)
     return ""
-
-
-def _check_store(opened: Iterable[dict[str, Any]], own: str) -> None:
-    """Check that the newest training logged to the user's own store."""
-    store = next(reversed([entry["store"] for entry in opened]), own)
-    if mask_secrets(store) != mask_secrets(own):
-        raise InputError(
-            f"the run names the store {mask_secrets(store)[:300]}, not yours, {mask_secrets(own)}; "
-            "if you trust it, name it with --store URI"
-        )
