@@ -130,6 +130,7 @@ HOSTILE = {
     "alias bomb": (BOMB, TOO_MANY),
     "reference bomb": (REFERENCE_BOMB, TOO_MANY),
     "alias of itself": ("model: &a [*a]\n", "is too deep; allowed: 40 levels"),
+    "too many keys": ("\n".join(f"k{k}: 1" for k in range(60_000)), TOO_MANY),
     "aliases of a long text": (f"a: &a {'x' * 99_000}\nb: [" + "*a, " * 90 + "]\n", TOO_MANY),
     "references in a circle": ("a: ${b}\nb: ${a}\n", TOO_MANY),
     "merge by a tag": (

@@ -92,7 +92,8 @@ def _check_nodes(root: yaml.Node, modules: Sequence[str]) -> None:
             continue
         path, node = stack.pop()
         text = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
-        visited += 1 + (len(text) >> 6)
+        keys = len(node.value) if isinstance(node, yaml.MappingNode) else 0
+        visited += 1 + keys + (len(text) >> 6)
         if visited > _NODES:
             problem = f"more than {_NODES:,} values, with aliases and references expanded"
         elif nodes.setdefault(path, node) is not node:
@@ -101,7 +102,7 @@ def _check_nodes(root: yaml.Node, modules: Sequence[str]) -> None:
             problem = f"{'.'.join(path)[:120]} {problem}"
         if problem:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        stack += [((*path, *keys), value) for keys, value in reversed(_children(node))]
+        stack += [((*path, *parts), value) for parts, value in reversed(_children(node))]
         references += [_target(match[1], path) for match in _REFERENCE.finditer(text) if match[1]]
 
 
