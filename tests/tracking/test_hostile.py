@@ -194,6 +194,11 @@ def write_entry(journal: Path, **fields: Any) -> None:
     (journal / "journal.jsonl").write_text(json.dumps(entry) + "\n")
 
 
+def write_empty_metrics(journal: Path) -> None:
+    line = '{"op": "metrics", "t": 1, "step": 9, "values": {}}'
+    (journal / "journal.jsonl").write_text(line + "\n")
+
+
 def write_index(journal: Path, text: str) -> None:
     """Write an index that fits to the journal, where it may."""
     (journal / "journal.jsonl").write_text("x\n" * 50)
@@ -232,6 +237,7 @@ def plant_overlapping_parts(journal: Path) -> None:
     lambda journal: write_entry(journal, mtime_ns=[1]),
     lambda journal: (journal / "files").symlink_to(journal.parent.parent),
     lambda journal: (journal / "files").symlink_to("files"),
+    write_empty_metrics,
 ])  # fmt: skip
 def test_a_training_is_resumed_in_a_hostile_run_folder(folder, store, warnings, plant, monkeypatch):
     monkeypatch.setattr(Journal, "PART_BYTES", 50)

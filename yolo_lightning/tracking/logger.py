@@ -255,7 +255,7 @@ class RunLogger(MLFlowLogger):
             (key, entry["step"])
             for entry in journal.points(step - 1)
             if entry["step"] >= step - 1 and not (entry.get("system") or entry.get("evaluation"))
-            for key in entry.get("values") or [_image_key(entry["key"])]
+            for key in (entry["values"] if entry["op"] == "metrics" else [_image_key(entry["key"])])
         }
         last = max((logged for _, logged in points), default=-1)
         is_repeated = replay and not self._params_changed
