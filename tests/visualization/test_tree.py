@@ -1,13 +1,17 @@
 """Plots of trees."""
 
+import re
+from itertools import combinations
 from xml.etree import ElementTree
 
 import cv2
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tests.helpers.paths import REPO
 from yolo_lightning.cli.main import main
 from yolo_lightning.tree.build import build_tree
-from yolo_lightning.visualization.tree import layout_tree, visible_depth
+from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.visualization.tree import layout_tree, plot_tree, visible_depth
 
 
 def test_plots_show_every_node_once(tmp_path, monkeypatch, capsys):
@@ -25,10 +29,6 @@ def test_plots_show_every_node_once(tmp_path, monkeypatch, capsys):
     names = ["thing", "animal", "car", "cup", "cat", "taxi", "van"]
     legend = ["boxes: 1", "image labels: 2", "both: 1", "neither: 3"]
     assert sorted(str(t) for t in texts) == sorted([*names, *legend])
-    circles = list(root.iter("{http://www.w3.org/2000/svg}circle"))
-    assert len(circles) == len(names) + len(legend)
-    places = [(c.get("cx"), c.get("cy")) for c in circles]
-    assert len(set(places)) == len(places)
     assert main(["wordtree", "plot", "tree.tsv", "--output", "t.png", "--depth", "1"]) == 0
     picture = cv2.imread("t.png")
     assert picture is not None
@@ -43,6 +43,38 @@ def test_the_depth_of_plots_of_large_trees_is_limited():
     assert visible_depth(tree, 300) < tree.paths.shape[1]
     levels = (tree.paths >= 0).sum(dim=1)
     assert int((levels <= visible_depth(tree, 300)).sum()) <= 300
-    drawing = layout_tree(tree, {}, visible_depth(tree, 300))
-    assert len(drawing.dots) <= 300
-    assert any("(+" in text[-1] for text in drawing.texts)
+    layout = layout_tree(tree, visible_depth(tree, 300))
+    assert len(layout.names) <= 300
+    hidden = [
+        int(number) for name in layout.names.values() for number in re.findall(r"\+(\d+)", name)
+    ]
+    assert len(layout.names) + sum(hidden) == len(tree)
+
+
+def overlapping_texts(figure):
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    return [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
+
+
+def test_names_from_left_to_right_overlap_neither_each_other_nor_the_edge():
+    tree = WordTree.from_file(REPO / "recipes/trees/shapes.tsv")
+    layout = layout_tree(tree, 9)
+    figure = plot_tree(layout, {0: "detection"}, {})
+    assert not overlapping_texts(figure)
+    assert len(figure.axes[0].texts) == len(tree)
+    for text in figure.axes[0].texts:
+        assert figure.bbox.contains(*text.get_window_extent().max)
+    for node, shown in layout.children.items():  # parents amid their children
+        rows = [layout.rows[child] for child in shown]
+        assert not rows or layout.rows[node] == (min(rows) + max(rows)) / 2
+
+
+def test_larger_trees_are_wheels_and_names_are_no_formulas():
+    rows = [(f"n{k}", "-", f"$x_{k}") for k in range(101)]
+    for count, shape in ((100, (False, 100)), (101, (True, 101))):
+        figure = plot_tree(layout_tree(WordTree(rows[:count]), 1), {}, {})
+        width, height = figure.get_size_inches()
+        texts = figure.axes[0].texts
+        assert (width == height, len(texts)) == shape
+        assert not any(text.get_parse_math() for text in texts)

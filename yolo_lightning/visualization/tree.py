@@ -1,46 +1,40 @@
-"""Radial drawing of a class tree, as SVG or PNG."""
+"""Drawing of a class tree, from left to right or, with many nodes, as a wheel; SVG or PNG."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont
+from typing import TYPE_CHECKING
 
 from yolo_lightning.errors import InputError
 from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.visualization.figures import TEXT, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "detection": "#1f77d0",
     "classification": "#f08c00",
     "both": "#2a9d3a",
-    "neither": "#9a9a9a",
+    "neither": "#606060",
 }
-LINE = "#c8c8c8"
-MAX_NODES = 1500
-MIN_SIDE, MAX_SIDE = 2400, 6000
-_MIN_TEXT_PX, _RING_EXPONENT = 12.0, 0.7
+LINE = "#b8b8b8"
+MAX_NODES, MAX_ROWS = 1500, 100  # shown in all, and from left to right
+_TEXT, _CHARACTER, _ROW = 9.0, 0.076, 0.2  # points, inch, inch
+_WHEEL_TEXT, _RING_EXPONENT = 6.0, 0.7
 
 
 @dataclass
-class TreeDrawing:
-    """Shapes of a drawing, in px, with the centre of the tree at (0, 0).
+class TreeLayout:
+    """The shown nodes, parents first, with their place in the drawing."""
 
-    Attributes:
-        lines: x1, y1, x2, y2 of each edge, outwards.
-        arcs: radius, first and last angle (radians, clockwise) of each arc over siblings.
-        dots: x, y, radius, colour of each node.
-        texts: x, y, degrees clockwise, whether the text ends at x, y (else it starts there), size,
-            colour, text of each name.
-        radius: from the centre to the edge, px.
-    """
-
-    lines: list[tuple[float, float, float, float]] = field(default_factory=list)
-    arcs: list[tuple[float, float, float]] = field(default_factory=list)
-    dots: list[tuple[float, float, float, str]] = field(default_factory=list)
-    texts: list[tuple[float, float, float, bool, float, str, str]] = field(default_factory=list)
-    radius: float = 0.0
+    rows: dict[int, float] = field(default_factory=dict)  # 0 … leaves - 1
+    levels: dict[int, int] = field(default_factory=dict)  # from 0 at the top
+    children: dict[int, list[int]] = field(default_factory=dict)  # of -1: those at the top
+    names: dict[int, str] = field(default_factory=dict)  # with the number of hidden descendants
+    sizes: list[int] = field(default_factory=list)  # nodes of each branch, its root included
+    leaves: int = 0
 
 
 def visible_depth(tree: WordTree, max_nodes: int = MAX_NODES) -> int:
@@ -52,203 +46,131 @@ def visible_depth(tree: WordTree, max_nodes: int = MAX_NODES) -> int:
     return depth
 
 
-def layout_tree(tree: WordTree, kinds: Mapping[int, str], depth: int) -> TreeDrawing:
-    """Lay out `depth` levels of a tree as rings, coloured by the kind of each node.
-
-    Kinds are the keys of `COLOURS`. The number of hidden descendants follows a node's name.
-    """
+def layout_tree(tree: WordTree, depth: int) -> TreeLayout:
+    """Lay out `depth` levels of a tree: leaves one after the other, parents amid their children."""
+    layout = TreeLayout(sizes=tree.paths[tree.paths >= 0].bincount(minlength=len(tree)).tolist())
     children: dict[int, list[int]] = {}
     for child, parent in enumerate(tree.parents.tolist()):
         children.setdefault(parent, []).append(child)
-    levels = (tree.paths >= 0).sum(dim=1).tolist()
-    shown = {node for node in range(len(tree)) if levels[node] <= depth}
-    num_leaves = sum(levels[n] == depth or n not in children for n in shown)
-    size = min(22.0, max(7.0, 5200 / max(num_leaves, 1)))
-    single_root = len(children[-1]) == 1  # drawn in the centre
-    rings = max(1, min(depth, max(levels)) - single_root)
-    ring = max(90.0, num_leaves * size * 1.15 / (2 * math.pi * rings))
-    drawing = TreeDrawing()
-    leaves_placed = 0
 
-    def num_descendants(node: int) -> int:
-        return sum(1 + num_descendants(child) for child in children.get(node, []))
-
-    def draw_branch(node: int, level: int) -> tuple[float, float, float]:
-        """Draw a branch and return angle, x and y of its node."""
-        nonlocal leaves_placed
-        inner = [child for child in children.get(node, []) if child in shown]
-        placed = [draw_branch(child, level + 1) for child in inner]
-        if placed:
-            angle = (placed[0][0] + placed[-1][0]) / 2
-        else:
-            angle = 2 * math.pi * leaves_placed / max(num_leaves, 1)
-            leaves_placed += 1
-        # leaves lie on the outer ring; few branches are deep, so upper levels get more room
-        share = max(0, level) / rings if placed else 1.0
-        radius = ring * rings * share**_RING_EXPONENT
-        x, y = radius * math.cos(angle), radius * math.sin(angle)
-        if radius > 0 and len(placed) > 1:
-            drawing.arcs.append((radius, placed[0][0], placed[-1][0]))
-        for child_angle, child_x, child_y in placed:
-            start = radius * math.cos(child_angle), radius * math.sin(child_angle)
-            drawing.lines.append((*start, child_x, child_y))
+    def place(node: int, level: int) -> float:
+        shown = children.get(node, []) if level + 1 < depth else []
+        layout.children[node] = shown
         if node >= 0:
-            colour = COLOURS[kinds.get(node, "neither")]
-            drawing.dots.append((x, y, max(2.0, size / 4), colour))
-            hidden = 0 if inner else num_descendants(node)
-            text = tree.names[node] + (f" (+{hidden})" if hidden else "")
-            if not inner:
-                _add_name(drawing, text, angle, radius, True, size, colour)
-            elif num_descendants(node) * 60 >= len(shown):  # no names for small branches
-                larger = size * min(3.5, 0.8 + math.log10(1 + num_descendants(node)))
-                _add_name(drawing, text, angle, radius, False, larger, "#404040")
-        return angle, x, y
+            hidden = 0 if shown else layout.sizes[node] - 1
+            layout.levels[node] = level
+            layout.names[node] = tree.names[node] + (f" (+{hidden})" if hidden else "")
+        rows = [place(child, level + 1) for child in shown]
+        if not rows:
+            layout.leaves += 1
+        layout.rows[node] = (rows[0] + rows[-1]) / 2 if rows else layout.leaves - 1.0
+        return layout.rows[node]
 
-    draw_branch(-1, -1 if single_root else 0)
-    longest = max((len(text[-1]) for text in drawing.texts), default=0)
-    drawing.radius = rings * ring + 0.5 * size * longest + 20
-    return drawing
+    place(-1, -1)
+    return layout
 
 
-def _add_name(
-    drawing: TreeDrawing,
-    text: str,
-    angle: float,
-    radius: float,
-    is_leaf: bool,
-    size: float,
-    colour: str,
-) -> None:
-    """Place a name outside a leaf or inside an inner node, never upside down."""
-    left = math.cos(angle) < -1e-9
-    degrees = math.degrees(angle) + (180 if left else 0)
-    distance = radius + (size / 2 if is_leaf else -size / 3)
-    x, y = distance * math.cos(angle), distance * math.sin(angle)
-    ends_here = left if is_leaf else not left
-    drawing.texts.append((x, y, degrees, ends_here, size, colour, text))
+def plot_tree(layout: TreeLayout, kinds: Mapping[int, str], legend: Mapping[str, str]) -> "Figure":
+    """Plot a tree, from left to right with up to `MAX_ROWS` nodes, else as a wheel.
+
+    Args:
+        layout: of the shown nodes.
+        kinds: by node, keys of `COLOURS`; of other nodes `neither`.
+        legend: texts by kind.
+    """
+    colours = {node: COLOURS[kinds.get(node, "neither")] for node in layout.names}
+    plot = _plot_left_to_right if len(layout.names) <= MAX_ROWS else _plot_wheel
+    figure = plot(layout, colours)
+    axes = figure.axes[0]
+    for kind, text in legend.items():
+        axes.plot([], [], "o", color=COLOURS[kind], markersize=5, label=text)
+    if legend:
+        figure.legend(loc="upper left", ncols=len(legend), frameon=False, fontsize=_TEXT)
+    return figure
 
 
-def to_svg(drawing: TreeDrawing, legend: Mapping[str, str]) -> str:
-    """Return the drawing as SVG."""
-    radius = drawing.radius
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-radius:.0f} {-radius:.0f} '
-        f'{2 * radius:.0f} {2 * radius:.0f}" font-family="sans-serif">',
-        f'<rect x="{-radius:.0f}" y="{-radius:.0f}" width="{2 * radius:.0f}" '
-        f'height="{2 * radius:.0f}" fill="white"/>',
-        f'<g stroke="{LINE}" stroke-width="1">',
-        *(
-            f'<line x1="{a:.1f}" y1="{b:.1f}" x2="{c:.1f}" y2="{d:.1f}"/>'
-            for a, b, c, d in drawing.lines
-        ),
-        *(_svg_arc(*arc) for arc in drawing.arcs),
-        "</g>",
-        *(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" fill="{colour}"/>'
-            for x, y, r, colour in drawing.dots
-        ),
-    ]
-    for x, y, degrees, ends_here, size, colour, text in drawing.texts:
-        anchor = "end" if ends_here else "start"
-        parts.append(
-            f'<text transform="translate({x:.1f},{y:.1f}) rotate({degrees:.1f})" '
-            f'text-anchor="{anchor}" dominant-baseline="central" font-size="{size:.1f}" '
-            f'fill="{colour}" stroke="white" stroke-width="{size / 5:.1f}" '
-            f'paint-order="stroke">{escape(text)}</text>'
+def _plot_left_to_right(layout: TreeLayout, colours: Mapping[int, str]) -> "Figure":
+    """Plot a column for each level, as wide as its longest name; units are inches."""
+    columns = [0.3]
+    for level in range(max(layout.levels.values(), default=0) + 1):
+        names = [layout.names[node] for node, own in layout.levels.items() if own == level]
+        columns.append(columns[-1] + _CHARACTER * max(map(len, names)) + 0.45)
+    width, height = max(columns[-1], 5.0), _ROW * layout.leaves + 0.6
+    figure = new_figure(width, height, None)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    for node, name in layout.names.items():
+        x, y = columns[layout.levels[node]], 0.5 + _ROW * (layout.rows[node] + 0.5)
+        axes.plot(x, y, "o", color=colours[node], markersize=4)
+        axes.text(
+            x + 0.08, y, name, va="center", size=_TEXT, color=colours[node], parse_math=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        )  # fmt: skip
+        ends = [0.5 + _ROW * (layout.rows[child] + 0.5) for child in layout.children[node]]
+        if ends:
+            right = columns[layout.levels[node] + 1]
+            axes.hlines(y, x, right - 0.15, LINE, lw=0.8, zorder=1)
+            axes.vlines(right - 0.15, min(ends), max(ends), LINE, lw=0.8, zorder=1)
+            axes.hlines(ends, right - 0.15, right, LINE, lw=0.8, zorder=1)
+    return figure
+
+
+def _plot_wheel(layout: TreeLayout, colours: Mapping[int, str]) -> "Figure":
+    """Plot a ring for each level, with the leaves outside; units are inches."""
+    has_root = len(layout.children[-1]) == 1  # drawn in the centre
+    rings = max(1, max(layout.levels.values()) + 1 - has_root)
+    radius = max(4.0, 1.15 * layout.leaves * _WHEEL_TEXT / 72 / (2 * math.pi))
+    longest = max(len(name) for node, name in layout.names.items() if not layout.children[node])
+    side = 2 * (radius + longest * _CHARACTER * _WHEEL_TEXT / _TEXT + 0.2)
+    figure = new_figure(side, side, None)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-side / 2, side / 2), ylim=(side / 2, -side / 2))
+    axes.set_axis_off()
+
+    def polar(node: int) -> tuple[float, float]:
+        # few branches are deep, so the inner rings are wide
+        share = max(0, layout.levels.get(node, -1) + 1 - has_root) / rings
+        outer = radius * share**_RING_EXPONENT if layout.children[node] else radius
+        return outer, 2 * math.pi * layout.rows[node] / layout.leaves
+
+    def draw_line(points: list[tuple[float, float]]) -> None:
+        x, y = zip(
+            *((r * math.cos(angle), r * math.sin(angle)) for r, angle in points), strict=True
         )
-    size = radius / 36
-    for number, (kind, text) in enumerate(legend.items()):
-        y = -radius + (number + 1.2) * 1.6 * size
-        parts.append(
-            f'<circle cx="{-radius + size:.1f}" cy="{y:.1f}" r="{size / 3:.1f}" '
-            f'fill="{COLOURS[kind]}"/><text x="{-radius + 1.8 * size:.1f}" y="{y:.1f}" '
-            f'dominant-baseline="central" font-size="{size:.1f}">{escape(text)}</text>'
-        )
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        axes.plot(x, y, color=LINE, lw=0.6, zorder=1)
+
+    for node, shown in layout.children.items():
+        outer, angle = polar(node)
+        ends = [polar(child) for child in shown]
+        for end in ends:
+            draw_line([(outer, end[1]), end])
+        if ends:  # the arc over the children
+            step = (ends[-1][1] - ends[0][1]) / 60
+            draw_line([(outer, ends[0][1] + k * step) for k in range(61)])
+        if node < 0 or (shown and len(layout.rows) > 60 * layout.sizes[node]):
+            continue  # no names of small branches
+        larger = min(3.0, 0.8 + math.log10(layout.sizes[node])) if shown else 1.0
+        is_left = math.cos(angle) < -1e-9
+        x, y = ((outer + (-0.05 if shown else 0.05)) * f(angle) for f in (math.cos, math.sin))
+        axes.text(
+            x, y, layout.names[node], size=larger * _WHEEL_TEXT, va="center", parse_math=False,
+            ha="right" if is_left != bool(shown) else "left", rotation_mode="anchor",
+            rotation=180 * is_left - math.degrees(angle), color=TEXT if shown else colours[node],
+        )  # fmt: skip
+    for node, colour in colours.items():
+        outer, angle = polar(node)
+        axes.plot(outer * math.cos(angle), outer * math.sin(angle), "o", color=colour, ms=2)
+    return figure
 
 
-def _svg_arc(radius: float, first: float, last: float) -> str:
-    (a, b), (c, d) = (
-        (radius * math.cos(angle), radius * math.sin(angle)) for angle in (first, last)
-    )
-    large = int(last - first > math.pi)
-    return (
-        f'<path d="M{a:.1f} {b:.1f}A{radius:.1f} {radius:.1f} 0 {large} 1 {c:.1f} {d:.1f}" '
-        'fill="none"/>'
-    )
-
-
-def image_side(drawing: TreeDrawing) -> int:
-    """Return the side of a square image, px, that keeps the smallest names readable."""
-    smallest = min((text[4] for text in drawing.texts), default=_MIN_TEXT_PX)
-    return int(min(MAX_SIDE, max(MIN_SIDE, 2 * drawing.radius * _MIN_TEXT_PX / smallest)))
-
-
-def to_image(drawing: TreeDrawing, legend: Mapping[str, str]) -> Image.Image:
-    """Return the drawing as a square image."""
-    side = image_side(drawing)
-    scale = side / (2 * drawing.radius)
-    image = Image.new("RGB", (side, side), "white")
-    pen = ImageDraw.Draw(image)
-
-    def to_px(value: float) -> float:
-        return (value + drawing.radius) * scale
-
-    for a, b, c, d in drawing.lines:
-        pen.line((to_px(a), to_px(b), to_px(c), to_px(d)), fill=LINE, width=max(1, round(scale)))
-    for radius, first, last in drawing.arcs:
-        box = (to_px(-radius), to_px(-radius), to_px(radius), to_px(radius))
-        width = max(1, round(scale))
-        pen.arc(box, math.degrees(first), math.degrees(last), fill=LINE, width=width)
-    for x, y, radius, colour in drawing.dots:
-        r = max(1.0, radius * scale)
-        cx, cy = to_px(x), to_px(y)
-        pen.ellipse((cx - r, cy - r, cx + r, cy + r), fill=colour)
-    for x, y, degrees, ends_here, size, colour, text in drawing.texts:
-        _paste_text(
-            image, text, to_px(x), to_px(y), degrees, ends_here, max(5.0, size * scale), colour
-        )
-    size = side / 72
-    for number, (kind, text) in enumerate(legend.items()):
-        y = (number + 1.2) * 1.6 * size
-        pen.ellipse((size * 0.7, y - size / 3, size * 1.4, y + size / 3), fill=COLOURS[kind])
-        pen.text((1.8 * size, y), text, "black", ImageFont.load_default(size), anchor="lm")
-    return image
-
-
-def _paste_text(
-    image: Image.Image, text: str, x: float, y: float, degrees: float, ends_here: bool,
-    size: float, colour: str,
-) -> None:  # fmt: skip
-    """Draw rotated text that starts, or ends, at a point."""
-    font = ImageFont.load_default(size)
-    left, top, right, bottom = font.getbbox(text)
-    width, height = math.ceil(right - left) + 2, math.ceil(bottom - top) + 2
-    # start or end in the middle of a transparent square, which is then rotated about its centre
-    square = Image.new("RGBA", (2 * width + height, 2 * width + height), (255, 255, 255, 0))
-    middle = square.width / 2
-    start = middle - (width if ends_here else 0)
-    ImageDraw.Draw(square).text(
-        (start, middle), text, colour, font, anchor="lm", stroke_width=size / 10,
-        stroke_fill="white",
-    )  # fmt: skip
-    rotated = square.rotate(-degrees, Image.Resampling.BICUBIC)
-    image.paste(rotated, (round(x - middle), round(y - middle)), rotated)
-
-
-def save_tree(drawing: TreeDrawing, legend: Mapping[str, str], path: Path) -> None:
-    """Write the drawing; the extension selects the format.
+def save_tree(figure: "Figure", path: Path) -> None:
+    """Write a plot; the extension selects the format.
 
     Raises:
         InputError: an extension other than .svg or .png, or the file cannot be written.
     """
+    from matplotlib import rc_context
+
     if path.suffix not in (".svg", ".png"):
         raise InputError(f"--output {str(path)!r}: allowed extensions: .svg, .png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".svg":
-            path.write_text(to_svg(drawing, legend), encoding="utf-8")
-        else:
-            to_image(drawing, legend).save(path)
-    except OSError as error:
-        raise InputError(f"--output {str(path)!r}: {error.strerror or error}") from None
+    with rc_context({"svg.fonttype": "none"}):  # names stay text
+        save_figure(figure, path, None)

@@ -166,7 +166,7 @@ def _show(options: argparse.Namespace) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     from yolo_lightning.cli.tree_inputs import count_labels
-    from yolo_lightning.visualization.tree import layout_tree, save_tree, visible_depth
+    from yolo_lightning.visualization.tree import layout_tree, plot_tree, save_tree, visible_depth
 
     tree = read(options.tree)
     depth = options.depth if options.depth is not None else visible_depth(tree)
@@ -184,8 +184,8 @@ def _plot(options: argparse.Namespace) -> None:
         "detection": "boxes", "classification": "image labels", "both": "both",
         "neither": "neither",
     }  # fmt: skip
-    legend = {kind: f"{words[kind]}: {counts[kind]}" for kind in words if counts[kind]}
-    save_tree(layout_tree(tree, kinds, depth), legend, Path(options.output))
+    legend = {kind: f"{words[kind]}: {counts[kind]}" for kind in words if counts[kind] and labelled}
+    save_tree(plot_tree(layout_tree(tree, depth), kinds, legend), Path(options.output))
     print(f"{options.output}: {min(depth, tree.paths.shape[1])} of {tree.paths.shape[1]} levels")
 
 
