@@ -59,8 +59,12 @@ def workplace(
 ) -> Path:
     """A temporary working folder with a link to the recipes.
 
-    Validation reports and curves, which take a second each, need the fixture `reports`.
+    Validation reports and curves, which take a second each, need the fixture `reports`. MLflow
+    stores are copied, as MLflow takes a second to create one.
     """
+    from tests.helpers.tracked import copy_tables
+
+    monkeypatch.setattr("mlflow.store.db.utils._initialize_tables", copy_tables)
     if "reports" not in request.fixturenames:
         from yolo_lightning.callbacks import ResultsTable, ValidationReport
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.store.db import utils as db_utils
 from mlflow.tracking import MlflowClient
+from sqlalchemy import Engine, create_engine
 
 from yolo_lightning.tracking import (
     artifacts,
@@ -27,10 +29,29 @@ MODULES_WITH_WARNINGS = (
 )  # fmt: skip
 
 
+_create_tables = db_utils._initialize_tables
+
+
+@functools.cache
+def empty_tables() -> bytes:
+    """Return a SQLite file with MLflow's tables, whose creation takes more than a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = create_engine(f"sqlite:///{folder}/mlflow.db")
+        _create_tables(engine)
+        engine.dispose()
+        return Path(folder, "mlflow.db").read_bytes()
+
+
+def copy_tables(engine: Engine) -> None:
+    """Do what MLflow's `_initialize_tables` does to a new SQLite file, at once."""
+    Path(str(engine.url.database)).write_bytes(empty_tables())
+
+
 @functools.cache
 def empty_store() -> bytes:
-    """Return the file of an empty SQLite store, which takes MLflow seconds to create."""
+    """Return the file of a SQLite store that holds the default experiment only."""
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "mlflow.db").write_bytes(empty_tables())
         MlflowClient(f"sqlite:///{folder}/mlflow.db")
         return Path(folder, "mlflow.db").read_bytes()
 

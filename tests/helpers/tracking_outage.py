@@ -50,6 +50,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tests.helpers.kill_and_resume import wait_for_process
 from tests.helpers.kill_and_resume import write_recipe as write_untracked_recipe
 from tests.helpers.kill_points import kill_at
+from tests.helpers.tracked import empty_tables
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
 
 VARYING_METRICS = ("system/", "speed/", "memory/")  # differ between any two trainings
@@ -144,6 +145,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.database = folder, folder / "server.db"
+        self.database.write_bytes(empty_tables())
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]

@@ -30,6 +30,7 @@ from tests.helpers import miniatures
 from tests.helpers.hostile_images import progressive_jpeg
 from tests.helpers.images import exif_of
 from tests.helpers.paths import REPO
+from tests.helpers.tracked import fresh_store
 from tests.helpers.trees import BACKBONE, TREE
 from yolo_lightning import ClassifierModule, DetectorModule, load
 from yolo_lightning.checkpoints.io import load_file
@@ -351,7 +352,9 @@ print(yolo_lightning.__file__, len(found))
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    return tmp_path_factory.mktemp("store") / "mlflow.db"  # created once: it takes seconds
+    folder = tmp_path_factory.mktemp("store")
+    fresh_store(folder)
+    return folder / "mlflow.db"
 
 
 @pytest.fixture

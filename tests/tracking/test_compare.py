@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.helpers.tracked import fresh_store
 from yolo_lightning.cli.commands.mlflow import main
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking.compare import first_difference, merge_equal_params, shorten
@@ -50,8 +51,7 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # for the artifacts of runs
-        client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-        client.search_experiments()
+        client = MlflowClient(fresh_store(folder))
         shutil.copy(folder / "mlflow.db", folder / "empty.db")
         shapes, fruit = client.create_experiment("shapes"), client.create_experiment("fruit")
         parent = add_run(client, shapes, "sweep", {}, {})
