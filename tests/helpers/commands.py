@@ -35,7 +35,7 @@ FOLDERS = ("yolo_lightning", "datamodules", "callbacks", "recipes", "tests", "do
 SHELL = {"git", "cd", ".", "echo", "curl", "mlflow", "for", "do", "done", "export", "$EDITOR"}
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
 MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
-_built: list[Any] = []  # the parser of recipes
+_built: dict[str, Any] = {}  # the parser of recipes of each command
 _active = threading.local()  # whether a parser is at work: it calls its own methods, and subparsers
 
 
@@ -207,10 +207,11 @@ def parse_only(*args: str) -> Sequence[str]:
 
 
 def _set_up_once(cli: RecipeCLI, *args: Any, original: Any = RecipeCLI.setup_parser) -> None:
-    if not _built:
+    command = cli.command_line[0]
+    if command not in _built:
         original(cli, *args)
-        _built.append(cli.parser)
-    cli.parser = _built[0]
+        _built[command] = cli.parser
+    cli.parser = _built[command]
 
 
 def _parse_recipe(cli: RecipeCLI, parser: Any, args: Sequence[str]) -> None:

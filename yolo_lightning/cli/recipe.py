@@ -123,6 +123,8 @@ class RecipeCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
+        if subcommand != self.command_line[0]:
+            return self.init_parser(**kwargs)  # stays empty: its options would take time, unused
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--resume", type=Literal["auto"] | None, help=_RESUME_HELP)
