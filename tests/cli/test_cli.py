@@ -13,6 +13,7 @@ import yaml
 
 from tests.helpers.paths import REPO
 from tests.helpers.recipes import QUICK, TINY
+from yolo_lightning.callbacks import ValidationReport
 from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli import runs
 from yolo_lightning.cli.main import main
@@ -29,6 +30,29 @@ def build(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Any:
     """Return a function that parses a command line and builds its objects, without training."""
     monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
     return lambda *args: cli.main(["fit", *args])
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the recipe was trained, with its run in MLflow."""
+    from tests.helpers.tracked import fresh_store
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    (folder / "recipes").symlink_to(REPO / "recipes")
+    fresh_store(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ValidationReport, "on_train_end", lambda *_: None)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        assert main(["fit", *QUICK, *TINY]) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(quickstart: Path, workplace: Path) -> Path:
+    """A working folder with a copy of that training."""
+    shutil.copytree(quickstart, workplace, dirs_exist_ok=True, ignore=lambda *_: ["recipes"])
+    return workplace
 
 
 def strings_in(value: object) -> list[str]:
@@ -132,9 +156,8 @@ def test_fit_writes_a_run_folder_checkpoints_and_one_mlflow_run(workplace, repor
     store.close()
 
 
-def test_checkpoints_load_with_weights_only(workplace):
-    assert main(["fit", *QUICK, *TINY]) == 0
-    (best,) = workplace.glob("outputs/quickstart/*/checkpoints/best.ckpt")
+def test_checkpoints_load_with_weights_only(trained):
+    (best,) = trained.glob("outputs/quickstart/*/checkpoints/best.ckpt")
     hparams = torch.load(best, weights_only=True)["hyper_parameters"]
     assert hparams["tree"][0] == ["n00027807", "-", "shape"]
     model = DetectorModule.load_from_checkpoint(best, weights_only=True)
@@ -147,8 +170,8 @@ def test_checkpoints_load_with_weights_only(workplace):
     assert main(["validate", *QUICK, *TINY]) == 0
     assert main(["test", *QUICK, *TINY]) == 0
     assert main(["fit", *QUICK, *TINY]) == 0
-    assert len(list((workplace / "outputs/quickstart").iterdir())) == 2
-    store = sqlite3.connect(workplace / "mlflow.db")
+    assert len(list((trained / "outputs/quickstart").iterdir())) == 2
+    store = sqlite3.connect(trained / "mlflow.db")
     assert store.execute("select count(*) from runs").fetchone() == (2,)
     tested = store.execute("select count(*) from metrics where key = 'test/AP50'")
     assert tested.fetchone() == (1,)
@@ -175,14 +198,13 @@ def test_command_line_overrides_recipe_overrides_checkpoint(workplace, monkeypat
     )
 
 
-def test_resume_continues_folder_and_mlflow_run_at_the_recipe_learning_rate(workplace):
-    assert main(["fit", *QUICK, *TINY]) == 0
-    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+def test_resume_continues_folder_and_mlflow_run_at_the_recipe_learning_rate(trained):
+    (last,) = trained.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     more = ["--trainer.max_steps=6", "--model.learning_rate=0.5", "--model.schedule.power=0"]
     assert main(["fit", *QUICK, *TINY, *more, "--ckpt_path", str(last)]) == 0
-    (folder,) = (workplace / "outputs/quickstart").iterdir()
+    (folder,) = (trained / "outputs/quickstart").iterdir()
     assert (folder / "resumed-1-resolved.yaml").is_file()
-    store = sqlite3.connect(workplace / "mlflow.db")
+    store = sqlite3.connect(trained / "mlflow.db")
     assert store.execute("select count(*) from runs").fetchone() == (1,)
     rates = store.execute("select step, value from metrics where key = 'train/lr' order by step")
     assert dict(rates.fetchall()) == pytest.approx(
@@ -192,10 +214,9 @@ def test_resume_continues_folder_and_mlflow_run_at_the_recipe_learning_rate(work
     assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
-def test_tree_and_anchors_must_match_the_checkpoint(workplace, capsys):
-    assert main(["fit", *QUICK, *TINY]) == 0
+def test_tree_and_anchors_must_match_the_checkpoint(trained, capsys):
     tree = (REPO / "recipes/trees/shapes.tsv").read_text().replace("\tring\n", "\thoop\n")
-    (workplace / "other.tsv").write_text(tree)
+    (trained / "other.tsv").write_text(tree)
     assert main(["test", *QUICK, *TINY, "--model.tree=other.tsv"]) == 2
     message = capsys.readouterr().err
     assert "model.tree differs from the checkpoint's: entry 4" in message
@@ -385,9 +406,8 @@ def test_run_without_validation_can_be_tested(workplace):
     assert main(["test", *plain]) == 0
 
 
-def test_boxed_classes_follow_the_recipe_on_resume(workplace):
-    assert main(["fit", *QUICK, *TINY]) == 0
-    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+def test_boxed_classes_follow_the_recipe_on_resume(trained):
+    (last,) = trained.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     more = ["--trainer.max_steps=6", "--data.detection.classes=[rhombus]", f"--ckpt_path={last}"]
     run = cli.main(["fit", *QUICK, *TINY, *more])
     boxed = {run.model.tree.names[k] for k in run.model.boxed.nonzero().flatten().tolist()}
@@ -396,9 +416,8 @@ def test_boxed_classes_follow_the_recipe_on_resume(workplace):
     assert run.model.tree.names[run.model.boxed_ancestors()[square]] == "quadrilateral"
 
 
-def test_missing_mlflow_run_does_not_stop_training_or_testing(workplace):
-    assert main(["fit", *QUICK, *TINY]) == 0
-    (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+def test_missing_mlflow_run_does_not_stop_training_or_testing(trained):
+    (last,) = trained.glob("outputs/quickstart/*/checkpoints/last.ckpt")
     run_file = last.parent.parent / "mlflow_run_id"
     before = run_file.read_text()
     # as on another machine: the run folder exists, the store does not
@@ -411,7 +430,7 @@ def test_missing_mlflow_run_does_not_stop_training_or_testing(workplace):
     ):
         assert main(["fit", *QUICK, *TINY, *other, *more]) == 0
     assert run_file.read_text() != before
-    store = sqlite3.connect(workplace / "other.db")
+    store = sqlite3.connect(trained / "other.db")
     assert store.execute("select run_uuid from runs").fetchall() == [(run_file.read_text(),)]
     store.close()
 
@@ -440,16 +459,15 @@ def test_training_that_fails_before_its_first_step_is_marked_failed(workplace):
     store.close()
 
 
-def test_resume_from_an_older_checkpoint_keeps_both_metrics_and_warns(workplace):
-    assert main(["fit", *QUICK, *TINY]) == 0
-    (folder,) = (workplace / "outputs/quickstart").iterdir()
+def test_resume_from_an_older_checkpoint_keeps_both_metrics_and_warns(trained):
+    (folder,) = (trained / "outputs/quickstart").iterdir()
     shutil.copyfile(folder / "checkpoints/last.ckpt", folder / "checkpoints/older.ckpt")
     longer = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/last.ckpt"]
     assert main(["fit", *QUICK, *TINY, *longer]) == 0
     older = ["--trainer.max_steps=6", f"--ckpt_path={folder}/checkpoints/older.ckpt"]
     with pytest.warns(UserWarning, match="steps 4 to 5 are trained again with a different result"):
         assert main(["fit", *QUICK, *TINY, *older, "--model.learning_rate=0.5"]) == 0
-    store = sqlite3.connect(workplace / "mlflow.db")
+    store = sqlite3.connect(trained / "mlflow.db")
     rates = "select step, count(*), max(value) from metrics where key = 'train/lr' group by step"
     points = {step: (count, rate) for step, count, rate in store.execute(rates)}
     assert [count for count, _ in points.values()] == [1, 1, 1, 1, 2, 2]
@@ -461,9 +479,8 @@ def test_resume_from_an_older_checkpoint_keeps_both_metrics_and_warns(workplace)
     store.close()
 
 
-def test_repeated_validation_adds_no_metrics(workplace):
-    assert main(["fit", *QUICK, *TINY]) == 0
-    store = sqlite3.connect(workplace / "mlflow.db")
+def test_repeated_validation_adds_no_metrics(trained):
+    store = sqlite3.connect(trained / "mlflow.db")
     count = "select count(*) from metrics where key like 'val/%' or key = 'epoch'"
     before = store.execute(count).fetchone()
     for _ in range(2):
