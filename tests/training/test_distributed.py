@@ -36,7 +36,7 @@ from yolo_lightning.datamodules.source import DetectionSample
 from yolo_lightning.losses import LossSettings
 
 torch.set_num_threads(1)
-tree, folder, rule = sys.argv[1:4]
+tree, folder = sys.argv[1:]
 
 
 class Sparse(ShapesDetection):
@@ -62,52 +62,66 @@ class Recorder(pl.Callback):
                            batch.sample_ids.tolist(), batch.images_seen, missing, objects))
 
 
-pl.seed_everything(0, verbose=False)
-validation = ShapesDetection(length=5, image_size=64, seed=3)
-data = CombinedDataModule(
-    tree, Sparse(length=16, image_size=64), ShapesImageLabels(length=16, image_size=64),
-    validation=validation, detection_batch_size=4, classification_batch_size=4, image_size=64,
-    steps_per_epoch=6, num_workers=0)
-Sparse.empty = {*data.order.plan(0, 0, 2).indices, *data.order.plan(4).indices}
-model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
-                       loss=LossSettings(objectness_rule=rule))
-image_ids, evaluations = [], []
-update, evaluated = model.evaluation.fine.update, metrics.evaluate_tables
+evaluated = metrics.evaluate_tables
 
 
-def recording_update(found, images):
-    image_ids.extend(image["image_id"] for image in images)
-    update(found, images)
+def train(rule):
+    Recorder.steps = []
+    pl.seed_everything(0, verbose=False)
+    validation = ShapesDetection(length=5, image_size=64, seed=3)
+    data = CombinedDataModule(
+        tree, Sparse(length=16, image_size=64), ShapesImageLabels(length=16, image_size=64),
+        validation=validation, detection_batch_size=4, classification_batch_size=4, image_size=64,
+        steps_per_epoch=6, num_workers=0)
+    Sparse.empty = {*data.order.plan(0, 0, 2).indices, *data.order.plan(4).indices}
+    model = DetectorModule(tree, [(1.5, 1.5)], "small", 8, 4, learning_rate=1e-3,
+                           loss=LossSettings(objectness_rule=rule))
+    image_ids, evaluations = [], []
+    update = model.evaluation.fine.update
+
+    def recording_update(found, images):
+        image_ids.extend(image["image_id"] for image in images)
+        update(found, images)
+
+    model.evaluation.fine.update = recording_update
+    metrics.evaluate_tables = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        num_sanity_val_steps=0, use_distributed_sampler=False,
+        callbacks=[Recorder(), MultiScale([32, 64], every_n_batches=2)])
+    trainer.fit(model, data)
+    weights = float(sum(p.double().abs().sum() for p in model.parameters()))
+    with open(f"{folder}/{rule}-rank{trainer.global_rank}.json", "w") as file:
+        json.dump({"steps": Recorder.steps, "image_ids": image_ids, "weights": weights,
+                   "classes": len(model.evaluation.per_class), "evaluations": len(evaluations),
+                   "tables": [len(model.evaluation.targets), len(model.evaluation.detections)],
+                   "ap": float(trainer.callback_metrics.get("val/AP50", -1))}, file)
 
 
-model.evaluation.fine.update = recording_update
-metrics.evaluate_tables = lambda *tables: (evaluations.append(1), evaluated(*tables))[1]
-trainer = pl.Trainer(
-    max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
-    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    num_sanity_val_steps=0, use_distributed_sampler=False,
-    callbacks=[Recorder(), MultiScale([32, 64], every_n_batches=2)])
-trainer.fit(model, data)
-weights = float(sum(p.double().abs().sum() for p in model.parameters()))
-with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
-    json.dump({"steps": Recorder.steps, "image_ids": image_ids, "weights": weights,
-               "classes": len(model.evaluation.per_class), "evaluations": len(evaluations),
-               "tables": [len(model.evaluation.targets), len(model.evaluation.detections)],
-               "ap": float(trainer.callback_metrics.get("val/AP50", -1))}, file)
+for rule in ("paper", "darknet"):
+    train(rule)
 '''
 
 
-@pytest.mark.parametrize("rule", ["paper", "darknet"])
-def test_two_ranks_train_and_agree(tmp_path: Path, rule: str):
-    script = tmp_path / "worker.py"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of what each rank left of its trainings."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    script = folder / "worker.py"
     script.write_text(WORKER)
     tree = str(REPO / "recipes/trees/shapes.tsv")
     result = subprocess.run(
-        [sys.executable, str(script), tree, str(tmp_path), rule],
+        [sys.executable, str(script), tree, str(folder)],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1)]
+    return folder
+
+
+@pytest.mark.parametrize("rule", ["paper", "darknet"])
+def test_two_ranks_train_and_agree(trained: Path, rule: str):
+    ranks = [json.loads((trained / f"{rule}-rank{k}.json").read_text()) for k in (0, 1)]
     assert len(ranks[0]["steps"]) == 6
     for first, second in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True):
         assert first[:3] == second[:3]  # step, kind, image size

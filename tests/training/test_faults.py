@@ -58,10 +58,10 @@ from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.errors import InputError
 
 torch.set_num_threads(1)
-tree, folder, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
+tree, folder = sys.argv[1:]
 
 
-def train(name, callbacks, frozen, steps, **options):
+def train(name, callbacks, frozen, steps, devices=2, **options):
     pl.seed_everything(0, verbose=False)
     data = CombinedDataModule(
         tree, ShapesDetection(length=32, image_size=64),
@@ -120,49 +120,46 @@ class BadLoss(pl.Callback):
                 {"loss_bad": torch.tensor(torch.nan)} if batch.step == 1 else {})
 
 
+if "LOCAL_RANK" not in os.environ:  # before the second rank is started
+    train("alone", [], True, 20, devices=1)
 train("frozen", [], True, 20)
-if devices > 1:
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
-    train("scaled", [BadLoss(), FiniteGuard()], False, 4, plugins=[plugin])
-    train("skipped", [InjectNaN({1, 4}), FiniteGuard()], False, 8)
-    train("ended", [InjectNaN(set(), first=2), FiniteGuard(2)], False, 8)
-    try:
-        train("synchronised", [], False, 4, sync_batchnorm=True)
-    except InputError as error:
-        rank = os.environ.get("LOCAL_RANK", 0)
-        with open(f"{folder}/rejected-rank{rank}.json", "w") as file:
-            json.dump(str(error), file)
+plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+train("scaled", [BadLoss(), FiniteGuard()], False, 4, plugins=[plugin])
+train("skipped", [InjectNaN({1, 4}), FiniteGuard()], False, 8)
+train("ended", [InjectNaN(set(), first=2), FiniteGuard(2)], False, 8)
+try:
+    train("synchronised", [], False, 4, sync_batchnorm=True)
+except InputError as error:
+    rank = os.environ.get("LOCAL_RANK", 0)
+    with open(f"{folder}/rejected-rank{rank}.json", "w") as file:
+        json.dump(str(error), file)
 '''
 
 
-def run(folder: Path, devices: int) -> dict[str, Any]:
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Any]:
+    """What each training of WORKER left, by its name and rank."""
+    folder = tmp_path_factory.mktemp("ranks")
     (folder / "worker.py").write_text(WORKER)
     result = subprocess.run(
-        [sys.executable, "worker.py", str(REPO / "recipes/trees/shapes.tsv"), ".", str(devices)],
+        [sys.executable, "worker.py", str(REPO / "recipes/trees/shapes.tsv"), "."],
         cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return {file.stem: json.loads(file.read_text()) for file in folder.glob("*-rank*.json")}
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ranks") / "two", 2), tmp_path_factory
-
-
-def test_two_ranks_have_the_losses_of_one(two):
+def test_two_ranks_have_the_losses_of_one(trained):
     """With frozen statistics, only the order of additions differs."""
-    found, factory = two
-    one = run(factory.mktemp("rank") / "one", 1)["frozen-rank0"]["losses"]
+    one = trained["alone-rank0"]["losses"]
     assert len(one) == 20
     assert len(set(one)) == 20
     for rank in (0, 1):
-        assert found[f"frozen-rank{rank}"]["losses"] == pytest.approx(one, rel=1e-5)
+        assert trained[f"frozen-rank{rank}"]["losses"] == pytest.approx(one, rel=1e-5)
 
 
-def test_non_finite_loss_on_one_rank_skips_the_step_on_both(two):
-    first, second = (two[0][f"skipped-rank{k}"] for k in (0, 1))
+def test_non_finite_loss_on_one_rank_skips_the_step_on_both(trained):
+    first, second = (trained[f"skipped-rank{k}"] for k in (0, 1))
     assert first["skipped"] == second["skipped"] == [2]
     assert first["weights"] == second["weights"]
     assert first["step"] == second["step"] == 8
@@ -170,16 +167,16 @@ def test_non_finite_loss_on_one_rank_skips_the_step_on_both(two):
     assert finite == [True, False, True, True, False, True, True, True]
 
 
-def test_bad_loss_on_one_rank_skips_the_float16_step_on_both(two):
-    first, second = (two[0][f"scaled-rank{k}"] for k in (0, 1))
+def test_bad_loss_on_one_rank_skips_the_float16_step_on_both(trained):
+    first, second = (trained[f"scaled-rank{k}"] for k in (0, 1))
     assert first["skipped"] == second["skipped"] == [1]
     assert first["weights"] == second["weights"]
     assert first["weights"] == first["weights"]  # not NaN
     assert first["scale"] == second["scale"] == 2.0**9
 
 
-def test_too_many_non_finite_steps_end_both_ranks(two):
-    first, second = (two[0][f"ended-rank{k}"] for k in (0, 1))
+def test_too_many_non_finite_steps_end_both_ranks(trained):
+    first, second = (trained[f"ended-rank{k}"] for k in (0, 1))
     assert first["message"].startswith("3 consecutive steps were not finite; allowed: 2")
     assert second["message"].startswith("3 consecutive steps were not finite; allowed: 2")
     assert "rank 1, loss is not finite: step 4, detection samples" in second["message"]
@@ -187,9 +184,7 @@ def test_too_many_non_finite_steps_end_both_ranks(two):
     assert "rank 0" not in first["message"]
 
 
-def test_sync_batchnorm_on_cpus_is_rejected(two):
+def test_sync_batchnorm_on_cpus_is_rejected(trained):
     for rank in (0, 1):
-        assert (
-            "trainer.sync_batchnorm is true; allowed on CPUs: false"
-            in two[0][f"rejected-rank{rank}"]
-        )
+        message = trained[f"rejected-rank{rank}"]
+        assert "trainer.sync_batchnorm is true; allowed on CPUs: false" in message
