@@ -102,6 +102,8 @@ def test_validation_evaluates_the_same_detections(folder, from_python, interpola
             assert same_class[differences.argmin(), 2] == pytest.approx(one.score, abs=1e-5)
 
 
+# test_export.py has that of "area": test_files_equal_the_python_api_for_an_image
+@pytest.mark.parametrize("interpolation", ["darknet"], indirect=True)
 def test_exported_graph_equals_python(folder, from_python, interpolation):
     onnxruntime = pytest.importorskip("onnxruntime")
     file = folder / "model.onnx"
