@@ -206,13 +206,13 @@ def write_index(journal: Path, text: str) -> None:
 
 
 def write_part(journal: Path, **values: Any) -> None:
-    part = {"op": "part", "end": 100, "first": 0, "last": 9, "samples": 0, "state": []}
+    part = {"op": "part", "end": 100, "first": 0, "last": 9, "state": []}
     write_index(journal, json.dumps(part | values))
 
 
 def plant_overlapping_parts(journal: Path) -> None:
     """Write an index that describes the same lines many times."""
-    part = '{"op": "part", "end": %d, "first": 0, "last": 9, "samples": 0, "state": []}\n'
+    part = '{"op": "part", "end": %d, "first": 0, "last": 9, "state": []}\n'
     write_index(journal, "".join(part % (50 + 50 * (k % 2)) for k in range(5_000)))
     line = '{"op": "metrics", "t": 1, "step": 1, "values": {"a": 1}}\n'
     (journal / "journal.jsonl").write_text(line * 5_000)

@@ -113,7 +113,7 @@ def test_a_line_truncated_by_a_crash_damages_no_other_line(journal, cut):
         '{"op": "params", "values": {"a": 1}}', '{"op": "tags"}', '{"op": "open", "store": 1}',
         '{"op": "file", "file": "../../secret", "folder": "x"}', '{"op": "file", "file": "/etc/x"}',
         '{"op": "remove", "path": "../x"}', '{"op": "image", "file": "x"}', '{"op": "status"}',
-        '{"op": "part", "end": 9, "first": 0, "last": 9, "samples": 0, "state": []}',
+        '{"op": "part", "end": 9, "first": 0, "last": 9, "state": []}',
         '{"op": "metrics", "t": 1, "step": 1, "values": {}}', "\x00\x00\x00\x00", "\ufffd",
     ],
 )  # fmt: skip

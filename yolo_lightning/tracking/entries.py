@@ -7,7 +7,7 @@ from typing import Any
 
 UNREADABLE = "unreadable"  # operation name of lines that cannot be parsed
 
-STATE_OPS = ("open", "params", "tags", "name", "file", "remove")
+STATE_OPS = ("open", "params", "file", "remove")
 """Operations that a new process of the same run reads, from the beginning."""
 
 _Check = Callable[[Any], bool]
@@ -42,7 +42,6 @@ _JOURNAL: _Fields = {
     "metrics": {"t": _is_count, "step": _is_count, "values": lambda v: bool(v) and _numbers(v)},
     "params": {"values": _texts},
     "tags": {"values": _texts},
-    "name": {"name": _text, "key": _text},
     "status": {"t": _is_count, "status": _text},
     "inputs": {"datasets": _is(list)},
     "file": {"file": _is_path, "folder": _text, "mtime_ns": lambda t: t is None or _is_count(t)},
@@ -53,7 +52,7 @@ _JOURNAL: _Fields = {
 }  # fmt: skip
 
 INDEX: _Fields = {
-    "part": {"end": _is_count, "first": _is_count, "last": _is_count, "samples": _is_count,
+    "part": {"end": _is_count, "first": _is_count, "last": _is_count,
              "state": lambda v: isinstance(v, list) and all(_is_entry(e, _JOURNAL) for e in v)},
 }  # fmt: skip
 """The lines of an index, each of which describes a part of the journal."""

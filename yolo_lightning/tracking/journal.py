@@ -179,16 +179,16 @@ class Journal:
     def _add_part(self) -> None:
         parts, end = self._parts()
         state: list[dict[str, Any]] = []
-        steps: dict[bool, list[int]] = {False: [], True: []}  # True: system metrics
+        steps: list[int] = []
         for line, end in self._lines(end, min(end + self.PART_BYTES, self._size)):  # noqa: B007, B020
             entry = parse_line(line) or {"op": ""}
             if entry["op"] in STATE_OPS:
                 state.append(entry)
-            elif entry["op"] in ("metrics", "image"):
-                steps[bool(entry.get("system"))].append(entry["step"])
+            elif entry["op"] in ("metrics", "image") and not entry.get("system"):
+                steps.append(entry["step"])
         parts.append({
-            "op": "part", "end": end, "state": state, "first": min(steps[False], default=1),
-            "last": max(steps[False], default=0), "samples": 1 + max(steps[True], default=-1),
+            "op": "part", "end": end, "state": state,
+            "first": min(steps, default=1), "last": max(steps, default=0),
         })  # fmt: skip
         replace_text(self._index_file, "".join(json.dumps(part) + "\n" for part in parts))
         self._indexed = end
@@ -213,16 +213,10 @@ class Journal:
         yield from (entry for entry, _ in self.entries(end, *ops))
 
     def points(self, first: int, last: int = 2**63) -> Iterator[dict[str, Any]]:
-        """Yield metrics and images, at least those of the steps from `first` to `last`.
-
-        Of the rest there is one entry for the last of the ``system`` metrics.
-        """
+        """Yield metrics and images, at least those of the steps from `first` to `last`."""
         start = 0
         for part in [*self._parts()[0], {"end": 2**63, "first": first, "last": last}]:
-            if part["last"] < first or part["first"] > last:
-                step = part["samples"] - 1
-                yield {"op": "metrics", "system": True, "step": step, "values": {}}
-            else:
+            if part["last"] >= first and part["first"] <= last:
                 entries = self.entries(start, "metrics", "image", end=part["end"])
                 yield from (entry for entry, _ in entries)
             start = part["end"]
@@ -291,10 +285,8 @@ class Journal:
 def _is_upload(upload: Any) -> bool:
     if not isinstance(upload, dict) or not isinstance(upload.get("deferred", []), list):
         return False
-    offsets = [upload.get("offset"), upload.get("system_step_offset", 0)]
-    return "run_id" in upload and all(
-        isinstance(offset, int) for offset in [*offsets, *upload.get("deferred", [])]
-    )
+    offsets = [upload.get("offset"), *upload.get("deferred", [])]
+    return "run_id" in upload and all(isinstance(offset, int) for offset in offsets)
 
 
 def _read_lines(path: Path, offset: int, end: int) -> Iterator[_Line]:

@@ -49,8 +49,11 @@ def _sync(folder: Path, requested_store: str | None) -> str:
     from yolo_lightning.tracking.uploader import Uploader
 
     store = absolute_uri(requested_store) if requested_store else own_store()
-    uploader = Uploader(Journal(folder), store)
     state = "was complete"
+    try:
+        uploader = Uploader(Journal(folder), store)
+    except InputError as error:
+        return str(error)
     try:
         if not uploader.journal.end:
             raise StoreUnavailable("the journal is empty or cannot be read")
