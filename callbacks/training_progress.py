@@ -89,9 +89,12 @@ class TrainingProgress(TQDMProgressBar):
         if bar.disable:
             self._print_line(trainer, "step", step)
         else:
-            bar.set_postfix_str(self._figures, refresh=False)
-            bar.set_description_str(refresh=False)
+            self._reset_text()
             bar.update(step - bar.n)
+
+    def _reset_text(self) -> None:
+        self.train_progress_bar.set_description_str(refresh=False)
+        self.train_progress_bar.set_postfix_str(self._figures, refresh=False)
 
     def _read_figures(self, trainer: pl.Trainer) -> None:
         if not trainer.is_global_zero:
@@ -133,7 +136,7 @@ class TrainingProgress(TQDMProgressBar):
 
     def _close(self) -> None:
         if self._train_progress_bar is not None:
-            self.train_progress_bar.set_description_str(refresh=False)
+            self._reset_text()
             self.train_progress_bar.close()
         self._streams.close()
 
@@ -168,6 +171,7 @@ class TrainingProgress(TQDMProgressBar):
         elif not trainer.sanity_checking and not self.train_progress_bar.disable:
             bar = self.train_progress_bar
             bar.set_description_str(f"validation {batch_idx + 1}/{total}", refresh=False)
+            bar.set_postfix_str(refresh=False)
             bar.update(0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,7 +179,7 @@ class TrainingProgress(TQDMProgressBar):
         if trainer.state.fn == "validate":
             super().on_validation_end(trainer, pl_module)
         elif not trainer.sanity_checking:
-            self.train_progress_bar.set_description_str(refresh=False)
+            self._reset_text()
 
     def on_sanity_check_start(self, *_: Any) -> None:
         """Show nothing: it takes a few batches."""

@@ -46,7 +46,12 @@ from yolo_lightning.cli.recipe_parser import (
     take_from_model,
 )
 from yolo_lightning.cli.recipe_policy import allow_options, has_modules, restrict_parser
-from yolo_lightning.cli.reports import apply_report_options, model_evaluation, save_report
+from yolo_lightning.cli.reports import (
+    apply_report_options,
+    metrics_table,
+    model_evaluation,
+    save_report,
+)
 from yolo_lightning.errors import InputError
 from yolo_lightning.evaluation.report import ReportOptions, check_report_options
 from yolo_lightning.tracking.logger import run_loggers
@@ -72,7 +77,9 @@ _NEEDLESS = (
     "LOCAL_RANK",
     "Tensor Cores",
     "`Trainer.fit` stopped: `max_",
+    "Restoring states",
     "Restored all states",
+    "Loaded model weights",
 )
 
 
@@ -363,10 +370,10 @@ class RecipeCLI(LightningCLI):
     before_test = before_validate
 
     def after_validate(self) -> None:
-        """Print the metrics of each class, and write the report."""
+        """Print the metrics, and those of each class, and write the report."""
         trainer = self.trainer
         if trainer.is_global_zero and hasattr(self.model, "table"):
-            print(f"\n{self.model.table()}")
+            print(f"\n{metrics_table(trainer.callback_metrics)}\n\n{self.model.table()}")
             evaluation = model_evaluation(self.model)
             if evaluation is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 save_report(self, evaluation, self.recipes)

@@ -1,6 +1,6 @@
 """The report that `validate` and `test` write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ def model_evaluation(model: pl.LightningModule) -> Evaluation | None:
     """Return the evaluation of a detector or classifier; None for other models."""
     evaluation = getattr(model, "evaluation", None)
     return evaluation if isinstance(evaluation, Evaluation) else None
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """Return metrics as text, a line each, without those of single classes."""
+    values = {name: float(value) for name, value in metrics.items() if name.count("/") < 2}
+    width = max(map(len, values), default=0) + 2
+    return "\n".join(f"{name:<{width}}{value:.3f}" for name, value in values.items())
 
 
 def apply_report_options(cli: LightningCLI) -> None:
