@@ -1,8 +1,8 @@
 """The classifier: training, metrics, pretrained weights, and the command `classify`."""
 
 import json
-import re
 import os
+import re
 from pathlib import Path
 from typing import Any
 
