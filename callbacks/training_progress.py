@@ -50,7 +50,8 @@ class TrainingProgress(TQDMProgressBar):
     """
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=int(sys.stdout.isatty()))
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by the shell
+        super().__init__(refresh_rate=int(is_terminal))
         self._figures = ""
         self._total: int | None = None
         self._start = self._last_line = (0, 0.0)  # step and time
