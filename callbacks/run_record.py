@@ -32,10 +32,8 @@ class RunRecord(pl.Callback):
         self.folder, self.files, self.resolved = folder, files, resolved
         self.recipe = recipe
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the recipe files and log the parameters, on rank 0."""
-        if stage != "fit" or not trainer.is_global_zero:
-            return
+    def _write_recipe(self, trainer: pl.Trainer) -> None:
+        """Write the recipe files, and log them and the parameters."""
         self.folder.mkdir(parents=True, exist_ok=True)
         resumed = (self.folder / "resolved.yaml").exists()
         # a resumed run keeps the files of earlier processes
@@ -58,10 +56,8 @@ class RunRecord(pl.Callback):
             values["model"] = {**values["model"], "init_args": model}
         return values
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _write_inputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the tree and the anchors; log them, tags and datasets."""
-        if not trainer.is_global_zero:
-            return
         files = self._write_tables(pl_module)
         loggers = run_loggers(trainer)
         if not loggers:
@@ -122,7 +118,13 @@ class RunRecord(pl.Callback):
         )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell the loggers the first step, and whether it repeats steps that a kill cut off."""
+        """Write and log the inputs of the run, on rank 0, and tell the loggers the first step.
+
+        Not before: a start that fails on its data or weights leaves no run.
+        """
+        if trainer.is_global_zero:
+            self._write_recipe(trainer)
+            self._write_inputs(trainer, pl_module)
         checkpoints = self.folder / "checkpoints"
         path = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         is_newest = path is None or (path.name in (LAST, PREVIOUS) and path.parent == checkpoints)

@@ -450,10 +450,13 @@ def test_unusable_store_does_not_stop_training(workplace, uri, monkeypatch):
     store.close()
 
 
-def test_training_that_fails_before_its_first_step_is_marked_failed(workplace):
-    with pytest.raises(ValueError, match="val_check_interval"):
-        main(["fit", *QUICK, *TINY, "--trainer.val_check_interval=1000",
-              "--trainer.check_val_every_n_epoch=1"])  # fmt: skip
+def test_training_that_fails_in_its_first_step_is_marked_failed(workplace, monkeypatch):
+    def fail(*_: object) -> None:
+        raise ArithmeticError("of the test")
+
+    monkeypatch.setattr(DetectorModule, "training_step", fail)
+    with pytest.raises(ArithmeticError, match="of the test"):
+        main(["fit", *QUICK, *TINY])
     store = sqlite3.connect(workplace / "mlflow.db")
     assert store.execute("select status from runs").fetchall() == [("FAILED",)]
     store.close()
@@ -497,6 +500,24 @@ def test_rejected_value_leaves_no_folder_on_any_rank(workplace, capsys, monkeypa
         assert main(["fit", *QUICK, *TINY, "--model.backbone=darknet20"]) == 2
         assert "model.backbone is 'darknet20'" in capsys.readouterr().err
         assert not list(workplace.glob("outputs/quickstart/*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.pretrained=none.weights"],
+        ["--data.tree=reversed.tsv"],
+        ["--trainer.accumulate_grad_batches=3"],
+        ["--trainer.limit_train_batches=2"],
+    ],
+)
+def test_a_failed_start_leaves_no_run_and_nothing_in_the_store(workplace, capsys, options):
+    """These are found after the objects are built."""
+    rows = (REPO / "recipes/trees/shapes.tsv").read_text().splitlines()
+    (workplace / "reversed.tsv").write_text("\n".join(reversed(rows)))
+    assert main(["fit", *QUICK, *TINY, *options]) == 2
+    assert not list(workplace.glob("outputs/quickstart/*"))
+    assert not list(workplace.glob("mlflow.db*"))
 
 
 def test_testing_before_training_fails(workplace, capsys):
