@@ -41,6 +41,8 @@ class COCOJson(AnnotatedImages):
         allow_outside: whether ``file_name`` may lead out of the folder of images.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
+        only: a text file that lists the images to use, one path a line; see `AnnotatedImages`.
+        without: a text file that lists the images to leave out.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class COCOJson(AnnotatedImages):
         mapping: dict[str, str] | None = None,
         allow_outside: bool = False,
         exclusive_names: bool = True,
+        only: str | None = None,
+        without: str | None = None,
     ) -> None:
-        super().__init__(mapping, exclusive_names)
+        super().__init__(mapping, exclusive_names, only, without)
         self.annotations, self.images, self.allow_outside = annotations, images, allow_outside
         self.name = f"COCO {annotations}"
 

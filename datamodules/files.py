@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolo_lightning.batches import DetectionSample
-from yolo_lightning.datamodules.index import Index, cache_file, load_fresh, save
+from yolo_lightning.datamodules.index import Index, cache_file, keep_images, load_fresh, save
 from yolo_lightning.datamodules.source import DetectionSource, ImageLabelSource, Source, digest
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import MAX_ANNOTATION_BYTES, InputError, read_text
 from yolo_lightning.images import Image, read_image
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -47,10 +47,8 @@ class FileSource(Source):
             if self._index is None:
                 parsing_since_ns = time_ns()
                 index = self._parse(root)
-                arrays = (part for item in sorted(index.arrays.items()) for part in item)
                 # of 0.6 GB for 14 million images, which no rank reads again
-                fingerprint = digest(list(index.metadata["names"]), *arrays)
-                index.metadata["fingerprint"] = fingerprint
+                index.metadata["fingerprint"] = _fingerprint(index)
                 self._index = save(index, file, parsing_since_ns) if file is not None else index
         return self._index
 
@@ -123,9 +121,7 @@ class FileSource(Source):
     def image_path(self, index: int) -> Path:
         """Return the path of an image."""
         dataset = self.load_index()
-        start, end = dataset.arrays["paths_offsets"][index : index + 2]
-        encoded = bytes(dataset.arrays["paths"][start:end])
-        return Path(dataset.metadata["root"]) / encoded.decode("utf-8", "surrogateescape")
+        return Path(dataset.metadata["root"]) / dataset.path(index)
 
     def image_name(self, index: int) -> str:
         """Return the path of an image."""
@@ -133,13 +129,37 @@ class FileSource(Source):
 
 
 class AnnotatedImages(FileSource, DetectionSource):
-    """A detection source whose images are files."""
+    """A detection source whose images are files.
+
+    Args:
+        mapping: nodes by label name.
+        exclusive_names: see the sources.
+        only: a text file that lists the images to use, one path a line, relative to the folder of
+            the dataset (of the images, for COCO and tables); all by default.
+        without: a text file that lists the images to leave out.
+    """
 
     has_boxes = True
 
-    def __init__(self, mapping: dict[str, str] | None, exclusive_names: bool = True) -> None:
+    def __init__(
+        self,
+        mapping: dict[str, str] | None,
+        exclusive_names: bool = True,
+        only: str | None = None,
+        without: str | None = None,
+    ) -> None:
         super().__init__(mapping)
-        self.exclusive_names = exclusive_names
+        self.exclusive_names, self.only, self.without = exclusive_names, only, without
+
+    def load_index(self) -> Index:
+        """Return the index of the images that `only` and `without` leave; see `FileSource`."""
+        if self._index is None:
+            index = super().load_index()
+            for file, is_kept in ((self.only, True), (self.without, False)):
+                if file is not None:
+                    index = _keep_listed(index, file, is_kept, self.name)
+            self._index = index
+        return self._index
 
     @property
     def exclusive_nodes(self) -> list[int]:
@@ -260,6 +280,27 @@ class LabelledImages(FileSource, ImageLabelSource):
         """Return one image and its node."""
         image, _ = read_image(self.image_path(index), min_side)
         return image, int(self._nodes[self.load_index().arrays["classes"][self._position(index)]])
+
+
+def _fingerprint(index: Index) -> str:
+    arrays = (part for item in sorted(index.arrays.items()) for part in item)
+    return digest(list(index.metadata["names"]), *arrays)
+
+
+def _keep_listed(index: Index, file: str, is_kept: bool, name: str) -> Index:
+    """Return the index of the images that a list names, or of all others."""
+    lines = read_text(file, "list of images", max_bytes=MAX_ANNOTATION_BYTES).splitlines()
+    listed = {line.strip() for line in lines} - {""}
+    paths = [index.path(row) for row in range(len(index.arrays["paths_offsets"]) - 1)]
+    missing = len(listed - set(paths))
+    if missing == len(listed):  # without a line of it, which may be that of another file
+        raise InputError(f"{file}: none of its {missing:,} lines is an image of {name}")
+    selected = keep_images(index, np.array([(path in listed) == is_kept for path in paths]))
+    if missing:
+        fault = f"{file}: {missing:,} of {len(listed):,} lines are no images of {name}, skipped"
+        selected.metadata["faults"] = [*selected.metadata["faults"], fault]
+    selected.metadata["fingerprint"] = _fingerprint(selected)
+    return selected
 
 
 def _label_errors(tree: WordTree, labels: list[tuple[str, str]]) -> str:

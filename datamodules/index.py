@@ -38,6 +38,11 @@ class Index:
     watched: list[Path] = field(default_factory=list)
     file: Path | None = None
 
+    def path(self, row: int) -> str:
+        """Return the path of an image, relative to the dataset's folder, or absolute."""
+        start, end = self.arrays["paths_offsets"][row : row + 2]
+        return bytes(self.arrays["paths"][start:end]).decode("utf-8", "surrogateescape")
+
     def __getstate__(self) -> dict[str, Any]:
         # loaded arrays are read-only views of the cache file: its path is enough
         return self.__dict__ if self.file is None else {"file": self.file}
@@ -64,6 +69,20 @@ def offsets(lengths: Array) -> NDArray[np.int64]:
     result = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=result[1:])
     return result
+
+
+def keep_images(index: Index, keep: NDArray[np.bool_]) -> Index:
+    """Return the index, in memory, of some images of a dataset with boxes; `keep` is (N,)."""
+    counts = np.diff(index.arrays["box_offsets"])
+    boxes = np.repeat(keep, counts)
+    arrays = {
+        **pack_strings("paths", (index.path(row) for row in np.flatnonzero(keep).tolist())),
+        "sizes_wh": index.arrays["sizes_wh"][keep],
+        "box_offsets": offsets(counts[keep]),
+    }
+    others = index.arrays.keys() - arrays.keys()
+    arrays |= {name: index.arrays[name][boxes] for name in others}
+    return Index(arrays, dict(index.metadata), index.watched)
 
 
 def cache_file(root: Path, options: Mapping[str, Any]) -> Path | None:
