@@ -11,6 +11,8 @@ import numpy as np
 
 from yolo_lightning.datamodules.annotations import Annotations
 from yolo_lightning.datamodules.dataset_files import (
+    DatasetFiles,
+    is_below,
     missing_split,
     resolve_inside,
     visible_folders,
@@ -20,8 +22,10 @@ from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import InputError, read_bytes, require_folder
 from yolo_lightning.images import is_image
 
-_ANNOTATION_FOLDERS = ("Annotations", "annotations")
-_IMAGE_FOLDERS = ("JPEGImages", "images")
+# names of folders, in lower case
+XML_FOLDERS = ("annotations", "annots", "annotation", "annot", "xmls", "xml", "labels")
+_IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
+_MAX_FOLDERS, _MAX_TRIED = 50, 5  # folders searched for images, XML files whose image is searched
 
 MAX_OBJECTS = 100_000  # of one image
 
@@ -95,18 +99,22 @@ class _XMLSource(AnnotatedImages):
 class VOCFolder(_XMLSource):
     """A folder with Pascal VOC XML files; difficult objects are not trained on or evaluated.
 
-    Layouts: ``Annotations`` and ``JPEGImages`` (or ``annotations`` and ``images``) with
-    ``ImageSets/Main/<split>.txt``; one folder per split; XML files beside their images.
+    Layouts: ``Annotations`` and ``JPEGImages`` (or ``annotations``, ``annots``, ``labels`` and so
+    on beside ``images``) with ``ImageSets/Main/<split>.txt``; one folder per split, above or below
+    these; XML files beside their images.
 
     Args:
         root: the folder, such as ``VOCdevkit/VOC2007``, or ``VOCdevkit`` with `years`.
         split: name of an image set or of a folder; None reads all XML files of `root`.
         years: such as [2007, 2012]: the folders ``VOC<year>`` in `root` to read.
+        images: folder of the images; by default searched beside the XML files.
         mapping: nodes by the names in the XML files, if the tree has other names.
         allow_outside: whether XML files and image sets may lie outside the folder, or be links
             that lead out of it.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
+        only: a text file that lists the images to use, one path a line; see `AnnotatedImages`.
+        without: a text file that lists the images to leave out.
     """
 
     def __init__(
@@ -114,18 +122,23 @@ class VOCFolder(_XMLSource):
         root: str,
         split: str | None = None,
         years: list[int] | None = None,
+        images: str | None = None,
         mapping: dict[str, str] | None = None,
         allow_outside: bool = False,
         exclusive_names: bool = True,
+        only: str | None = None,
+        without: str | None = None,
     ) -> None:
-        super().__init__(mapping, exclusive_names)
-        self.root, self.split, self.years = root, split, years
+        super().__init__(mapping, exclusive_names, only, without)
+        self.root, self.split, self.years, self.images = root, split, years, images
         self.allow_outside = allow_outside
         self.name = f"VOC {root}" + (f" ({split})" if split else "")
 
     def _cache_key(self) -> tuple[Path, dict[str, Any]]:
         root = require_folder(self.root, "VOC folder").absolute()
-        return root, {"split": self.split, "years": self.years, "outside": self.allow_outside}
+        images = self.images and str(require_folder(self.images, "folder of images").absolute())
+        options = {"split": self.split, "years": self.years, "images": images}
+        return root, {**options, "outside": self.allow_outside}
 
     def _list_files(self, root: Path, annotations: Annotations) -> XMLFiles:
         if self.years is not None:
@@ -143,18 +156,22 @@ class VOCFolder(_XMLSource):
         sets = root / "ImageSets" / "Main"
         image_set = sets / f"{self.split}.txt"
         is_listed = self.split is not None and image_set.is_file()
-        if self.split is not None and not is_listed:
-            if not (root / self.split).is_dir():
-                choices = sorted(f.stem for f in sets.glob("*.txt"))
-                choices += [folder.name for folder in visible_folders(root)]
-                raise missing_split(self.name, self.split, choices)
-            root = root / self.split
-        xml_folder = next((root / n for n in _ANNOTATION_FOLDERS if (root / n).is_dir()), root)
-        images = next((root / n for n in _IMAGE_FOLDERS if (root / n).is_dir()), xml_folder)
+        xml_folder = xml_folder_of(root, None if is_listed else self.split)
+        if xml_folder is None and self.split is not None and not is_listed:
+            choices = sorted(f.stem for f in sets.glob("*.txt"))
+            choices += [folder.name for folder in visible_folders(root)]
+            raise missing_split(self.name, self.split, choices)
+        xml_folder = xml_folder or root
         if is_listed:
             files = self._listed_files(xml_folder, image_set, annotations)
         else:
-            files = [xml_folder / n for n in annotations.names(xml_folder) if n.endswith(".xml")]
+            names = (name for name in annotations.names(xml_folder) if is_xml(name))
+            files = [xml_folder / name for name in names]
+        images = (
+            _image_folder(root, xml_folder, files[:_MAX_TRIED], annotations)
+            if self.images is None
+            else require_folder(self.images, "folder of images").absolute()
+        )
         return [(file, images) for file in files]
 
 
@@ -170,6 +187,8 @@ class ILSVRCDetection(_XMLSource):
             that lead out of it.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
+        only: a text file that lists the images to use, one path a line; see `AnnotatedImages`.
+        without: a text file that lists the images to leave out.
     """
 
     one_based = False
@@ -182,8 +201,10 @@ class ILSVRCDetection(_XMLSource):
         mapping: dict[str, str] | None = None,
         allow_outside: bool = False,
         exclusive_names: bool = True,
+        only: str | None = None,
+        without: str | None = None,
     ) -> None:
-        super().__init__(mapping, exclusive_names)
+        super().__init__(mapping, exclusive_names, only, without)
         self.root, self.split, self.challenge = root, split, challenge
         self.allow_outside = allow_outside
         self.name = f"ILSVRC {challenge} {root} ({split})"
@@ -208,6 +229,45 @@ class ILSVRCDetection(_XMLSource):
             raise missing_split(self.name, self.split, choices, where)
         data = root / "Data" / self.challenge
         return [(file, data / os.path.relpath(file.parent, xml_folder)) for file in files]
+
+
+def is_xml(name: str) -> bool:
+    """Return whether a file has the suffix of an XML file."""
+    return name[-4:].lower() == ".xml"
+
+
+def xml_folder_of(root: Path, split: str | None = None) -> Path | None:
+    """Return the first folder of a layout that has XML files, if there is one."""
+    folders = _xml_folders(root, split)
+    return next((f for f in folders if any(map(is_xml, DatasetFiles(f).names(f)))), None)
+
+
+def _xml_folders(root: Path, split: str | None) -> list[Path]:
+    named = _named_folders(root, XML_FOLDERS)
+    if split is not None:
+        return [*_xml_folders(root / split, None), *(folder / split for folder in named)]
+    return [*named, *(folder / "xmls" for folder in named), root]
+
+
+def _named_folders(parent: Path, names: Sequence[str]) -> list[Path]:
+    """Return the folders of a folder that have these names in lower case, in order of the names."""
+    folders = [folder for folder in visible_folders(parent) if folder.name.lower() in names]
+    return sorted(folders, key=lambda folder: names.index(folder.name.lower()))
+
+
+def _image_folder(
+    root: Path, xml_folder: Path, files: list[Path], annotations: Annotations
+) -> Path:
+    """Return the folder of the images of XML files: one of a usual name, theirs, or one beside."""
+    parents = [p for p in (xml_folder, *xml_folder.parents) if p == root or is_below(p, root)][:3]
+    named = [folder for parent in parents for folder in _named_folders(parent, _IMAGE_FOLDERS)]
+    others = [f for parent in parents[1:] for f in visible_folders(parent)[:_MAX_FOLDERS]]
+    candidates = [xml_folder, *named, *others, *parents[1:]]
+    candidates = [f for folder in candidates for f in (folder / xml_folder.name, folder)]
+    for folder in candidates:
+        if any(annotations.find_image(folder, file.stem) for file in files):
+            return folder
+    return next((f for f in named if f.is_dir()), xml_folder)
 
 
 def voc_years(root: Path) -> list[int]:
