@@ -1,5 +1,6 @@
 """Boxes from Darknet's and Ultralytics' text files: one line per object, relative to the image."""
 
+import contextlib
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import yaml
 from yolo_lightning.datamodules.annotations import Annotations
 from yolo_lightning.datamodules.dataset_files import (
     ALLOW_OUTSIDE,
+    DatasetFiles,
     UnsafePath,
     is_below,
     missing_split,
@@ -32,7 +34,9 @@ from yolo_lightning.images import is_image
 
 _SPLITS = ("train", "val", "valid", "test")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "*.names")
+_DESCRIPTIONS = ("data.yaml", "dataset.yaml", "data.yml", "config.yaml", "*.yaml", "*.yml")
 _MAX_CLASSES = 100_000
+_MAX_RELATIVE = 2.0  # a coordinate beyond the edge of the image may be this large, one in px more
 _MAX_OBJECTS, _MAX_COLUMNS_LENGTH = 100_000, 2**20  # lines of an image; characters of a line
 _NULLS = ("", "~", "null", "Null", "NULL")  # what YAML means by no value
 
@@ -54,6 +58,8 @@ class YOLOText(AnnotatedImages):
             ``../train/images``, always may.
         exclusive_names: whether a box has the one name that fits best, so that a name means no
             other of these names below it in the tree; false if coarse and fine names are mixed.
+        only: a text file that lists the images to use, one path a line; see `AnnotatedImages`.
+        without: a text file that lists the images to leave out.
     """
 
     def __init__(
@@ -64,8 +70,10 @@ class YOLOText(AnnotatedImages):
         mapping: dict[str, str] | None = None,
         allow_outside: bool = False,
         exclusive_names: bool = True,
+        only: str | None = None,
+        without: str | None = None,
     ) -> None:
-        super().__init__(mapping, exclusive_names)
+        super().__init__(mapping, exclusive_names, only, without)
         self.root, self.split, self.names = root, split, names
         self.allow_outside = allow_outside
         self.name = f"YOLO {root} ({split})"
@@ -94,16 +102,18 @@ class YOLOText(AnnotatedImages):
         annotations.allow(os.path.realpath(path))
         description = _read_description(path, annotations)
         names = self._class_names(description, annotations)
+        checks = _LineChecks()
         for image in self._list_images(path, description, annotations):
             file = _label_file(root / image, annotations)
             label_files.append(file)
             row = annotations.add_image(image)
             if annotations.exists(file):
-                _add_lines(annotations, row, file, names)
+                _add_lines(annotations, row, file, names, checks)
             else:
                 annotations.faults.append(
                     f"{file}: no such file, {image} is treated as having no objects"
                 )
+        checks.report(self.name, annotations.faults)
         return annotations.build_index()
 
     def _class_names(self, description: dict[str, Any], annotations: Annotations) -> list[str]:
@@ -112,8 +122,8 @@ class YOLOText(AnnotatedImages):
         if names is None:
             files = (file for name in _NAME_FILES for file in sorted(root.glob(name)))
             names = next((str(file) for file in files if file.is_file()), None)
-        if names is None and (root / "data.yaml").is_file():
-            names = _read_description(root / "data.yaml", annotations).get("names")
+        if names is None and (file := find_description(root, self.allow_outside)):
+            names = _read_description(file, annotations).get("names")
         if isinstance(names, str):
             candidates = [root / names, expand(names)]
             file = next((file for file in candidates if os.path.exists(file)), None)
@@ -133,8 +143,8 @@ class YOLOText(AnnotatedImages):
             names = [by_number.get(k, k) for k in range(max(by_number, default=-1) + 1)]
         if not isinstance(names, list) or not names:
             raise InputError(
-                f"{self.name}: no names of classes; set names: [..], or add one of "
-                f"{', '.join(_NAME_FILES)}, data.yaml"
+                f"{self.name}: no names of classes; set names: [..] (init: --names), or add one "
+                f"of {', '.join(_NAME_FILES)}, data.yaml"
             )
         nested = [name for name in names if isinstance(name, dict | list)]
         if nested or len(names) > _MAX_CLASSES:
@@ -238,7 +248,18 @@ class YOLOText(AnnotatedImages):
         return images
 
 
-def _read_description(path: Path, annotations: Annotations) -> dict[str, Any]:
+def find_description(folder: Path, allow_outside: bool = False) -> Path | None:
+    """Return the ``data.yaml`` of a folder, whatever its name: the first one with names."""
+    files = DatasetFiles(folder, allow_outside)
+    for file in (file for name in _DESCRIPTIONS for file in sorted(folder.glob(name))):
+        with contextlib.suppress(InputError):  # not YAML, or a link that leads out of the folder
+            files.require_inside(file)
+            if "names" in _read_description(file, files):
+                return file
+    return None
+
+
+def _read_description(path: Path, annotations: DatasetFiles) -> dict[str, Any]:
     """Return the content of a ``data.yaml`` or ``.data`` file; nothing for other paths."""
     if path.suffix not in (".data", ".yaml", ".yml"):
         return {}
@@ -284,7 +305,42 @@ def _label_file(image: Path, annotations: Annotations) -> Path:
     return mirrored if use_mirrored else beside
 
 
-def _add_lines(annotations: Annotations, row: int, file: Path, names: list[str]) -> None:
+class _LineChecks:
+    """Lines that are objects of another format, counted over a dataset."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.pixels = list[str]()  # where a coordinate is far outside the image
+        self.sixth = list[str]()  # where a sixth column is
+
+    def add(self, columns: list[str], values: list[float], location: str) -> bool:
+        """Count a line; return whether its coordinates are relative."""
+        self.lines += 1
+        if len(values) == 5:
+            self.sixth.append(location)
+        is_relative = max(map(abs, values[:4]), default=0) <= _MAX_RELATIVE
+        if not is_relative:
+            self.pixels.append(f"{location}: {' '.join(columns)[:60]!r}")
+        return is_relative
+
+    def report(self, name: str, faults: list[str]) -> None:
+        """Raise an `InputError` if most lines are in px; report a sixth column once."""
+        if 2 * len(self.pixels) > self.lines:
+            raise InputError(
+                f"{name}: {len(self.pixels):,} of {self.lines:,} boxes are in px, such as "
+                f"{self.pixels[0]}; wanted: class centre_x centre_y width height, each from 0 to 1 "
+                "of the image: divide by its width and height"
+            )
+        if self.sixth:
+            faults.append(
+                f"{self.sixth[0]}: a sixth column, as on {len(self.sixth):,} of {self.lines:,} "
+                "lines; it is not used (detections of a model have their confidence there)"
+            )
+
+
+def _add_lines(
+    annotations: Annotations, row: int, file: Path, names: list[str], checks: _LineChecks
+) -> None:
     faults, count = annotations.faults, 0
     try:
         lines = annotations.read_lines(file)
@@ -301,7 +357,9 @@ def _add_lines(annotations: Annotations, row: int, file: Path, names: list[str])
         except (ValueError, OverflowError):
             faults.append(f"{file}:{number}: {' '.join(columns)[:60]!r} is not an object, skipped")
             continue
-        if 0 <= label < len(names):
+        if not checks.add(columns, values, f"{file}:{number}"):
+            faults.append(f"{file}:{number}: outside the image (in px?), skipped")
+        elif 0 <= label < len(names):
             annotations.add_box(row, _parse_box(values), names[label], number)
         else:
             allowed = f"allowed: 0 … {len(names) - 1}"
