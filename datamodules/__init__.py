@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from yolo_lightning.datamodules.box_csv import BoxCSV
     from yolo_lightning.datamodules.coco import COCOJson
     from yolo_lightning.datamodules.combined import CombinedDataModule
     from yolo_lightning.datamodules.image_folder import ImageFolder, LabelCSV
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # imported on first use: reading annotations needs neither Lightning nor albumentations
 _HOME = {
+    "BoxCSV": "box_csv",
     "COCOJson": "coco",
     "ClassificationAugmentation": "transforms",
     "CombinedDataModule": "combined",
@@ -41,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BoxCSV",
     "COCOJson",
     "ClassificationAugmentation",
     "CombinedDataModule",

@@ -22,9 +22,9 @@ CLASSES = {
         "yolo_lightning.callbacks": """BatchDigests CompileNetwork DataReport FiniteGuard
             LabelGrid LastCheckpoint MultiScale PredictionGrid Preemption ResultsTable Throughput
             TrainingProgress ValidationReport""",
-        "yolo_lightning.datamodules": """COCOJson ClassificationAugmentation CombinedDataModule
-            DetectionAugmentation ILSVRCDetection ImageFolder ImageNet LabelCSV ShapesDetection
-            ShapesImageLabels VOCFolder YOLOText""",
+        "yolo_lightning.datamodules": """BoxCSV COCOJson ClassificationAugmentation
+            CombinedDataModule DetectionAugmentation ILSVRCDetection ImageFolder ImageNet LabelCSV
+            ShapesDetection ShapesImageLabels VOCFolder YOLOText""",
         "yolo_lightning.losses": "LossSettings",
         "yolo_lightning.schedules": "PolynomialDecay Schedule StepDecay",
         "yolo_lightning.tracking": "RunLogger",
