@@ -18,6 +18,7 @@ ALLOW_OUTSIDE = (
     "to allow this, set allow_outside: true on the source, or --allow-outside where a command is "
     "given the dataset"
 )
+SPLITS = ("train", "val", "valid", "validation", "test")  # usual names of folders
 _MAX_PATH = 4096  # characters; the longest of Linux
 
 

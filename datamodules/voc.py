@@ -11,6 +11,7 @@ import numpy as np
 
 from yolo_lightning.datamodules.annotations import Annotations
 from yolo_lightning.datamodules.dataset_files import (
+    SPLITS,
     DatasetFiles,
     is_below,
     missing_split,
@@ -246,7 +247,8 @@ def _xml_folders(root: Path, split: str | None) -> list[Path]:
     named = _named_folders(root, XML_FOLDERS)
     if split is not None:
         return [*_xml_folders(root / split, None), *(folder / split for folder in named)]
-    return [*named, *(folder / "xmls" for folder in named), root]
+    others = (f for f in visible_folders(root)[:_MAX_FOLDERS] if f.name not in SPLITS)
+    return [*named, *(folder / "xmls" for folder in named), root, *others]
 
 
 def _named_folders(parent: Path, names: Sequence[str]) -> list[Path]:

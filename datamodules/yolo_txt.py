@@ -171,6 +171,18 @@ class YOLOText(AnnotatedImages):
                 images += self._read_list(source, roots, annotations)
         return images
 
+    def list_images(self) -> list[str]:
+        """Return the images of the split; no text with boxes is read.
+
+        Raises:
+            InputError: what the dataset names is not found, or lies outside of it.
+        """
+        path = require_path(self.root, "YOLO dataset").absolute()
+        root = path if path.is_dir() else path.parent
+        annotations = Annotations(root, lambda *_: "", allow_outside=self.allow_outside)
+        annotations.allow(os.path.realpath(path))
+        return self._list_images(path, _read_description(path, annotations), annotations)
+
     def _described_sources(
         self, description: dict[str, Any], annotations: Annotations
     ) -> tuple[list[Path], list[Path]]:

@@ -44,7 +44,7 @@ def load_datamodule(
         try:
             dataset = label_source(source, allow_outside)
         except InputError as other_error:
-            raise InputError(f"{error}; {other_error}") from None
+            raise InputError(f"{error}\n  {other_error}") from None
         parts["classification"] = dataset
     else:
         parts = {"detection": dataset, **held_out(source, dataset)}
