@@ -36,6 +36,9 @@ def test_wordnet_words_hypernyms_and_glosses():
     assert table.senses("dog")[0] == DOG  # the most frequent one first
     assert table.senses("no such word") == []
     assert "raccoon" in table.nearest("rackoon")
+    # things, nothing vulgar
+    assert table.nearest("Shi-Tzu") == "did you mean 'shih-tzu' or 'shirt' or 'shift'?"
+    assert table.nearest("fuk") == "did you mean 'fur'?"
     assert all(len(table.gloss(wnid)) <= 60 for wnid in table.wnids[::50])
 
 
@@ -119,6 +122,20 @@ def test_all_errors_are_reported_together():
     assert "birds: 'rackoon' is not a noun of WordNet 3.0; did you mean" in text
     assert "'n99999999': n99999999 is not a noun" in text
     assert "zebra" not in text
+
+
+def test_labels_below_it_say_which_meaning_of_a_word_is_meant(capsys):
+    folders = ["n02085620", "n02088094", "n02123045"]  # two dogs, a tabby
+    tree = build_class_tree({"boxes": ["dog", "domestic cat"], "folders": folders})
+    assert {DOG, CAT} <= set(tree.keys)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"'dog' is {DOG} dog, domestic dog, Canis familiaris: a member")
+    assert printed.count("\n") == 1
+    with pytest.raises(InputError, match="'mouse' is ambiguous"):
+        build_class_tree({"boxes": ["dog", "mouse"], "folders": folders})
+    other = {"boxes": ["dog"], "folders": folders}
+    with pytest.raises(InputError, match="is not below the root"):  # what the user says goes first
+        build_class_tree(other, meanings={"dog": "n10023039"}, root="n00015388")
 
 
 def test_nodes_with_a_single_child_are_removed_unless_they_are_labels():

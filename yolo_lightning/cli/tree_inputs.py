@@ -21,6 +21,7 @@ from yolo_lightning.errors import (
     InputError,
     compose_yaml,
     expand,
+    printable,
     read_text,
     require_file,
     require_name,
@@ -28,7 +29,7 @@ from yolo_lightning.errors import (
     short,
 )
 from yolo_lightning.tree.build import build_tree, is_below
-from yolo_lightning.tree.labels import resolve_labels
+from yolo_lightning.tree.labels import find_table, resolve_labels
 from yolo_lightning.tree.wordnet import ENTITY, is_wnid, wordnet
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -227,6 +228,12 @@ def build_class_tree(
         InputError: lists all names without a meaning; also see `build_tree`.
     """
     custom = dict(hierarchy or {})
+    if table is None:
+        answers = meanings_from_below(datasets, custom, meanings or {})
+        for label, wnid in answers.items():
+            text = f"{label!r} is {wordnet().describe(wnid)}, as other labels are below it"
+            print(printable(text))
+        meanings = {**answers, **(meanings or {})}
     words = {parent for parent in custom.values() if parent != "-" and parent not in custom}
     wnids = resolve_labels(words, meanings, where=lambda word: f"the hierarchy's parent {word!r}")
     custom_parents = {child: wnids.get(parent, parent) for child, parent in custom.items()}
@@ -253,6 +260,27 @@ def build_class_tree(
     }
     labels = [*labels_by_key, *custom_parents]
     return build_tree(labels, custom_parents, names, root, exclusive_keys, others)
+
+
+def meanings_from_below(
+    datasets: Mapping[str, Iterable[str]], custom: Collection[str], meanings: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the wnids of ambiguous labels of which one meaning is above other labels.
+
+    With the labels n02085620 and n02088094, *dog* is the animal.
+    """
+    labels = {label for one in datasets.values() for label in one} - set(custom)
+    labels -= {name for one in datasets.values() if find_table(one) for name in one}
+    senses = {label: wordnet().senses(meanings.get(label, label)) for label in labels}
+    clear = {word for word in {*labels, *meanings.values()} if is_wnid(word)}
+    clear |= {options[0] for options in senses.values() if len(options) == 1}
+    above = wordnet().above(clear)
+    answers: dict[str, str] = {}
+    for label in sorted(labels - set(meanings)):
+        fitting = [wnid for wnid in senses[label] if wnid in above]
+        if len(senses[label]) > 1 and len(fitting) == 1:
+            answers[label] = fitting[0]
+    return answers
 
 
 def _label_locations(dataset: str, labels: list[str]) -> Callable[[str], str]:

@@ -91,7 +91,7 @@ def _resolve_word(word: str, name: str, where: str, custom: Iterable[str]) -> st
             f"{_reviewed_meanings(name)}:\n    {lines}{more}"
         )
     hint = nearest(word.replace("_", " ").lower(), [key.lower() for key in custom])
-    hint = f"{hint} (custom class)" if hint else table.nearest(word)
+    hint = f"{hint} (class of yours)" if hint else table.nearest(word)
     raise InputError(
         f"{label} is not a noun of WordNet 3.0{_reviewed_meanings(name)}; "
         f"{hint or 'add its meaning to a mapping, or its parent to a hierarchy'}"

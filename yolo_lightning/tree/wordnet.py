@@ -19,6 +19,13 @@ ENTITY = "n00001740"
 
 GLOSS_LENGTH = 60
 
+# organism, artifact, natural object, and two kinds of food
+_THINGS = {"n00004475", "n00021939", "n00019128", "n00021265", "n07555863"}
+_PERSON = "n00007846"
+_VULGAR = re.compile(
+    "obscene|vulgar|offensive|slur\\b|disparag|derogat|insult|slang|sexual|genital"
+)
+
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -71,11 +78,28 @@ class WordNet:
                     )
         return [wnid for _, wnid in sorted(self._by_lemma.get(_key(lemma), []))]
 
+    def above(self, wnids: Iterable[str]) -> set[str]:
+        """Return these synsets and all above them."""
+        pending, found = [wnid for wnid in wnids if wnid in self], set[str]()
+        while pending:
+            wnid = pending.pop()
+            if wnid not in found:
+                found.add(wnid)
+                pending += self.hypernyms(wnid)
+        return found
+
     def nearest(self, lemma: str) -> str:
-        """Return a hint with words of similar spelling; empty if there are none."""
+        """Return a hint with words of similar spelling for what can be seen; empty if none."""
         self.senses(lemma)
         start = _key(lemma)[:2]
-        return nearest(_key(lemma), (word for word in self._by_lemma if word.startswith(start)))
+        words = (word for word in self._by_lemma if word.startswith(start))
+        return nearest(_key(lemma), filter(self._is_visible, words))
+
+    def _is_visible(self, word: str) -> bool:
+        """Return whether a word is a thing and no person, and no meaning of it is vulgar."""
+        senses = self.senses(word)
+        above, glosses = self.above(senses), " ".join(map(self.gloss, senses))
+        return bool(above & _THINGS) and _PERSON not in above and not _VULGAR.search(glosses)
 
     def describe(self, wnid: str) -> str:
         """Return wnid, words and gloss in one line."""
