@@ -123,7 +123,8 @@ class BoxCSV(AnnotatedImages):
             annotations.faults.append(f"{location}: its image is missing, skipped")
             return None
         sizes = [_to_int(cells[columns[side]]) for side in ("width", "height") if side in columns]
-        return annotations.add_image(path, *(sizes if len(sizes) == 2 else ()), origin=location)
+        width, height = sizes if len(sizes) == 2 else (None, None)
+        return annotations.add_image(path, width, height, location)
 
     def column(self, name: str) -> dict[str, str]:
         """Return the value of a column by name of the image, as the table gives it.

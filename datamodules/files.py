@@ -1,10 +1,11 @@
 """Sources whose images are files: an index of their annotations, and reading by number."""
 
+import copy
 from abc import abstractmethod
 from collections import Counter
 from pathlib import Path
 from time import time_ns
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +161,13 @@ class AnnotatedImages(FileSource, DetectionSource):
                     index = _keep_listed(index, file, is_kept, self.name)
             self._index = index
         return self._index
+
+    def with_list(self, only: str | None = None, without: str | None = None) -> Self:
+        """Return a copy that is not bound, with these lists of images."""
+        other = copy.copy(self)
+        other.only, other.without, other.mapping = only, without, dict(self.mapping)
+        other._index = None
+        return other
 
     @property
     def exclusive_nodes(self) -> list[int]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from yolo_lightning.cli.commands.init_defaults import Settings
 from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
 from yolo_lightning.models.anchors import as_yaml_values, cluster_anchors, scale_to_letterbox
 from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import layer_outputs
 
 ANCHORS = 5
-BATCH, PASSES, MIN_STEPS, MAX_STEPS = 16, 60, 600, 80_000
 
 NOT_IN_TEMPLATE = {"batch_norm": True, "location": "direct"}
 """Options of the network with their defaults, which a recipe names only if they have others."""
@@ -31,26 +31,31 @@ Source = AnnotatedImages | LabelledImages
 
 
 def _anchors(
-    options: argparse.Namespace, boxes: AnnotatedImages, network: Mapping[str, Any]
+    number: int | None, boxes: AnnotatedImages, network: Mapping[str, Any], image_size: int
 ) -> list[list[float]]:
     """Return the anchors of the pretrained detector, or cluster the boxes; in cells."""
     pretrained = network.get("anchors_wh_cell")
     if pretrained is not None:
         return [list(pair) for pair in pretrained]
     stride = layer_outputs(backbone_layers(network["backbone"]))[-1].stride
-    shapes = scale_to_letterbox(*boxes.shapes_wh_px(), options.image_size) / stride
+    shapes = scale_to_letterbox(*boxes.shapes_wh_px(), image_size) / stride
     distinct = len(np.unique(shapes, axis=0))
-    return as_yaml_values(cluster_anchors(shapes, options.num_anchors or min(ANCHORS, distinct)))
+    return as_yaml_values(cluster_anchors(shapes, number or min(ANCHORS, distinct)))
 
 
 def _source_lines(source: Source | None, missing: str = "null") -> str:
     """Return a source as lines of a recipe, or ``missing`` on the same line."""
     if source is None:
         return f" {missing}"
-    names = ("root", "split", "years", "annotations", "file", "challenge")
+    names = (
+        "root", "split", "years", "annotations", "file", "challenge", "images", "names", "mapping",
+        "only", "without",
+    )  # fmt: skip
     values = {name: getattr(source, name) for name in names if hasattr(source, name)}
     lines = [f"class_path: yolo_lightning.datamodules.{type(source).__name__}", "init_args:"]
-    lines += [f"  {key}: {_as_yaml(value)}" for key, value in values.items() if value is not None]
+    lines += [
+        f"  {key}: {_as_yaml(value)}" for key, value in values.items() if value not in (None, {})
+    ]
     if source.allow_outside:
         lines.append("  allow_outside: true")
     if not getattr(source, "exclusive_names", True):
@@ -64,19 +69,25 @@ def _as_yaml(value: object) -> str:
     return text.removesuffix("...\n").strip()
 
 
+def label_batches(boxes: AnnotatedImages, images: int) -> int:
+    """Return how many batches of images with labels follow one of images with boxes."""
+    return min(4, max(1, round(images / len(boxes)))) if images else 0
+
+
 def recipe_text(
     options: argparse.Namespace,
     sources: Mapping[str, Any],
     network: Mapping[str, Any],
+    settings: Settings,
     command: str,
 ) -> str:
     """Return the text of the recipe of sources, by their part in the data."""
-    size, boxes = options.image_size, sources["detection"]
+    size, boxes = settings.image_size, sources["detection"]
     images = len(sources.get("classification", ()))
-    ratio = min(4, max(1, round(images / len(boxes)))) if images else 0
-    batches = max(1, len(boxes) // BATCH)
-    steps = int(np.clip(PASSES * batches * (1 + ratio), MIN_STEPS, MAX_STEPS))
-    sizes = [s for s in range(size - 64, size + 65, 32) if s >= 96]
+    ratio = label_batches(boxes, images)
+    batches = max(1, len(boxes) // settings.batch)
+    spread = 64 if size > 320 else 32
+    sizes = [s for s in range(size - spread, size + spread + 1, 32) if s >= 96]
     recipe, stem = Path(options.output), Path(options.output).stem
     evaluated = "null  # images with boxes to evaluate"
     return _TEMPLATE.read_text(encoding="utf-8").format(
@@ -86,11 +97,11 @@ def recipe_text(
         boxes=f"{len(boxes)} images with {sum(boxes.name_counts().values())} boxes",
         images=f"{images} images with a label" if images else "no images with labels only",
         tree=_as_yaml(str(recipe.with_suffix(".tsv"))),
-        batch=BATCH,
-        alternating=f", then {ratio} x {BATCH} with labels" if ratio else "",
+        batch=settings.batch,
+        alternating=f", then {ratio} x {settings.batch} with labels" if ratio else "",
         backbone=_as_yaml(network["backbone"]),
-        pretrained=_as_yaml(options.pretrained),
-        anchors=json.dumps(_anchors(options, boxes, network)),
+        pretrained=_as_yaml(network["pretrained"]),
+        anchors=json.dumps(_anchors(options.num_anchors, boxes, network, size)),
         head_channels=network["head_channels"],
         passthrough_channels=_as_yaml(network["passthrough_channels"]),
         reorg=network["reorg"],
@@ -110,9 +121,13 @@ def recipe_text(
         image_size=size,
         canvas_size=max(sizes),
         sizes=sizes,
-        max_steps=steps,
-        passes=steps / batches / (1 + ratio),
-        every=max(1, steps // 4),
+        workers=settings.workers,
+        precision=settings.precision,
+        max_steps=settings.steps,
+        passes=settings.steps / batches / (1 + ratio),
+        minutes=settings.minutes,
+        every=settings.every,
+        decay=round(1 - 20 / max(settings.steps, 200), 4),
         stem=_as_yaml(stem),
         folder=_as_yaml(f"outputs/{stem}"),
         best=_BEST if "validation" in sources else "",
