@@ -123,6 +123,18 @@ Box = tuple[str, float, float, float, float]
 
 
 @pytest.fixture
+def known_step_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `init` measure half a second per step, and find no pretrained weights by itself."""
+    from yolo_lightning.cli.commands import init_defaults
+
+    monkeypatch.setattr(
+        init_defaults, "measure_step", lambda _network, _size, images, *_: images / 32
+    )
+    for variable, _ in init_defaults.WEIGHTS.values():
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
 def write_voc() -> Callable[..., Path]:
     """Return a function that writes a VOC annotation and its image."""
 

@@ -1,5 +1,6 @@
 """The command `init`: from two folders to a trained detector, then with an additional class."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -15,13 +16,15 @@ from tests.helpers.paths import REPO
 from yolo_lightning import DetectorModule, WordTree, load
 from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.cli.commands import init_defaults
+from yolo_lightning.cli.commands.init_defaults import Machine
 from yolo_lightning.cli.data import recipe_data
 from yolo_lightning.cli.main import main
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.datamodules.shapes import SHAPES
 from yolo_lightning.export.darknet import build_checkpoint
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("known_step_time")]
 
 SHAPES_TREE = WordTree.from_file(REPO / "recipes/trees/shapes.tsv")
 BOXED = {"ring": "round", "semicircle": "round", "rhombus": "angular"}
@@ -119,7 +122,7 @@ def test_init_and_data_name_a_class_that_cannot_be_learnt(workdir, capsys):
     write_photos(workdir / "photos", 8)
     write_labels(workdir / "labels", ["ring", "semicircle", "rhombus"], 4)
     (workdir / "own.yaml").write_text("round: [ring, semicircle]\nangular: [rhombus]\n")
-    argv = ["init", "--detection", "photos", "--classification", "labels", "--image-size", "96"]
+    argv = ["init", "photos", "--classification", "labels", "--image-size", "96"]
     assert main([*argv, "--hierarchy", "own.yaml", "--output", "own/recipe.yaml"]) == 0
     warning = "no other class below the same one has labels; add some: rhombus below angular"
     assert warning in capsys.readouterr().out
@@ -133,7 +136,7 @@ def test_init_adds_a_leaf_for_boxes_that_are_none_of_the_names_below(workdir, wr
         boxes = [("cake", 1, 1, 20, 20), ("doughnut", 30, 5, 60, 40)]
         write_voc(workdir / "set", str(k), boxes)
     (workdir / "own.yaml").write_text("cake: [doughnut]\n")
-    argv = ["init", "--detection", "set", "--hierarchy", "own.yaml", "--image-size", "96"]
+    argv = ["init", "set", "--hierarchy", "own.yaml", "--image-size", "96"]
     assert main([*argv, "--output", "a.yaml"]) == 0
     printed = capsys.readouterr().out
     assert "names below theirs: cake without doughnut is other cake" in printed
@@ -165,7 +168,7 @@ def test_a_leaf_for_the_rest_keeps_its_row_when_a_class_is_added(workdir, write_
     torch.save(build_checkpoint(module, {}), "old.ckpt")
     write_image(workdir / "labels/cheesecake/1.png")
     (workdir / "own.yaml").write_text("cake: [doughnut, cheesecake]\n")
-    argv = ["init", "--detection", "set", "--classification", "labels", "--hierarchy", "own.yaml"]
+    argv = ["init", "set", "--classification", "labels", "--hierarchy", "own.yaml"]
     argv += ["--image-size", "96", "--pretrained", "old.ckpt", "--output", "grown.yaml"]
     assert main(argv) == 0
     recipe = yaml.safe_load(Path("grown.yaml").read_text())
@@ -192,7 +195,7 @@ def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
     for kind in ("okapi", "zebra"):
         write_image(workdir / f"named/{kind}/1.png")
     (workdir / "named/okapi/broken.jpg").write_bytes(b"no image")
-    argv = ["init", "--detection", "set", "--classification", "named", "--output", "my/own.yaml"]
+    argv = ["init", "set", "--classification", "named", "--output", "my/own.yaml"]
     assert main([*argv, "--num-anchors", "2", "--image-size", "160"]) == 0
     out = capsys.readouterr().out
     assert "VOC set (train): 4 images; boxes: zebra 6" in out
@@ -200,9 +203,11 @@ def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
     assert "broken.jpg: not a readable image" in out
     recipe = yaml.safe_load((workdir / "my/own.yaml").read_text())
     data, model = recipe["data"]["init_args"], recipe["model"]["init_args"]
-    assert data["detection"]["init_args"] == {"root": "set", "split": "train"}
+    training = {"root": "set", "split": "train"}
+    assert data["detection"]["init_args"] == {**training, "without": "my/own.val.txt"}
+    assert data["validation"]["init_args"] == {**training, "only": "my/own.val.txt"}
     assert data["test"]["init_args"] == {"root": "set", "split": "test"}
-    assert data["validation"] is None
+    assert "so 1 of the 4 training images were chosen at random (seed 0)" in out
     assert data["classification"]["class_path"].endswith("ImageFolder")
     # letterboxed from 64 px to 160 px, in cells of 16 px
     expected = np.array([[15, 35], [33, 25]]) * 160 / 64 / 16
@@ -221,8 +226,8 @@ def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
         (["--output", "x.txt"], "expected a name such as recipe.yaml"),
         (["--image-size", "100"], "--image-size is 100; allowed: multiples of 32"),
         (["--backbone", "darknet20"], "did you mean 'darknet19'"),
-        (["--detection", "nowhere"], "file or folder 'nowhere' not found"),
-        (["--detection", "named"], "no images with boxes recognised; known: COCO JSON"),
+        (["--path", "nowhere"], "file or folder 'nowhere' not found"),
+        (["--path", "named"], "no images with boxes recognised; found 1 image in okapi/"),
         (["--classification", "set"], "no images with labels recognised; known: a folder with"),
         (["--classification", "cranes"], "'crane' is ambiguous"),
         (
@@ -238,22 +243,149 @@ def test_rejected_input_leaves_no_files(workdir, capsys, write_voc, argv, messag
     write_image(workdir / "named/okapi/1.png")
     write_image(workdir / "cranes/crane/1.png")
     (workdir / "h.yaml").write_text("bird: [crane]\nmachine: [crane]\n")
-    options = {"--detection": "set", "--classification": "named", "--output": "own.yaml"}
+    options = {"--path": "set", "--classification": "named", "--output": "own.yaml"}
     options |= dict(zip(argv[::2], argv[1::2], strict=True))
-    assert main(["init", *(part for pair in options.items() for part in pair)]) == 2
+    path = options.pop("--path")
+    assert main(["init", path, *(part for pair in options.items() for part in pair)]) == 2
     assert message in capsys.readouterr().err
     assert not list(workdir.glob("own.*"))
 
 
-def test_flat_uses_names_without_wordnet(workdir, write_voc):
+def test_boxes_alone_keep_their_names_and_need_no_other_option(workdir, write_voc, capsys):
     write_voc(workdir / "set", "a", [("crane", 1, 1, 33, 25), ("type 7", 1, 1, 20, 20)])
-    argv = ["init", "--detection", "set", "--output", "own.yaml", "--flat", "--num-anchors", "2"]
-    assert main(argv) == 0
-    assert WordTree.from_file(workdir / "own.tsv").keys == ("crane", "type 7")
-    recipe = yaml.safe_load((workdir / "own.yaml").read_text())
+    assert main(["init", "set"]) == 0
+    assert WordTree.from_file(workdir / "set.tsv").keys == ("crane", "type 7")
+    recipe = yaml.safe_load((workdir / "set.yaml").read_text())
     data = recipe["data"]["init_args"]
     assert data["classification"] is None
     assert data["classification_batches_per_detection_batch"] == 0
+    assert data["validation"] is None
+    printed = capsys.readouterr().out
+    assert "validation: none, as there is only one image" in printed
+    assert "put\n  tiny.weights of https://pjreddie.com/darknet/tiny-darknet/" in printed
+    assert re.search(r"about 15 minutes: 1,[45]\d0 steps of 0.5\d s on", printed)
+    assert printed.endswith("  yolo-lightning fit set.yaml\n  yolo-lightning test set.yaml\n")
+
+
+def test_weights_in_their_usual_place_are_used(workdir, write_voc):
+    write_voc(workdir / "set", "a", [("crane", 1, 1, 33, 25)])
+    (workdir / "datasets").mkdir()
+    (workdir / "datasets/tiny.weights").write_bytes(b"")
+    assert main(["init", "set"]) == 0
+    model = yaml.safe_load((workdir / "set.yaml").read_text())["model"]["init_args"]
+    assert (model["pretrained"], model["loss"]["anchor_prior_images"]) == (
+        "datasets/tiny.weights", 0,
+    )  # fmt: skip
+
+
+def test_images_of_a_group_stay_together(workdir, write_voc, capsys):
+    for k in range(12):
+        write_voc(workdir / "set", f"film{k // 3}_{k}", [("zebra", 1, 1, 30, 20 + k)])
+    argv = ["init", "set", "--val-fraction", "0.25", "--group-by", r"film\d+"]
+    assert main(argv) == 0
+    assert "so 3 of the 12 training images, 1 of 4 groups were" in capsys.readouterr().out
+    listed = (workdir / "set.val.txt").read_text().splitlines()
+    assert len({name.partition("_")[0] for name in listed}) == 1
+    data = recipe_data(["set.yaml"])
+    data.setup("fit")
+    names = [
+        {Path(source.image_name(k)).name for k in range(len(source))}
+        for source in (data.detection, data.validation)
+    ]
+    assert names[1] == set(listed)
+    assert len(names[0]) == 9
+    assert not names[0] & names[1]
+    assert main([*argv, "--output", "again.yaml"]) == 0
+    assert (workdir / "again.val.txt").read_text().splitlines() == listed
+
+
+def test_a_column_of_a_table_groups_images(workdir):
+    lines = ["filename,xmin,ymin,xmax,ymax,class,video"]
+    for k in range(8):
+        write_image(workdir / f"set/images/{k}.jpg")
+        lines.append(f"{k}.jpg,1,1,33,25,zebra,{'ab'[k % 2]}")
+    (workdir / "set/boxes.csv").write_text("\n".join(lines))
+    assert main(["init", "set", "--group-by", "video", "--output", "own.yaml"]) == 0
+    listed = (workdir / "own.val.txt").read_text().split()
+    assert listed in (["0.jpg", "2.jpg", "4.jpg", "6.jpg"], ["1.jpg", "3.jpg", "5.jpg", "7.jpg"])
+
+
+def test_names_that_differ_little_are_asked_about_and_joined(workdir, write_voc, capsys):
+    for k, name in enumerate(["Apple", "apple", "apple", "aple", "type 7", "type 8", "cat", "bat"]):
+        write_voc(workdir / "set", str(k), [(name, 1, 1, 33, 20 + k)])
+    assert main(["init", "set", "--output", "a.yaml"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("one class or")]
+    assert line == (
+        "one class or two? 'Apple' (1) and 'apple' (2); 'aple' (1) and 'apple' (2); "
+        "to join them: --mapping FILE with 'Apple': 'apple'"
+    )
+    (workdir / "join.yaml").write_text("'Apple': 'apple'\naple: apple\n")
+    assert main(["init", "set", "--mapping", "join.yaml", "--output", "b.yaml"]) == 0
+    assert "one class or two" not in capsys.readouterr().out
+    assert len(WordTree.from_file("b.tsv").keys) == 5
+    data = recipe_data(["b.yaml"])
+    data.setup("fit")
+    data.setup("validate")
+    counts = [source.node_counts().values() for source in (data.detection, data.validation)]
+    assert sum(sum(c.values()) for parts in counts for c in parts) == 8
+
+
+@pytest.mark.parametrize(
+    ("machine", "images", "expected"),
+    [
+        # 0.85 * 15 minutes of steps of 0.5 s and a little to read; or 1,500 for few images
+        (Machine(0, 2), 160, ("tiny_darknet", 64, 16, 2, "bf16-mixed", 1500, 75)),
+        (Machine(0, 1), 16_000, ("tiny_darknet", 64, 16, 1, "bf16-mixed", 1520, 76)),
+        (Machine(1, 16, True), 160, ("tiny_darknet", 416, 16, 8, "bf16-mixed", 1500, 75)),
+        # 60 passes of 250 batches
+        (Machine(1, 4, False), 16_000, ("darknet19", 416, 64, 4, "32-true", 15_000, 750)),
+        (Machine(3, 16, True), 16_000, ("darknet19", 416, 66, 5, "bf16-mixed", 14_520, 726)),
+    ],
+)
+def test_defaults_by_machine(machine, images, expected, monkeypatch):
+    def measure(network, size, count, device, precision):
+        return (0.125 if precision == "bf16-mixed" else 0.5) * count / (4 if device == "cpu" else 1)
+
+    class Boxes(ShapesDetection):
+        def __len__(self):
+            return images
+
+        def read(self, index, min_side=None):
+            return None
+
+        def shapes_wh_px(self):
+            return np.full((5, 2), 90.0), np.full((5, 2), 96.0)
+
+    monkeypatch.setattr(init_defaults, "measure_step", measure)
+    boxes, options = Boxes(), argparse.Namespace(image_size=64, minutes=None)
+    if machine.gpus:
+        options.image_size = None
+    backbone = init_defaults.choose_backbone(None, machine, images)
+    chosen = init_defaults.choose_settings(options, machine, boxes, 16, {}, 0)
+    assert (
+        backbone, chosen.image_size, chosen.batch, chosen.workers, chosen.precision, chosen.steps,
+        chosen.every,
+    ) == expected  # fmt: skip
+
+
+def test_small_boxes_get_larger_images():
+    class Boxes(ShapesDetection):
+        side = 0.0
+
+        def shapes_wh_px(self):
+            return np.full((5, 2), self.side), np.full((5, 2), 640.0)
+
+    boxes, sizes = Boxes(), []
+    for boxes.side in (60.0, 40.0, 10.0):  # of 640 px: 21 px at 224, 20 at 320, never
+        sizes.append(init_defaults.choose_image_size(boxes, Machine(0, 2)))
+    assert sizes == [224, 320, 416]
+    assert init_defaults.choose_image_size(boxes, Machine(1, 2)) == 416
+
+
+def test_a_step_is_timed_and_the_gradient_reaches_the_backbone():
+    network = {"backbone": "tiny_darknet", "head_channels": 32, "passthrough_channels": 16,
+               "reorg": "space_to_depth"}  # fmt: skip
+    assert 0 < init_defaults.measure_step(network, 32, 1, "cpu", "32-true") < 60
 
 
 def test_training_and_validation_images_do_not_overlap(workdir, write_voc):
@@ -265,17 +397,24 @@ def test_training_and_validation_images_do_not_overlap(workdir, write_voc):
     (sets / "trainval.txt").write_text("i0\ni1\ni2\ni3\n")
     (sets / "val.txt").write_text("i1\ni3\n")
     (sets / "test.txt").write_text("i4\ni5\n")
-    assert main(["init", "--detection", "set", "--output", "own.yaml"]) == 0
+    assert main(["init", "set", "--output", "own.yaml"]) == 0
     data = yaml.safe_load((workdir / "own.yaml").read_text())["data"]["init_args"]
     assert data["detection"]["init_args"]["split"] == "trainval"
-    assert data["validation"] is None
+    assert data["validation"]["init_args"]["only"] == "own.val.txt"  # val is a part of trainval
     assert data["test"]["init_args"]["split"] == "test"
+    (sets / "train.txt").write_text("i0\ni2\n")
+    assert main(["init", "set", "--output", "apart.yaml"]) == 0
+    data = yaml.safe_load((workdir / "apart.yaml").read_text())["data"]["init_args"]
+    assert [data[part]["init_args"]["split"] for part in ("detection", "validation")] == [
+        "train", "val",
+    ]  # fmt: skip
+    assert not (workdir / "apart.val.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["2007", "on", "my data"])
 def test_recipe_parses_for_any_folder_name(workdir, write_voc, name):
     write_voc(workdir / name, "a", [("zebra", 1, 1, 33, 25), ("zebra", 1, 1, 20, 30)])
-    assert main(["init", "--detection", name, "--output", f"{name}.yaml"]) == 0
+    assert main(["init", name, "--output", f"{name}.yaml"]) == 0
     assert main(["batch", f"{name}.yaml", "--output", "p.png"]) == 0
     recipe = yaml.safe_load((workdir / f"{name}.yaml").read_text())
     assert recipe["trainer"]["default_root_dir"] == f"outputs/{name}"
@@ -283,7 +422,7 @@ def test_recipe_parses_for_any_folder_name(workdir, write_voc, name):
 
 def test_recipe_depends_on_the_backbone(workdir, write_voc, capsys):
     write_voc(workdir / "set", "a", [("zebra", 1, 1, 33, 25)])
-    argv = ["init", "--detection", "set", "--backbone", "darknet19", "--output"]
+    argv = ["init", "set", "--backbone", "darknet19", "--output"]
     assert main([*argv, "large.yaml"]) == 0
     model = yaml.safe_load((workdir / "large.yaml").read_text())["model"]["init_args"]
     assert (model["head_channels"], model["learning_rate"]) == (1024, 0.001)

@@ -29,6 +29,7 @@ def time_limit() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.usefixtures("known_step_time")
 @pytest.mark.parametrize("name", hostile_files.CASES)
 def test_hostile_files_are_named(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -115,6 +115,7 @@ def test_autodetected_sources_take_the_option(tmp_path):
     assert label_source(str(tmp_path / "labelled"), allow_outside=True).allow_outside
 
 
+@pytest.mark.usefixtures("known_step_time")
 def test_commands_take_the_option(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = yolo(tmp_path, "train: ../list.txt\nnames: [a]\n")

@@ -53,7 +53,7 @@ def check_data(folder: Path, path: Path) -> list[str]:
 def init(folder: Path, path: Path) -> list[str]:
     """Return a command that reads a dataset without drawing it."""
     output = str(folder / "recipe.yaml")
-    return ["init", "--detection", str(path), "--flat", "--output", output]
+    return ["init", str(path), "--output", output]
 
 
 # YOLO text

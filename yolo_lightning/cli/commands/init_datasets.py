@@ -1,6 +1,7 @@
 """The datasets of `init`: open them, take a part for validation, list their classes."""
 
 import argparse
+import contextlib
 import itertools
 import re
 from collections import Counter
@@ -49,10 +50,11 @@ def _open_boxes(options: argparse.Namespace) -> dict[str, Any]:
     training = detection_source(options.path, None, outside, options.images, names)
     parts: dict[str, Any] = {"detection": training, **held_out(options.path, training)}
     if "validation" not in parts and getattr(training, "split", None) == "trainval":
-        smaller = detection_source(options.path, "train", outside, options.images)
-        others = held_out(options.path, smaller)
-        if "validation" in others:  # of VOC; it is a part of trainval
-            parts = {"detection": smaller, **others}
+        with contextlib.suppress(InputError):  # val, if there is one, is a part of trainval
+            smaller = detection_source(options.path, "train", outside, options.images)
+            others = held_out(options.path, smaller)
+            if "validation" in others and len(smaller):
+                parts = {"detection": smaller, **others}
     if options.validation:
         parts["validation"] = detection_source(
             options.validation, "val" if options.validation == options.path else None, outside,
@@ -73,6 +75,8 @@ def _print_summary(source: Source, printed: set[str]) -> None:
     names, faults = source.name_counts(), list(source.load_index().metadata["faults"])
     if not len(source) or not sum(names.values()):
         hint = f": {faults[0]}" if faults else ""
+        if not len(source) and getattr(source, "images", "") is None:
+            hint += "; if the images are elsewhere: --images FOLDER"
         raise InputError(f"{source.name}: contains nothing to train on{hint}")
     indices = np.linspace(0, len(source) - 1, min(_IMAGES_READ, len(source))).astype(int)
     for index in indices.tolist():
@@ -165,7 +169,7 @@ def _matches(paths: list[str], pattern: str) -> list[str]:
 
 
 def similar_names(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return pairs of names, the rarer first, that differ by a letter, case, space or sign only."""
+    """Return rarer names that differ by a letter, case, space or sign from others, and these."""
     by_variant: dict[str, list[str]] = {}
     for name in sorted(counts, key=lambda name: (counts[name], name)):
         key = re.sub(r"[\W_]+", "", name).casefold()
@@ -176,7 +180,9 @@ def similar_names(counts: Mapping[str, int]) -> list[tuple[str, str]]:
             by_variant.setdefault(variant, []).append(name)
     pairs = {pair for names in by_variant.values() for pair in itertools.combinations(names, 2)}
     # type 7 and type 8 are two classes
-    return sorted(pair for pair in pairs if len({tuple(re.findall(r"\d+", n)) for n in pair}) == 1)
+    same = [pair for pair in pairs if len({tuple(re.findall(r"\d+", n)) for n in pair}) == 1]
+    most_frequent = dict(sorted(same, key=lambda pair: (counts[pair[1]], pair)))
+    return sorted(most_frequent.items())
 
 
 def build_tree_of(
