@@ -147,7 +147,7 @@ def is_box_table(file: Path) -> bool:
     try:
         if not file.is_file():
             return False
-        with open(file, encoding="utf-8-sig") as stream:
+        with open(file, encoding="utf-8-sig", errors="replace") as stream:
             first = stream.readline(_MAX_HEADER)
         _split_header(file, list(_parse_rows([first], file)))
     except (InputError, OSError, ValueError):
@@ -206,7 +206,9 @@ def _to_float(text: str) -> float:
         return math.nan
 
 
-def _to_int(text: str) -> int:
+def _to_int(text: str) -> int | None:
+    if not text:
+        return None
     value = _to_float(text)
     return int(value) if math.isfinite(value) else 0
 

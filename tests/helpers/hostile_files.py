@@ -638,3 +638,64 @@ def index(folder: Path, kind: str) -> tuple[list[str], str]:
     else:
         indices.save(indices.Index(arrays, metadata, good.watched), file, 2**62)
     return ["anchors", str(path), "--num", "1", "--output", str(folder / "plots")], "1 boxes"
+
+
+# tables of boxes, and lists of images
+
+_HEADER = b"filename,width,height,class,xmin,ymin,xmax,ymax\n"
+
+
+def box_table(folder: Path, rows: bytes) -> Path:
+    """Write a dataset of one image, and return its table."""
+    write_image(folder / "data" / "images" / "x.jpg")
+    return write(folder / "data" / "boxes.csv", rows)
+
+
+@family(
+    open_quotation=(_HEADER + b'"x.jpg' + b"a" * 2**18, "not a table"),
+    nul=(_HEADER + b"x.jpg,64,48,\0,1,1,9,9\n", "NUL"),
+    not_utf8=(_HEADER + b"x.jpg,64,48,\xff,1,1,9,9\n", "UTF-8"),
+    numbers=(
+        _HEADER + b"x.jpg,1e999,-1,a,nan,1e999,-1e999,9\nx.jpg,64,48,a,1,1,9,9\n",
+        "no usable",
+    ),
+    digits=(
+        _HEADER + b"x.jpg,64,48,a," + b"9" * 5000 + b",1,9,9\nx.jpg,64,48,a,1,1,9,9\n",
+        "csv:2",
+    ),
+    cells=(_HEADER + b"\n,\nx.jpg\n,,,,,,,,,,\n" + b"x.jpg,64,48,a,1,1,9,9\n", "boxes: a 1"),
+    control_characters=(_HEADER + b"x.jpg,64,48,a\x1b[31m,1,1,9,9\n", "control characters"),
+    name_with_control=(_HEADER + b"\x1b[31m.jpg,64,48,a,1,1,9,9\n", "its image is missing"),
+    path_that_leaves=(
+        _HEADER + b"../../home/x.jpg,64,48,a,1,1,9,9\n",
+        "leaves the dataset's folder",
+    ),
+    absolute_path=(_HEADER + b"/etc/passwd,64,48,a,1,1,9,9\n", "leaves the dataset's folder"),
+    long_path=(_HEADER + b"a" * 5000 + b",64,48,a,1,1,9,9\n", "cannot be the path"),
+    long_header=(b"a," * 2**20 + b"\n", "wanted"),
+    a_secret=(f"{SECRET} = {SECRET}\n".encode(), "wanted"),
+)
+def box_csv(folder: Path, case: tuple[bytes, str]) -> tuple[list[str], str]:
+    return init(folder, box_table(folder, case[0])), case[1]
+
+
+@case
+def box_csv_that_links_to_a_secret(folder: Path) -> tuple[list[str], str]:
+    table = box_table(folder, b"")
+    table.unlink()
+    table.symlink_to(write(folder / "home" / "boxes.csv", _HEADER + b"x.jpg,9,9,a,1,1,9,9\n"))
+    return init(folder, table.parent), "is outside the dataset's folder"
+
+
+@case
+def box_csv_that_is_a_fifo(folder: Path) -> tuple[list[str], str]:
+    table = box_table(folder, b"")
+    table.unlink()
+    os.mkfifo(table)
+    return init(folder, table.parent), "no images with boxes recognised"
+
+
+@case
+def a_folder_of_names_with_control_characters(folder: Path) -> tuple[list[str], str]:
+    write_image(folder / "data" / "\x1b[31m\n\u202e" / "x.jpg")
+    return init(folder, folder / "data"), "no images with boxes recognised"
