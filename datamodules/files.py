@@ -122,7 +122,9 @@ class FileSource(Source):
     def image_path(self, index: int) -> Path:
         """Return the path of an image."""
         dataset = self.load_index()
-        return Path(dataset.metadata["root"]) / dataset.path(index)
+        start, end = dataset.arrays["paths_offsets"][index : index + 2]
+        encoded = bytes(dataset.arrays["paths"][start:end])
+        return Path(dataset.metadata["root"]) / encoded.decode("utf-8", "surrogateescape")
 
     def image_name(self, index: int) -> str:
         """Return the path of an image."""
