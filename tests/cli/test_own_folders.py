@@ -20,48 +20,44 @@ CSV = "filename,width,height,class,xmin,ymin,xmax,ymax\n"
 NAMES = "names: [cat]\n"
 
 
-def images(*paths: str) -> None:
-    for path in paths:
-        write_image(Path("set") / path)
+def images(*paths: str) -> object:
+    return [write_image(Path("set") / path) for path in paths]
 
 
-def text(path: str, content: str) -> None:
+def text(path: str, content: str) -> object:
     file = Path("set") / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(content)
+    return file.write_text(content)
 
 
-def voc(xml: str, image: str, name: str = "cat") -> None:
-    text(xml, XML.format(name))
-    images(image)
+def voc(xml: str, image: str, name: str = "cat") -> object:
+    return text(xml, XML.format(name)), images(image)
 
 
-def yolo(label: str, image: str, line: str = YOLO) -> None:
-    text(label, line)
-    images(image)
+def yolo(label: str, image: str, line: str = YOLO) -> object:
+    return text(label, line), images(image)
 
 
-def coco(file: str, *names: str) -> None:
+def coco(file: str, *names: str) -> object:
     records = [{"id": k, "file_name": name} for k, name in enumerate(names)]
     boxes = [{"id": k, "image_id": k, "category_id": 1, "bbox": [1, 1, 20, 20]} for k in range(9)]
     content = {
         "images": records, "annotations": boxes[: len(names)],
         "categories": [{"id": 1, "name": "cat"}],
     }  # fmt: skip
-    text(file, json.dumps(content))
+    return text(file, json.dumps(content))
 
 
-def rows(file: str, *lines: str) -> None:
-    text(file, "".join(f"{line}\n" for line in lines))
+def rows(file: str, *lines: str) -> object:
+    return text(file, "".join(f"{line}\n" for line in lines))
 
 
-def splits(write: Callable[[str], None], *names: str) -> None:
-    for name in names:
-        write(name)
+def splits(write: Callable[[str], object], *names: str) -> object:
+    return [write(name) for name in names]
 
 
 # name: files, source, numbers of images for training, validation and test
-LAYOUTS: dict[str, tuple[Callable[[], None], str, tuple[int, int, int]]] = {
+LAYOUTS: dict[str, tuple[Callable[[], object], str, tuple[int, int, int]]] = {
     "annots": (lambda: voc("annots/a.xml", "images/a.jpg"), "VOCFolder", (1, 0, 0)),
     "annotations": (lambda: voc("annotations/a.xml", "images/a.png"), "VOCFolder", (1, 0, 0)),
     "Annotations": (lambda: voc("Annotations/a.xml", "JPEGImages/a.jpg"), "VOCFolder", (1, 0, 0)),
@@ -100,7 +96,7 @@ LAYOUTS: dict[str, tuple[Callable[[], None], str, tuple[int, int, int]]] = {
                  images("train/a.jpg", "val/b.jpg")), "COCOJson", (1, 1, 0)),
     "COCO of each split": (
         lambda: splits(lambda s: (coco(f"{s}/_annotations.coco.json", f"{s}.jpg"),
-                                  images(f"{s}/{s}.jpg"))[0], "train", "valid", "test"),
+                                  images(f"{s}/{s}.jpg")), "train", "valid", "test"),
         "COCOJson", (1, 1, 1)),
     "CSV beside images": (
         lambda: (rows("labels.csv", CSV.strip(), "a.jpg,64,48,cat,1,1,33,25"),
@@ -138,12 +134,12 @@ def test_layouts_are_recognised(name):
     assert not [fault for part in parts.values() for fault in part.load_index().metadata["faults"]]
 
 
-def archive() -> None:
-    text("set.zip", "PK")
+def archive() -> object:
+    return text("set.zip", "PK")
 
 
 # name: files, options, and what the message holds
-MISTAKES: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
+MISTAKES: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
     "nothing": (lambda: None, [], ["set: no images with boxes recognised; the folder is empty"]),
     "an archive": (archive, [], ["found 1 archive", "unpack the archive first"]),
     "images alone": (lambda: images("a.jpg", "b.jpg"), [], ["found 2 images", "but no boxes"]),
@@ -167,17 +163,17 @@ MISTAKES: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
         ["1 of 1 boxes are in px, such as ", "a.txt:1: '0 50 50 100 100'",
          "divide by its width and height"]),
     "JSON of LabelMe": (
-        lambda: (images("a.jpg"), text("a.json", '{"shapes": []}'))[1], [],
+        lambda: (images("a.jpg"), text("a.json", '{"shapes": []}')), [],
         ["1 JSON file", "the JSON is not COCO's (of LabelMe or VIA?)"]),
     "a JSON that is not COCO's": (
         lambda: text("a.json", "[]"), ["set/a.json"], ["a.json: not a COCO annotation file"]),
     "two COCO files": (
-        lambda: (coco("a.json", "a.jpg"), coco("b.json", "a.jpg"))[0], [],
+        lambda: (coco("a.json", "a.jpg"), coco("b.json", "a.jpg")), [],
         ["several COCO files; name one of set/a.json, set/b.json"]),
     "COCO without images": (
         lambda: coco("a.json", "a.jpg"), [], ["its images are in none of", "set their folder"]),
     "a CSV of labels": (
-        lambda: (images("a.jpg"), rows("a.csv", "path,label", "a.jpg,cat"))[1], [],
+        lambda: (images("a.jpg"), rows("a.csv", "path,label", "a.jpg,cat")), [],
         ["1 CSV file", "the table needs columns such as filename,xmin"]),
     "a CSV with boxes in one column": (
         lambda: rows("a.csv", "image_id,bbox", 'a,"[1, 2, 3, 4]"'), ["set/a.csv"],
@@ -208,7 +204,7 @@ MISTAKES: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
         lambda: splits(lambda s: voc(f"{s}.xml", f"{s}.jpg"), "a", "b"), ["--group-by", "jpg"],
         ["--group-by 'jpg': one group has most of the images"]),
     "a column that is none": (
-        lambda: (rows("a.csv", CSV.strip(), "a.jpg,64,48,cat,1,1,33,25"), images("a.jpg"))[1],
+        lambda: (rows("a.csv", CSV.strip(), "a.jpg,64,48,cat,1,1,33,25"), images("a.jpg")),
         ["--group-by", "video"], ["a.csv:1: no column 'video'"]),
     "a fraction in percent": (lambda: None, ["--val-fraction", "20"],
                               ["--val-fraction is 20.0; allowed: 0 … 1, such as 0.1"]),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from yolo_lightning.datamodules.files import AnnotatedImages
+from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.images import UnreadableSample
 from yolo_lightning.models.anchors import scale_to_letterbox
 from yolo_lightning.models.backbones import backbone_layers, detector_layers
@@ -80,7 +80,7 @@ def find_weights(backbone: str) -> str | None:
     return next((place for place in places if place and Path(place).is_file()), None)
 
 
-def choose_image_size(boxes: AnnotatedImages, machine: Machine) -> int:
+def choose_image_size(boxes: DetectionSource, machine: Machine) -> int:
     """Return a size at which most boxes are large enough, px."""
     if machine.gpus:
         return _GPU_SIZE
@@ -93,7 +93,7 @@ def choose_image_size(boxes: AnnotatedImages, machine: Machine) -> int:
 def choose_settings(
     options: argparse.Namespace,
     machine: Machine,
-    boxes: AnnotatedImages,
+    boxes: DetectionSource,
     validation_images: int,
     network: Mapping[str, Any],
     ratio: int,
@@ -167,7 +167,7 @@ def _gpu_clock() -> float:
     return time.perf_counter()
 
 
-def _read_seconds(boxes: AnnotatedImages, size: int) -> float:
+def _read_seconds(boxes: DetectionSource, size: int) -> float:
     """Return the seconds to decode and augment an image."""
     indices = np.linspace(0, len(boxes) - 1, min(8, len(boxes))).astype(int).tolist()
     started = time.process_time()
