@@ -34,6 +34,7 @@ DETECTION_LAYOUTS = (
 )
 LABEL_LAYOUTS = "a folder with one folder of images per class; ImageNet's; a CSV of path,label"
 _HELD_OUT_SPLITS = {"validation": ("val", "valid", "validation"), "test": ("test",)}
+_MAX_FILES = 50  # of a folder that are opened: others are one for each image
 _BOX_FOLDERS = {"images", "jpegimages", "ground_truth", *XML_FOLDERS}  # of boxes, no classes
 
 
@@ -60,7 +61,7 @@ def detection_source(
     Raises:
         InputError: the path is missing, or its layout is unknown, or has no such option.
     """
-    source = _detection_source(require_path(path), split)
+    source = _detection_source(require_path(path), split, allow_outside)
     source.allow_outside = allow_outside
     for name, value in (("images", images), ("names", names)):
         if value is not None and not hasattr(source, name):
@@ -70,23 +71,24 @@ def detection_source(
     return source
 
 
-def _detection_source(root: Path, split: str | None) -> AnnotatedImages:
+def _detection_source(root: Path, split: str | None, allow_outside: bool) -> AnnotatedImages:
     path, train = str(root), split or "train"
+    challenges = [c for c in ("DET", "CLS-LOC") if (root / "Annotations" / c).is_dir()]
     source: AnnotatedImages | None = None
     if not root.is_dir():
         source = _file_source(root, train)
-    elif challenge := next(
-        (c for c in ("DET", "CLS-LOC") if (root / "Annotations" / c).is_dir()), 0
-    ):
-        source = ILSVRCDetection(path, train, str(challenge))
+    elif challenges:
+        source = ILSVRCDetection(path, train, challenges[0])
     else:
         openers = (_voc_source, _coco_source, _yolo_source, _csv_source)
         found = (opener(root, path, split) for opener in openers)
         source = next((one for one in found if one is not None), None)  # one of no images is false
-        folders = visible_folders(root)
+        folders = [f for f in visible_folders(root) if not f.is_symlink()]
+        if isinstance(source, BoxCSV):
+            DatasetFiles(root, allow_outside).require_inside(Path(source.file))
         if source is None and len(folders) == 1 and folders[0].name.lower() not in _BOX_FOLDERS:
             with contextlib.suppress(UnknownLayout):  # an archive is unpacked into one folder
-                source = _detection_source(folders[0], split)
+                source = _detection_source(folders[0], split, allow_outside)
     if source is None:
         raise UnknownLayout(f"{path}: {describe_files(root)}\n  wanted: {DETECTION_LAYOUTS}")
     return source
@@ -125,7 +127,7 @@ def _described(file: Path, split: str) -> AnnotatedImages | None:
     try:
         source.list_images()
     except UnsafePath:
-        raise
+        return source  # reading it raises the same, unless that is allowed
     except InputError:
         return None
     return source
@@ -147,7 +149,8 @@ def _one_of(
     """Return the annotation file of a split, the only one or the one that is named so."""
     names = [f.name for f in visible_folders(root) if f.name.lower() in _BOX_FOLDERS]
     folders = dict.fromkeys([root, *(root / name for name in names), root / split])
-    files = [f for folder in folders for f in sorted(folder.glob(f"*.{suffix}")) if is_known(f)]
+    candidates = (f for d in folders for f in sorted(d.glob(f"*.{suffix}"))[:_MAX_FILES])
+    files = [file for file in candidates if is_known(file)]
     if len(files) > 1:
         matches = [file for file in files if split in f"{file.parent.name}/{file.stem}"]
         matches = [file for file in matches if file.stem.startswith("instances")] or matches

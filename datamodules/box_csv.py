@@ -9,6 +9,7 @@ from typing import Any
 
 from yolo_lightning.datamodules.annotations import Annotations
 from yolo_lightning.datamodules.dataset_files import (
+    SPLITS,
     DatasetFiles,
     resolve_inside,
     table_rows,
@@ -35,6 +36,7 @@ WANTED = (
 )
 _MAX_FOLDERS, _MAX_TRIED = 50, 20  # searched for images; names that are looked for
 _MAX_HEADER = 2**16  # characters
+_IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img", *SPLITS)
 
 Row = tuple[int, list[str]]
 
@@ -219,10 +221,11 @@ def _corners(cells: list[str], columns: dict[str, int]) -> list[float]:
 
 
 def _find_image_folder(file: Path, names: list[str]) -> Path:
-    """Return the folder of the images: that of the table, one in it, or one beside it."""
+    """Return the folder of the images: that of the table, one in it, or a usual one beside it."""
     near = [file.parent, *visible_folders(file.parent)[:_MAX_FOLDERS]]
     folders = [*near, *(inner for f in near[1:] for inner in visible_folders(f)[:_MAX_FOLDERS])]
-    folders += [file.parent.parent, *visible_folders(file.parent.parent)[:_MAX_FOLDERS]]
+    beside = visible_folders(file.parent.parent)
+    folders += [f for f in beside if f.name.lower() in _IMAGE_FOLDERS]
     for is_base_name in (False, True):
         for folder in folders:
             files = DatasetFiles(folder)

@@ -1,10 +1,8 @@
 """Boxes from Darknet's and Ultralytics' text files: one line per object, relative to the image."""
 
 import contextlib
-import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from yolo_lightning.datamodules.dataset_files import (
 )
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
+from yolo_lightning.datamodules.yolo_lines import LineChecks, add_lines
 from yolo_lightning.errors import (
     InputError,
     compose_yaml,
@@ -36,8 +35,6 @@ _SPLITS = ("train", "val", "valid", "test")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "*.names")
 _DESCRIPTIONS = ("data.yaml", "dataset.yaml", "data.yml", "config.yaml", "*.yaml", "*.yml")
 _MAX_CLASSES = 100_000
-_MAX_RELATIVE = 2.0  # a coordinate beyond the edge of the image may be this large, one in px more
-_MAX_OBJECTS, _MAX_COLUMNS_LENGTH = 100_000, 2**20  # lines of an image; characters of a line
 _NULLS = ("", "~", "null", "Null", "NULL")  # what YAML means by no value
 
 
@@ -102,13 +99,13 @@ class YOLOText(AnnotatedImages):
         annotations.allow(os.path.realpath(path))
         description = _read_description(path, annotations)
         names = self._class_names(description, annotations)
-        checks = _LineChecks()
+        checks = LineChecks()
         for image in self._list_images(path, description, annotations):
             file = _label_file(root / image, annotations)
             label_files.append(file)
             row = annotations.add_image(image)
             if annotations.exists(file):
-                _add_lines(annotations, row, file, names, checks)
+                add_lines(annotations, row, file, names, checks)
             else:
                 annotations.faults.append(
                     f"{file}: no such file, {image} is treated as having no objects"
@@ -315,93 +312,3 @@ def _label_file(image: Path, annotations: Annotations) -> Path:
         mirrored = Path(*parts) / beside.name
         use_mirrored = not annotations.exists(beside) or annotations.exists(mirrored)
     return mirrored if use_mirrored else beside
-
-
-class _LineChecks:
-    """Lines that are objects of another format, counted over a dataset."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-        self.pixels = list[str]()  # where a coordinate is far outside the image
-        self.sixth = list[str]()  # where a sixth column is
-
-    def add(self, columns: list[str], values: list[float], location: str) -> bool:
-        """Count a line; return whether its coordinates are relative."""
-        self.lines += 1
-        if len(values) == 5:
-            self.sixth.append(location)
-        is_relative = max(map(abs, values[:4]), default=0) <= _MAX_RELATIVE
-        if not is_relative:
-            self.pixels.append(f"{location}: {' '.join(columns)[:60]!r}")
-        return is_relative
-
-    def report(self, name: str, faults: list[str]) -> None:
-        """Raise an `InputError` if most lines are in px; report a sixth column once."""
-        if 2 * len(self.pixels) > self.lines:
-            raise InputError(
-                f"{name}: {len(self.pixels):,} of {self.lines:,} boxes are in px, such as "
-                f"{self.pixels[0]}; wanted: class centre_x centre_y width height, each from 0 to 1 "
-                "of the image: divide by its width and height"
-            )
-        if self.sixth:
-            faults.append(
-                f"{self.sixth[0]}: a sixth column, as on {len(self.sixth):,} of {self.lines:,} "
-                "lines; it is not used (detections of a model have their confidence there)"
-            )
-
-
-def _add_lines(
-    annotations: Annotations, row: int, file: Path, names: list[str], checks: _LineChecks
-) -> None:
-    faults, count = annotations.faults, 0
-    try:
-        lines = annotations.read_lines(file)
-    except UnsafePath:
-        raise
-    except InputError as error:
-        faults.append(f"{error}, its image is treated as having no objects")
-        return
-    for number, columns in _split_lines(file, lines, faults):
-        count += 1
-        try:
-            label = int(float(columns[0]))
-            values = [float(column) for column in columns[1:]]
-        except (ValueError, OverflowError):
-            faults.append(f"{file}:{number}: {' '.join(columns)[:60]!r} is not an object, skipped")
-            continue
-        if not checks.add(columns, values, f"{file}:{number}"):
-            faults.append(f"{file}:{number}: outside the image (in px?), skipped")
-        elif 0 <= label < len(names):
-            annotations.add_box(row, _parse_box(values), names[label], number)
-        else:
-            allowed = f"allowed: 0 … {len(names) - 1}"
-            faults.append(f"{file}:{number}: class {short(label)}, {allowed}, skipped")
-    if not count:
-        faults.append(f"{file}: empty, its image is treated as having no objects")
-
-
-def _split_lines(
-    file: Path, lines: list[str], faults: list[str]
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield number and columns of each line that is not empty."""
-    for number, line in enumerate(lines, start=1):
-        if number > _MAX_OBJECTS:
-            count = f"{len(lines):,} lines; allowed: {_MAX_OBJECTS:,}"
-            faults.append(f"{file}:{number}: one of {count}, the rest is skipped")
-            return
-        if len(line) > _MAX_COLUMNS_LENGTH:
-            faults.append(f"{file}:{number}: {len(line):,} characters are not an object, skipped")
-        elif line.strip():
-            yield number, line.split()
-
-
-def _parse_box(values: list[float]) -> list[float]:
-    """Return corners, 0 … 1; NaN if the numbers are not a box."""
-    if len(values) >= 6 and len(values) % 2 == 0:  # a polygon
-        box = [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]
-    elif len(values) in (4, 5):
-        x, y, width, height = values[:4]
-        box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-    else:
-        box = []
-    return box if box and all(map(math.isfinite, values)) else [math.nan] * 4

@@ -264,3 +264,14 @@ def test_a_batch_of_the_quickstart(monkeypatch, tmp_path, capsys):
     picture = cv2.imread(output)
     assert picture is not None
     assert picture.shape[1] > 6 * 192
+
+
+def test_a_folder_of_boxes_is_no_class_called_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "set/images/a.jpg")
+    (tmp_path / "set/annotations").mkdir()
+    (tmp_path / "set/annotations/a.txt").write_text("0 .5 .5 .5 .5\n")
+    assert main(["check-data", "set"]) == 2
+    error = capsys.readouterr().err
+    assert "set: no images with boxes recognised; found 1 TXT file in annotations/, 1 i" in error
+    assert "no images with labels recognised" in error

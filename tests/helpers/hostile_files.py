@@ -688,6 +688,23 @@ def box_csv_that_links_to_a_secret(folder: Path) -> tuple[list[str], str]:
 
 
 @case
+def box_csv_in_a_linked_folder(folder: Path) -> tuple[list[str], str]:
+    write(folder / "home" / "annotations" / "boxes.csv", _HEADER + b"x.jpg,9,9,a,1,1,9,9\n")
+    write_image(folder / "data" / "images" / "x.jpg")
+    (folder / "data" / "annotations").symlink_to(folder / "home" / "annotations")
+    return init(folder, folder / "data"), "is outside the dataset's folder"
+
+
+@case
+def a_linked_folder_alone(folder: Path) -> tuple[list[str], str]:
+    write(folder / "home" / "set" / "boxes.csv", _HEADER + b"x.jpg,9,9,a,1,1,9,9\n")
+    write_image(folder / "home" / "set" / "x.jpg")
+    (folder / "data").mkdir()
+    (folder / "data" / "x").symlink_to(folder / "home" / "set")
+    return init(folder, folder / "data"), "no images with boxes recognised"
+
+
+@case
 def box_csv_that_is_a_fifo(folder: Path) -> tuple[list[str], str]:
     table = box_table(folder, b"")
     table.unlink()
