@@ -25,11 +25,11 @@ class LineChecks:
         self._first.setdefault(kind, location)
 
     def add(self, columns: list[str], values: list[float], location: str) -> bool:
-        """Count a line; return whether its coordinates are relative, or no numbers."""
+        """Count a line; return whether its coordinates are relative, or not finite."""
         self._add("line", location)
         if len(values) == 5:
             self._add("sixth column", location)
-        is_relative = not any(abs(value) > _MAX_RELATIVE for value in values[:4])
+        is_relative = not any(_MAX_RELATIVE < abs(value) < math.inf for value in values[:4])
         if not is_relative:
             self._add("px", f"{location}: {' '.join(columns)[:60]!r}")
         return is_relative

@@ -45,7 +45,7 @@ def test_words_that_are_neither_options_nor_values_are_recipes(words, expanded):
         ("test a.yaml --weights a.pt", "test recipe.yaml --ckpt_path best.ckpt"),
         ("test best.ckpt", "test recipe.yaml --ckpt_path best.ckpt"),
         ("fit model=yolo.pt data=coco.yaml", "fit recipe.yaml --model.pretrained best.ckpt"),
-        ("fit --data coco.yaml", "init --detection PATH --output recipe.yaml"),
+        ("fit --data coco.yaml", "init PATH --output recipe.yaml"),
         ("fit a.yaml --resume", "fit recipe.yaml --resume auto"),
         ("fit a.yaml --resume last.ckpt", "fit recipe.yaml --resume auto"),
         ("fit", "fit recipes/quickstart.yaml"),

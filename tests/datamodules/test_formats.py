@@ -400,7 +400,12 @@ def test_parent_folder_inside_a_path_is_allowed(tmp_path):
         ("apple 0.5 0.5 0.5 0.5", [], ": 'apple 0.5 0.5 0.5 0.5' is not an object, skipped"),
         ("0,0.5,0.5,0.5,0.5", [], ": '0,0.5,0.5,0.5,0.5' is not an object, skipped"),
         # six columns: the last one is a confidence
-        ("0 0.5 0.5 0.5 0.5 0.9", [[16, 12, 48, 36]], None),
+        (
+            "0 0.5 0.5 0.5 0.5 0.9",
+            [[16, 12, 48, 36]],
+            ": a sixth column, as on 1 of 2 lines; it is not used (detections of a model have "
+            "their confidence there)",
+        ),
         # polygons, the box around them; four corners of a turned box are one too
         ("0 0.25 0.5 0.5 0.25 0.75 0.5", [[16, 12, 48, 24]], None),
         ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5", [[16, 12, 48, 36]], None),

@@ -17,7 +17,7 @@ OTHER_COMMANDS = {
 }
 """Commands of other programs, and what does the same here."""
 
-_DATASET = "init --detection PATH --output recipe.yaml"
+_DATASET = "init PATH --output recipe.yaml"
 OTHER_OPTIONS = {
     **dict.fromkeys(("epochs", "steps", "iterations", "max-steps"), "--trainer.max_steps 2000"),
     **dict.fromkeys(("lr", "lr0", "learning-rate"), "--model.learning_rate 0.001"),
