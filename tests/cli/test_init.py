@@ -207,7 +207,7 @@ def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
     assert data["detection"]["init_args"] == {**training, "without": "my/own.val.txt"}
     assert data["validation"]["init_args"] == {**training, "only": "my/own.val.txt"}
     assert data["test"]["init_args"] == {"root": "set", "split": "test"}
-    assert "so 1 of the 4 training images were chosen at random (seed 0)" in out
+    assert "so 1 of the 4 training images are chosen at random (seed 0)" in out
     assert data["classification"]["class_path"].endswith("ImageFolder")
     # letterboxed from 64 px to 160 px, in cells of 16 px
     expected = np.array([[15, 35], [33, 25]]) * 160 / 64 / 16
@@ -283,7 +283,7 @@ def test_images_of_a_group_stay_together(workdir, write_voc, capsys):
         write_voc(workdir / "set", f"film{k // 3}_{k}", [("zebra", 1, 1, 30, 20 + k)])
     argv = ["init", "set", "--val-fraction", "0.25", "--group-by", r"film\d+"]
     assert main(argv) == 0
-    assert "so 3 of the 12 training images, 1 of 4 groups were" in capsys.readouterr().out
+    assert "so 3 of the 12 training images, 1 of 4 groups are" in capsys.readouterr().out
     listed = (workdir / "set.val.txt").read_text().splitlines()
     assert len({name.partition("_")[0] for name in listed}) == 1
     data = recipe_data(["set.yaml"])

@@ -118,8 +118,8 @@ def _split(
     validation = training.with_list(only=str(listed))
     unit = f", {used} of {len(names)} groups" if group_by is not None else ""
     print(
-        f"validation: none is named, so {len(chosen)} of the {total} training images{unit} were "
-        f"chosen at random (seed {_SEED}) and are listed in {listed}"
+        f"validation: none is named, so {len(chosen)} of the {total} training images{unit} are "
+        f"chosen at random (seed {_SEED}) and listed in {listed}"
     )
     seen = validation.name_counts()
     lacking = [name for name, count in training.name_counts().items() if count and not seen[name]]
