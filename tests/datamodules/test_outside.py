@@ -58,6 +58,12 @@ def test_folders_of_images_elsewhere_are_read_if_allowed(tmp_path):
     ):
         YOLOText(str(path)).load_index()
     assert YOLOText(str(path), allow_outside=True).name_counts() == {"a": 1}
+    folder = str(path.parent)
+    with pytest.raises(
+        InputError, match="far/images is neither in the dataset's folder nor beside"
+    ):
+        detection_source(folder).load_index()
+    assert detection_source(folder, allow_outside=True).name_counts() == {"a": 1}
 
 
 def test_linked_texts_are_read_if_allowed_and_linked_images_always(tmp_path):
