@@ -130,7 +130,10 @@ def test_labels_below_it_say_which_meaning_of_a_word_is_meant(capsys):
     assert {DOG, CAT} <= set(tree.keys)
     printed = capsys.readouterr().out
     assert printed.startswith(f"'dog' is {DOG} dog, domestic dog, Canis familiaris: a member")
+    assert printed.endswith(" (other labels are below it)\n")
     assert printed.count("\n") == 1
+    build_class_tree({"boxes": ["dog", "zebra"]})  # three reviewed tables agree
+    assert capsys.readouterr().out.endswith(" (as in COCO, Pascal VOC or ILSVRC)\n")
     with pytest.raises(InputError, match="'mouse' is ambiguous"):
         build_class_tree({"boxes": ["dog", "mouse"], "folders": folders})
     other = {"boxes": ["dog"], "folders": folders}

@@ -29,7 +29,7 @@ from yolo_lightning.errors import (
     short,
 )
 from yolo_lightning.tree.build import build_tree, is_below
-from yolo_lightning.tree.labels import find_table, resolve_labels
+from yolo_lightning.tree.labels import find_table, load_reviewed_labels, resolve_labels
 from yolo_lightning.tree.wordnet import ENTITY, is_wnid, wordnet
 from yolo_lightning.tree.wordtree import WordTree
 
@@ -229,11 +229,10 @@ def build_class_tree(
     """
     custom = dict(hierarchy or {})
     if table is None:
-        answers = meanings_from_below(datasets, custom, meanings or {})
-        for label, wnid in answers.items():
-            text = f"{label!r} is {wordnet().describe(wnid)}, as other labels are below it"
-            print(printable(text))
-        meanings = {**answers, **(meanings or {})}
+        answers = infer_meanings(datasets, custom, meanings or {})
+        for label, (wnid, reason) in answers.items():
+            print(printable(f"{label!r} is {wordnet().describe(wnid)} ({reason})"))
+        meanings = {label: wnid for label, (wnid, _) in answers.items()} | dict(meanings or {})
     words = {parent for parent in custom.values() if parent != "-" and parent not in custom}
     wnids = resolve_labels(words, meanings, where=lambda word: f"the hierarchy's parent {word!r}")
     custom_parents = {child: wnids.get(parent, parent) for child, parent in custom.items()}
@@ -262,12 +261,13 @@ def build_class_tree(
     return build_tree(labels, custom_parents, names, root, exclusive_keys, others)
 
 
-def meanings_from_below(
+def infer_meanings(
     datasets: Mapping[str, Iterable[str]], custom: Collection[str], meanings: Mapping[str, str]
-) -> dict[str, str]:
-    """Return the wnids of ambiguous labels of which one meaning is above other labels.
+) -> dict[str, tuple[str, str]]:
+    """Return wnid and reason of ambiguous labels: one meaning is above others, or is reviewed.
 
-    With the labels n02085620 and n02088094, *dog* is the animal.
+    With the labels n02085620 and n02088094, *dog* is the animal; so it is if several reviewed
+    tables have the name and agree.
     """
     labels = {label for one in datasets.values() for label in one} - set(custom)
     labels -= {name for one in datasets.values() if find_table(one) for name in one}
@@ -275,11 +275,14 @@ def meanings_from_below(
     clear = {word for word in {*labels, *meanings.values()} if is_wnid(word)}
     clear |= {options[0] for options in senses.values() if len(options) == 1}
     above = wordnet().above(clear)
-    answers: dict[str, str] = {}
+    answers: dict[str, tuple[str, str]] = {}
     for label in sorted(labels - set(meanings)):
         fitting = [wnid for wnid in senses[label] if wnid in above]
+        reviewed = [table[label] for table in load_reviewed_labels().values() if label in table]
         if len(senses[label]) > 1 and len(fitting) == 1:
-            answers[label] = fitting[0]
+            answers[label] = fitting[0], "other labels are below it"
+        elif len(senses[label]) > 1 and len(reviewed) > 1 and len(set(reviewed)) == 1:
+            answers[label] = reviewed[0], "as in COCO, Pascal VOC or ILSVRC"
     return answers
 
 
