@@ -264,10 +264,10 @@ def build_class_tree(
 def infer_meanings(
     datasets: Mapping[str, Iterable[str]], custom: Collection[str], meanings: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
-    """Return wnid and reason of ambiguous labels: one meaning is above others, or is reviewed.
+    """Return wnid and reason of ambiguous labels: one meaning is reviewed, or is above others.
 
-    With the labels n02085620 and n02088094, *dog* is the animal; so it is if several reviewed
-    tables have the name and agree.
+    *dog* is the animal, as several reviewed tables have the name and agree. With the label
+    *whooping crane*, *crane* is the bird.
     """
     labels = {label for one in datasets.values() for label in one} - set(custom)
     labels -= {name for one in datasets.values() if find_table(one) for name in one}
@@ -279,10 +279,10 @@ def infer_meanings(
     for label in sorted(labels - set(meanings)):
         fitting = [wnid for wnid in senses[label] if wnid in above]
         reviewed = [table[label] for table in load_reviewed_labels().values() if label in table]
-        if len(senses[label]) > 1 and len(fitting) == 1:
-            answers[label] = fitting[0], "other labels are below it"
-        elif len(senses[label]) > 1 and len(reviewed) > 1 and len(set(reviewed)) == 1:
+        if len(senses[label]) > 1 and len(reviewed) > 1 and len(set(reviewed)) == 1:
             answers[label] = reviewed[0], "as in COCO, Pascal VOC or ILSVRC"
+        elif len(senses[label]) > 1 and len(fitting) == 1:
+            answers[label] = fitting[0], "other labels are below it"
     return answers
 
 
