@@ -217,7 +217,7 @@ def test_hostile_options_are_rejected(hostile, capsys, option):
     ("option", "expected"),
     [
         (["--model.image_size=${oc.coerce:hostile.Class,1}"], "Unsupported interpolation type"),
-        (["--data=part.yaml"], "data names 'part.yaml'"),
+        (["--data=part.yaml"], "--data: a recipe names its data"),
         (["--trainer.logger", "part.yaml"], "trainer.logger names 'part.yaml'"),
     ],
 )
