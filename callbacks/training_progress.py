@@ -171,8 +171,10 @@ class TrainingProgress(TQDMProgressBar):
                 self._print_line(trainer, "validation batch", batch_idx + 1)
         elif not trainer.sanity_checking and not self.train_progress_bar.disable:
             bar = self.train_progress_bar
-            bar.set_description_str(f"validation {batch_idx + 1}/{total}", refresh=False)
             bar.set_postfix_str(refresh=False)
+            # the first at once, since the bar stands still for all of the validation
+            text = f"validation {batch_idx + 1}/{total}"
+            bar.set_description_str(text, refresh=batch_idx == 0)
             bar.update(0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

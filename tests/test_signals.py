@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.helpers.paths import REPO
 from yolo_lightning import signals
 
 
@@ -148,13 +149,13 @@ def import_module(name):
     raise SystemExit
 
 main.import_module = import_module
-main.main(["COMMAND"])
+main.main(COMMAND)
 """
 
 
-@pytest.mark.parametrize("command", ["fit", "doctor"])
+@pytest.mark.parametrize("command", [["fit", str(REPO / "recipes/quickstart.yaml")], ["doctor"]])
 def test_interrupt_during_imports_is_not_an_exception(command):
-    code = IMPORT_THAT_IGNORES_EXCEPTIONS.replace("COMMAND", command)
+    code = IMPORT_THAT_IGNORES_EXCEPTIONS.replace("COMMAND", repr(command))
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == -signal.SIGINT
     assert process.stdout == process.stderr == ""

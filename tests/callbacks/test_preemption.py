@@ -277,9 +277,13 @@ def test_loader_workers_ignore_the_signals():
     loader: Any = ResumableLoader(data, torch.utils.data.SequentialSampler([0, 1]), 1)
     assert [list(batch) for batch in loader] == [[1, 1, 1], [1, 1, 1]]
     (worker,) = loader._iterator._workers
-    worker.terminate()  # as PyTorch and the exit of the process, which then waits for it
-    worker.join(10)
-    assert not worker.is_alive()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises if it is the first
+    try:
+        worker.terminate()  # as PyTorch and the exit of the process, which then waits for it
+        worker.join(10)
+        assert not worker.is_alive()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class HangingShapes(ShapesDetection):

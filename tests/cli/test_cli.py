@@ -477,7 +477,7 @@ def test_resume_from_an_older_checkpoint_keeps_both_metrics_and_warns(trained):
     assert points[4][1] > 0.05  # 0.5 instead of 0.02, both divided by 6
     parameter = "select value from params where key = 'model.learning_rate'"
     assert store.execute(parameter).fetchone() == ("0.02",)
-    (logged,) = trained.glob("mlruns/*/*/artifacts/recipe/resumed-2-resolved.yaml")
+    logged = folder / "resumed-2-resolved.yaml"
     assert yaml.safe_load(logged.read_text())["model"]["init_args"]["learning_rate"] == 0.5
     store.close()
 

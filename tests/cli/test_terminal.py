@@ -138,7 +138,8 @@ def test_a_resumed_table_equals_that_of_one_training(workplace, capsys):
     assert results(folder) == expected
 
 
-def test_other_output_stands_above_the_bar(workplace, monkeypatch):
+def test_other_output_stands_above_the_bar(workplace, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
     name = f"{__name__}.Messages"
     module = ["--allow-module", __name__]
     handler = logging.StreamHandler()

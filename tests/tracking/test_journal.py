@@ -396,7 +396,7 @@ def long_journal(journal: Journal, small_parts: None) -> Journal:
     for step in range(200):
         journal.append(metrics(step, **{"loss" * 10: 1.0}))
         if step % 20 == 0:
-            journal.append({"op": "tags", "t": 1, "values": {"step": str(step)}})
+            journal.append({"op": "params", "t": 1, "values": {"step": str(step)}})
             journal.append(metrics(step // 20) | {"system": True})
             journal.append({"op": "image", "t": 1, "file": "i", "key": "k", "step": step})
     return journal
@@ -405,8 +405,7 @@ def long_journal(journal: Journal, small_parts: None) -> Journal:
 def read_state_and_points(journal: Journal) -> list[Any]:
     tail = [entry for entry in journal.points(180) if entry["step"] >= 180]
     middle = [entry for entry in journal.points(90, 95) if 90 <= entry["step"] <= 95]
-    samples = max(entry["step"] for entry in journal.points(180) if entry.get("system"))
-    return [list(journal.state("tags")), tail, middle, samples]
+    return [list(journal.state("params")), tail, middle]
 
 
 def index(journal: Journal) -> Path:
@@ -433,18 +432,17 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_with_an_index_only_the_end_is_read(long_journal, bytes_read):
     expected = read_state_and_points(long_journal)
-    assert [len(part) for part in expected[:3]] == [10, 21, 6]
-    assert expected[3] == 9
+    assert [len(part) for part in expected] == [10, 21, 6]
     assert len(index(long_journal).read_text().splitlines()) > 10
     for journal in (long_journal, Journal(long_journal.folder)):
         assert read_state_and_points(journal) == expected
     bytes_read.clear()
-    list(long_journal.state("tags"))
+    list(long_journal.state("params"))
     assert sum(bytes_read) < 2500
     list(long_journal.points(190))
     assert sum(bytes_read) < 7500
-    long_journal.append({"op": "tags", "t": 1, "values": {"step": "200"}})
-    assert len(list(long_journal.state("tags"))) == 11
+    long_journal.append({"op": "params", "t": 1, "values": {"step": "200"}})
+    assert len(list(long_journal.state("params"))) == 11
 
 
 def test_an_index_is_continued_and_not_rewritten_without_need(long_journal):
@@ -473,8 +471,8 @@ def test_a_damaged_index_hides_nothing_of_the_end(long_journal, damage, bytes_re
     file = index(long_journal)
     file.write_text("\n".join(damage(file.read_text().splitlines())) + "\n")
     bytes_read.clear()
-    tail, middle, samples = read_state_and_points(long_journal)[1:]
-    assert (tail, samples) == (expected[1], 9)
+    tail, middle = read_state_and_points(long_journal)[1:]
+    assert tail == expected[1]
     assert middle == expected[2]
     assert sum(bytes_read) <= 4 * long_journal.end, "each part is read at most once"
 
@@ -482,8 +480,8 @@ def test_a_damaged_index_hides_nothing_of_the_end(long_journal, damage, bytes_re
 def test_the_index_of_a_deleted_journal_is_not_used(long_journal):
     index(long_journal)
     (long_journal.folder / "journal.jsonl").unlink()
-    long_journal.append({"op": "tags", "t": 1, "values": {"fresh": "1"}})
-    assert [entry["values"] for entry in long_journal.state("tags")] == [{"fresh": "1"}]
+    long_journal.append({"op": "params", "t": 1, "values": {"fresh": "1"}})
+    assert [entry["values"] for entry in long_journal.state("params")] == [{"fresh": "1"}]
     long_journal.update_index()
     assert list(long_journal.points(0)) == []
 
