@@ -21,6 +21,7 @@ from tests.helpers.hostile_inputs import (
     fit,
     image_bytes,
     predict,
+    shadowed,
     sync,
     tracked_fit,
 )
@@ -100,11 +101,12 @@ SOUND: dict[str, Callable[[Place], list[str] | Callable[[], int]]] = {
     "classify": lambda p: ["wordtree", "show", str(p.run / "tree.tsv")],
     "check-data": lambda p: ["check-data", str(_sound_dataset(p)), "--output", "o"],
     "init": lambda p: hostile_files.init(p.work, _sound_dataset(p)),
-    "anchors": lambda p: ["anchors", str(_sound_dataset(p)), "--output", "o"],
+    "anchors": lambda p: ["anchors", str(_sound_dataset(p)), "--num", "1", "--output", "o"],
     "benchmark": lambda p: ["benchmark", str(_sound_dataset(p))],
     "wordtree": lambda p: ["wordtree", "show", str(p.run / "tree.tsv")],
     "mlflow": lambda p: sync(p, METRICS),
     "predict": lambda p: predict(p, [image_bytes(p)]),
+    "dashboard": lambda p: shadowed(p, "notes.txt")[0],
 }
 
 
@@ -112,8 +114,11 @@ def limits(
     command: list[str] | Callable[[], int], factory, trained: Path, again: bool = False
 ) -> tuple[float, float]:
     """Return seconds and MB of a command on a sound input, measured once, or `again`."""
-    name = command[0] if isinstance(command, list) else "predict"
-    name = name if name in SOUND else "wordtree"
+    if isinstance(command, list):
+        name, other = command[0], "wordtree"
+    else:
+        name, other = command.__name__, "predict"
+    name = name if name in SOUND else other
     if again or name not in _limits:
         folder = factory.mktemp(name)
         for part in ("work", "victim"):

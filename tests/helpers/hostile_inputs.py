@@ -72,12 +72,16 @@ def case(function: Case) -> Case:
     return function
 
 
-def family(**variants: Any) -> Callable[[Callable[[Place, Any], tuple[Command, str]]], None]:
+_Family = Callable[[Place, Any], tuple[Command, str]]
+
+
+def family(**variants: Any) -> Callable[[_Family], _Family]:
     """Add a function to `CASES` once for each variant, which is its second argument."""
 
-    def add(function: Callable[[Place, Any], tuple[Command, str]]) -> None:
+    def add(function: _Family) -> _Family:
         for name, variant in variants.items():
             CASES[f"{function.__name__}_{name}"] = lambda p, v=variant: function(p, v)  # type: ignore[misc]
+        return function
 
     return add
 
@@ -706,7 +710,7 @@ def settings_of_matplotlib(place: Place) -> tuple[Command, str]:
     (data / "labels").mkdir()
     (data / "labels/x.txt").write_text("0 .5 .5 .5 .5\n")
     (data / "data.yaml").write_text("train: images\nnames: [a]\n")
-    return ["anchors", str(data / "data.yaml"), "--output", "plots"], ""
+    return ["anchors", str(data / "data.yaml"), "--num", "1", "--output", "plots"], ""
 
 
 # images, lists and videos of `detect`

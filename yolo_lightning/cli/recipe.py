@@ -174,6 +174,8 @@ class RecipeCLI(LightningCLI):
         if path and command == "fit" and "optimizer_states" not in checkpoint:
             rank_zero_only(print)(f"{path}: contains weights only; training starts from them")
             config.model.init_args.pretrained, config.ckpt_path = path, None
+        elif path and command == "fit" and config.resume != "auto":
+            rank_zero_only(print)(f"resuming: {path}")
         take_from_model(config)
 
     def _checkpoint_to_resume(self, config: Namespace) -> str | None:
