@@ -57,7 +57,7 @@ def test_a_command_whose_output_is_lost_fails(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_training_goes_on(tmp_path, stream):
-    write_recipe(tmp_path)
+    write_recipe(tmp_path, "sqlite:////dev/null/mlflow.db")  # gives a warning
     code, text = run(tmp_path, [*arguments(tmp_path, 1), "--trainer.max_epochs=1"], stream)
     assert code == 0
     name = {"stdout": "output", "stderr": "error"}[stream]
