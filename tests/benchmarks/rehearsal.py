@@ -258,15 +258,12 @@ class Run:
             "MultiScale": {"sizes": list(self.plan.sizes), "last_batches_at_largest": 0},
             "LastCheckpoint": {"every_n_steps": self.plan.checkpoint_steps},
         }
-        kept = []
         for callback in callbacks:
             name = callback["class_path"].split(".")[-1]
             callback["init_args"].update(options.get(name, {}))
-            if name != "TQDMProgressBar":
-                kept.append(callback)
         folder = {"folder": str(self.folder)}
         return [
-            *kept,
+            *callbacks,
             {"class_path": "tests.benchmarks.rehearsal_clock.Clock", "init_args": folder},
             {"class_path": "tests.helpers.diary.Diary", "init_args": folder},
         ]

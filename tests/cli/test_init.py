@@ -215,7 +215,10 @@ def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
     assert np.abs(got - expected).max() < 0.25
     tree = WordTree.from_file(workdir / "my/own.tsv")
     assert {"n02391049", "n02439033"} <= set(tree.keys)
+    capsys.readouterr()
     assert main(["fit", "--config", "my/own.yaml", *SHORT, "--trainer.max_steps=2"]) == 0
+    out = capsys.readouterr().out
+    assert "\nstep 2/2, " in out  # of all steps, not of an epoch
     assert main([*argv]) == 2
     assert "own.yaml exists already" in capsys.readouterr().err
 
