@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.data import has_len_all_ranks
 
 from tests.helpers.processes import ENVIRONMENT
 from tests.helpers.recipes import QUICK, TINY
@@ -167,6 +168,14 @@ def test_the_recipe_decides_on_progress_bar_and_summary(build_trainer):
     own = ("TQDMProgressBar", "ModelSummary")
     options = [f"--trainer.callbacks+=lightning.pytorch.callbacks.{name}" for name in own]
     assert sorted(kinds(*options)) == sorted(own)
+
+
+def test_evaluation_does_not_repeat_what_the_recipe_says(build_trainer, recwarn):
+    trainer = build_trainer("--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging")
+    (averaging,) = [c for c in trainer.callbacks if type(c).__name__ == "EMAWeightAveraging"]
+    averaging.on_load_checkpoint(trainer, None, {})  # as in `test`
+    has_len_all_ranks([], trainer.strategy)  # no validation images
+    assert not [w for w in recwarn if "WeightAveraging" in str(w.message) or "zero" in str(w)]
 
 
 @pytest.fixture

@@ -454,6 +454,9 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*instantiate_classes.* was deprecated.*")
     warnings.filterwarnings("ignore", message=".*compute.. method of metric .* was called before")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need.*")
+    # checkpoints hold the averaged weights
+    warnings.filterwarnings("ignore", message=".*using the WeightAveraging callback, but loading.*")
+    warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it is imported later
     for name in (
         "mlflow",
