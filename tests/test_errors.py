@@ -39,8 +39,8 @@ def test_a_folder_is_no_file_and_a_file_is_no_folder(tmp_path):
     file.write_text("x")
     assert require_file(file, "list") == require_path(file) == file
     assert require_folder(tmp_path, "folder") == tmp_path
-    with pytest.raises(InputError, match="not found"):
-        require_file(tmp_path, "list")
+    with pytest.raises(InputError, match="^list '.*' is a folder, not a file; take b$"):
+        require_file(tmp_path, "list", "take b")
     with pytest.raises(InputError, match="not found"):
         require_folder(file, "folder")
 

@@ -139,8 +139,10 @@ def require_file(path: str | Path, description: str, hint: str = "") -> Path:
     """Return an existing file, with ``~`` expanded; raise `InputError` if there is none."""
     file = expand(path)
     if not os.path.isfile(file):
-        if os.path.exists(file) and not os.path.isdir(file):
-            raise InputError(f"{description} {str(path)!r} is no regular file")
+        if os.path.exists(file):
+            kind = "a folder, not a" if os.path.isdir(file) else "no regular"
+            more = f"; {hint}" if hint else ""
+            raise InputError(f"{description} {str(path)!r} is {kind} file{more}")
         raise not_found(path, description, hint)
     return file
 

@@ -61,7 +61,7 @@ def check_recipe(
             a duplicate key, a class where none is built or that is not allowed, or a reference
             that is nested or reads an environment variable that is not allowed.
     """
-    text = read_text(path, "recipe", max_bytes=_BYTES)
+    text = read_text(path, "recipe", "`yolo-lightning init DATASET` writes one", max_bytes=_BYTES)
     if not text.strip():
         raise InputError(f"recipe {str(path)!r} is empty")
     root = compose_yaml(text, path, any_alias=True) or yaml.MappingNode("", [])

@@ -134,7 +134,10 @@ class WordTree:
         Raises:
             InputError: the file is missing or a line is malformed; names file and line.
         """
-        hint = "`yolo-lightning wordtree build` builds one; see the top of the recipe"
+        hint = (
+            "paths in a recipe are relative to the working folder; if it is lost, "
+            "`yolo-lightning wordtree build` builds it, or init with another --output"
+        )
         lines = read_text(path, "tree file", hint).splitlines()
         if Path(path).suffix in (".names", ".wnids"):
             keys = [line.strip() for line in lines if line.strip()]
