@@ -36,6 +36,7 @@ WANTED = (
 )
 _MAX_FOLDERS, _MAX_TRIED = 50, 20  # searched for images; names that are looked for
 _MAX_HEADER = 2**16  # characters
+_DECIMAL_COMMA = re.compile(r"\A(-?\d*),(\d+)\Z")
 _IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img", *SPLITS)
 
 Row = tuple[int, list[str]]
@@ -49,7 +50,8 @@ class BoxCSV(AnnotatedImages):
     means no objects. Without a column of classes, all boxes are of one class, ``object``.
 
     Args:
-        file: the table; columns are separated by commas, semicolons or tabs.
+        file: the table; columns are separated by commas, semicolons (and numbers may then have
+            decimal commas) or tabs.
         images: folder of the images; by default searched near the table.
         mapping: nodes by class name, if the tree has other names.
         allow_outside: whether paths may lead out of the folder of images.
@@ -166,6 +168,8 @@ def _parse_rows(lines: list[str], file: Path) -> Iterator[Row]:
     delimiter = next((d for d in ("\t", ";") if d in first), ",")
     for number, row in table_rows(lines, file, delimiter):
         cells = [cell.strip() for cell in row]
+        if delimiter == ";":  # as Excel writes it where 0.5 is 0,5
+            cells = [_DECIMAL_COMMA.sub(r"\1.\2", cell) if "," in cell else cell for cell in cells]
         if any(cells):
             yield number, cells
 

@@ -20,7 +20,7 @@ from yolo_lightning.errors import printable, short
 
 Array = NDArray[Any]
 
-VERSION = 5  # increase it when the content changes: files of other versions are rebuilt
+VERSION = 6  # increase it when the content changes: files of other versions are rebuilt
 # environment variable: one folder for all indices, instead of a folder in each dataset
 CACHE_VARIABLE = "YOLO_LIGHTNING_CACHE"
 CACHE_FOLDER = ".yolo_lightning"

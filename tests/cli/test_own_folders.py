@@ -108,6 +108,9 @@ LAYOUTS: dict[str, tuple[Callable[[], object], str, tuple[int, int, int]]] = {
         lambda: (rows("train_labels.csv", CSV.strip(), "a.jpg,64,48,cat,1,1,33,25"),
                  rows("test_labels.csv", CSV.strip(), "b.jpg,64,48,cat,1,1,33,25"),
                  images("train/a.jpg", "test/b.jpg")), "BoxCSV", (1, 0, 1)),
+    "CSV with decimal commas": (
+        lambda: (rows("labels.csv", CSV.strip().replace(",", ";"), "a.jpg;64;48;cat;1,5;1,0;33;25"),
+                 images("images/a.jpg")), "BoxCSV", (1, 0, 0)),
     "CSV in 0 … 1, other names, no suffix": (
         lambda: (rows("boxes.csv", "ImageID;LabelName;XMin;XMax;YMin;YMax", "a;cat;0;.5;0;.5"),
                  images("pictures/a.jpg")), "BoxCSV", (1, 0, 0)),
