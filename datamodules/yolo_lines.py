@@ -34,11 +34,16 @@ class LineChecks:
             self._add("px", f"{location}: {' '.join(columns)[:60]!r}")
         return is_relative
 
-    def report(self, name: str, faults: list[str]) -> None:
+    def add_class(self, label: int, names: list[str], location: str) -> None:
+        """Count the first class, and the one after the last."""
+        if label in (0, len(names)):
+            self._add("class 0" if label == 0 else "one class more", location)
+
+    def report(self, name: str, names: list[str], faults: list[str]) -> None:
         """Report a sixth column once.
 
         Raises:
-            InputError: most lines are in px.
+            InputError: most lines are in px, or classes are numbered from 1.
         """
         lines, pixels = self._counts["line"], self._counts["px"]
         if 2 * pixels > lines:
@@ -46,6 +51,13 @@ class LineChecks:
                 f"{name}: {pixels:,} of {lines:,} boxes are in px, such as {self._first['px']}; "
                 "wanted: class centre_x centre_y width height, each from 0 to 1 of the image: "
                 "divide by its width and height"
+            )
+        if self._counts["one class more"] and not self._counts["class 0"]:
+            raise InputError(
+                f"{name}: classes seem to be numbered from 1: no box has class 0, and "
+                f"{self._counts['one class more']:,} have {len(names)}, such as "
+                f"{self._first['one class more']}; {short(names[0])} is class 0, so subtract 1 in "
+                "the texts, or put another name before it (init: --names)"
             )
         if self._counts["sixth column"]:
             faults.append(
@@ -77,7 +89,9 @@ def add_lines(
             continue
         if not checks.add(columns, values, f"{file}:{number}"):
             faults.append(f"{file}:{number}: outside the image (in px?), skipped")
-        elif 0 <= label < len(names):
+            continue
+        checks.add_class(label, names, f"{file}:{number}")
+        if 0 <= label < len(names):
             annotations.add_box(row, _parse_box(values), names[label], number)
         else:
             allowed = f"allowed: 0 … {len(names) - 1}"

@@ -110,7 +110,7 @@ class YOLOText(AnnotatedImages):
                 annotations.faults.append(
                     f"{file}: no such file, {image} is treated as having no objects"
                 )
-        checks.report(self.name, annotations.faults)
+        checks.report(self.name, names, annotations.faults)
         return annotations.build_index()
 
     def _class_names(self, description: dict[str, Any], annotations: Annotations) -> list[str]:

@@ -189,8 +189,13 @@ MISTAKES: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
     "a path that does not exist": (
         lambda: None, ["sett"], ["file or folder 'sett' not found (working folder: "]),
     "classes numbered from one": (
-        lambda: yolo("labels/a.txt", "images/a.jpg", "1 .5 .5 .5 .5\n"), ["--names", "cat"],
-        ["a.txt:1: class 1, allowed: 0 … 0, skipped"]),
+        lambda: yolo("labels/a.txt", "images/a.jpg", "1 .5 .5 .5 .5\n2 .5 .5 .5 .5\n"),
+        ["--names", "cat,dog"],
+        ["numbered from 1: no box has class 0, and 1 have 2, such as ", "a.txt:2; 'cat' is class 0",
+         "put another name before it (init: --names)"]),
+    "a class without a name": (
+        lambda: yolo("labels/a.txt", "images/a.jpg", "7 .5 .5 .5 .5\n"), ["--names", "cat"],
+        ["a.txt:1: class 7, allowed: 0 … 0, skipped"]),
     "--images of a format that knows them": (
         lambda: yolo("labels/a.txt", "images/a.jpg"), ["--images", "set/images"],
         ["this format says itself what its images are"]),

@@ -395,7 +395,7 @@ def test_parent_folder_inside_a_path_is_allowed(tmp_path):
         ("0 1.5 0.5 0.25 0.25", [], " lies outside the image, skipped"),
         ("0 1.0 0.5 0.5 0.5", [[48, 12, 64, 36]], " extends beyond the image, clipped"),
         ("0 0.5 0.5 1.001 1", [[0, 0, 64, 48]], None),
-        ("2 0.5 0.5 0.5 0.5", [], ": class 2, allowed: 0 … 1, skipped"),
+        ("3 0.5 0.5 0.5 0.5", [], ": class 3, allowed: 0 … 1, skipped"),
         ("-1 0.5 0.5 0.5 0.5", [], ": class -1, allowed: 0 … 1, skipped"),
         ("apple 0.5 0.5 0.5 0.5", [], ": 'apple 0.5 0.5 0.5 0.5' is not an object, skipped"),
         ("0,0.5,0.5,0.5,0.5", [], ": '0,0.5,0.5,0.5,0.5' is not an object, skipped"),
