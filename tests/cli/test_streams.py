@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 
 from tests.helpers.diary import entries
@@ -15,6 +16,14 @@ from yolo_lightning.cli.streams import LossyFile
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+
+
+class Writes(pl.Callback):
+    """Write to both streams."""
+
+    def on_train_start(self, trainer, pl_module):
+        print("a line")
+        print("a line", file=sys.stderr)
 
 
 def test_text_is_dropped_where_the_disk_is_full(tmp_path):
@@ -57,8 +66,10 @@ def test_a_command_whose_output_is_lost_fails(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_training_goes_on(tmp_path, stream):
-    write_recipe(tmp_path, "sqlite:////dev/null/mlflow.db")  # gives a warning
-    code, text = run(tmp_path, [*arguments(tmp_path, 1), "--trainer.max_epochs=1"], stream)
+    write_recipe(tmp_path)
+    callback = ["--allow-module", __name__, f"--trainer.callbacks+={__name__}.Writes"]
+    options = [*arguments(tmp_path, 1), "--trainer.max_epochs=1", *callback]
+    code, text = run(tmp_path, options, stream)
     assert code == 0
     name = {"stdout": "output", "stderr": "error"}[stream]
     assert f"standard {name} cannot be written" in text
