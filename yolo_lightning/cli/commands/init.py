@@ -1,6 +1,7 @@
 """`yolo-lightning init`: write a recipe for your own datasets."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _set_output(options: argparse.Namespace) -> list[Path]:
     """Set the recipe's path if it is not given, and return it and the files written beside it."""
-    path = Path(options.path).resolve()
+    path = Path(os.path.abspath(options.path))  # of a link, its own name
     is_file = path.suffix != "" and not path.is_dir()
     options.output = options.output or f"{path.parent.name if is_file else path.name}.yaml"
     output = Path(options.output)
