@@ -267,7 +267,26 @@ def test_boxes_alone_keep_their_names_and_need_no_other_option(workdir, write_vo
     assert "validation: none, as there is only one image" in printed
     assert "put\n  tiny.weights of https://pjreddie.com/darknet/tiny-darknet/" in printed
     assert re.search(r"about 15 minutes: 1,[45]\d0 steps of 0.5\d s on", printed)
+    assert "first validation" not in printed
+    assert printed.endswith("  yolo-lightning fit set.yaml\n")
+
+
+def test_names_that_only_training_or_validation_has_are_named(workdir, write_voc, capsys):
+    write_voc(workdir / "set/train", "a", [("crane", 1, 1, 33, 25), ("duck", 1, 1, 20, 20)])
+    write_voc(workdir / "set/val", "b", [("duck", 1, 1, 33, 25), ("swan", 1, 1, 20, 20)])
+    assert main(["init", "set"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "\nvalidation: without a box of crane\nvalidation: no training image has swan\n" in printed
+    )
+    assert "; first validation after " in printed
     assert printed.endswith("  yolo-lightning fit set.yaml\n  yolo-lightning test set.yaml\n")
+    write_voc(workdir / "one", "a", [("crane", 1, 1, 33, 25)])
+    write_voc(workdir / "one", "b", [("crane", 1, 1, 33, 25)])
+    assert main(["init", "one", "--val-fraction", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "validation: none, so neither best.ckpt nor any AP while it trains\n" in printed
+    assert printed.endswith("  yolo-lightning fit one.yaml\n")
 
 
 def test_weights_in_their_usual_place_are_used(workdir, write_voc):

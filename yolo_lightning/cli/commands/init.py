@@ -172,7 +172,7 @@ def _write(options: argparse.Namespace, files: Sequence[Path], command: str) -> 
     write(tree, str(tree_file))
     write_atomically(recipe, text)
     print(f"pretrained: {network['pretrained']}" if network["pretrained"] else _NO_WEIGHTS)
-    print(_estimate(settings, machine))
+    print(_estimate(settings, machine, evaluated > 0))
     print(f"{tree_file}: {len(tree)} classes\n{recipe}: the recipe; train and test with")
     name = shlex.quote(str(recipe))
     launch = f"yolo-lightning fit {name}"
@@ -180,13 +180,16 @@ def _write(options: argparse.Namespace, files: Sequence[Path], command: str) -> 
         number = machine.gpus
         launch = f"torchrun --nproc-per-node={number} -m yolo_lightning fit {name}"
         launch += f" --trainer.devices {number}"
-    print(f"  {launch}\n  yolo-lightning test {name}")
+    print(f"  {launch}")
+    if "validation" in sources or "test" in sources:
+        print(f"  yolo-lightning test {name}")
 
 
-def _estimate(settings: "Settings", machine: "Machine") -> str:
+def _estimate(settings: "Settings", machine: "Machine", has_validation: bool) -> str:
     where = f"{machine.gpus} GPU" if machine.gpus else f"{machine.cores} idle CPU cores"
+    first = f"; first validation after {settings.every} steps" if has_validation else ""
     return (
         f"about {settings.minutes:.0f} minutes: {settings.steps:,} steps of {settings.step_s:.2f} s"
         f" on {where}, as measured; {settings.batch} images of {settings.image_size} px, "
-        f"{settings.precision}; first validation after {settings.every} steps"
+        f"{settings.precision}{first}"
     )

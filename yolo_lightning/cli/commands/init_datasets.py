@@ -41,6 +41,10 @@ def open_sources(options: argparse.Namespace, listed: Path) -> dict[str, Any]:
             source.exclusive_names = not options.mixed_names
     if "validation" not in parts and options.val_fraction:
         parts |= _split(parts["detection"], listed, options.val_fraction, options.group_by)
+    elif "validation" not in parts:
+        print("validation: none, so neither best.ckpt nor any AP while it trains")
+    if not (options.classification or options.hierarchy):  # which have classes below those of boxes
+        _print_missing_names(parts)
     return parts
 
 
@@ -121,12 +125,23 @@ def _split(
         f"validation: none is named, so {len(chosen)} of the {total} training images{unit} are "
         f"chosen at random (seed {_SEED}) and listed in {listed}"
     )
-    seen = validation.name_counts()
-    lacking = [name for name, count in training.name_counts().items() if count and not seen[name]]
-    if lacking:
-        shown = ", ".join(lacking[:_MAX_SHOWN]) + (" …" if len(lacking) > _MAX_SHOWN else "")
-        print(printable(f"  without a box of {shown}"))
     return {"detection": training.with_list(without=str(listed)), "validation": validation}
+
+
+def _print_missing_names(parts: Mapping[str, Any]) -> None:
+    """Print names that occur in training alone, or in validation or test alone."""
+    trained = +parts["detection"].name_counts()
+    for part in ("validation", "test"):
+        used = +parts[part].name_counts() if part in parts else trained
+        _print_names(f"{part}: without a box of", trained.keys() - used.keys())
+        _print_names(f"{part}: no training image has", used.keys() - trained.keys())
+
+
+def _print_names(text: str, names: Iterable[str]) -> None:
+    shown = sorted(names)
+    more = " …" if len(shown) > _MAX_SHOWN else ""
+    if shown:
+        print(printable(f"{text} {', '.join(shown[:_MAX_SHOWN])}{more}"))
 
 
 def _groups(training: AnnotatedImages, group_by: str | None) -> dict[str, list[str]]:
