@@ -440,6 +440,19 @@ def test_recipe_parses_for_any_folder_name(workdir, write_voc, name):
     assert main(["batch", f"{name}.yaml", "--output", "p.png"]) == 0
     recipe = yaml.safe_load((workdir / f"{name}.yaml").read_text())
     assert recipe["trainer"]["default_root_dir"] == f"outputs/{name}"
+    text = (workdir / f"{name}.yaml").read_text()
+    assert f"\n#   yolo-lightning test {shlex.quote(f'{name}.yaml')}\n" in text
+
+
+def test_recipe_says_how_often_images_are_trained_on(workdir, write_voc, capsys):
+    for k in range(18):
+        write_voc(workdir / "set", f"{k}", [("zebra", 1, 1, 33, 25 + k)])
+    assert main(["init", "set", "--val-fraction", "0"]) == 0
+    assert "\nset.tsv: 1 class\n" in capsys.readouterr().out
+    steps, passes = re.findall(
+        r"max_steps: (\d+)  # about (\d+) passes", (workdir / "set.yaml").read_text()
+    )[0]
+    assert int(steps) == 2 * int(passes)  # batches of 16 and of 2 images
 
 
 def test_recipe_depends_on_the_backbone(workdir, write_voc, capsys):

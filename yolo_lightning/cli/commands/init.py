@@ -173,7 +173,8 @@ def _write(options: argparse.Namespace, files: Sequence[Path], command: str) -> 
     write_atomically(recipe, text)
     print(f"pretrained: {network['pretrained']}" if network["pretrained"] else _NO_WEIGHTS)
     print(_estimate(settings, machine, evaluated > 0))
-    print(f"{tree_file}: {len(tree)} classes\n{recipe}: the recipe; train and test with")
+    classes = "1 class" if len(tree) == 1 else f"{len(tree)} classes"
+    print(f"{tree_file}: {classes}\n{recipe}: the recipe; train and test with")
     name = shlex.quote(str(recipe))
     launch = f"yolo-lightning fit {name}"
     if machine.gpus > 1:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def recipe_text(
     size, boxes = settings.image_size, sources["detection"]
     images = len(sources.get("classification", ()))
     ratio = label_batches(boxes, images)
-    batches = max(1, len(boxes) // settings.batch)
+    batches = -(-len(boxes) // settings.batch)  # of a pass
     spread = 64 if size > 320 else 32
     sizes = [s for s in range(size - spread, size + spread + 1, 32) if s >= 96]
     recipe, stem = Path(options.output), Path(options.output).stem
@@ -93,7 +94,7 @@ def recipe_text(
     return _TEMPLATE.read_text(encoding="utf-8").format(
         title=f"{stem}: detector trained on boxes{' and image labels' if images else ''}",
         command=command,
-        recipe=recipe,
+        recipe=shlex.quote(str(recipe)),
         boxes=f"{len(boxes)} images with {sum(boxes.name_counts().values())} boxes",
         images=f"{images} images with a label" if images else "no images with labels only",
         tree=_as_yaml(str(recipe.with_suffix(".tsv"))),
