@@ -122,7 +122,7 @@ class YOLOText(AnnotatedImages):
         if names is None and (file := find_description(root, self.allow_outside)):
             names = _read_description(file, annotations).get("names")
         if isinstance(names, str):
-            candidates = [root / names, expand(names)]
+            candidates = [*(root / path for path in _variants(names)), expand(names)]
             file = next((file for file in candidates if os.path.exists(file)), None)
             if file is None:
                 raise InputError(f"{self.name}: file of names {short(names)} not found")
@@ -195,8 +195,8 @@ class YOLOText(AnnotatedImages):
                 raise InputError(f"{self.name}: path {short(path)}; allowed: text")
         bases = [root / expand(base), Path.cwd() / base, root, Path.cwd()]
         sources = []
-        for path in paths:  # some tools write one ../ too many
-            candidates = [base / p for base in bases for p in (path, path.removeprefix("../"))]
+        for path in paths:
+            candidates = [base / p for base in bases for p in _variants(path)]
             existing = next((c for c in candidates if os.path.exists(c)), None)
             if existing is None:
                 raise InputError(
@@ -244,7 +244,9 @@ class YOLOText(AnnotatedImages):
                 continue
             resolve_inside(text, folder, True, f"{file}:{number}")
             bases = [file.parent] if text.startswith("./") else [*roots, Path.cwd()]
-            candidates = [Path(os.path.normpath(base / text)) for base in bases]
+            candidates = [
+                Path(os.path.normpath(base / path)) for base in bases for path in _variants(text)
+            ]
             path = next((path for path in candidates if annotations.exists(path)), candidates[0])
             root = next((root for root in roots if is_below(path, root)), folder)
             image = resolve_inside(str(path), root, self.allow_outside, f"{file}:{number}")
@@ -255,6 +257,11 @@ class YOLOText(AnnotatedImages):
             else:
                 annotations.faults.append(f"{file}:{number}: {image} is missing, skipped")
         return images
+
+
+def _variants(path: str) -> tuple[str, ...]:
+    """Return a path, also without the ``../`` and ``data/`` that tools write too many."""
+    return path, path.removeprefix("../"), path.removeprefix("data/")
 
 
 def find_description(folder: Path, allow_outside: bool = False) -> Path | None:
