@@ -77,6 +77,11 @@ class _XMLSource(AnnotatedImages):
             except InputError as error:
                 annotations.faults.append(f"{error}, skipped")
                 continue
+            if document.find("image") is not None:
+                annotations.faults.append(
+                    f"{file}: CVAT's own format, skipped; export as Pascal VOC, COCO or YOLO"
+                )
+                continue
             image = _find_image(file, folder, document, annotations)
             if image is None:
                 annotations.faults.append(f"{file}: its image is missing, skipped")

@@ -159,6 +159,13 @@ MISTAKES: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
     "XML without images": (
         lambda: text("annots/a.xml", XML.format("cat")), [],
         ["a.xml: its image is missing, skipped", "--images"]),
+    "XML of CVAT": (
+        lambda: (text("annotations.xml", '<annotations><image name="a.jpg"/></annotations>'),
+                 images("images/a.jpg")), [],
+        ["annotations.xml: CVAT's own format, skipped; export as Pascal VOC, COCO or YOLO"]),
+    "images of another format": (
+        lambda: (text("annots/a.xml", XML.format("cat")), text("images/a.tif", "II")), [],
+        ["a.xml: its image is missing", "found 1 TIFF file\n", "convert the images to JPEG"]),
     "texts without names": (
         lambda: yolo("labels/a.txt", "images/a.jpg"), [],
         ["no names of classes", "init: --names"]),

@@ -16,6 +16,7 @@ from yolo_lightning.cli.tree_inputs import build_class_tree, read_hierarchy, rea
 from yolo_lightning.datamodules.autodetect import detection_source, held_out, label_source
 from yolo_lightning.datamodules.box_csv import BoxCSV
 from yolo_lightning.datamodules.files import AnnotatedImages
+from yolo_lightning.datamodules.layout_errors import describe_unread_images
 from yolo_lightning.errors import InputError, printable, short, write_atomically
 from yolo_lightning.images import UnreadableSample, read_header
 from yolo_lightning.tree.wordnet import ENTITY, is_wnid
@@ -79,7 +80,10 @@ def _print_summary(source: Source, printed: set[str]) -> None:
     names, faults = source.name_counts(), list(source.load_index().metadata["faults"])
     if not len(source) or not sum(names.values()):
         hint = f": {faults[0]}" if faults else ""
-        if not len(source) and getattr(source, "images", "") is None:
+        unread = describe_unread_images(Path(source.load_index().metadata["root"]))
+        if not len(source) and unread:
+            hint += f"; {unread}"
+        elif not len(source) and getattr(source, "images", "") is None:
             hint += "; if the images are elsewhere: --images FOLDER"
         raise InputError(f"{source.name}: contains nothing to train on{hint}")
     indices = np.linspace(0, len(source) - 1, min(_IMAGES_READ, len(source))).astype(int)
