@@ -163,8 +163,15 @@ def _one_of(
 
 def _yolo_source(root: Path, path: str, split: str | None) -> AnnotatedImages | None:
     folders = (root, root / (split or "train"), root / "images", root / "obj_train_data")
+    inside = [folder.name.lower() for folder in visible_folders(root)]
+    if len(inside) == 1 and inside[0] not in {"images", "labels", *SPLITS} and not _has_file(root):
+        return None  # an archive is unpacked into one folder, which may have names of classes
     has_texts = next(root.rglob("labels"), None) is not None or any(map(_has_texts, folders))
     return YOLOText(path, split or "train") if has_texts else None
+
+
+def _has_file(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.iterdir())
 
 
 def _has_texts(folder: Path) -> bool:

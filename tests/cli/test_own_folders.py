@@ -88,6 +88,10 @@ LAYOUTS: dict[str, tuple[Callable[[], object], str, tuple[int, int, int]]] = {
                  yolo("valid/labels/b.txt", "valid/images/b.jpg"),
                  text("data.yaml", f"train: /kaggle/x/train\nval: /kaggle/x/valid\n{NAMES}")),
         "YOLOText", (1, 1, 0)),
+    "two folders inside": (
+        lambda: (yolo("set/set/train/labels/a.txt", "set/set/train/images/a.jpg"),
+                 text("set/set/data.yaml", f"train: train/images\n{NAMES}")),
+        "YOLOText", (1, 0, 0)),
     "YOLO of CVAT": (
         lambda: (yolo("labels/train/a.txt", "images/train/a.jpg"),
                  rows("train.txt", "data/images/train/a.jpg"),
