@@ -1,6 +1,7 @@
 """`ResultsTable`: the figures of each validation, on the screen, in a CSV file and as curves."""
 
 import csv
+import gc
 import io
 import math
 import re
@@ -42,7 +43,7 @@ class ResultsTable(pl.Callback):
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self._losses: dict[str, tuple[float, int]] = {}  # sum and number of values
-        self._start_s = self._drawn_s = 0.0
+        self._start_s, self._drawn_s = 0.0, -math.inf
         self._seconds_before = 0.0  # of the processes before this one
 
     @staticmethod
@@ -61,7 +62,7 @@ class ResultsTable(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the rows of a resumed training."""
-        self._start_s = self._drawn_s = time.monotonic()
+        self._start_s = time.monotonic()
         if trainer.is_global_zero and trainer.ckpt_path and self.path(trainer).is_file():
             try:
                 rows = read_rows(self.path(trainer))
@@ -152,6 +153,7 @@ class ResultsTable(pl.Callback):
         path = self.path(trainer).with_suffix(".png")
         try:
             save_curves(curves, pd.Series({"run": "this training"}), path)
+            gc.collect()  # a figure of 15 MB refers to itself
         except Exception as error:  # a failed drawing must not stop training
             rank_zero_warn(f"cannot draw curves: {type(error).__name__}: {error}")
 
