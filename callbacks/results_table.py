@@ -26,7 +26,7 @@ _SHOWN = {
     "val/top5": "top-5",
 }
 _NAME = re.compile(r"[\w/]{1,100}")  # of a column
-_CURVES_EVERY_S, _MAX_SECONDS = 60.0, 1e9
+_CURVES_EVERY_S, _FIRST_INTERVAL_S, _MAX_SECONDS = 60.0, 10.0, 1e9
 
 Row = dict[str, float]
 
@@ -37,7 +37,7 @@ class ResultsTable(pl.Callback):
     The columns are ``step``, ``seconds`` of training, the losses, as means over the logged steps
     since the validation before, and the metrics of the validation, without those of single classes.
     A resumed training replaces the rows of steps that it repeats. ``results.png`` shows the curves;
-    it is drawn at most once a minute, and at the end. Write errors are warnings.
+    it is drawn at the end, and before in intervals that grow to a minute. Write errors are warnings.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,9 @@ class ResultsTable(pl.Callback):
         name, best = best_row(self.rows, trainer)
         print(format_row(row, name if best is row else ""), flush=True)
         self._write(trainer)
-        if time.monotonic() - self._drawn_s >= _CURVES_EVERY_S:
+        # soon again at first, and then less often
+        interval_s = min(_CURVES_EVERY_S, self._drawn_s - self._start_s + _FIRST_INTERVAL_S)
+        if time.monotonic() - self._drawn_s >= interval_s:
             self._draw(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
