@@ -37,7 +37,8 @@ class ResultsTable(pl.Callback):
     The columns are ``step``, ``seconds`` of training, the losses, as means over the logged steps
     since the validation before, and the metrics of the validation, without those of single classes.
     A resumed training replaces the rows of steps that it repeats. ``results.png`` shows the curves;
-    it is drawn at the end, and before in intervals that grow to a minute. Write errors are warnings.
+    it is drawn at the end, and before in intervals that grow to a minute. Write errors are
+    warnings.
     """
 
     def __init__(self) -> None:
