@@ -128,6 +128,7 @@ def recipe_text(
         passes=settings.steps / batches / (1 + ratio),
         minutes=settings.minutes,
         every=settings.every,
+        log_every=min(20, settings.every),  # each validation then has a loss beside it
         decay=round(1 - 20 / max(settings.steps, 200), 4),
         stem=_as_yaml(stem),
         folder=_as_yaml(f"outputs/{stem}"),
