@@ -519,7 +519,6 @@ def journal_opens(place: Place, values: dict[str, Any]) -> tuple[Command, str]:
     datasets_of_other_values={"op": "inputs", "datasets": [1, {"a": 2}]},
     deep={"op": "inputs", "datasets": []},
     image_of_a_path={"op": "image", "t": 1, "file": "x", "key": "../../../../victim/a", "step": 1},
-    removed_of_a_path={"op": "remove", "path": "x/../../../victim"},
     model_of_a_path={"op": "model", "file": "x", "name": "../../victim", "step": 1},
     model_of_a_quote={"op": "model", "file": "x", "name": "' OR name != '", "step": 1},
 )
@@ -549,7 +548,7 @@ def journal_lines(place: Place, lines: bytes) -> tuple[Command, str]:
     offset_is_negative='{"STORE": {"run_id": "x", "offset": -5}}',
     offset_is_huge=f'{{"STORE": {{"run_id": "x", "offset": {10**30}}}}}',
     run_id_is_a_list='{"STORE": {"run_id": ["x"], "offset": 0}}',
-    deferred_is_text='{"STORE": {"run_id": "x", "offset": 0, "deferred": "x"}}',
+    pending_is_text='{"STORE": {"run_id": "x", "offset": 0, "pending": "x"}}',
     of_many_digits='{"STORE": {"run_id": "x", "offset": ' + "9" * 5000 + "}}",
 )
 def uploads(place: Place, text: str) -> tuple[Command, str]:

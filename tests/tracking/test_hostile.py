@@ -113,7 +113,7 @@ def test_no_file_outside_of_the_run_folder_is_uploaded(folder, store, warnings, 
     run.log_metrics({"loss": 1.0}, 0)
     run.journal.append(plant(folder / "a", folder / "secret"))
     run.log_metrics({"loss": 1.0}, 1)
-    assert upload(folder / "a").deferred == []
+    assert upload(folder / "a").pending == []
     assert points(store) == {("loss", 0): 1, ("loss", 1): 1}, "the rest is uploaded"
     assert not [path for path in stored_files(folder) if SECRET in path.read_text()]
     (warning,) = warnings
@@ -148,28 +148,6 @@ def test_a_file_that_is_too_large_is_skipped(folder, store, warnings, monkeypatc
     upload(folder / "a")
     assert not stored_files(folder)
     assert "x/large: larger than 1 GiB" in warnings[0]
-
-
-def test_images_of_huge_sizes_are_skipped(folder, store, warnings, monkeypatch):
-    monkeypatch.setattr(artifacts, "_MAX_PIXELS", 99)
-    run = logger(folder / "a", store)
-    run.log_image("grid", np.zeros((10, 10, 3), np.uint8), 1)
-    upload(folder / "a")
-    assert "10 x 10 pixels" in warnings[0]
-    assert not stored_files(folder)
-
-
-@pytest.mark.parametrize("path", [
-    "recipe/recipe.yaml", "checkpoints", "checkpoints/", "checkpoints/.", "checkpoints/../x", ".",
-])  # fmt: skip
-def test_a_journal_removes_nothing_but_checkpoints(folder, store, warnings, path):
-    run = logger(folder / "a", store)
-    (folder / "recipe.yaml").write_text("x")
-    run.log_artifact(folder / "recipe.yaml", "recipe")
-    run.journal.append({"op": "remove", "t": 1, "path": path})
-    upload(folder / "a")
-    assert len(stored_files(folder)) == 1
-    assert "skipped an unreadable line" in warnings[0]
 
 
 def test_a_store_that_only_the_run_names_gets_nothing(folder, store, capsys, monkeypatch):
@@ -360,7 +338,7 @@ def test_files_go_to_no_server_that_the_store_does_not_name(folder, store, warni
                      "('tests', 'mlflow-artifacts://attacker:5000/x', 'active')")  # fmt: skip
     database.commit()
     database.close()
-    assert len(upload(folder / "a").deferred) == 1
+    assert len(upload(folder / "a").pending) == 1
     assert "belong to another server, attacker" in warnings[0]
     assert points(store) == {("loss", 0): 1}
 

@@ -112,7 +112,7 @@ def test_a_line_truncated_by_a_crash_damages_no_other_line(journal, cut):
         '{"op": "metrics", "t": 1, "step": 1, "values": {"a": null}}',
         '{"op": "params", "values": {"a": 1}}', '{"op": "tags"}', '{"op": "open", "store": 1}',
         '{"op": "file", "file": "../../secret", "folder": "x"}', '{"op": "file", "file": "/etc/x"}',
-        '{"op": "remove", "path": "../x"}', '{"op": "image", "file": "x"}', '{"op": "status"}',
+        '{"op": "image", "file": "x"}', '{"op": "status"}',
         '{"op": "part", "end": 9, "first": 0, "last": 9, "state": []}',
         '{"op": "metrics", "t": 1, "step": 1, "values": {}}', "\x00\x00\x00\x00", "\ufffd",
     ],
@@ -232,9 +232,9 @@ def test_the_recorded_offset_is_limited_to_what_is_on_disk(journal, disk):
     disk["bytes"] = 0
     journal.append(metrics(1))
     assert journal.end > size
-    journal.record_upload("sqlite:///a", "run", journal.end, deferred=[3])
+    journal.record_upload("sqlite:///a", "run", journal.end, pending=[3])
     recorded = Journal(journal.folder).uploads
-    assert recorded == {"sqlite:///a": {"run_id": "run", "offset": size, "deferred": [3]}}
+    assert recorded == {"sqlite:///a": {"run_id": "run", "offset": size, "pending": [3]}}
     journal.record_upload("sqlite:///b", "other", 1)
     assert journal.uploads.keys() == {"sqlite:///a", "sqlite:///b"}, "stores have separate records"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -77,7 +78,7 @@ def test_a_training_is_one_run_without_duplicate_points(folder, store):
     uploader = upload(folder / "a")
     assert points(store) == expected_points(range(2500))
     (run,) = runs(store)
-    assert uploader.deferred == []
+    assert uploader.pending == []
     assert query_store(store, "select name, status from runs") == [("tests/one", "FINISHED")]
     assert (folder / "a" / RUN_ID_FILE).read_text() == run
     upload(folder / "a")
@@ -289,17 +290,12 @@ def test_invalid_lines_are_skipped_with_a_warning(folder, store, warnings):
         file.write('{"op": "metrics", "values": 3}\nnot json\n\n{"op": "open"}\n{"op": "zap"}\n')
     run.journal.append({"op": "inputs", "datasets": [{"use": "training", "dataset": {"x": 1}}]})
     run.journal.append({"op": "image", "t": 1, "file": "images/x", "key": "k", "step": 1})
-    broken = run.journal.pending_path("images/y")
-    broken.parent.mkdir(parents=True)
-    broken.write_text("not an image")
-    run.journal.append({"op": "image", "t": 1, "file": "images/y", "key": "k", "step": 1})
     run.log_metrics({"loss": 1 / 3, "lr": 0.1}, 2)
     upload(folder / "a")
     assert points(store) == expected_points(range(3))
     assert len([text for text in warnings if "unreadable line" in text]) == 1
     assert any("images/x no longer exists" in text for text in warnings)
-    assert len([text for text in warnings if "MLflow: skipped {" in text]) == 2
-    assert broken.is_file(), "skipped files are kept"
+    assert len([text for text in warnings if "MLflow: skipped {" in text]) == 1
 
 
 def test_more_metrics_and_parameters_than_one_request_allows_are_logged(folder, store):
@@ -558,39 +554,39 @@ def test_an_image_name_cannot_escape_the_journal_folder(folder, store, name):
 
 def test_an_image_is_not_duplicated_after_a_lost_response(folder, store, monkeypatch):
     logger(folder / "a", store).log_image("grid", random_image(), 3)
-    fail_once(monkeypatch, "log_image", after=True)
-    assert len(upload(folder / "a").deferred) == 1
-    assert upload(folder / "a").deferred == []
+    fail_once(monkeypatch, "log_artifact", after=True)
+    assert len(upload(folder / "a").pending) == 2
+    assert upload(folder / "a").pending == []
     assert len(artifacts(folder)) == 2  # the image and its thumbnail
 
 
-def test_superseded_checkpoints_are_removed_from_the_run_and_the_journal(folder, store):
-    class FakeCheckpointCallback:
-        state_key, best_model_path = "ModelCheckpoint", ""
-        best_k_models: dict[str, float] = {}
-
-    run: Any = logger(folder / "a", store)
-    callback: Any = FakeCheckpointCallback()
+@pytest.mark.parametrize(("filename", "name"), [
+    ("best", "best.ckpt"), ("{step}", "best-val-AP50.ckpt"), (None, "best-val-AP50.ckpt"),
+])  # fmt: skip
+def test_the_best_checkpoint_replaces_the_one_before(folder, store, filename, name):
+    run, callback = logger(folder / "a", store), ModelCheckpoint(monitor="val/AP50")
+    callback.filename = filename
     checkpoints = folder / "a/checkpoints"
     checkpoints.mkdir(parents=True)
     for number in range(4):
-        for old in checkpoints.iterdir():
-            old.unlink()
-        path = checkpoints / f"best-{number}.ckpt"
+        path = checkpoints / ("best.ckpt" if filename == "best" else f"step={number}.ckpt")
+        path.unlink(missing_ok=True)
         path.write_text(f"weights {number}")
-        callback.best_k_models = {str(path): 0.1}
+        callback.best_model_path = str(path)
         run.after_save_checkpoint(callback)
+        run.after_save_checkpoint(callback)  # another of the k best was saved
         pending = list((folder / "a/mlflow/files/checkpoints").iterdir())
-        assert [file.name for file in pending] == [path.name], "an outage must not fill the disk"
+        assert [file.name for file in pending] == [name], "an outage must not fill the disk"
         if number == 1:
             upload(folder / "a")
-            assert artifacts(folder) == ["checkpoints/best-1.ckpt"]
-    resumed: Any = logger(
-        folder / "a", store
-    )  # a new process restores the list of logged checkpoints
-    resumed.after_save_checkpoint(callback)
-    upload(folder / "a")
-    assert artifacts(folder) == ["checkpoints/best-3.ckpt"]
+            assert artifacts(folder) == [f"checkpoints/{name}"]
+        if filename != "best":
+            path.unlink()
+    assert [entry["op"] for entry, _ in run.journal.entries()].count("file") == 4
+    assert upload(folder / "a").pending == []
+    assert artifacts(folder) == [f"checkpoints/{name}"]
+    (stored,) = (folder / "mlruns").rglob(name)
+    assert stored.read_text() == "weights 3"
 
 
 def test_a_model_is_logged_once_and_its_folder_is_moved(folder, store, monkeypatch):
@@ -637,19 +633,19 @@ def test_a_failing_artifact_store_does_not_delay_metrics(
     log_training(folder / "a", store)
     uploader = upload(folder / "a")
     assert points(store) == expected_points(range(5))
-    assert len(uploader.deferred) == 3
+    assert len(uploader.pending) == 3
     (warning,) = warnings
     assert "cannot store the file plots/a.txt (" in warning
     assert "Read-only" in warning
     assert "it is kept in" in warning
     # the next process knows the deferred files, and that the rest is uploaded
     recorded = json.loads((folder / "a/mlflow/uploaded.json").read_text())[store]
-    assert len(recorded["deferred"]) == 4, "where to begin, and the ends of three entries"
+    assert len(recorded["pending"]) == 4, "where to begin, and the ends of three entries"
     assert recorded["offset"] == run.journal.end
     broken_artifact_store.clear()
-    assert upload(folder / "a").deferred == []
+    assert upload(folder / "a").pending == []
     assert artifacts(folder) == [f"plots/{name}.txt" for name in "abc"]
-    assert upload(folder / "a").deferred == []
+    assert upload(folder / "a").pending == []
     assert points(store) == expected_points(range(5))
 
 
@@ -678,9 +674,9 @@ def test_the_thread_retries_deferred_files(
     (folder / "x").write_text("x")
     run.log_artifact(folder / "x", "plots")
     thread = UploadThread(Uploader(run.journal), interval_s=0.02)
-    wait_until(lambda: thread.uploader.deferred)
+    wait_until(lambda: thread.uploader.pending)
     broken_artifact_store.clear()
-    wait_until(lambda: not thread.uploader.deferred)
+    wait_until(lambda: not thread.uploader.pending)
     assert thread.finish()
     assert artifacts(folder) == ["plots/x"]
     assert len(warnings) == 1
@@ -689,10 +685,10 @@ def test_the_thread_retries_deferred_files(
 def test_a_file_that_always_fails_does_not_block_the_others(folder, store, monkeypatch):
     original = ArtifactWriter.write
 
-    def guarded(self: ArtifactWriter, entry: dict[str, Any], may_exist: bool) -> Any:
+    def guarded(self: ArtifactWriter, entry: dict[str, Any]) -> Any:
         if entry["file"].endswith("bad"):
             raise RuntimeError("never")
-        return original(self, entry, may_exist)
+        return original(self, entry)
 
     monkeypatch.setattr(ArtifactWriter, "write", guarded)
     run = logger(folder / "a", store)
@@ -700,8 +696,8 @@ def test_a_file_that_always_fails_does_not_block_the_others(folder, store, monke
         (folder / name).write_text(name)
         run.log_artifact(folder / name, "x")
     # after a failure all files are deferred: the store may fail for each of them, slowly
-    assert len(upload(folder / "a").deferred) == 2
-    assert len(upload(folder / "a").deferred) == 1
+    assert len(upload(folder / "a").pending) == 2
+    assert len(upload(folder / "a").pending) == 1
     assert artifacts(folder) == ["x/good"]
 
 
@@ -712,7 +708,7 @@ def test_many_deferred_files_are_found_in_one_pass(folder, store, warnings, monk
         run.journal.append({"op": "file", "t": 1, "file": f"x/{number}", "folder": "x"})
         ends.append(run.journal.end)
     upload(folder / "a")
-    run.journal.record_upload(store, runs(store)[0], ends[-1], deferred=[-5, *ends, 7, 2**70])
+    run.journal.record_upload(store, runs(store)[0], ends[-1], pending=[-5, *ends, 7, 2**70])
     starts, read = [], Journal.entries
 
     def counted(self: Journal, offset: int = 0, *ops: str, **options: Any) -> Any:
@@ -721,7 +717,7 @@ def test_many_deferred_files_are_found_in_one_pass(folder, store, warnings, monk
 
     monkeypatch.setattr(Journal, "entries", counted)
     uploader = upload(folder / "a")
-    assert uploader.deferred == []
+    assert uploader.pending == []
     assert len([start for start in starts if start < ends[0]]) == 2, "the state, and these files"
     assert warnings == ["MLflow: x/0 no longer exists; such files are skipped"] * 2
 
@@ -809,7 +805,7 @@ def test_the_thread_reports_an_outage_once_and_the_recovery_once(monkeypatch, tm
         monkeypatch.setattr(upload_thread, name, warnings.append)
 
     class Stub:
-        store_uri, deferred, attempts = "http://nowhere", (), 0
+        store_uri, pending, attempts = "http://nowhere", (), 0
         journal = Journal(tmp_path / JOURNAL_FOLDER)
 
         def upload_next(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 UNREADABLE = "unreadable"  # operation name of lines that cannot be parsed
 
-STATE_OPS = ("open", "params", "file", "remove")
+STATE_OPS = ("open", "params")
 """Operations that a new process of the same run reads, from the beginning."""
 
 _Check = Callable[[Any], bool]
@@ -44,11 +44,9 @@ _JOURNAL: _Fields = {
     "tags": {"values": _texts},
     "status": {"t": _is_count, "status": _text},
     "inputs": {"datasets": _is(list)},
-    "file": {"file": _is_path, "folder": _text, "mtime_ns": lambda t: t is None or _is_count(t)},
-    "image": {"t": _is_count, "file": _is_path, "key": _text, "step": _is_count},
+    "file": {"file": _is_path, "folder": _text},
+    "image": {"file": _is_path, "key": _text, "step": _is_count},
     "model": {"file": _is_path, "name": _text, "step": _is_count},
-    # nothing else of a run is ever removed
-    "remove": {"path": lambda p: _is_path(p) and PurePosixPath(p).parts[:-1] == ("checkpoints",)},
 }  # fmt: skip
 
 INDEX: _Fields = {

@@ -283,9 +283,9 @@ class Journal:
 
 
 def _is_upload(upload: Any) -> bool:
-    if not isinstance(upload, dict) or not isinstance(upload.get("deferred", []), list):
+    if not isinstance(upload, dict) or not isinstance(upload.get("pending", []), list):
         return False
-    offsets = [upload.get("offset"), *upload.get("deferred", [])]
+    offsets = [upload.get("offset"), *upload.get("pending", [])]
     return "run_id" in upload and all(isinstance(offset, int) for offset in offsets)
 
 

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import time
 import uuid
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +46,8 @@ if TYPE_CHECKING:
 _DURATION_PARAMS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
 """Parameters that only set how long a training lasts."""
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
+_MAX_IMAGE_KEY_LENGTH = 100  # file names have up to 255 characters
+_THUMBNAIL_PX = (256, 256)
 _INTERRUPTED_TIMEOUT_S = 12.0  # how long an interrupted training waits for the store
 
 
@@ -67,7 +68,7 @@ class RunLogger(MLFlowLogger):
             named by the run folder, else by the checkpoint, else a new run.
         tags: of the run.
         parent: name of the parent run of a sweep; created if it does not exist.
-        log_checkpoints: upload the checkpoints that `ModelCheckpoint` keeps.
+        log_checkpoints: upload the best checkpoint of each `ModelCheckpoint`.
         system_metrics: log the use of CPUs, memory, disk, network and GPUs.
         flush_timeout_s: how long the end of a training waits for the upload; the rest is left to
             `yolo-lightning mlflow sync`.
@@ -108,17 +109,16 @@ class RunLogger(MLFlowLogger):
         self._flush_timeout_s = flush_timeout_s
         self._requested_run_ids = [run_id, os.environ.get("MLFLOW_RUN_ID")]
         self._checkpoint_run_id: str | None = None
-        self._running, self._final_status = False, ""
+        self._running, self._has_images, self._final_status = False, False, ""
         self._evaluated_step: int | None = None
         self._params_changed = False
         self._folder = Path(folder) if folder else None
         self._journal: Journal | None = None
         self._thread: UploadThread | None = None
         self._system_metrics: SystemMetrics | None = None
-        self._client: MlflowClient | None = None
         self._warned: set[str] = set()
         self._params: dict[str, str] = {}
-        self._checkpoints: dict[str, dict[str, int]] = {}
+        self._checkpoints: dict[str, int] = {}  # when each was modified
         self._last_points: dict[str, tuple[int, str]] = {}  # values as text: NaN equals NaN
         # points that an earlier process of this run has logged: key and step, with the value if
         # a checkpoint is only evaluated
@@ -194,16 +194,9 @@ class RunLogger(MLFlowLogger):
             self._system_metrics = SystemMetrics(self._record_system)
 
     def _restore_state(self, journal: Journal) -> None:
-        """Read what earlier processes of this run logged, except metrics."""
-        for entry in journal.state("params", "file", "remove"):
-            if entry["op"] == "params":
-                self._params |= entry["values"]
-            elif entry["op"] == "remove":
-                for checkpoints in self._checkpoints.values():
-                    checkpoints.pop(Path(entry["path"]).name, None)
-            elif "callback" in entry:
-                checkpoints = self._checkpoints.setdefault(str(entry["callback"]), {})
-                checkpoints[Path(entry["file"]).name] = int(entry.get("mtime_ns") or 0)
+        """Read the parameters and the evaluation that earlier processes of this run logged."""
+        for entry in journal.state("params"):
+            self._params |= entry["values"]
         if self._evaluated_step is not None:
             step = self._evaluated_step
             self._logged = {
@@ -237,8 +230,7 @@ class RunLogger(MLFlowLogger):
         """An MLflow client, on rank 0; its calls wait for the store and raise if it fails."""
         from yolo_lightning.tracking.store import LazyClient
 
-        self._client = self._client or cast("MlflowClient", LazyClient(self._tracking_uri))
-        return self._client
+        return cast("MlflowClient", LazyClient(self._tracking_uri))
 
     # --- logging
 
@@ -335,7 +327,7 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str) -> None:
         """Log the current content of a file; a later file of the same name replaces it."""
-        self._log_file(Path(path), folder, {})
+        self._log_file(Path(path), folder)
 
     @rank_zero_only
     def log_artifacts(self, path: str | Path, folder: str) -> None:
@@ -344,16 +336,21 @@ class RunLogger(MLFlowLogger):
             self._warn(f"{path} cannot be logged to MLflow: no such folder")
         for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
             subfolder = file.parent.relative_to(path).as_posix()
-            self._log_file(file, folder if subfolder == "." else f"{folder}/{subfolder}", {})
+            self._log_file(file, folder if subfolder == "." else f"{folder}/{subfolder}")
 
-    def _log_file(self, path: Path, folder: str, extra: dict[str, Any]) -> None:
-        name, run_folder = f"{folder}/{path.name}", self.journal.folder.parent.absolute()
-        if path.absolute().is_relative_to(run_folder):
-            extra = extra | {"source": str(path.absolute().relative_to(run_folder))}
+    def _log_file(
+        self, path: Path, folder: str, name: str = "", is_checkpoint: bool = False
+    ) -> None:
+        file, run_folder = f"{folder}/{name or path.name}", self.journal.folder.parent.absolute()
+        is_own = path.absolute().is_relative_to(run_folder)
+        source = str(path.absolute().relative_to(run_folder)) if is_own else ""
         with self._warn_on_error(path):
-            replaced = self.journal.pending_path(name).exists()
-            self.journal.add_file(path, name, link="callback" in extra)
-            self._append("file", file=name, folder=folder, replaced=replaced, **extra)
+            replaced = self.journal.pending_path(file).exists()
+            self.journal.add_file(path, file, link=is_checkpoint)
+            self._append(
+                "file", file=file, folder=folder, replaced=replaced, source=source,
+                is_checkpoint=is_checkpoint,
+            )  # fmt: skip
 
     @rank_zero_only
     def log_image(self, name: str, image: NDArray[np.uint8], step: int) -> None:
@@ -361,12 +358,20 @@ class RunLogger(MLFlowLogger):
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", name)
         if (_image_key(key), step) in self._logged:
             return
-        file = f"images/{zlib.crc32(key.encode()):08x}-{step}.png"
+        # the names that MLflow's page of images parses; a file uploaded twice is one file
+        page_key = key.replace("/", "~")[:_MAX_IMAGE_KEY_LENGTH]
+        stem = f"{page_key}+step+{step}+timestamp+{int(time.time() * 1000)}+{uuid.uuid4()}"
+        picture = Image.fromarray(image)
         with self._warn_on_error(f"image {name}"):
-            path = self.journal.pending_path(file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-            self._append("image", file=file, key=key, step=step)
+            for suffix in (".png", "+compressed.webp"):
+                path = self.journal.pending_path(f"images/{stem}{suffix}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+                self._append("image", file=f"images/{path.name}", key=key, step=step)
+                picture.thumbnail(_THUMBNAIL_PX)
+        if not self._has_images:
+            self._has_images = True
+            self.set_tags({"mlflow.loggedImages": "True"})
 
     @rank_zero_only
     def log_model(
@@ -383,24 +388,17 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Log the checkpoints that the callback keeps, and remove the others from the run."""
-        if not self._log_checkpoints:
+        """Log the best checkpoint of a callback in place of the one before."""
+        path = Path(checkpoint_callback.best_model_path)
+        if not self._log_checkpoints or not path.is_file():
             return
-        self._open_journal()
-        callback = str(checkpoint_callback.state_key)
-        logged = self._checkpoints.setdefault(callback, {})
-        paths = {*checkpoint_callback.best_k_models, checkpoint_callback.best_model_path}
-        current = {Path(path).name: Path(path) for path in paths if path and Path(path).is_file()}
-        for name in logged.keys() - current.keys():
-            del logged[name]
-            self._append("remove", path=f"checkpoints/{name}")
-            # at once: during a long outage, pending checkpoints would fill the disk
-            self.journal.remove_file(f"checkpoints/{name}")
-        for name, path in current.items():
-            mtime_ns = path.stat().st_mtime_ns
-            if logged.get(name) != mtime_ns:
-                logged[name] = mtime_ns
-                self._log_file(path, "checkpoints", {"callback": callback, "mtime_ns": mtime_ns})
+        is_fixed = "{" not in (checkpoint_callback.filename or "{")
+        name = path.name if is_fixed else f"best-{checkpoint_callback.monitor}.ckpt"
+        name, version = name.replace("/", "-"), path.stat().st_mtime_ns
+        if self._checkpoints.get(name) != version:
+            self._checkpoints[name] = version
+            # linked at once: the callback may remove it before it is uploaded
+            self._log_file(path, "checkpoints", name, is_checkpoint=True)
 
     # --- the end
 

@@ -121,19 +121,16 @@ def _create_database(database: Path) -> None:
 
 
 class LazyClient:
-    """A client that connects to the store on the first attribute access.
+    """A client that connects to the store when one of its attributes is accessed.
 
     Lightning accesses `experiment` of all loggers, on all ranks, before training starts.
     """
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._client: MlflowClient | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if self._client is None:
-            self._client = create_client(self._uri)
-        return getattr(self._client, name)
+        return getattr(create_client(self._uri), name)
 
 
 def short_message(error: object) -> str:

@@ -41,7 +41,7 @@ class UploadThread:
                 break
             self.uploader.retry_now()
             if self._upload_all():
-                self._complete = not self._timed_out.is_set() and not self.uploader.deferred
+                self._complete = not self._timed_out.is_set() and not self.uploader.pending
                 break
         self.uploader.close()
 

@@ -60,17 +60,17 @@ class Uploader:
     ) -> None:
         self.journal, self.store_uri, self.run_id = journal, store_uri or own_store(), ""
         self._store, self._existing_run_only = mask_secrets(self.store_uri), existing_run_only
-        # files that the artifact store did not accept, each with the offset after its entry
-        self.deferred: list[tuple[int, _Entry]] = []
-        self._deferred_start = self._failed_files = 0
+        # files that are still to be uploaded, each with the offset after its entry
+        self.pending: list[tuple[int, _Entry]] = []
+        self._pending_start = self._failed_files = 0
         self._retry_at = 0.0
         self._offset = 0
         self._batches: Iterator[tuple[list[_Entry], int]] | None = None
-        self._may_exist = True  # after a lost response, the store may have the next entry
         self._lock: int | None = None
         # the last step and value of each metric that the run had before this journal
         self._earlier: dict[str, tuple[int, float]] = {}
         self._warned: set[str] = set()
+        self._warned_of_files = False
 
     def upload_next(self) -> bool:
         """Upload the next entries; return whether there were any.
@@ -82,22 +82,24 @@ class Uploader:
             if not self.journal.end:
                 return False
             self._connect()
+        if self.pending and time.monotonic() >= self._retry_at:
+            self._upload_file()
+            return True
         if self._batches is None:
             self._batches = self._read_batches()
         entries, end = next(self._batches, ([], 0))
         if not entries:
             self._batches = None  # the next one finds what is logged meanwhile
-            return self._retry_deferred()
+            return False
         try:
             self._upload(entries, end)
         except Exception:
-            self._may_exist, self._batches = True, None
+            self._batches = None
             raise
-        self._may_exist = False
         return True
 
     def retry_now(self) -> None:
-        """Retry deferred entries without further delay."""
+        """Retry files without further delay."""
         self._retry_at = 0.0
 
     @property
@@ -139,7 +141,7 @@ class Uploader:
         self._earlier = {}
         if run.data.tags.get(TOKEN_TAG) != self.journal.token:
             self._earlier = {m.key: (m.step, m.value) for m in run.data._metric_objs}
-        self._files = ArtifactWriter(self._client, self.store_uri, run, self.journal)
+        self._artifacts = ArtifactWriter(self._client, self.store_uri, run, self.journal)
         self.run_id = run.info.run_id
         self._record_progress()
         if is_own_store:
@@ -148,17 +150,16 @@ class Uploader:
 
     def _restore(self, upload: dict[str, Any]) -> None:
         """Restore what `_record_progress` wrote; `upload` is empty for a new run."""
-        self._offset, self._batches, self.deferred = upload.get("offset", 0), None, []
-        if deferred := upload.get("deferred"):
-            self._deferred_start, ends = max(deferred[0], 0), set(deferred[1:])
-            entries = self.journal.entries(self._deferred_start, *FILE_OPS, end=self._offset)
-            self.deferred = [(end, entry) for entry, end in entries if end in ends]
+        self._offset, self._batches, self.pending = upload.get("offset", 0), None, []
+        if pending := upload.get("pending"):
+            self._pending_start, ends = max(pending[0], 0), set(pending[1:])
+            entries = self.journal.entries(self._pending_start, *FILE_OPS, end=self._offset)
+            self.pending = [(end, entry) for entry, end in entries if end in ends]
 
     def _record_progress(self) -> None:
-        ends = [end for end, _ in self.deferred]
-        deferred = [self._deferred_start, *ends] if ends else []
+        pending = [self._pending_start, *(end for end, _ in self.pending)] if self.pending else []
         with contextlib.suppress(OSError):  # entries that are uploaded again are not duplicated
-            self.journal.record_upload(self._store, self.run_id, self._offset, deferred=deferred)
+            self.journal.record_upload(self._store, self.run_id, self._offset, pending=pending)
 
     def _check_run(self) -> None:
         """Raise if the run is deleted; if it does not exist, search for it again next time."""
@@ -190,17 +191,43 @@ class Uploader:
             yield batch, batch_end
 
     def _upload(self, entries: list[_Entry], end: int) -> None:
-        uploaded: Any = None
-        if entries[0]["op"] == "metrics":
+        entry = entries[0]
+        if entry["op"] == "metrics":
             self._log("metrics", [p for entry in entries for p in self._new_points(entry)])
-        elif entries[0]["op"] in FILE_OPS:
-            uploaded = self._upload_or_defer(entries[0], end)
+        elif entry["op"] in FILE_OPS:
+            if not self.pending:
+                self._pending_start = self._offset
+            self.pending.append((end, entry))
         else:
-            self._write(entries[0])
+            self._write(entry)
         self._offset = end
         self._record_progress()
-        if uploaded:  # once it is recorded
-            self.journal.remove_file(entries[0]["file"], uploaded)
+
+    def _upload_file(self) -> None:
+        """Upload the next file; the artifact store may fail while the tracking store works."""
+        end, entry = self.pending.pop(0)
+        try:
+            uploaded = self._write(entry)
+        except Exception as error:
+            self.pending.append((end, entry))  # the others are tried first
+            self._check_run()
+            self._failed_files += 1
+            if self._failed_files >= min(len(self.pending), _MAX_FAILED_FILES):
+                self._failed_files, self._retry_at = 0, time.monotonic() + self.RETRY_S
+            if not self._warned_of_files:
+                self._warned_of_files = True
+                rank_zero_warn(
+                    f"MLflow at {self._store} cannot store the file "
+                    f"{entry['file']} ({short_message(error)}); it is "
+                    f"kept in {self.journal.folder} and uploaded later, training continues"
+                )
+            return
+        self._record_progress()
+        if uploaded:
+            self.journal.remove_file(entry["file"], uploaded)
+        if self._warned_of_files and not self.pending:
+            self._failed_files, self._warned_of_files = 0, False
+            rank_zero_info("MLflow stores files again; all of them are uploaded")
 
     def _new_points(self, entry: _Entry) -> Iterator[Metric]:
         """Yield the points of an entry, but no step twice that the run had before this journal."""
@@ -244,7 +271,7 @@ class Uploader:
         """Write one entry; skip it with a warning if it is invalid or rejected."""
         try:
             if entry["op"] in FILE_OPS:
-                return self._files.write(entry, self._may_exist)
+                return self._artifacts.write(entry)
             if write := getattr(self, f"_write_{entry['op']}", None):
                 write(entry)
         except MissingFile as error:
@@ -296,46 +323,3 @@ class Uploader:
             self._warned.add(kind)
             last = len(self._warned) == _MAX_WARNINGS
             rank_zero_warn(f"{message}; further entries are skipped silently" if last else message)
-
-    # --- files: the artifact store may fail while the tracking store works
-
-    def _upload_or_defer(self, entry: _Entry, end: int) -> Any:
-        if entry["op"] == "remove":
-            removed = entry["path"]
-            self.deferred = [item for item in self.deferred if item[1].get("file") != removed]
-        if not self.deferred:
-            try:
-                return self._write(entry)
-            except Exception as error:
-                self._check_run()
-                self._deferred_start, self._retry_at = self._offset, time.monotonic() + self.RETRY_S
-                rank_zero_warn(
-                    f"MLflow at {self._store} cannot store the file "
-                    f"{entry.get('file') or entry.get('path')} ({short_message(error)}); it is "
-                    f"kept in {self.journal.folder} and uploaded later, training continues"
-                )
-        self.deferred.append((end, entry))
-        return None
-
-    def _retry_deferred(self) -> bool:
-        """Retry one deferred entry, after a delay if some have failed; return whether it did."""
-        if not self.deferred or time.monotonic() < self._retry_at:
-            return False
-        end, entry = self.deferred.pop(0)
-        self._may_exist = True
-        try:
-            uploaded = self._write(entry)
-        except Exception:
-            self.deferred.append((end, entry))  # the others are tried first
-            self._check_run()
-            self._failed_files += 1
-            if self._failed_files >= min(len(self.deferred), _MAX_FAILED_FILES):
-                self._failed_files, self._retry_at = 0, time.monotonic() + self.RETRY_S
-            return True
-        if uploaded or not self.deferred:
-            self._record_progress()
-        if uploaded:
-            self.journal.remove_file(entry["file"], uploaded)
-        if not self.deferred:
-            rank_zero_info("MLflow stores files again; all deferred files are uploaded")
-        return True

@@ -74,7 +74,7 @@ def _sync(folder: Path, requested_store: str | None) -> str:
         return f"{folder.parent}: upload to {mask_secrets(store)} failed: {short_message(error)}"
     finally:
         uploader.close()
-    if uploader.deferred:
-        return f"{result}, except {len(uploader.deferred)} files that the store cannot accept"
+    if uploader.pending:
+        return f"{result}, except {len(uploader.pending)} files that the store cannot accept"
     print(result)
     return ""
