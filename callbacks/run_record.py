@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
+from yolo_lightning.callbacks.run_description import describe_run
 from yolo_lightning.checkpoints.io import LAST, PREVIOUS
 from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.errors import mask_secrets
@@ -75,13 +76,13 @@ class RunRecord(pl.Callback):
             **(git_state(Path.cwd()) or git_state(Path(__file__).parent)),
             **{f"version.{name}": version for name, version in versions().items()},
             **_data_tags(inputs),
-            "mlflow.note.content": self._description(inputs),
         }
         for logger in loggers:
             logger.set_tags(tags)
             logger.log_inputs([_to_mlflow_dataset(data) for data in inputs])
             for path, folder in files:
                 logger.log_artifact(path, folder)
+        self._describe(trainer, pl_module)
 
     def _write_tables(self, module: Any) -> list[tuple[Path, str]]:
         written = []
@@ -96,26 +97,14 @@ class RunRecord(pl.Callback):
             written.append((path, "anchors"))
         return written
 
-    def _description(self, inputs: list[dict[str, Any]]) -> str:
-        recipe = self.files.get("recipe.yaml", "")
-        comment = []
-        for line in recipe.splitlines():
-            if not line.startswith("#"):
-                break
-            comment.append(line.removeprefix("#").removeprefix(" "))
-        purpose = "\n".join(comment).split("\n\n")[0] if comment else ""
-        rows = [
-            f"| {data['use']} | {data['holds']} | {data['name']} | {data['images']:,} "
-            f"| {data['labelled']:,} | {data['nodes']:,} | `{data['fingerprint']}` |"
-            for data in inputs
-        ]
-        table = ["| use | labels | source | images | labelled | classes | fingerprint |",
-                 "| --- | --- | --- | --- | --- | --- | --- |", *rows]  # fmt: skip
-        command = self.files.get("command.txt", "").strip()
-        return "\n".join(
-            [f"# {self.recipe}", "", purpose, "", *table, "", f"`{command}`", "",
-             f"All files of this run are in `{self.folder}`."]
-        )  # fmt: skip
+    def _describe(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        try:
+            text = describe_run(trainer, module, self.recipe, self.files, self.folder)
+        except Exception as error:  # tracking may fail, training may not
+            rank_zero_warn(f"the run has no description: {type(error).__name__}: {error}")
+            return
+        for logger in run_loggers(trainer):
+            logger.set_tags({"mlflow.note.content": text})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write and log the inputs of the run, on rank 0, and tell the loggers the first step.
@@ -140,13 +129,14 @@ class RunRecord(pl.Callback):
                 checkpoint["mlflow_run_id"] = logger.run_id
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the best checkpoint as a model, or the last one if there is no best one.
+        """Describe the result, and log the best checkpoint, or else the last one, as a model.
 
         Resuming a finished run logs what a stop at its last step left out.
         """
         loggers = run_loggers(trainer)
         if not loggers or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._describe(trainer, pl_module)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         path = Path(best) if best else LastCheckpoint.path(trainer)
         for logger in loggers:
@@ -178,6 +168,8 @@ class RunRecord(pl.Callback):
             status = "RUNNING" if getattr(exception, "requeued", False) else "KILLED"
         for logger in run_loggers(trainer):
             logger.set_final_status(status)
+        if run_loggers(trainer) and trainer.is_global_zero and trainer.global_step:
+            self._describe(trainer, pl_module)
 
 
 def _data_tags(inputs: list[dict[str, Any]]) -> dict[str, str]:

@@ -141,7 +141,16 @@ def test_fit_writes_a_run_folder_checkpoints_and_one_mlflow_run(workplace, repor
     assert (tags["recipe"], tags["world_size"]) == ("quickstart", "1")
     assert tags["version.torch"] == torch.__version__
     assert tags["data.training.boxes.nodes"] == "6"
-    assert "The paper's claim in miniature" in tags["mlflow.note.content"]
+    result, data, errors, *rest = tags["mlflow.note.content"].split("\n")
+    assert re.fullmatch(
+        r"\*\*AP50_boxed [\d.]+; best [\d.]+ at step \d; last AP50 .*\*\*  ", result
+    )
+    assert data == (
+        "Recipe **quickstart**: 8 images of shapes with boxes of 6 classes and 8 images "
+        "of shapes with labels of 12 classes  "
+    )
+    assert errors.startswith("Weakest classes: ")
+    assert any("The paper's claim in miniature" in line for line in rest)
     uses = store.execute("select count(*) from inputs where destination_type = 'RUN'")
     assert uses.fetchone() == (3,)
     artifacts = {

@@ -1,5 +1,7 @@
 """Curves, matching, the confusion matrix and the kinds of errors, computed by hand."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,9 @@ from yolo_lightning.evaluation.error_analysis import (
     depth_first_order,
     find_errors,
     match_predictions,
+    most_confused,
     one_label_per_box,
+    weakest_classes,
 )
 from yolo_lightning.evaluation.matching import empty_table, match_detections
 from yolo_lightning.tree.wordtree import WordTree
@@ -313,3 +317,19 @@ def test_empty_tables():
         counts = {kind: len(each) for kind, each in find_errors(matches).items()}
         assert counts["missed"] == len(targets)
         assert counts["background"] == len(detections)
+
+
+def test_the_classes_that_are_mistaken_most_often_are_named_with_their_counts():
+    boxes = [(100 * k, 0, 100 * k + 50, 50) for k in range(6)]
+    targets = table(*(target(CAT, box) for box in boxes[:4]), target(DOG, boxes[4]))
+    labels = (DOG, DOG, CAT, DOG, CAT, DOG)  # the third is correct, the last is on background
+    found = [detection(label, 0.9, box) for label, box in zip(labels, boxes, strict=True)]
+    matches = match_predictions(targets, table(*found), FLAT)
+    assert most_confused(matches) == [(CAT, DOG, 3), (DOG, CAT, 1)]
+    assert most_confused(matches, 1) == [(CAT, DOG, 3)]
+
+
+def test_the_weakest_classes_are_those_with_the_lowest_known_value():
+    rows = {"a": {"AP50": 0.5}, "b": {"AP50": math.nan}, "c": {"AP50": 0.1}, "d": {"detected": 1}}
+    assert weakest_classes(rows) == [("c", 0.1), ("a", 0.5)]
+    assert weakest_classes({"a": {"top1": 0.5}, "b": {"top1": 0.25}}, 1) == [("b", 0.25)]

@@ -1,6 +1,11 @@
 """Error analysis of detections: the confusion matrix, and errors by kind as in TIDE."""
 
+import heapq
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -188,3 +193,21 @@ def find_errors(matches: Matches) -> dict[str, list[DetectionError]]:
     for row in targets[missed[np.argsort(-areas, kind="stable")]]:
         errors["missed"].append(DetectionError("missed", int(row[IMAGE]), None, row, 0.0))
     return errors
+
+
+def weakest_classes(
+    per_class: Mapping[str, Mapping[str, Any]], number: int = 3
+) -> list[tuple[str, float]]:
+    """Return the keys and the AP50, or top-1 accuracy, of the worst classes, the worst first."""
+    values = {key: row.get("AP50", row.get("top1", math.nan)) for key, row in per_class.items()}
+    known = ((key, value) for key, value in values.items() if not math.isnan(value))
+    return heapq.nsmallest(number, known, key=lambda item: item[1])
+
+
+def most_confused(matches: Matches, number: int = 3) -> list[tuple[int, int, int]]:
+    """Return the classes that are taken for another most often: target, prediction, count."""
+    is_confused = matches.confused >= 0
+    targets = matches.targets[matches.confused[is_confused], LABEL].astype(int).tolist()
+    predicted = matches.detections[is_confused, LABEL].astype(int).tolist()
+    pairs = Counter(zip(targets, predicted, strict=True))
+    return [(*pair, count) for pair, count in pairs.most_common() if pair[0] != pair[1]][:number]
