@@ -55,6 +55,7 @@ class _State:
     """The received signals of this process, and how it reacts."""
 
     pid: int = 0
+    ends_process: bool = True
     writer: int = -1  # of the pipe to the thread
     received: list[int] = field(default_factory=list)
     deferred: bool = False  # Ctrl-C waits for the end of the step
@@ -67,22 +68,22 @@ class _State:
 _state = _State()
 
 
-def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
+def install_handlers(
+    numbers: Sequence[int] = SIGNALS, ends_process: bool = True
+) -> Callable[[], None]:
     """Handle stop signals of this process from now on; return a function that undoes it.
 
     Does nothing if they are handled already, or in another thread than the main one, which may not
-    set handlers.
+    set handlers. Unless `ends_process`, as in a notebook, the process lives on in every case: there
+    is no grace period, and a second Ctrl-C raises `Stop` within the step.
     """
     global _state
     is_main = threading.current_thread() is threading.main_thread()
     if not numbers or not is_main or _state.pid == os.getpid():
         return lambda: None
-    reader, writer = os.pipe()
-    _state = _State(os.getpid(), writer)
+    _state = _State(os.getpid(), ends_process)
     handlers = {number: signal.signal(number, _record_signal) for number in numbers}
-    os.set_blocking(writer, False)
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader, _state), name="stop-signals", daemon=True).start()
+    end_thread = _start_thread(_state) if ends_process else lambda: None
     previous_hook, sys.unraisablehook = sys.unraisablehook, _raise_again
 
     def restore() -> None:
@@ -90,8 +91,7 @@ def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
         if _state.pid != os.getpid():
             return
         sys.unraisablehook = previous_hook
-        signal.set_wakeup_fd(previous)
-        os.close(writer)  # ends the thread
+        end_thread()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         _state = _State()
@@ -99,10 +99,25 @@ def install_handlers(numbers: Sequence[int] = SIGNALS) -> Callable[[], None]:
     return restore
 
 
+def _start_thread(state: _State) -> Callable[[], None]:
+    """Start the thread that bounds the time of a stop; return a function that ends it."""
+    reader, state.writer = os.pipe()
+    os.set_blocking(state.writer, False)
+    previous = signal.set_wakeup_fd(state.writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader, state), name="stop-signals", daemon=True).start()
+
+    def end() -> None:
+        signal.set_wakeup_fd(previous)
+        os.close(state.writer)
+
+    return end
+
+
 @contextlib.contextmanager
 def leave_at_interrupts() -> Iterator[None]:
     """Let Ctrl-C end the process at once: imports may ignore an exception, or break by it."""
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not (is_main and _state.ends_process):
         yield
         return
     handler = signal.signal(INTERRUPT, signal.SIG_DFL)
@@ -156,7 +171,8 @@ def _record_signal(number: int, frame: FrameType | None) -> None:
         return
     is_first = number not in _state.received
     _state.received.append(number)
-    if number == INTERRUPT and is_first and not _state.deferred:
+    at_once = not _state.deferred if is_first else not _state.ends_process
+    if number == INTERRUPT and at_once:
         raise Stop(number)
 
 
@@ -247,10 +263,10 @@ def is_first_rank() -> bool:
 
 def _after_fork() -> None:
     global _state
-    if _state.pid:  # else another program's descriptor
+    if _state.writer >= 0:  # else another program's descriptor
         signal.set_wakeup_fd(-1)
         os.close(_state.writer)  # else the thread would not end before this process
-        _state = _State()
+    _state = _State()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from yolo_lightning import signals
 from yolo_lightning.errors import InputError, mask_secrets, nearest, printable
@@ -89,15 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # before the long imports, because a cluster may stop the job at any moment
     restore_handlers = signals.install_handlers(_STOP_SIGNALS.get(args[0], ()))
     try:
-        if args[0] in _RECIPE_COMMANDS:
-            args = _check_arguments(args)
-        with signals.leave_at_interrupts():
-            module = import_module(f"yolo_lightning.cli.{COMMANDS[args[0]][0]}")
-        module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
+        run(args)
     except InputError as error:
-        # errors of a loader worker contain its traceback
-        message = str(error).rsplit("InputError: ", 1)[-1].strip()[:_MAX_MESSAGE]
-        print(f"yolo-lightning: error: {printable(mask_secrets(message))}", file=sys.stderr)
+        print(f"yolo-lightning: error: {error}", file=sys.stderr)
         return 2
     except signals.Stop as stop:
         if signals.is_first_rank():
@@ -106,6 +101,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         restore_handlers()
     return 0
+
+
+def run(args: Sequence[str]) -> Any:
+    """Run a command of `COMMANDS`, and return what its module returns.
+
+    Raises:
+        InputError: bad input; the message may be printed as it is.
+        Stop: see `main`.
+    """
+    try:
+        if args[0] in _RECIPE_COMMANDS:
+            args = _check_arguments(args)
+        with signals.leave_at_interrupts():
+            module = import_module(f"yolo_lightning.cli.{COMMANDS[args[0]][0]}")
+        return module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
+    except InputError as error:
+        # errors of a loader worker contain its traceback
+        message = str(error).rsplit("InputError: ", 1)[-1].strip()[:_MAX_MESSAGE]
+        raise InputError(printable(mask_secrets(message))) from None
 
 
 def _describe_stop(args: Sequence[str], stop: signals.Stop) -> str:
