@@ -136,6 +136,23 @@ def test_handlers_are_restored():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_in_a_notebook_a_second_interrupt_is_an_exception():
+    descriptor = signal.set_wakeup_fd(-1)
+    restore = signals.install_handlers(ends_process=False)
+    try:
+        assert "stop-signals" not in {thread.name for thread in threading.enumerate()}
+        assert signal.set_wakeup_fd(-1) == descriptor == -1
+        signals.defer_interrupts(True)
+        send(signal.SIGINT)
+        assert signals.received_signal() == signal.SIGINT
+        with pytest.raises(signals.Stop):
+            send(signal.SIGINT)
+        with signals.leave_at_interrupts():
+            assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+    finally:
+        restore()
+
+
 IMPORT_THAT_IGNORES_EXCEPTIONS = """
 import os, signal, time
 from yolo_lightning.cli import main

@@ -117,9 +117,14 @@ def run(args: Sequence[str]) -> Any:
             module = import_module(f"yolo_lightning.cli.{COMMANDS[args[0]][0]}")
         return module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
     except InputError as error:
-        # errors of a loader worker contain its traceback
-        message = str(error).rsplit("InputError: ", 1)[-1].strip()[:_MAX_MESSAGE]
-        raise InputError(printable(mask_secrets(message))) from None
+        raise printable_error(error) from None
+
+
+def printable_error(error: InputError) -> InputError:
+    """Return an error whose message may be printed as it is."""
+    # errors of a loader worker contain its traceback
+    message = str(error).rsplit("InputError: ", 1)[-1].strip()[:_MAX_MESSAGE]
+    return InputError(printable(mask_secrets(message)))
 
 
 def _describe_stop(args: Sequence[str], stop: signals.Stop) -> str:

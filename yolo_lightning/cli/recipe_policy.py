@@ -4,6 +4,7 @@
 allows, and nothing else. `check_values` checks where the parsed values write and send to.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -160,6 +161,21 @@ def restrict_parser() -> None:
         return value
 
     OmegaConf.register_resolver("oc.env", read_variable, replace=True)
+
+
+@contextlib.contextmanager
+def restoring_parser() -> Iterator[None]:
+    """Undo `restrict_parser` afterwards: other code of this process may use the libraries too."""
+    from jsonargparse import _common  # its public function only adds to what is denied
+    from omegaconf import DictConfig
+
+    settings, resolvers = dict(_common.parsing_settings), dict(DictConfig._resolvers)
+    try:
+        yield
+    finally:
+        _common.parsing_settings.update(settings)
+        DictConfig._resolvers.clear()
+        DictConfig._resolvers.update(resolvers)
 
 
 def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:

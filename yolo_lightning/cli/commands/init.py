@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yolo_lightning.cli.commands.wordtree import MIXED_NAMES, write
+from yolo_lightning.cli.launch import Parser
 from yolo_lightning.errors import InputError, nearest, require_file, write_atomically
 from yolo_lightning.models.backbones import BACKBONES
 from yolo_lightning.tree.labels import load_reviewed_labels
@@ -58,7 +59,7 @@ def _network(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="yolo-lightning init",
         description="Check a dataset, and write a recipe, a list of classes and anchors for it.",
         epilog="Then: yolo-lightning fit RECIPE, yolo-lightning test RECIPE.",
@@ -102,14 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _set_output(options: argparse.Namespace) -> list[Path]:
-    """Set the recipe's path if it is not given, and return it and the files written beside it."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line, checked, with the path of the recipe as `output`."""
+    options = _parser().parse_args(list(argv))
+    _check_options(options)
     path = Path(os.path.abspath(options.path))  # of a link, its own name
     is_file = path.suffix != "" and not path.is_dir()
     options.output = options.output or f"{path.parent.name if is_file else path.name}.yaml"
-    output = Path(options.output)
-    if output.suffix not in (".yaml", ".yml"):
+    if Path(options.output).suffix not in (".yaml", ".yml"):
         raise InputError(f"--output {options.output!r}; expected a name such as recipe.yaml")
+    return options
+
+
+def _new_files(options: argparse.Namespace) -> list[Path]:
+    """Return the paths of the recipe and the files beside it, none of which exists."""
+    output = Path(options.output)
     files = [output, output.with_suffix(".tsv"), output.with_suffix(".val.txt")]
     for file in files:
         if file.exists():
@@ -136,18 +144,27 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a dataset cannot be read, a name has no meaning, or an output file exists.
     """
-    options = _parser().parse_args(list(argv))
-    _check_options(options)
-    files = _set_output(options)
+    print(write_recipe(argv))
+
+
+def command(argv: Sequence[str]) -> str:
+    """Return the command that the recipe names as its origin."""
+    return shlex.join(["yolo-lightning", "init", *argv])
+
+
+def write_recipe(argv: Sequence[str]) -> str:
+    """Write the tree and the recipe; return the commands that train and test it. See `main`."""
+    options = parse(argv)
+    files = _new_files(options)
     try:
-        _write(options, files, shlex.join(["yolo-lightning", "init", *argv]))
+        return _write(options, files, command(argv))
     except BaseException:
         for file in files:  # none of them existed before
             file.unlink(missing_ok=True)
         raise
 
 
-def _write(options: argparse.Namespace, files: Sequence[Path], command: str) -> None:
+def _write(options: argparse.Namespace, files: Sequence[Path], command: str) -> str:
     from yolo_lightning.cli.commands.init_datasets import build_tree_of, open_sources
     from yolo_lightning.cli.commands.init_defaults import choose_settings, find_machine
     from yolo_lightning.cli.commands.recipe_template import label_batches, recipe_text
@@ -174,16 +191,17 @@ def _write(options: argparse.Namespace, files: Sequence[Path], command: str) -> 
     print(f"pretrained: {network['pretrained']}" if network["pretrained"] else _NO_WEIGHTS)
     print(_estimate(settings, machine, evaluated > 0))
     classes = "1 class" if len(tree) == 1 else f"{len(tree)} classes"
-    print(f"{tree_file}: {classes}\n{recipe}: the recipe; train and test with")
+    print(f"{tree_file}: {classes}")
     name = shlex.quote(str(recipe))
     launch = f"yolo-lightning fit {name}"
     if machine.gpus > 1:
         number = machine.gpus
         launch = f"torchrun --nproc-per-node={number} -m yolo_lightning fit {name}"
         launch += f" --trainer.devices {number}"
-    print(f"  {launch}")
+    commands = [f"{recipe}: the recipe; train and test with", f"  {launch}"]
     if "validation" in sources or "test" in sources:
-        print(f"  yolo-lightning test {name}")
+        commands.append(f"  yolo-lightning test {name}")
+    return "\n".join(commands)
 
 
 def _estimate(settings: "Settings", machine: "Machine", has_validation: bool) -> str:
