@@ -1,12 +1,20 @@
 """Detections in an image, and post-processing of boxes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
+from yolo_lightning.errors import InputError
 from yolo_lightning.tree.wordtree import WordTree
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_PAIRS = 8192
 """Maximum number of (box, class) pairs per image for non-maximum suppression. It bounds the memory
@@ -22,6 +30,60 @@ class Detection:
     score: float  # objectness x P(class)
     node: int
     key: str
+
+
+class DetectionArrays(NamedTuple):
+    """The N detections in one image as arrays, by descending score."""
+
+    boxes_xyxy_orig_px: NDArray[np.float32]  # (N, 4)
+    scores: NDArray[np.float32]  # (N,)
+    labels: NDArray[np.int64]  # (N,), tree nodes
+    names: NDArray[np.str_]  # (N,)
+
+
+class DetectionList(list[Detection]):
+    """The detections in one image as plain values, by descending score."""
+
+    def to_numpy(self) -> DetectionArrays:
+        """Return boxes, scores, labels and names as arrays, also of no detections."""
+        return DetectionArrays(
+            np.array([d.box_xyxy_orig_px for d in self], np.float32).reshape(-1, 4),
+            np.array([d.score for d in self], np.float32),
+            np.array([d.node for d in self], np.int64),
+            np.array([d.name for d in self], np.str_),
+        )
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a table with the columns name, key, score, x1, y1, x2, y2; px of the image."""
+        import pandas as pd
+
+        rows = [(d.name, d.key, d.score, *d.box_xyxy_orig_px) for d in self]
+        return pd.DataFrame(rows, columns=["name", "key", "score", "x1", "y1", "x2", "y2"])
+
+    def to_coco(
+        self, image_id: int, category_ids: Mapping[str, int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return COCO's result dictionaries: image_id, category_id, bbox (x, y, w, h), score.
+
+        Args:
+            image_id: of the image in the annotation file.
+            category_ids: by name; default: node + 1, as in the ``detections.json`` of `detect`.
+
+        Raises:
+            InputError: a detected class is not in `category_ids`.
+        """
+        rows = []
+        for found in self:
+            if category_ids is not None and found.name not in category_ids:
+                raise InputError(f"category_ids has no {found.name!r}, which was detected")
+            x1, y1, x2, y2 = found.box_xyxy_orig_px
+            category_id = found.node + 1 if category_ids is None else category_ids[found.name]
+            box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+            score = round(found.score, 6)
+            rows.append(
+                {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+            )
+        return rows
 
 
 @dataclass
@@ -41,7 +103,7 @@ class Detections:
         paths = tree.paths[self.labels.cpu()]
         return self.select(torch.isin(paths, nodes.cpu()).any(dim=1).to(self.labels.device))
 
-    def to_list(self, tree: WordTree) -> list[Detection]:
+    def to_list(self, tree: WordTree) -> DetectionList:
         """Return the detections as plain values, by descending score."""
         rows = zip(
             self.boxes_xyxy_orig_px.tolist(),
@@ -49,10 +111,10 @@ class Detections:
             self.scores.tolist(),
             strict=True,
         )
-        return [
+        return DetectionList(
             Detection((x1, y1, x2, y2), tree.names[node], score, node, tree.keys[node])
             for (x1, y1, x2, y2), node, score in rows
-        ]
+        )
 
 
 class BestPairs:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from yolo_lightning.detections import Detection
+from yolo_lightning.detections import Detection, DetectionList
 from yolo_lightning.errors import csv_cell
 from yolo_lightning.inference.sources import Frame, FrameSource
 from yolo_lightning.inference.video_writer import VideoWriter
@@ -96,19 +96,10 @@ class COCOWriter(ResultWriter):
         if frame.source.kind != "image":
             entry |= {"frame": frame.index, "time_s": round(frame.time_s, 6)}
         self._images.append(entry)
-        for detection in detections:
-            x1, y1, x2, y2 = detection.box_xyxy_orig_px
-            box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+        for result in DetectionList(detections).to_coco(image_id):
             self._annotations += 1
-            row = {
-                "id": self._annotations,
-                "image_id": image_id,
-                "category_id": detection.node + 1,
-                "bbox": box,
-                "area": round(box[2] * box[3], 3),
-                "iscrowd": 0,
-                "score": round(detection.score, 6),
-            }
+            area = round(result["bbox"][2] * result["bbox"][3], 3)
+            row = {"id": self._annotations, **result, "area": area, "iscrowd": 0}
             self._file.write(f"{',' if self._annotations > 1 else ''}\n{json.dumps(row)}")
 
     def close(self) -> None:
