@@ -3,22 +3,35 @@
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms
-from yolo_lightning.detections import BestPairs, Detection, Detections, to_original_px
+from yolo_lightning.detections import BestPairs, DetectionList, Detections, to_original_px
 from yolo_lightning.errors import InputError, expand
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
 from yolo_lightning.images import Image, decode_image, decoding_side, fit, read_image
 from yolo_lightning.losses import LossSettings, yolo9000_loss
-from yolo_lightning.models.backbones import detector_layers, without_batch_norm
+from yolo_lightning.models.anchors import (
+    DEFAULT_COUNT,
+    Released,
+    as_yaml_values,
+    cluster_anchors,
+    released_anchors,
+    scale_to_input,
+)
+from yolo_lightning.models.backbones import (
+    default_head_channels,
+    detector_layers,
+    without_batch_norm,
+)
 from yolo_lightning.models.head import Candidates, Location, select_candidates
-from yolo_lightning.models.layers import MAX_FILTERS, LayerRow, ReorgKind
+from yolo_lightning.models.layers import MAX_FILTERS, LayerRow, ReorgKind, layer_outputs
 from yolo_lightning.models.networks import YOLOv2
 from yolo_lightning.models.preparation import Interpolation, Resize
 from yolo_lightning.schedules import Schedule
@@ -38,11 +51,14 @@ class DetectorModule(TrainingModule):
 
     Args:
         tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        anchors_wh_cell: widths and heights of the anchors, in grid cells.
+        anchors_wh_cell: widths and heights of the anchors, in grid cells; or the name of released
+            ones, `voc`, `coco`, `tiny_voc` or `yolo9000`. Null: five, clustered from the boxes of
+            the data when a training begins; until then those for VOC.
         backbone: a name, layers as rows such as ``[conv, 32, 3]``, or a module with attributes
             `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to
             (B, out_channels, H / stride, W / stride).
-        head_channels: channels of the head's 3x3 convolutions; 0 for no head.
+        head_channels: channels of the head's 3x3 convolutions; 0 for no head; null for those of
+            the backbone's output, at least 256 and at most 1024, as Darknet-19 has.
         passthrough_channels: channels of the 1x1 convolution that reduces the finer features for
             the passthrough; null for no reduction, 0 for no passthrough.
         reorg: how the passthrough folds cells into channels: `darknet`, as its weights and exports
@@ -80,9 +96,9 @@ class DetectorModule(TrainingModule):
     def __init__(
         self,
         tree: str | list[str] | list[tuple[str, str, str]],
-        anchors_wh_cell: list[tuple[float, float]],
+        anchors_wh_cell: list[tuple[float, float]] | Released | None = None,
         backbone: str | list[LayerRow] | nn.Module = "darknet19",
-        head_channels: int = 1024,
+        head_channels: int | None = None,
         passthrough_channels: int | None = 64,
         reorg: ReorgKind = "darknet",
         batch_norm: bool = True,
@@ -100,6 +116,12 @@ class DetectorModule(TrainingModule):
         interpolation: Interpolation = "area",
     ) -> None:
         super().__init__(tree, backbone, pretrained, schedule)
+        self._clusters_anchors = anchors_wh_cell is None
+        if anchors_wh_cell is None or isinstance(anchors_wh_cell, str):
+            cell_px = layer_outputs(self.backbone_layers)[-1].stride
+            anchors_wh_cell = released_anchors(anchors_wh_cell or "voc", cell_px)
+        if head_channels is None:
+            head_channels = default_head_channels(self.backbone_layers)
         anchors = torch.tensor([list(pair) for pair in anchors_wh_cell], dtype=torch.float32)
         is_positive = (anchors > 0) & anchors.isfinite()
         if anchors.ndim != 2 or anchors.shape[1] != 2 or not is_positive.all():
@@ -154,8 +176,37 @@ class DetectorModule(TrainingModule):
             if source is not None and not hasattr(source, "shapes_wh_px"):
                 raise InputError(f"data.{name}: a detector is evaluated on images with boxes")
 
+    def _cluster_anchors(self) -> None:
+        """Set anchors that suit the training boxes, as fitted to the network input."""
+        boxes, images = self._datamodule.detection.shapes_wh_px()
+        size, resize = max(self.input_size_hw()), self.hparams["resize"]
+        shapes = scale_to_input(boxes, images, size, resize) / self.network.stride
+        try:
+            anchors = as_yaml_values(cluster_anchors(shapes, DEFAULT_COUNT))
+        except InputError as error:
+            raise InputError(f"{error}; set model.anchors_wh_cell") from None
+        self._set_anchors(anchors)
+        rank_zero_only(print)(f"anchors_wh_cell: {anchors}, clusters of {len(shapes):,} boxes")
+
+    def _set_anchors(self, anchors_wh_cell: list[list[float]]) -> None:
+        self._clusters_anchors = False
+        self.hparams["anchors_wh_cell"] = anchors_wh_cell
+        self.network.anchors_wh_cell.copy_(torch.tensor(anchors_wh_cell))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's anchors if the constructor got none, and check the rest."""
+        saved = checkpoint["hyper_parameters"].get("anchors_wh_cell", ())
+        if self._clusters_anchors and len(saved) == DEFAULT_COUNT:
+            self._set_anchors(saved)
+        super().on_load_checkpoint(checkpoint)
+
     def on_fit_start(self) -> None:
-        """Copy the classes with boxes from the data; weights are restored by now."""
+        """Copy the classes with boxes from the data, cluster anchors if there are none yet.
+
+        Weights are restored by now.
+        """
+        if self._clusters_anchors and hasattr(self._datamodule, "detection"):
+            self._cluster_anchors()
         boxed_nodes = getattr(self._datamodule, "boxed_nodes", None)
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True
@@ -208,7 +259,7 @@ class DetectorModule(TrainingModule):
         score_threshold: float = 0.25,
         tree_threshold: float = 0.5,
         image_size: int | None = None,
-    ) -> list[Detection]:
+    ) -> DetectionList:
         """Detect objects in one image, also encoded in bytes; return them by descending score.
 
         `tree_threshold` is the minimum P(node) of a label; `image_size` is the side of the network

@@ -1,9 +1,11 @@
 """The released networks of Darknet."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from yolo_lightning.darknet.config import NetworkDescription, Region
 from yolo_lightning.errors import InputError, nearest
+from yolo_lightning.models.anchors import RELEASED, Released
 from yolo_lightning.models.backbones import (
     DARKNET19,
     TINY_DARKNET,
@@ -29,38 +31,26 @@ COCO_NAMES = (
 ).split(",")
 
 
-_VOC_ANCHORS = [
-    1.3221, 1.73145, 3.19275, 4.00944, 5.05587, 8.09892, 9.47112, 4.84053, 11.2364, 10.0071,
-]  # fmt: skip
+def _region(anchors: Released, rescore: bool = True) -> Region:
+    return Region(tuple(itertools.chain.from_iterable(RELEASED[anchors])), rescore=rescore)
 
 
-_COCO_ANCHORS = [
-    0.57273, 0.677385, 1.87446, 2.06253, 3.33843, 5.47434, 7.88282, 3.52778, 9.77052, 9.16828,
-]  # fmt: skip
-
-
-_TINY_VOC_ANCHORS = [1.08, 1.19, 3.42, 4.41, 6.63, 11.38, 9.42, 5.11, 16.62, 10.52]
-
-
-_YOLO9000_ANCHORS = [0.77871, 1.14074, 3.00525, 4.31277, 9.22725, 9.61974]
-
-
-def _yolov2(anchors: list[float], names: Sequence[str], side: int) -> NetworkDescription:
+def _yolov2(anchors: Released, names: Sequence[str], side: int) -> NetworkDescription:
     layers = detector_layers(DARKNET19, 1024, 64, "darknet")
-    return NetworkDescription(layers, len(names), (side, side), Region(tuple(anchors)), names)
+    return NetworkDescription(layers, len(names), (side, side), _region(anchors), names)
 
 
 LAYOUTS: dict[str, Callable[[], NetworkDescription]] = {
-    "yolov2-voc": lambda: _yolov2(_VOC_ANCHORS, VOC_NAMES, 416),
-    "yolov2": lambda: _yolov2(_COCO_ANCHORS, COCO_NAMES, 608),
+    "yolov2-voc": lambda: _yolov2("voc", VOC_NAMES, 416),
+    "yolov2": lambda: _yolov2("coco", COCO_NAMES, 608),
     "yolov2-tiny-voc": lambda: NetworkDescription(
-        TINY_YOLOV2_VOC, 20, (416, 416), Region(tuple(_TINY_VOC_ANCHORS)), VOC_NAMES
+        TINY_YOLOV2_VOC, 20, (416, 416), _region("tiny_voc"), VOC_NAMES
     ),
     "yolov2-tiny": lambda: NetworkDescription(
-        TINY_YOLOV2, 80, (416, 416), Region(tuple(_COCO_ANCHORS), rescore=False), COCO_NAMES
+        TINY_YOLOV2, 80, (416, 416), _region("coco", rescore=False), COCO_NAMES
     ),
     "yolo9000": lambda: NetworkDescription(
-        DARKNET19, 9418, (544, 544), Region(tuple(_YOLO9000_ANCHORS)), needs_tree=True
+        DARKNET19, 9418, (544, 544), _region("yolo9000"), needs_tree=True
     ),
     "darknet19": lambda: NetworkDescription(DARKNET19, 1000, (224, 224)),
     "darknet19_448": lambda: NetworkDescription(DARKNET19, 1000, (448, 448)),

@@ -8,8 +8,24 @@ from numpy.typing import NDArray
 from yolo_lightning.errors import InputError
 
 Distance = Literal["iou", "squared_error"]
+Released = Literal["voc", "coco", "tiny_voc", "yolo9000"]
 
 CELL_PX = 32  # stride of Darknet-19
+DEFAULT_COUNT = 5  # Source: YOLO9000, section 2, "Dimension Clusters"
+RELEASED: dict[str, list[tuple[float, float]]] = {
+    "voc": [
+        (1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053),
+        (11.2364, 10.0071),
+    ],
+    "coco": [
+        (0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778),
+        (9.77052, 9.16828),
+    ],
+    "tiny_voc": [(1.08, 1.19), (3.42, 4.41), (6.63, 11.38), (9.42, 5.11), (16.62, 10.52)],
+    "yolo9000": [(0.77871, 1.14074), (3.00525, 4.31277), (9.22725, 9.61974)],
+}  # fmt: skip
+"""Widths and heights of the original program's configurations, in cells of 32 px."""
+
 MAX_CLUSTERS = 15
 _CHUNK, _SAMPLE, _REFINED = 2**14, 20_000, 2
 _MAX_PASSES, _PATIENCE, _MIN_GAIN = 300, 5, 1e-5
@@ -95,6 +111,31 @@ def faster_rcnn_anchors() -> NDArray[np.float64]:
     sides, roots = np.array([128.0, 256.0, 512.0]), np.sqrt([0.5, 1.0, 2.0])
     sizes = [(side / root, side * root) for side in sides for root in roots]
     return np.array(sizes)
+
+
+def released_anchors(name: str, cell_px: int) -> list[tuple[float, float]]:
+    """Return anchors of the original program, in cells of `cell_px`; `name` is one of `Released`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in RELEASED:
+        allowed = f"{', '.join(RELEASED)}, pairs of positive numbers, or null"
+        raise InputError(f"model.anchors_wh_cell is {name!r}; allowed: {allowed}")
+    scale = CELL_PX / cell_px
+    return [(width * scale, height * scale) for width, height in RELEASED[name]]
+
+
+def scale_to_input(
+    boxes_wh_px: NDArray[Any], images_wh_px: NDArray[Any], image_size: int, resize: str
+) -> NDArray[np.float64]:
+    """Scale boxes (N, 2) with their images (N, 2) to a square network input of image_size px.
+
+    `resize` is ``letterbox`` or ``stretch``.
+    """
+    if resize == "stretch":
+        return np.asarray(boxes_wh_px / images_wh_px.astype(np.float64) * image_size)
+    return scale_to_letterbox(boxes_wh_px, images_wh_px, image_size)
 
 
 def scale_to_letterbox(

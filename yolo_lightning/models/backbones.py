@@ -13,6 +13,7 @@ from yolo_lightning.models.layers import (
     Reorg,
     ReorgKind,
     Route,
+    layer_outputs,
     layers_from_rows,
 )
 
@@ -148,6 +149,15 @@ def plain_backbone(backbone: "str | list[list[Any]] | nn.Module") -> Any:
 
 def _class_path(module: "nn.Module") -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def default_head_channels(backbone: Sequence[Layer]) -> int:
+    """Return the width of a head in proportion to the backbone: its output channels, 256 … 1024.
+
+    For Darknet-19 these are the paper's 1024 channels, and 256 for Tiny Darknet, whose head would
+    otherwise have ten times the parameters of the backbone.
+    """
+    return min(1024, max(256, layer_outputs(backbone)[-1].channels))
 
 
 def detector_layers(

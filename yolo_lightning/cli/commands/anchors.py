@@ -26,7 +26,8 @@ from yolo_lightning.models.anchors import (
     cluster_anchors,
     cluster_for_each_count,
     faster_rcnn_anchors,
-    scale_to_letterbox,
+    released_anchors,
+    scale_to_input,
     scale_to_shorter_side,
 )
 from yolo_lightning.visualization.figures import (
@@ -70,7 +71,7 @@ def load_box_shapes(
     Raises:
         InputError: `source` is missing, has no boxes, or is a dataset with options of a recipe.
     """
-    size, cell_px, anchors, stretched = 416, CELL_PX, None, False
+    size, cell_px, anchors, resize = 416, CELL_PX, None, "letterbox"
     if is_recipe(source):
         from yolo_lightning.cli.data import DataCLI
 
@@ -78,7 +79,7 @@ def load_box_shapes(
         data = cli.datamodule
         if data.detection is None:
             raise InputError(f"{source}: has no data.detection, so it has no boxes")
-        dataset, size, stretched = data.detection, data.image_size, data.resize == "stretch"
+        dataset, size, resize = data.detection, data.image_size, data.resize
         dataset.bind(data.tree)
         cell_px, anchors = _grid(cli.recipe.model.init_args)
     else:
@@ -92,7 +93,7 @@ def load_box_shapes(
     if not len(boxes):
         raise InputError(f"{source}: has no boxes")
     size = image_size or size
-    fitted = boxes / images * size if stretched else scale_to_letterbox(boxes, images, size)
+    fitted = scale_to_input(boxes, images, size, resize)
     return BoxShapes(fitted, scale_to_shorter_side(boxes, images), size, cell_px, anchors)
 
 
@@ -103,6 +104,8 @@ def _grid(model: Any) -> tuple[int, NDArray[np.float64] | None]:
 
     backbone, values = model.get("backbone"), model.get("anchors_wh_cell")
     stride = layer_outputs(backbone_layers(backbone))[-1].stride if backbone else CELL_PX
+    if isinstance(values, str):
+        values = released_anchors(values, stride)
     return stride, np.array(values, dtype=np.float64) if values else None
 
 

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 from yolo_lightning.cli.commands.wordtree import MIXED_NAMES, write
 from yolo_lightning.cli.launch import Parser
 from yolo_lightning.errors import InputError, nearest, require_file, write_atomically
-from yolo_lightning.models.backbones import BACKBONES
+from yolo_lightning.models.backbones import (
+    BACKBONES,
+    backbone_layers,
+    default_head_channels,
+)
 from yolo_lightning.tree.labels import load_reviewed_labels
 from yolo_lightning.tree.wordnet import ENTITY
 
@@ -46,7 +50,7 @@ def _network(
     values = {
         "backbone": backbone,
         "pretrained": options.pretrained or find_weights(backbone),
-        "head_channels": 1024 if backbone == "darknet19" else 256,
+        "head_channels": default_head_channels(backbone_layers(backbone)),
         "passthrough_channels": 64,
         "reorg": "space_to_depth",
     }

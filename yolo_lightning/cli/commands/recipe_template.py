@@ -12,11 +12,14 @@ import yaml
 
 from yolo_lightning.cli.commands.init_defaults import Settings
 from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
-from yolo_lightning.models.anchors import as_yaml_values, cluster_anchors, scale_to_letterbox
+from yolo_lightning.models.anchors import (
+    DEFAULT_COUNT,
+    as_yaml_values,
+    cluster_anchors,
+    scale_to_letterbox,
+)
 from yolo_lightning.models.backbones import backbone_layers
 from yolo_lightning.models.layers import layer_outputs
-
-ANCHORS = 5
 
 NOT_IN_TEMPLATE = {"batch_norm": True, "location": "direct"}
 """Options of the network with their defaults, which a recipe names only if they have others."""
@@ -41,7 +44,7 @@ def _anchors(
     stride = layer_outputs(backbone_layers(network["backbone"]))[-1].stride
     shapes = scale_to_letterbox(*boxes.shapes_wh_px(), image_size) / stride
     distinct = len(np.unique(shapes, axis=0))
-    return as_yaml_values(cluster_anchors(shapes, number or min(ANCHORS, distinct)))
+    return as_yaml_values(cluster_anchors(shapes, number or min(DEFAULT_COUNT, distinct)))
 
 
 def _source_lines(source: Source | None, missing: str = "null") -> str:
