@@ -48,7 +48,8 @@ class YOLOText(AnnotatedImages):
         root: Ultralytics' ``data.yaml``, Darknet's ``.data``, a list of image paths (``.txt``), or
             a folder with ``images`` and ``labels``.
         split: which of the lists or folders in `root`.
-        names: the classes: a file with one name per line, or a list; by default those of `root`.
+        names: the classes: a file with one name per line, in `root` or elsewhere, or a list; by
+            default those of `root`.
         mapping: nodes by class name, if the tree has other names.
         allow_outside: whether texts (of names, lists, boxes) and listed images may lie outside the
             dataset's folder. Folders of images that ``data.yaml`` names beside it, such as

@@ -69,6 +69,10 @@ class InputError(ValueError):
     """
 
 
+class MissingFile(InputError):
+    """A file or folder that the user names is not there."""
+
+
 def mask_secrets(text: str) -> str:
     """Replace users, passwords, tokens and keys in the URLs of a text, and beside it, by ``***``.
 
@@ -122,10 +126,10 @@ def nearest(word: str, allowed: Iterable[str], count: int = 3) -> str:
     return f"did you mean {' or '.join(repr(name) for name in matches)}?" if matches else ""
 
 
-def not_found(path: str | Path, description: str, hint: str = "") -> InputError:
+def not_found(path: str | Path, description: str, hint: str = "") -> MissingFile:
     """Return the error for a missing file or folder; `hint` says what is allowed instead."""
     message = f"{description} {str(path)!r} not found (working folder: {Path.cwd()})"
-    return InputError(f"{message}; {hint}" if hint else message)
+    return MissingFile(f"{message}; {hint}" if hint else message)
 
 
 def expand(path: str | Path) -> Path:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from tests.helpers.paths import REPO
-from tests.helpers.recipes import QUICK, TINY
+from tests.helpers.recipes import QUICK, TINY, quickstart_values
 from yolo_lightning.cli.main import main
 
 pytestmark = pytest.mark.end_to_end
@@ -30,8 +30,9 @@ def test_digests_depend_on_image_size_samples_and_sources(workplace):
     assert len(first) == len(set(first)) == 4
     assert 0 not in first
     assert train(workplace, "--model.learning_rate=0.5")[1] == first
-    recipe = (REPO / "recipes/quickstart.yaml").read_text()
-    (workplace / "quickstart.yaml").write_text(recipe.replace("sizes: [96]", "sizes: [64]"))
+    recipe = yaml.safe_dump(quickstart_values())
+    assert "- 96\n" in recipe
+    (workplace / "quickstart.yaml").write_text(recipe.replace("- 96\n", "- 64\n"))
     assert not set(train(workplace, recipe="quickstart.yaml")[1]) & set(first)
     # other labels, the same boxes: every second batch holds labels
     other = train(workplace, "--data.classification.seed=7")[1]

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.helpers.paths import REPO
-from tests.helpers.recipes import QUICK, TINY
+from tests.helpers.recipes import QUICK, TINY, quickstart_values
 from yolo_lightning.callbacks import ValidationReport
 from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli import runs
@@ -190,7 +190,7 @@ def test_checkpoints_load_with_weights_only(trained):
 def test_command_line_overrides_recipe_overrides_checkpoint(workplace, monkeypatch):
     assert main(["fit", *QUICK, *TINY, "--model.momentum=0.7", "--model.learning_rate=0.03"]) == 0
     (last,) = workplace.glob("outputs/quickstart/*/checkpoints/last.ckpt")
-    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    recipe = quickstart_values()
     del recipe["model"]["init_args"]["momentum"]
     del recipe["model"]["init_args"]["head_channels"]
     (workplace / "short.yaml").write_text(yaml.safe_dump(recipe))
@@ -286,7 +286,7 @@ def test_bad_input_gives_one_message_without_a_traceback(workplace, capsys, args
     rows = (REPO / "recipes/trees/shapes.tsv").read_text().splitlines()
     (workplace / "reversed.tsv").write_text("\n".join(reversed(rows)))
     if "callbacks" in args[0]:
-        recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+        recipe = quickstart_values()
         recipe["trainer"]["callbacks"][0]["init_args"]["sizes"] = [256]
         (workplace / "changed.yaml").write_text(yaml.safe_dump(recipe))
         code = main(["fit", "--config", "changed.yaml", *TINY])
@@ -359,7 +359,7 @@ def test_folder_of_broken_images_gives_one_message(workplace, capsys, write_voc,
 
 
 def test_precision_accumulation_and_weight_averaging_work(workplace):
-    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    recipe = quickstart_values()
     recipe["trainer"]["callbacks"].append(
         {
             "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
@@ -405,7 +405,7 @@ def test_last_step_is_saved_at_any_interval(workplace):
 
 
 def test_run_without_validation_can_be_tested(workplace):
-    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    recipe = quickstart_values()
     callbacks = recipe["trainer"]["callbacks"]
     recipe["trainer"]["callbacks"] = [c for c in callbacks if "ModelC" not in c["class_path"]]
     (workplace / "plain.yaml").write_text(yaml.safe_dump(recipe))

@@ -203,10 +203,10 @@ def test_init_writes_a_recipe_for_the_datasets(workdir, capsys, write_voc):
     assert "broken.jpg: not a readable image" in out
     recipe = yaml.safe_load((workdir / "my/own.yaml").read_text())
     data, model = recipe["data"]["init_args"], recipe["model"]["init_args"]
-    training = {"root": "set", "split": "train"}
-    assert data["detection"]["init_args"] == {**training, "without": "my/own.val.txt"}
-    assert data["validation"]["init_args"] == {**training, "only": "my/own.val.txt"}
-    assert data["test"]["init_args"] == {"root": "set", "split": "test"}
+    training = {"root": "../set", "split": "train"}
+    assert data["detection"]["init_args"] == {**training, "without": "own.val.txt"}
+    assert data["validation"]["init_args"] == {**training, "only": "own.val.txt"}
+    assert data["test"]["init_args"] == {"root": "../set", "split": "test"}
     assert "so 1 of the 4 training images are chosen at random (seed 0)" in out
     assert data["classification"]["class_path"].endswith("ImageFolder")
     # letterboxed from 64 px to 160 px, in cells of 16 px

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.helpers.paths import REPO
-from tests.helpers.recipes import QUICK, TINY
+from tests.helpers.recipes import QUICK, TINY, quickstart_values
 from yolo_lightning import ClassifierModule, CombinedDataModule, DetectorModule, WordTree, load
 from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli.data import recipe_data
@@ -220,7 +220,7 @@ def test_training_needs_training_data(workplace, capsys):
 
 
 def test_training_uses_the_size_of_the_model_if_the_data_has_none(workplace):
-    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    recipe = quickstart_values()
     for name in ("tree", "image_size", "canvas_size"):
         recipe["data"]["init_args"].pop(name, None)
     recipe["model"]["init_args"] |= {"image_size": 128, "resize": "stretch"}

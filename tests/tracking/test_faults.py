@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 
 from tests.helpers import tracked
 from tests.helpers.paths import REPO
-from tests.helpers.recipes import QUICK, TINY
+from tests.helpers.recipes import QUICK, TINY, quickstart_values
 from tests.helpers.servers import Responder, released, respond_with, server
 from tests.helpers.tracked import fresh_store, logger, points, query_store, runs, tags, upload
 from yolo_lightning.cli.main import main
@@ -495,7 +494,7 @@ def test_fit_with_a_hanging_server_completes_and_can_be_synced(
     workplace, monkeypatch, warnings, capsys
 ):
     tracked.use_fast_threads(monkeypatch)
-    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    recipe = quickstart_values()
     loggers = recipe["trainer"]["logger"]
     assert "RunLogger" in loggers["class_path"]
     with server(RESPONDERS["a hang"]) as port:

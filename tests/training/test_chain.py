@@ -247,7 +247,8 @@ def test_pretrained_may_name_a_folder_of_runs(folder, capsys):
     best = f"{run_folder(Path())}/checkpoints/best.ckpt"
     assert f"pretrained: {best}" in capsys.readouterr().out
     record = next(folder.glob("outputs/classify_large/*/resolved.yaml"))
-    assert yaml.safe_load(record.read_text())["model"]["init_args"]["pretrained"] == best
+    values = yaml.safe_load(record.read_text())["model"]["init_args"]
+    assert values["pretrained"] == str(folder / best)
     (folder / "empty").mkdir()
     assert main([*fit, "--model.pretrained=empty"]) == 2
     assert (

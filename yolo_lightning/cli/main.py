@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from yolo_lightning import signals
-from yolo_lightning.errors import InputError, mask_secrets, nearest, printable
+from yolo_lightning.errors import InputError, MissingFile, mask_secrets, nearest, printable
 from yolo_lightning.version import __version__
 
 COMMANDS = {
@@ -33,6 +33,7 @@ COMMANDS = {
     "mlflow": ("commands.mlflow", "open the dashboard, compare runs, sync, log models"),
     "doctor": ("commands.doctor", "check this machine and its connections"),
 }
+_PATHS = "a path in a recipe is relative to the recipe's folder, others to the working folder"
 _MAX_MESSAGE = 100_000  # characters of an error
 _LIGHTNING_COMMANDS = ("fit", "validate", "test")
 _TRAINING_COMMANDS = ("fit", "quickstart")
@@ -110,21 +111,23 @@ def run(args: Sequence[str]) -> Any:
         InputError: bad input; the message may be printed as it is.
         Stop: see `main`.
     """
+    hint = ""
     try:
         if args[0] in _RECIPE_COMMANDS:
+            hint = f"; {_PATHS}"
             args = _check_arguments(args)
         with signals.leave_at_interrupts():
             module = import_module(f"yolo_lightning.cli.{COMMANDS[args[0]][0]}")
         return module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
     except InputError as error:
-        raise printable_error(error) from None
+        raise printable_error(error, hint if isinstance(error, MissingFile) else "") from None
 
 
-def printable_error(error: InputError) -> InputError:
-    """Return an error whose message may be printed as it is."""
+def printable_error(error: InputError, hint: str = "") -> InputError:
+    """Return an error whose message, with a hint at its end, may be printed as it is."""
     # errors of a loader worker contain its traceback
     message = str(error).rsplit("InputError: ", 1)[-1].strip()[:_MAX_MESSAGE]
-    return InputError(printable(mask_secrets(message)))
+    return InputError(printable(mask_secrets(message + hint)))
 
 
 def _describe_stop(args: Sequence[str], stop: signals.Stop) -> str:

@@ -45,6 +45,7 @@ from yolo_lightning.cli.recipe_parser import (
     parse,
     take_from_model,
 )
+from yolo_lightning.cli.recipe_paths import absolute
 from yolo_lightning.cli.recipe_policy import allow_options, has_modules, restrict_parser
 from yolo_lightning.cli.reports import (
     apply_report_options,
@@ -342,12 +343,13 @@ class RecipeCLI(LightningCLI):
         return RunRecord(folder, files, self.resolved_config(), name)
 
     def resolved_config(self) -> dict[str, Any]:
-        """Return all values with references resolved, usable as the recipe of another run."""
+        """Return all values with references resolved, a recipe that is valid in every folder."""
         parser = self._parser(self.config.subcommand)
         config: Namespace = self.requested_config.clone()
         config.pop("config", None)
         config.pop("resume", None)
-        return dict(yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True)))
+        values = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
+        return absolute(values)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         options = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

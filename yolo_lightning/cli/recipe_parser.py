@@ -1,5 +1,6 @@
 """Parse recipes and command lines, and turn a checkpoint into recipe values."""
 
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -8,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, get_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
 from yolo_lightning.cli.launch import option_values
 from yolo_lightning.cli.recipe_errors import readable_message
+from yolo_lightning.cli.recipe_paths import relative_to_recipe
 from yolo_lightning.cli.recipe_policy import check_values
 from yolo_lightning.errors import InputError, short
 from yolo_lightning.models.preparation import PREPARATION
@@ -24,11 +26,20 @@ ANY_MODEL = {
 }
 PRINT_CONFIG = "--print_config"
 _RESOLVING = "InputError raised while resolving interpolation:"
-_SAVED_TREE = "(the checkpoint's tree)"
+_SAVED_TREE = ["(the checkpoint's tree)"]  # a list, as text would be a path
 _NETWORK_KEYS = ("backbone", "head_channels", "passthrough_channels", "reorg")
 
 # the parser writes recipes with the defaults of classes, such as the interval of Lightning's Timer
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, item: dumper.represent_data(item.value))
+
+
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes all text, so that none is read as a number."""
+
+
+_QuotingDumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
 
 
 class _ParserError(Exception):
@@ -47,6 +58,15 @@ class RecipeParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise the message; nested parsers pass it on, so `parse` makes it readable."""
         raise _ParserError(message) from None
+
+    def parse_path(self, path: str | os.PathLike[str], **options: Any) -> Namespace:
+        """Parse a recipe, whose paths are relative to its folder."""
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = get_loader("yaml")(text)
+        if isinstance(values, dict):
+            values = relative_to_recipe(values, os.fspath(path))
+            text = yaml.dump(values, Dumper=_QuotingDumper, allow_unicode=True, sort_keys=False)
+        return self.parse_string(text, path=os.path.basename(path), **options)
 
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> None:
         """Read no unchecked file where a class is expected, as Lightning asks for."""

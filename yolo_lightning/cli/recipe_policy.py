@@ -69,7 +69,7 @@ _STORE = "MLFLOW_TRACKING_URI"
 _OUTPUT_KEYS = {
     "default_root_dir", "dirpath", "filename", "folder", "name", "save_dir", "sub_dir", "version",
 }  # fmt: skip
-_URL = re.compile(r"://|^\w+::")
+URL = re.compile(r"://|^\w+::")
 
 _KeyPath = tuple[str, ...]
 _allowed: dict[str, tuple[str, ...]] = {"modules": (), "variables": ()}
@@ -208,7 +208,7 @@ def check_values(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         if key == "tracking_uri":
             file = re.fullmatch(r"sqlite:///([^?]+)", text)
             problem = "" if file and is_inside(file[1]) else "a store outside the working folder"
-        elif _URL.search(text):
+        elif URL.search(text):
             problem = "a URL"
         elif path == ("trainer", "model_registry"):
             problem = "a place to upload to"

@@ -135,8 +135,8 @@ class WordTree:
             InputError: the file is missing or a line is malformed; names file and line.
         """
         hint = (
-            "paths in a recipe are relative to the working folder; if it is lost, "
-            "`yolo-lightning wordtree build` builds it, or init with another --output"
+            "if it is lost, `yolo-lightning wordtree build` builds it, or init with another "
+            "--output"
         )
         lines = read_text(path, "tree file", hint).splitlines()
         if Path(path).suffix in (".names", ".wnids"):

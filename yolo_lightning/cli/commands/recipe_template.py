@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import yaml
 
 from yolo_lightning.cli.commands.init_defaults import Settings
+from yolo_lightning.cli.recipe_paths import INPUT_KEYS
 from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
 from yolo_lightning.models.anchors import (
     DEFAULT_COUNT,
@@ -47,8 +49,13 @@ def _anchors(
     return as_yaml_values(cluster_anchors(shapes, number or min(DEFAULT_COUNT, distinct)))
 
 
-def _source_lines(source: Source | None, missing: str = "null") -> str:
-    """Return a source as lines of a recipe, or ``missing`` on the same line."""
+def _from(folder: Path, path: str) -> str:
+    """Return a path, relative to the working folder, as a recipe in another folder names it."""
+    return path if path.startswith(("/", "~")) else os.path.relpath(path, folder)
+
+
+def _source_lines(source: Source | None, folder: Path, missing: str = "null") -> str:
+    """Return a source as lines of a recipe in a folder, or ``missing`` on the same line."""
     if source is None:
         return f" {missing}"
     names = (
@@ -56,6 +63,10 @@ def _source_lines(source: Source | None, missing: str = "null") -> str:
         "only", "without",
     )  # fmt: skip
     values = {name: getattr(source, name) for name in names if hasattr(source, name)}
+    for key in INPUT_KEYS & values.keys():
+        path = values[key]  # names may also be a file of the dataset
+        if isinstance(path, str) and (key != "names" or Path(path).is_file()):
+            values[key] = _from(folder, path)
     lines = [f"class_path: yolo_lightning.datamodules.{type(source).__name__}", "init_args:"]
     lines += [
         f"  {key}: {_as_yaml(value)}" for key, value in values.items() if value not in (None, {})
@@ -94,17 +105,18 @@ def recipe_text(
     sizes = [s for s in range(size - spread, size + spread + 1, 32) if s >= 96]
     recipe, stem = Path(options.output), Path(options.output).stem
     evaluated = "null  # images with boxes to evaluate"
+    folder, weights = recipe.parent, network["pretrained"]
     return _TEMPLATE.read_text(encoding="utf-8").format(
         title=f"{stem}: detector trained on boxes{' and image labels' if images else ''}",
         command=command,
         recipe=shlex.quote(str(recipe)),
         boxes=f"{len(boxes)} images with {sum(boxes.name_counts().values())} boxes",
         images=f"{images} images with a label" if images else "no images with labels only",
-        tree=_as_yaml(str(recipe.with_suffix(".tsv"))),
+        tree=_as_yaml(recipe.with_suffix(".tsv").name),
         batch=settings.batch,
         alternating=f", then {ratio} x {settings.batch} with labels" if ratio else "",
         backbone=_as_yaml(network["backbone"]),
-        pretrained=_as_yaml(network["pretrained"]),
+        pretrained=_as_yaml(weights and _from(folder, weights)),
         anchors=json.dumps(_anchors(options.num_anchors, boxes, network, size)),
         head_channels=network["head_channels"],
         passthrough_channels=_as_yaml(network["passthrough_channels"]),
@@ -116,10 +128,10 @@ def recipe_text(
         ),
         anchor_prior_images=network["anchor_prior_images"],
         learning_rate=0.001 if network["backbone"] == "darknet19" else 0.005,
-        detection=_source_lines(boxes),
-        classification=_source_lines(sources.get("classification")),
-        validation=_source_lines(sources.get("validation"), evaluated),
-        test=_source_lines(sources.get("test"), "null  # null: the validation images"),
+        detection=_source_lines(boxes, folder),
+        classification=_source_lines(sources.get("classification"), folder),
+        validation=_source_lines(sources.get("validation"), folder, evaluated),
+        test=_source_lines(sources.get("test"), folder, "null  # null: the validation images"),
         shorter_side=[int(size * 0.9), int(size * 1.3)],
         ratio=ratio,
         image_size=size,
