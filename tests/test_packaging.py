@@ -1,6 +1,8 @@
 """Layout, imports, and what a wheel holds."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +13,13 @@ from pathlib import Path
 import pytest
 
 import yolo_lightning
-from tests.helpers import structure
+from tests.helpers import miniatures, structure
 from tests.helpers.paths import REPO
+from tests.helpers.recipes import TINY
 
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 MAPPED = PYPROJECT["tool"]["setuptools"]["package-dir"]
+RECIPES = "yolo_lightning.recipes"  # data alone
 
 
 def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,7 +51,10 @@ def test_the_package_list_is_what_the_disk_holds():
             parts = init.parent.relative_to(root).parts
             if not any((root / Path(*parts[: k + 1])).is_symlink() for k in range(len(parts))):
                 found.add(".".join((name, *parts)))
-    assert found == set(PYPROJECT["tool"]["setuptools"]["packages"])
+    assert found | {RECIPES} == set(PYPROJECT["tool"]["setuptools"]["packages"])
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"][RECIPES]
+    packed = {path for pattern in patterns for path in (REPO / MAPPED[RECIPES]).glob(pattern)}
+    assert packed == {path for path in (REPO / "recipes").rglob("*") if path.is_file()}
     for folder in ("datamodules", "callbacks"):
         assert not [p for p in (REPO / folder).iterdir() if p.is_dir() and p.name != "__pycache__"]
         link = REPO / "yolo_lightning" / folder
@@ -69,19 +76,44 @@ def test_the_top_level_is_the_agreed_one():
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
-    source = copy_without_links(tmp_path)
-    build = (
-        "from setuptools import build_meta; import sys; sys.argv = ['setup.py'];"
-        f"print(build_meta.build_wheel({str(tmp_path)!r}))"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from the source distribution as for a release."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
+    source = copy_without_links(folder)
+    done = subprocess.run([*build, str(source)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path) -> Path:
+    """A folder with the wheel installed, without network."""
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target"]
+    folder = wheel.parent / "site"
+    done = subprocess.run(
+        [*install, str(folder), str(wheel)], capture_output=True, text=True, timeout=120
     )
-    done = run(build, source)
     assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
+    return folder
+
+
+def run_installed(site: Path, *args: str) -> str:
+    """Run the installed command in the working folder, and return its output."""
+    done = subprocess.run(
+        [str(site / "bin/yolo-lightning"), *args],
+        env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_installs_elsewhere_under_one_name(wheel, site, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        archive.extractall(tmp_path / "site")
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"yolo_lightning"}
     assert "yolo_lightning/datamodules/combined.py" in names
@@ -92,14 +124,43 @@ def test_a_wheel_installs_elsewhere_under_one_name(tmp_path):
     assert "yolo_lightning/tree/data/reviewed_labels.tsv" in names
     assert "yolo_lightning/tree/data/imagenet_det_seen.tsv" in names
     assert "yolo_lightning/cli/commands/recipe_template.yaml" in names
+    packed = {name.removeprefix("yolo_lightning/") for name in names if "/recipes/" in name}
+    files = {str(path.relative_to(REPO)) for path in (REPO / "recipes").rglob("*.*")}
+    assert packed == files
     code = (
         "import yolo_lightning.datamodules as d, yolo_lightning.callbacks as c; "
         "from yolo_lightning import CombinedDataModule, DetectorModule, WordTree; print(d.__file__)"
     )
-    (tmp_path / "elsewhere").mkdir()
-    done = run(code, tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site"))
+    done = run(code, tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().startswith(str(tmp_path / "site"))
+    assert done.stdout.strip().startswith(str(site))
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_and_detects_in_an_empty_folder(site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.search("^quickstart +The paper's claim", run_installed(site, "recipes"), re.M)
+    run_installed(site, "recipes", "copy", "quickstart")
+    recipe = "recipes/quickstart.yaml"
+    assert Path(recipe).read_text() == (REPO / recipe).read_text()
+    run_installed(site, "fit", recipe, *TINY)
+    (last,) = tmp_path.glob("outputs/quickstart/*/checkpoints/last.ckpt")
+    miniatures.save(Path("photo.jpg"))
+    run_installed(site, "detect", str(last), "photo.jpg", "--output", "found")
+    (image,) = json.loads(Path("found/detections.json").read_text())["images"]
+    assert image["file_name"] == "photo.jpg"
+    run_installed(site, "recipes", "copy", "cluster", "mine")
+    assert os.access("mine/cluster/torchrun.sh", os.X_OK)
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_both_ways_in_an_empty_folder(site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = run_installed(site, "quickstart", *TINY)
+    recipe = site / "yolo_lightning/recipes/quickstart.yaml"
+    assert f"joint training: yolo-lightning fit --config {recipe} " in output
+    assert f"dashboard  {site}/bin/yolo-lightning mlflow ui\n" in output
+    assert (tmp_path / "outputs/quickstart/predictions.png").is_file()
 
 
 def test_no_module_of_the_working_folder_is_imported(tmp_path):

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from tests.helpers.paths import REPO
+from tests.helpers.recipes import quickstart_values
+from yolo_lightning.cli.commands.quickstart import comparison
 from yolo_lightning.cli.launch import check_command_line, option_values, split_allowed
 from yolo_lightning.cli.main import _check_arguments, main
 from yolo_lightning.cli.recipe_check import check_recipe
@@ -182,11 +184,14 @@ def test_every_command_that_reads_recipes_checks_them(hostile, capsys, command):
     assert not hostile.exists()
 
 
-def test_the_default_recipe_of_quickstart_is_checked(hostile, capsys):
+def test_the_recipe_of_quickstart_is_that_of_the_package(hostile, monkeypatch):
     Path("recipes").mkdir()
     Path("recipes/quickstart.yaml").write_text("data: {class_path: hostile.Class}\n")
-    assert main(["quickstart"]) == 2
-    assert "recipes/quickstart.yaml:1: data.class_path names" in capsys.readouterr().err
+    started: list[Any] = []
+    monkeypatch.setattr(comparison, "compare", lambda *args: started.append(args))
+    assert main(["quickstart", "--seed_everything=1"]) == 0
+    recipe = str(REPO / "recipes/quickstart.yaml")
+    assert started == [(recipe, ["--seed_everything=1"], Path("outputs/quickstart"))]
 
 
 @pytest.mark.parametrize(
@@ -477,8 +482,7 @@ NOT_A_SLOT = {
 
 def complete(**values: str) -> str:
     """Return the quickstart recipe with values, given as YAML, by dotted key."""
-    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
-    recipe["model"]["init_args"]["tree"] = str(REPO / "recipes/trees/shapes.tsv")
+    recipe = quickstart_values()
     for key, value in values.items():
         section = recipe
         *keys, last = key.split(".")

@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": ("recipe", "train a model from a recipe"),
     "validate": ("recipe", "evaluate a checkpoint on the validation images of a recipe"),
     "test": ("recipe", "evaluate a checkpoint on the test images of a recipe"),
+    "recipes": ("commands.recipes", "list, show and copy the recipes of this package"),
     "chain": ("commands.chain", "check trainings that start from each other, list what is left"),
     "init": ("commands.init", "write a recipe for your own datasets"),
     "check-data": ("commands.check_data", "read all of a dataset and report errors"),
@@ -55,6 +56,7 @@ def usage() -> str:
         "",
         *(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()),
         "",
+        "  yolo-lightning recipes copy quickstart",
         "  yolo-lightning fit recipes/quickstart.yaml",
         "  yolo-lightning COMMAND --help    all options of a command",
         "  yolo-lightning COMMAND … --allow-module my_package    allow your classes in a recipe",
@@ -151,7 +153,7 @@ def _check_arguments(args: Sequence[str]) -> list[str]:
     Raises:
         InputError: see `arguments`, `recipe_check`, `recipe_policy` and `launch`.
     """
-    from yolo_lightning.cli import arguments, launch, recipe_policy
+    from yolo_lightning.cli import arguments, launch, packaged, recipe_policy
 
     if args[0] in _POSITIONAL_RECIPES:
         args = [word.removeprefix("--config=") for word in args if word != "--config"]
@@ -159,7 +161,7 @@ def _check_arguments(args: Sequence[str]) -> list[str]:
         args = arguments.expand_recipes(args)
     args, modules, variables = launch.split_allowed(args)
     recipe_policy.allow(modules, variables)
-    default_recipe = ["recipes/quickstart.yaml"] if args[0] == "quickstart" else []
+    default_recipe = [str(packaged.recipe(args[0]))] if args[0] == "quickstart" else []
     values = launch.check_command_line([*default_recipe, *args[1:]], modules)
     if args[0] in _TRAINING_COMMANDS:
         launch.check_launch(values, os.environ, launch.visible_gpu_count(os.environ))

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from yolo_lightning.cli.packaged import copy_hint
 from yolo_lightning.cli.recipe_policy import (
     SLOTS,
     class_refusal,
@@ -61,7 +62,8 @@ def check_recipe(
             a duplicate key, a class where none is built or that is not allowed, or a reference
             that is nested or reads an environment variable that is not allowed.
     """
-    text = read_text(path, "recipe", "`yolo-lightning init DATASET` writes one", max_bytes=_BYTES)
+    hint = copy_hint(path) or "`yolo-lightning init DATASET` writes one"
+    text = read_text(path, "recipe", hint, max_bytes=_BYTES)
     if not text.strip():
         raise InputError(f"recipe {str(path)!r} is empty")
     root = compose_yaml(text, path, any_alias=True) or yaml.MappingNode("", [])

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from yolo_lightning.cli import packaged
+
 
 def main(argv: Sequence[str]) -> None:
     """Run both trainings, and print the comparison and the paths of its files."""
@@ -12,9 +14,8 @@ def main(argv: Sequence[str]) -> None:
         description="Train with and without image labels on the same boxes, and compare.",
         epilog="Other options are passed to both trainings, such as --seed_everything 1.",
     )
-    parser.add_argument(
-        "--config", default="recipes/quickstart.yaml", help="recipe (default: %(default)s)"
-    )
+    default = str(packaged.recipe("quickstart"))
+    parser.add_argument("--config", default=default, help="recipe (default: %(default)s)")
     parser.add_argument(
         "--output", default="outputs/quickstart", type=Path, help="folder (default: %(default)s)"
     )

@@ -13,6 +13,7 @@ import torch
 
 from yolo_lightning.callbacks import LastCheckpoint
 from yolo_lightning.cli import recipe as cli
+from yolo_lightning.cli.launch import command
 from yolo_lightning.datamodules import CombinedDataModule
 from yolo_lightning.datamodules.source import DetectionSource
 from yolo_lightning.detector import DetectorModule
@@ -171,7 +172,7 @@ def compare(recipe: str, overrides: Sequence[str], output: Path) -> None:
     print(f"  pictures   {output / 'predictions.png'}")
     print(f"  figures    {output / 'summary.json'}")
     if run_loggers(run.trainer):
-        print("  dashboard  .venv/bin/yolo-lightning mlflow ui")
+        print(f"  dashboard  {command(['mlflow', 'ui'])}")
 
 
 def _write_summary(output: Path, folder: Path, summary: dict[str, Any]) -> None:
