@@ -2,11 +2,8 @@
 
 import os
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations as A
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +11,11 @@ from yolo_lightning.batches import DetectionSample
 from yolo_lightning.datamodules.source import check_option
 from yolo_lightning.images import GREY, Image, fit, resize_pixels
 from yolo_lightning.models.preparation import Interpolation, Resize
+
+if TYPE_CHECKING:
+    import albumentations as A
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before it is imported, on first use
 
 _MIN_VISIBLE, _PLACED_SIZES = 0.2, (0.25, 2.0)
 
@@ -71,7 +73,7 @@ def _check(name: str, value: object, valid: bool, allowed: str) -> None:
 
 def _flip_and_colour(
     flip: float, hue: float, saturation: float, exposure: float
-) -> list[A.BasicTransform]:
+) -> "list[A.BasicTransform]":
     """Return a random horizontal flip, and random hue, saturation and exposure.
 
     Deviation: factors are uniform between a factor's inverse and itself; the original program draws
@@ -81,6 +83,8 @@ def _flip_and_colour(
     _check("saturation", saturation, saturation >= 1, "1 (none) or more")
     _check("exposure", exposure, exposure >= 1, "1 (none) or more")
     _check("hue", hue, 0 <= hue <= 0.5, "0 (none) … 0.5")
+    import albumentations as A
+
     colour = A.ColorJitter(
         brightness=(1 / exposure, exposure),
         contrast=(1, 1),
@@ -125,6 +129,8 @@ class DetectionAugmentation:
         _check("geometry", repr(geometry), geometry in geometries, ", ".join(geometries))
         self._jitter, self._geometry = jitter, geometry
         self._zoom = _PLACED_SIZES[1] if geometry == "place" else 1 / (1 - 2 * jitter)
+        import albumentations as A
+
         self._pipeline = A.Compose(
             _flip_and_colour(flip, hue, saturation, exposure),
             bbox_params=A.BboxParams("pascal_voc", ["row"], clip=True),
@@ -205,6 +211,8 @@ class ClassificationAugmentation:
         _check("shorter_side", list(shorter_side), 0 < low <= high, lengths)
         _check("degrees", degrees, 0 <= degrees <= 180, "0 (none) … 180")
         _check("aspect", aspect, 0 < aspect <= 1, "above 0 up to 1 (none)")
+        import albumentations as A
+
         self._longest = high
         self._scale = A.SmallestMaxSize(list(range(low, high + 1)), area_for_downscale="image")
         self._rotate = A.Affine(
@@ -214,7 +222,7 @@ class ClassificationAugmentation:
             p=float(degrees > 0 or aspect < 1),
         )
         self._rest = _flip_and_colour(flip, hue, saturation, exposure)
-        self._pipelines: dict[int, A.Compose] = {}
+        self._pipelines: dict[int, Any] = {}
 
     def required_side(self, size: int) -> int:
         """Return the largest length that the shorter side is resized to, px."""
@@ -223,6 +231,8 @@ class ClassificationAugmentation:
     def __call__(self, image: Image, size: int, seed: int) -> Image:
         """Return the augmented image, (size, size, 3), determined by `seed`."""
         if size not in self._pipelines:
+            import albumentations as A
+
             window = A.RandomCrop(size, size, True, "center", fill=GREY)
             self._pipelines[size] = A.Compose(
                 [self._scale, self._rotate, window, *self._rest], seed=0

@@ -218,7 +218,7 @@ socket.create_connection = refuse
 socket.getaddrinfo = refuse
 import yolo_lightning
 from yolo_lightning import CombinedDataModule, DetectorModule, WordTree
-import yolo_lightning.cli.recipe, yolo_lightning.cli.commands.quickstart, mlflow
+import yolo_lightning.cli.recipe, yolo_lightning.cli.commands.quickstart, mlflow, albumentations
 from yolo_lightning.tracking.logger import RunLogger
 RunLogger("x").log_metrics({"a": 1.0}, 0)
 import time; time.sleep(2.0)
@@ -257,6 +257,20 @@ print(len(commands), "light")
 """
     done = run(code, REPO)
     assert done.stdout.strip().endswith(" light"), done.stdout[-500:] + done.stderr[-500:]
+
+
+def test_a_wrong_recipe_is_refused_before_what_only_a_training_needs(tmp_path):
+    text = (REPO / "recipes" / "quickstart.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text.replace("learning_rate:", "learnin_rate:"))
+    code = """
+import gc, sys
+from yolo_lightning.cli.main import main
+assert main(["fit", "wrong.yaml"]) == 2
+print(sorted({"albumentations", "mlflow", "pandas"} & set(sys.modules)), gc.isenabled())
+"""
+    done = run(code, tmp_path, PYTHONPATH=str(REPO))
+    assert done.stdout.strip() == "[] True", done.stdout[-500:] + done.stderr[-500:]
+    assert "did you mean 'learning_rate'" in done.stderr
 
 
 # each part of the library may import the parts of the rows above its own, and no others
