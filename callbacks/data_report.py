@@ -13,7 +13,7 @@ _MAX_SHOWN = 10
 
 
 class DataReport(pl.Callback):
-    """Print what each class learns from before training, and the faults of the data at the end."""
+    """Print what each class learns from before training, and faults of the data at the end."""
 
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
@@ -41,16 +41,19 @@ class DataReport(pl.Callback):
             print(printable(report()))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the faults, those of all ranks."""
-        faults = Counter(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
+        """Print the faults found while reading, those of all ranks, and the number of others."""
+        known = set(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
+        faults: Counter[str] = Counter()
         by_rank: list[Counter[str] | None] = [self.faults]
         if dist.is_available() and dist.is_initialized():
             by_rank = [None] * trainer.world_size
             dist.all_gather_object(by_rank, self.faults)
         for rank_faults in by_rank:
             faults.update(rank_faults or Counter())
+        if known and trainer.is_global_zero:  # `init` has listed them
+            print(f"Annotations: {len(known)} repaired or skipped; `check-data RECIPE` lists them")
         if faults and trainer.is_global_zero:
-            print(f"Data: {len(faults)} repaired or skipped:")
+            print(f"Data: {len(faults)} repaired or skipped while reading:")
             for fault in list(faults)[:_MAX_SHOWN]:
                 print(f"  {printable(fault)}")
             if len(faults) > _MAX_SHOWN:

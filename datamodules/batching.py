@@ -211,16 +211,27 @@ def _read_or_replace(
     assert source is not None, "a plan without a source has no batches of its kind"
     # replace from far away: neighbours are often of one class and unreadable together
     size, stride = len(source), 0
+    reason = ""
     for attempt in range(size):
         try:
             with pending.reading(source, index):
                 return source.read(index, min_side), index
         except UnreadableSample as error:
+            reason = str(error)
             if attempt < _MAX_REPORTED:
-                faults.append(f"{error}; another image is used instead")
+                faults.append(f"{reason}; another image is used instead")
             stride = stride or _coprime_stride(size)
             index = (index + stride) % size
-    raise InputError(f"no readable image among {size}: {faults[-1]}")
+    raise InputError(f"no readable image among {size}: {reason}")
+
+
+def require_readable(source: Source) -> None:
+    """Read one image.
+
+    Raises:
+        InputError: no image of the source can be read.
+    """
+    _read_or_replace(source, 0, 1, [], PendingReads(source))
 
 
 def _coprime_stride(size: int) -> int:

@@ -15,6 +15,7 @@ from yolo_lightning.datamodules.batching import (
     JointDataset,
     LabelEvaluationDataset,
     evaluation_batches,
+    require_readable,
 )
 from yolo_lightning.datamodules.loader import ResumableLoader
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrder
@@ -224,6 +225,8 @@ class CombinedDataModule(pl.LightningDataModule):
         for source in self._sources_of(stage):
             if id(source) not in self._bound:
                 source.bind(self.tree)
+                if stage == "fit":  # before it leaves a run behind
+                    require_readable(source)
                 self._bound.add(id(source))
         if stage == "fit" and self.detection is not None and not len(self.detection.nodes):
             raise InputError(f"data.detection: {self.detection.name} contains no box to learn from")

@@ -133,6 +133,7 @@ def test_metrics_by_hand(monkeypatch):
     # the dog is more probable than the cat; a pet is always one of the two
     assert float(logged["val/top1"]) == pytest.approx(2 / 3)
     assert float(logged["val/top5"]) == 1
+    assert set(logged) <= set(module.metric_names())
     rows = module.evaluation.per_class
     assert {key: (row["images"], row["top1"], row["top5"]) for key, row in rows.items()} == {
         "pet": (1, 0, 1), "cat": (1, 1, 1), "dog": (1, 1, 1),

@@ -132,6 +132,13 @@ class ClassifierModule(TrainingModule):
             rows = self.evaluation.per_class.items()
             self.log_dict({f"{stage}/top1/{k}": row["top1"] for k, row in rows}, sync_dist=True)
 
+    def metric_names(self) -> list[str]:
+        """Return the names of the losses and metrics that callbacks may monitor."""
+        is_tree = self.tree.paths.shape[1] > 1
+        names = ["top1", "top5", *(self.tree_accuracy.metric_names() if is_tree else [])]
+        names += [f"top1/{key}" for key in self.tree.keys]
+        return [f"val/{name}" for name in names] + ["train/loss_class"]
+
     def table(self) -> str:
         """Return the accuracy of each class as text, lowest first, and that along the tree."""
         rows = sorted(self.evaluation.per_class.values(), key=lambda row: float(row["top1"]))

@@ -44,6 +44,7 @@ MAX_LOGGED_CLASSES = 1000
 """With more classes, per-class metrics are not logged; reports contain those of all classes."""
 
 BOX_TERMS = ("loss_coord", "loss_anchor_prior")  # loss terms of images with boxes only
+_TERMS = ("loss", "loss_obj", "loss_noobj", "loss_class")
 
 
 class DetectorModule(TrainingModule):
@@ -435,6 +436,12 @@ class DetectorModule(TrainingModule):
             # not with `self.log`, which would synchronise the ranks once per class
             connector = self.trainer._logger_connector
             connector.log_metrics({f"{stage}/{k}": torch.tensor(v) for k, v in metrics.items()})
+
+    def metric_names(self) -> list[str]:
+        """Return the names of the losses and metrics that callbacks may monitor."""
+        losses = [*_TERMS, *BOX_TERMS, *(f"cls_{name}" for name in _TERMS)]
+        metrics = [f"val/{name}" for name in self.evaluation.metric_names()]
+        return metrics + [f"train/{name}" for name in losses]
 
     def class_metrics(self) -> dict[str, float]:
         """Return the latest AP50 and AP per class, by name, or by key if the name is not unique."""

@@ -165,6 +165,10 @@ class TrainingModule(pl.LightningModule):
         settings = {"train/lr": lr, "train/image_size": float(image_size)}
         self.log_dict(settings, batch_size=len(batch))
 
+    def metric_names(self) -> list[str]:
+        """Return the names of the losses and metrics that callbacks may monitor."""
+        raise NotImplementedError
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update the metrics, as in a validation."""
         self.validation_step(batch, batch_idx)

@@ -355,7 +355,10 @@ def test_folder_of_broken_images_gives_one_message(workplace, capsys, write_voc,
     assert main(["fit", *options, "--data.detection_batch_size=2"]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error[error.index("yolo-lightning: error:") :]
+    assert error.count("\n") == 1
     assert "no readable image among 4: " in error
+    assert "another image is used" not in error
+    assert not list(workplace.glob("outputs/*/*")), "no run folder is left"
 
 
 def test_precision_accumulation_and_weight_averaging_work(workplace):
@@ -390,8 +393,9 @@ def test_repaired_data_is_listed_at_the_end(workplace, capfd, write_voc):
     assert main(["fit", *options]) == 0
     output = capfd.readouterr()
     report = output.out + output.err
-    assert "Data: 5 repaired or skipped" in report
-    assert "a.xml: gives the size as 0 x 0" in report
+    assert "Annotations: 4 repaired or skipped; `check-data RECIPE` lists them" in report
+    assert "a.xml: gives the size as 0 x 0" not in report
+    assert "Data: 1 repaired or skipped while reading:" in report
     assert "c.jpg: not a readable image" in report
 
 
@@ -527,6 +531,47 @@ def test_a_failed_start_leaves_no_run_and_nothing_in_the_store(workplace, capsys
     assert main(["fit", *QUICK, *TINY, *options]) == 2
     assert not list(workplace.glob("outputs/quickstart/*"))
     assert not list(workplace.glob("mlflow.db*"))
+
+
+@pytest.mark.parametrize(
+    ("callback", "monitor", "hint"),
+    [
+        ("ModelCheckpoint", "val/mAP50", "did you mean 'val/AP50'"),
+        ("EarlyStopping", "val_loss", "allowed: val/AP50, val/AP, "),
+    ],
+)
+def test_a_metric_that_is_not_logged_is_named_before_the_start(
+    workplace, capsys, callback, monitor, hint
+):
+    recipe = yaml.safe_load((REPO / "recipes/quickstart.yaml").read_text())
+    path = f"lightning.pytorch.callbacks.{callback}"
+    recipe["trainer"]["callbacks"] = [{"class_path": path, "init_args": {"monitor": monitor}}]
+    (workplace / "typo.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", "typo.yaml", *TINY]) == 2
+    output = capsys.readouterr()
+    assert f"trainer.callbacks: {callback} monitors '{monitor}'; " in output.err
+    assert hint in output.err
+    assert "train/loss_coord" in output.err
+    assert output.err.count("\n") == 1
+    assert not output.out
+    assert not list(workplace.glob("outputs/*/*"))
+
+
+def test_all_that_a_training_logs_can_be_monitored(workplace):
+    run = cli.main(["fit", *QUICK, *TINY])
+    settings = {"train/lr", "train/image_size"}
+    logged = {name for name in run.trainer.callback_metrics if name.startswith(("val/", "train/"))}
+    assert logged - settings <= set(run.model.metric_names())
+    assert {"val/AP50_boxed", "val/AP50_level1", "train/cls_loss"} < logged
+
+
+def test_a_moved_dataset_is_all_that_is_printed(workplace, capsys):
+    options = ["--data.detection.root=gone", "--model.pretrained=null"]
+    assert main(["fit", "--config", "recipes/fruit.yaml", *options]) == 2
+    output = capsys.readouterr()
+    assert "VOC folder 'gone' not found (working folder: " in output.err
+    assert not output.out
+    assert not list(workplace.glob("outputs/*/*"))
 
 
 def test_testing_before_training_fails(workplace, capsys):

@@ -199,6 +199,9 @@ MISTAKES: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
     "a CSV without its images": (
         lambda: rows("a.csv", CSV.strip(), "a.jpg,64,48,cat,1,1,33,25"), [],
         ["contains nothing to train on", "a.csv:2: its image is missing"]),
+    "images that are none": (
+        lambda: (text("annots/a.xml", XML.format("cat")), text("images/a.jpg", "version 1")), [],
+        ["none of 1 images is one: ", "a.jpg: not a readable image (allowed: JPEG, PNG"]),
     "TFRecord": (lambda: text("a.tfrecord", "x"), [], ["TFRecord and Parquet are not read"]),
     "a video": (lambda: text("a.mp4", "x"), [], ["found 1 video", "annotate frames"]),
     "a path that does not exist": (

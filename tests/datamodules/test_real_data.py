@@ -33,7 +33,7 @@ def test_fruit_trains_from_the_command_line(real_data, workplace, capsys):
     options += ["--trainer.check_val_every_n_epoch=1", "--data.num_workers=0"]
     root = f"--data.detection.root={real_data / 'fruit_abo'}"
     assert main(["fit", "--config", "recipes/fruit.yaml", root, *options]) == 0
-    assert "Data: 37 repaired or skipped" in capsys.readouterr().out
+    assert "Annotations: 37 repaired or skipped" in capsys.readouterr().out
 
 
 def test_bccd_image_sets(real_data):

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -35,6 +35,7 @@ from yolo_lightning.callbacks.training_progress import final_step
 from yolo_lightning.checkpoints.validation import read_checkpoint, resumable_checkpoint
 from yolo_lightning.cli import fit_summary, runs
 from yolo_lightning.cli.launch import recipe_paths
+from yolo_lightning.cli.monitors import check_monitors
 from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.cli.recipe_parser import (
     ANY_MODEL,
@@ -254,6 +255,9 @@ class RecipeCLI(LightningCLI):
                 has_check = hasattr(self.datamodule, "require_training_data")
                 if self.run_folder is not None and has_check:
                     self.datamodule.require_training_data()
+                # classes that the user allows may log other metrics
+                if self.run_folder is not None and not has_modules():
+                    check_monitors(self.trainer, self.model)
         except Exception as error:
             refused = find_input_error(error)
             # of classes that the user allows, the traceback is needed
@@ -357,10 +361,15 @@ class RecipeCLI(LightningCLI):
         return options if subcommand == "fit" else {**options, "verbose": False}
 
     def before_fit(self) -> None:
-        """Print where the run is, and what it trains."""
+        """Let the start print where the run is, and what it trains."""
         trainer, folder = self.trainer, self.run_folder
         if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print(fit_summary.describe_start(self, folder), flush=True)
+
+            def print_start(*_: Any) -> None:
+                print(fit_summary.describe_start(self, folder), flush=True)
+
+            # first, but after the data and the weights are read, which may fail
+            trainer.callbacks.insert(0, LambdaCallback(on_fit_start=print_start))  # type: ignore[attr-defined]
 
     def before_validate(self) -> None:
         """Check the model against the checkpoint, before the data is read, and the options."""

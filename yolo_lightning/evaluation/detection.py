@@ -265,6 +265,15 @@ class DetectionEvaluation(nn.Module):
         self.metrics = metrics | others | self.tree_metrics
         return self.metrics
 
+    def metric_names(self) -> list[str]:
+        """Return the names of the metrics; which of them `compute` returns depends on the data."""
+        names = ["AP50", "AP", *COCO_METRICS, *VOC_METRICS]
+        levels = range(1, self.tree.paths.shape[1])  # a flat tree has none below the first
+        suffixes = [*_GROUPS, "_coarse", *(f"_level{level}" for level in levels)]
+        names += [f"{metric}{suffix}" for suffix in suffixes for metric in ("AP50", "AP")]
+        names += ["name_accuracy", *self.tree_accuracy.metric_names()] if levels else []
+        return list(dict.fromkeys(names))
+
     def _group_means(self, fine: dict[int, dict[str, float]], boxed: Tensor) -> dict[str, float]:
         seen = (boxed if self.seen_classes is None else self.seen_classes).cpu()
         below = ~seen & (self.tree.deepest_ancestor_in(seen) >= 0)
@@ -287,7 +296,7 @@ class DetectionEvaluation(nn.Module):
         return means
 
     def table(self) -> str:
-        """Return the metrics of each class, and the means, as text."""
+        """Return the metrics of each class, and the means of groups of them, as text."""
         names = dict(zip(self.tree.keys, self.tree.names, strict=True))
         keys = [*self.per_class, *self.per_coarse_class]
         width = max([12, *(len(names[key]) for key in keys)]) + 2
@@ -308,9 +317,6 @@ class DetectionEvaluation(nn.Module):
             if self._group_sizes.get(suffix):
                 values = _format({m: self.metrics[m + suffix] for m in ("AP50", "AP")})
                 lines.append(f"{title} ({self._group_sizes[suffix]}): {values}")
-        results = {k: v for k, v in self.fine.results.items() if v >= 0}
-        lines.append(f"COCO metrics: {_format(results, COCO_METRICS)}")
-        lines.append(f"Pascal VOC metrics: {_format(results, VOC_METRICS)}")
         if self.tree_metrics:
             shares = {k.replace("_", " "): v for k, v in self.tree_metrics.items()}
             lines.append(f"of the detected objects: {_format(shares)}")
@@ -340,9 +346,8 @@ def _means(rows: Collection[dict[str, float]], suffix: str) -> dict[str, float]:
     }
 
 
-def _format(metrics: Mapping[str, float], names: Sequence[str] | None = None) -> str:
-    values = [f"{k} {v:.3f}" for k, v in metrics.items() if names is None or k in names]
-    return ", ".join(values) or "none, no targets"
+def _format(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
 def _to_targets(

@@ -67,6 +67,10 @@ class TreeAccuracy(Metric):
             for kind, value in zip(KINDS, self.kind_counts.tolist(), strict=True)
         }
 
+    def metric_names(self) -> list[str]:
+        """Return the names of the shares; which depths `compute` returns depends on the labels."""
+        return [*(f"depth{level}" for level in range(1, len(self.total) + 1)), *KINDS]
+
 
 def _from_root(paths: Tensor) -> Tensor:
     """Reverse paths (B, D) from node to root, padded with -1 at the end."""

@@ -87,11 +87,15 @@ def _print_summary(source: Source, printed: set[str]) -> None:
             hint += "; if the images are elsewhere: --images FOLDER"
         raise InputError(f"{source.name}: contains nothing to train on{hint}")
     indices = np.linspace(0, len(source) - 1, min(_IMAGES_READ, len(source))).astype(int)
+    unreadable = []
     for index in indices.tolist():
         try:
             read_header(source.image_path(index))
         except UnreadableSample as error:
-            faults.append(str(error))
+            unreadable.append(str(error))
+    if len(unreadable) == len(indices):
+        raise InputError(f"{source.name}: none of {len(indices)} images is one: {unreadable[0]}")
+    faults += unreadable
     unit = "boxes" if isinstance(source, AnnotatedImages) else "images"
     counts = ", ".join(f"{name} {count}" for name, count in names.most_common(_MAX_SHOWN))
     more = f", … {len(names)} names in total" if len(names) > _MAX_SHOWN else ""
