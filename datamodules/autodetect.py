@@ -25,7 +25,7 @@ from yolo_lightning.datamodules.voc import (
     xml_folder_of,
 )
 from yolo_lightning.datamodules.yolo_txt import YOLOText, find_description
-from yolo_lightning.errors import InputError, require_path
+from yolo_lightning.errors import InputError, expand, require_path
 from yolo_lightning.images import is_image
 
 DETECTION_LAYOUTS = (
@@ -61,7 +61,8 @@ def detection_source(
     Raises:
         InputError: the path is missing, or its layout is unknown, or has no such option.
     """
-    source = _detection_source(require_path(path), split, allow_outside)
+    require_path(path)
+    source = _detection_source(expand(path), split, allow_outside)
     source.allow_outside = allow_outside
     for name, value in (("images", images), ("names", names)):
         if value is not None and not hasattr(source, name):

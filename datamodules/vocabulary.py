@@ -46,12 +46,18 @@ def _counts(tree: WordTree, boxes: Counts, images: Counts) -> list[str]:
     both, either = boxed & labelled, boxed | labelled
     classes = len(reported(range(len(tree))))
     below = len(reported(_labelled_ancestors(tree, boxes, images)) - either)
-    line = (
-        f"Classes: {classes}; they learn {len(boxed - both)} from boxes, "
-        f"{len(labelled - both)} from image labels, {len(both)} from both, {below} from "
-        f"descendants, {classes - len(either) - below} from nothing"
-    )
-    return [line, *_summary("from both", (tree.names[node] for node in sorted(both)))]
+    counts = {
+        "boxes": len(boxed - both),
+        "image labels": len(labelled - both),
+        "both": len(both),
+        "descendants": below,
+        "nothing": classes - len(either) - below,
+    }
+    texts = [f"{count} from {origin}" for origin, count in counts.items() if count]
+    return [
+        f"Classes: {classes}; they learn {', '.join(texts)}",
+        *_summary("from both", (tree.names[node] for node in sorted(both))),
+    ]
 
 
 def vocabulary_table(tree: WordTree, boxes: Counts, images: Counts) -> list[dict[str, object]]:

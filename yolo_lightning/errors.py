@@ -139,6 +139,14 @@ def expand(path: str | Path) -> Path:
     return path if isinstance(path, Path) else Path(path)
 
 
+def _without_parents(path: Path) -> Path:
+    """Return an existing path without ``..``, for messages, if that is the same file."""
+    if ".." not in path.parts:
+        return path
+    shorter = Path(os.path.abspath(path))  # after a link, `..` is elsewhere
+    return shorter if shorter.exists() and shorter.samefile(path) else path
+
+
 def require_file(path: str | Path, description: str, hint: str = "") -> Path:
     """Return an existing file, with ``~`` expanded; raise `InputError` if there is none."""
     file = expand(path)
@@ -148,7 +156,7 @@ def require_file(path: str | Path, description: str, hint: str = "") -> Path:
             more = f"; {hint}" if hint else ""
             raise InputError(f"{description} {str(path)!r} is {kind} file{more}")
         raise not_found(path, description, hint)
-    return file
+    return _without_parents(file)
 
 
 def require_folder(path: str | Path, description: str) -> Path:
@@ -156,7 +164,7 @@ def require_folder(path: str | Path, description: str) -> Path:
     folder = expand(path)
     if not os.path.isdir(folder):
         raise not_found(path, description)
-    return folder
+    return _without_parents(folder)
 
 
 def require_path(path: str | Path, description: str = "file or folder") -> Path:
@@ -164,7 +172,7 @@ def require_path(path: str | Path, description: str = "file or folder") -> Path:
     existing = expand(path)
     if not os.path.exists(existing):
         raise not_found(path, description)
-    return existing
+    return _without_parents(existing)
 
 
 def read_bytes(

@@ -83,3 +83,25 @@ def test_recipes_may_also_be_given_as_config_where_they_are_words(workplace, cap
     assert main.main(["check-data", "--config", "none.yaml"]) == 2
     assert main.main(["anchors", "--config=none.yaml"]) == 2
     assert capsys.readouterr().err.count("'none.yaml' not found") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("detect a.ckpt b --confidence 0.3", "detect: no option '--confidence'; here it is "
+         "--score-threshold (yolo-lightning detect --help lists all)"),
+        ("detect a.ckpt b --img_size=640", "no option '--img_size'; here it is --image-size ("),
+        ("detect a.ckpt b --qiet", "no option '--qiet'; did you mean '--quiet'? ("),
+        ("detect a.ckpt b --split x", "no option '--split' ("),  # an option of init
+        ("init set --weights a.weights", "no option '--weights'; here it is --pretrained ("),
+        ("init set other", "no argument 'other' ("),
+        ("init", "arguments are required: PATH ("),
+        ("classify a.ckpt", "arguments are required: IMAGE ("),
+    ],
+)  # fmt: skip
+def test_unknown_options_of_other_commands_are_answered_too(words, answer, capsys):
+    assert main.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert answer in error
+    assert error.startswith("yolo-lightning: error: ")
+    assert error.count("\n") == 1

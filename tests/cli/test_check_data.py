@@ -71,7 +71,7 @@ def test_a_valid_recipe_would_start(folder, capsys):
     assert main(["check-data", "recipe.yaml"]) == 0
     out = capsys.readouterr().out
     assert "detection: VOC boxes: 5 images, 10 boxes" in out
-    assert "Classes: 2; they learn 1 from boxes, 0 from image labels, 1 from both" in out
+    assert "Classes: 2; they learn 1 from boxes, 1 from both" in out
     report = read_report(folder)
     assert report["starts"] is True
     source = report["sources"][0]

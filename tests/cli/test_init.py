@@ -449,10 +449,10 @@ def test_recipe_says_how_often_images_are_trained_on(workdir, write_voc, capsys)
         write_voc(workdir / "set", f"{k}", [("zebra", 1, 1, 33, 25 + k)])
     assert main(["init", "set", "--val-fraction", "0"]) == 0
     assert "\nset.tsv: 1 class\n" in capsys.readouterr().out
-    steps, passes = re.findall(
-        r"max_steps: (\d+)  # about (\d+) passes", (workdir / "set.yaml").read_text()
+    steps, epochs = re.findall(
+        r"max_steps: (\d+)  # about (\d+) epochs", (workdir / "set.yaml").read_text()
     )[0]
-    assert int(steps) == 2 * int(passes)  # batches of 16 and of 2 images
+    assert int(steps) == 2 * int(epochs)  # batches of 16 and of 2 images
 
 
 def test_recipe_depends_on_the_backbone(workdir, write_voc, capsys):

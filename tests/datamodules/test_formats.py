@@ -193,8 +193,7 @@ def test_a_class_with_crowds_or_difficult_objects_only_has_no_boxes(tmp_path, wr
     assert set(data.batch(0).labels.flatten().tolist()) == {1, -1}  # what training reads
     assert source.node_counts() == {1: {"banana": 1}}
     assert source.nodes.tolist() == data.boxed_nodes.tolist() == [1]
-    said = "they learn 1 from boxes, 0 from image labels, 0 from both, 0 from descendants, 1 from"
-    assert f"{said} nothing" in data.vocabulary_report()
+    assert "they learn 1 from boxes, 1 from nothing" in data.vocabulary_report()
 
 
 def test_coco_ids_are_never_labels(tmp_path):

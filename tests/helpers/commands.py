@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.paths import REPO
-from yolo_lightning.cli.launch import Parser
+from yolo_lightning.cli.arguments import CommandParser
 from yolo_lightning.cli.main import main
 from yolo_lightning.cli.recipe import RecipeCLI
 from yolo_lightning.cli.recipe_parser import ANY_MODEL, parse
@@ -224,7 +224,7 @@ def _stopping(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a method of `ArgumentParser`: its outermost call raises `Parsed`."""
 
     def parse(self: argparse.ArgumentParser, *args: Any, **options: Any) -> Any:
-        own = Parser if self.prog.startswith("yolo-lightning ") else argparse.ArgumentParser
+        own = CommandParser if self.prog.startswith("yolo-lightning ") else argparse.ArgumentParser
         if type(self) not in (own, argparse.ArgumentParser) or getattr(_active, "value", False):
             return original(self, *args, **options)
         _active.value = True

@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import NoReturn
 
-from yolo_lightning.errors import InputError
+from yolo_lightning.errors import InputError, nearest, short
 
 OTHER_COMMANDS = {
     "train": "fit recipe.yaml",
@@ -33,8 +34,43 @@ OTHER_OPTIONS = {
 }
 """Options of other programs, without dashes, and the same as options of a recipe."""
 
+_SAME_MEANING = {
+    **dict.fromkeys(("conf", "confidence", "conf-thres", "thresh", "score"), "--score-threshold"),
+    **dict.fromkeys(("iou", "iou-thres", "nms"), "--iou-threshold"),
+    **dict.fromkeys(("imgsz", "img", "img-size", "size"), "--image-size"),
+    **dict.fromkeys(("batch", "bs"), "--batch-size"),
+    **dict.fromkeys(("project", "name", "save-dir", "out", "output-dir"), "--output"),
+    **dict.fromkeys(("save-txt", "save-json", "save-csv"), "--format"),
+    **dict.fromkeys(("gpu", "gpus", "devices"), "--device"),
+    **dict.fromkeys(("fp16", "amp"), "--half"),
+    **dict.fromkeys(("nosave",), "--no-pictures"),
+    **dict.fromkeys(("val", "valid"), "--validation"),
+    **dict.fromkeys(("val-split", "split", "val-size"), "--val-fraction"),
+    **dict.fromkeys(("classes", "labels"), "--names"),
+    **dict.fromkeys(("weights", "model"), "--pretrained"),
+}
+"""Options of other programs, without dashes, and those of our commands without a recipe."""
+
 _WEIGHTS = ("weights", "pretrained", "checkpoint", "ckpt", "model")
 _FILES = (".yaml", ".yml", ".ckpt", ".pt", ".pth", ".weights")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command; it answers an unknown option with one of the same meaning."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `InputError`, for an unknown option with a hint."""
+        command, (text, _, words) = self.prog.split()[-1], message.partition(": ")
+        if text != "unrecognized arguments":
+            raise InputError(f"{command}: {message} ({self.prog} --help lists all)")
+        name = words.split()[0].partition("=")[0]
+        same = _SAME_MEANING.get(name.lstrip("-").replace("_", "-").lower())
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        hint = f"here it is {same}" if same in options else nearest(name, options, 1)
+        raise InputError(
+            f"{command}: no {'option' if name[:1] == '-' else 'argument'} {short(name)}"
+            f"{'; ' if hint else ''}{hint} ({self.prog} --help lists all)"
+        )
 
 
 def expand_recipes(args: Sequence[str]) -> list[str]:

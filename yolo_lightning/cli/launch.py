@@ -23,7 +23,7 @@ _MAX_DEVICES = 1024  # of a node
 _OTHER_LAUNCHERS = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-class Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     """A parser that raises `InputError` instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 def _take(args: Sequence[str], *options: str) -> tuple[list[str], list[str]]:
     """Return the values of options, which may be given several times, and the other words."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(*options, dest="values", action="append", default=[])
     taken, rest = parser.parse_known_args(list(args))
     return taken.values, rest

@@ -1,12 +1,12 @@
 """`yolo-lightning classify`: classify images."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from yolo_lightning.cli.arguments import CommandParser
 from yolo_lightning.errors import InputError, printable
 
 
@@ -19,8 +19,8 @@ def _format_table(path: Path, result: dict[str, Any], as_path: bool) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="yolo-lightning classify", description="Classify images.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="yolo-lightning classify", description="Classify images.")
     parser.add_argument(
         "checkpoint",
         help="a classifier, or a detector, which names an image by its box of the highest "

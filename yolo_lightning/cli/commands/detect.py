@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yolo_lightning.cli.arguments import CommandParser
 from yolo_lightning.cli.commands.darknet import add_darknet_options
 from yolo_lightning.errors import InputError, expand, printable
 
@@ -27,8 +28,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _RATE_WINDOW = 30
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="yolo-lightning detect",
         usage="yolo-lightning detect CHECKPOINT SOURCE… [options]\n"
         "       yolo-lightning detect --cfg F --weights F --data F SOURCE… [options]",

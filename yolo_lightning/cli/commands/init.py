@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yolo_lightning.cli.arguments import CommandParser
 from yolo_lightning.cli.commands.wordtree import MIXED_NAMES, write
-from yolo_lightning.cli.launch import Parser
 from yolo_lightning.errors import InputError, nearest, require_file, write_atomically
 from yolo_lightning.models.backbones import (
     BACKBONES,
@@ -62,8 +62,8 @@ def _network(
     return values
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="yolo-lightning init",
         description="Check a dataset, and write a recipe, a list of classes and anchors for it.",
         epilog="Then: yolo-lightning fit RECIPE, yolo-lightning test RECIPE.",
@@ -212,7 +212,7 @@ def _estimate(settings: "Settings", machine: "Machine", has_validation: bool) ->
     where = f"{machine.gpus} GPU" if machine.gpus else f"{machine.cores} idle CPU cores"
     first = f"; first validation after {settings.every} steps" if has_validation else ""
     return (
-        f"about {settings.minutes:.0f} minutes: {settings.steps:,} steps of {settings.step_s:.2f} s"
+        f"about {settings.duration}: {settings.steps:,} steps of {settings.step_s:.2f} s"
         f" on {where}, as measured; {settings.batch} images of {settings.image_size} px, "
         f"{settings.precision}{first}"
     )

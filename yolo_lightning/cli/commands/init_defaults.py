@@ -53,9 +53,20 @@ class Settings:
     every: int  # steps from one validation to the next
 
     @property
+    def duration(self) -> str:
+        """The minutes as text."""
+        return counted(self.minutes, "minute")
+
+    @property
     def minutes(self) -> float:
         """How long the training takes about, with starting and validation."""
         return self.steps * self.step_s / 60 / _TRAINING_SHARE
+
+
+def counted(number: float, noun: str) -> str:
+    """Return a rounded number, at least 1, with its noun."""
+    whole = max(1, round(number))
+    return f"{whole:,} {noun}{'' if whole == 1 else 's'}"
 
 
 def find_machine() -> Machine:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from yolo_lightning.cli.commands.init_defaults import Settings
+from yolo_lightning.cli.commands.init_defaults import Settings, counted
 from yolo_lightning.cli.recipe_paths import INPUT_KEYS
 from yolo_lightning.datamodules.files import AnnotatedImages, LabelledImages
 from yolo_lightning.models.anchors import (
@@ -140,8 +140,8 @@ def recipe_text(
         workers=settings.workers,
         precision=settings.precision,
         max_steps=settings.steps,
-        passes=settings.steps / batches / (1 + ratio),
-        minutes=settings.minutes,
+        epochs=counted(settings.steps / batches / (1 + ratio), "epoch"),
+        duration=settings.duration,
         every=settings.every,
         log_every=min(20, settings.every),  # each validation then has a loss beside it
         decay=round(1 - 20 / max(settings.steps, 200), 4),
