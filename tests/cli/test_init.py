@@ -264,7 +264,7 @@ def test_boxes_alone_keep_their_names_and_need_no_other_option(workdir, write_vo
     assert data["classification_batches_per_detection_batch"] == 0
     assert data["validation"] is None
     printed = capsys.readouterr().out
-    assert "validation: none, as there is only one image" in printed
+    assert "validation: none, as each image is the only one of a class" in printed
     assert "put\n  tiny.weights of https://pjreddie.com/darknet/tiny-darknet/" in printed
     assert re.search(r"about 15 minutes: 1,[45]\d0 steps of 0.5\d s on", printed)
     assert "first validation" not in printed
@@ -319,6 +319,41 @@ def test_images_of_a_group_stay_together(workdir, write_voc, capsys):
     assert not names[0] & names[1]
     assert main([*argv, "--output", "again.yaml"]) == 0
     assert (workdir / "again.val.txt").read_text().splitlines() == listed
+
+
+def test_no_class_is_left_out_of_validation_or_of_training(workdir, write_voc, capsys):
+    # 30 images of one class, two of each of three others, and one of a last one
+    names = ["zebra"] * 30 + ["crane", "crane", "duck", "duck", "swan", "swan", "dodo"]
+    for k, name in enumerate(names):
+        write_voc(workdir / "set", str(k), [(name, 1, 1, 30, 20 + k % 9)])
+    assert main(["init", "set"]) == 0
+    printed = capsys.readouterr().out
+    assert "so 4 of the 37 training images are chosen at random" in printed
+    assert "\nvalidation: without a box of dodo\n" in printed
+    data = recipe_data(["set.yaml"])
+    data.setup("fit")
+    used, trained = (
+        {name for names in source.node_counts().values() for name in names}
+        for source in (data.validation, data.detection)
+    )
+    assert used == {"zebra", "crane", "duck", "swan"}
+    assert trained == set(names)
+    for k in range(30):  # an image of every class is more than twice the fraction
+        (workdir / f"set/{k}.xml").unlink()
+    assert main(["init", "set", "--output", "few.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "so 2 of the 7 training images are" in printed
+    assert re.search(r"\nvalidation: without a box of (\w+, )?dodo", printed)
+    assert main(["init", "set", "--output", "half.yaml", "--val-fraction", "0.5"]) == 0
+    assert "so 3 of the 7 training images are" in capsys.readouterr().out
+
+
+def test_images_that_are_the_only_ones_of_a_class_are_trained_on(workdir, write_voc, capsys):
+    for name in ("crane", "duck"):
+        write_voc(workdir / "set", name, [(name, 1, 1, 30, 20)])
+    assert main(["init", "set"]) == 0
+    assert "validation: none, as each image is the only one of a class\n" in capsys.readouterr().out
+    assert "validation: null" in (workdir / "set.yaml").read_text()
 
 
 def test_a_column_of_a_table_groups_images(workdir):

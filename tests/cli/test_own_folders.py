@@ -228,7 +228,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
         ["--group-by 'x\\\\d': found in no path such as 'a.jpg'"]),
     "one group": (
         lambda: splits(lambda s: voc(f"{s}.xml", f"{s}.jpg"), "a", "b"), ["--group-by", "jpg"],
-        ["--group-by 'jpg': one group has most of the images"]),
+        ["--group-by 'jpg': each group has most of the images, or all of a class"]),
     "a column that is none": (
         lambda: (rows("a.csv", CSV.strip(), "a.jpg,64,48,cat,1,1,33,25"), images("a.jpg")),
         ["--group-by", "video"], ["a.csv:1: no column 'video'"]),

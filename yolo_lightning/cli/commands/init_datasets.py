@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,28 +112,64 @@ def _split(
     training: AnnotatedImages, listed: Path, fraction: float, group_by: str | None
 ) -> dict[str, AnnotatedImages]:
     """Return training and validation: a seeded choice of whole groups, listed in a file."""
-    groups = _groups(training, group_by)
-    names, total = sorted(groups), len(training)
-    wanted, chosen = max(1, round(total * fraction)), list[str]()
-    order = np.random.default_rng(_SEED).permutation(len(names)).tolist()
-    used = 0
-    for name in (names[k] for k in order):
-        if len(chosen) < wanted and 2 * len(groups[name]) <= total:
-            chosen += groups[name]
-            used += 1
+    groups, total = _groups(training, group_by), len(training)
+    used = _choose_groups(groups, _classes_by_path(training), max(1, round(total * fraction)))
+    chosen = [path for name in used for path in groups[name]]
     if not chosen:
         if group_by is not None:
-            raise InputError(f"--group-by {group_by!r}: one group has most of the images")
-        print("validation: none, as there is only one image")
+            raise InputError(
+                f"--group-by {group_by!r}: each group has most of the images, or all of a class"
+            )
+        print("validation: none, as each image is the only one of a class")
         return {"detection": training}
     write_atomically(listed, "".join(f"{path}\n" for path in sorted(chosen)))
     validation = training.with_list(only=str(listed))
-    unit = f", {used} of {len(names)} groups" if group_by is not None else ""
+    unit = f", {len(used)} of {len(groups)} groups" if group_by is not None else ""
     print(
         f"validation: none is named, so {len(chosen)} of the {total} training images{unit} are "
         f"chosen at random (seed {_SEED}) and listed in {listed}"
     )
     return {"detection": training.with_list(without=str(listed)), "validation": validation}
+
+
+def _choose_groups(
+    groups: Mapping[str, Sequence[str]], classes_by_path: Mapping[str, set[int]], wanted: int
+) -> list[str]:
+    """Choose groups at random until they have the wanted number of images, if they can be spared.
+
+    No class loses its last group. Every class of at least two is among the chosen ones, the rarest
+    first, unless that takes twice the wanted number of images.
+    """
+    names = sorted(groups)
+    order = [names[k] for k in np.random.default_rng(_SEED).permutation(len(names)).tolist()]
+    classes, groups_of = dict[str, set[int]](), dict[int, list[str]]()
+    for name in order:
+        classes[name] = set().union(*(classes_by_path[path] for path in groups[name]))
+        for number in classes[name]:
+            groups_of.setdefault(number, []).append(name)
+    left = {number: len(members) for number, members in groups_of.items()}  # groups to train on
+    rarest = sorted(groups_of, key=lambda number: (left[number], number))
+    candidates: list[tuple[int | None, str, int]] = [
+        *((number, name, 2 * wanted) for number in rarest for name in groups_of[number]),
+        *((None, name, wanted) for name in order),
+    ]
+    total, images, chosen = len(classes_by_path), 0, dict[str, None]()
+    for missing, name, limit in candidates:
+        is_needed = missing is None or left[missing] == len(groups_of[missing])
+        can_be_spared = 2 * len(groups[name]) <= total and all(left[k] > 1 for k in classes[name])
+        if images < limit and is_needed and can_be_spared and name not in chosen:
+            chosen[name] = None
+            images += len(groups[name])
+            for k in classes[name]:
+                left[k] -= 1
+    return list(chosen)
+
+
+def _classes_by_path(training: AnnotatedImages) -> dict[str, set[int]]:
+    """Return the numbers of the classes of each image."""
+    index = training.load_index()
+    classes, offsets = (index.arrays[name].tolist() for name in ("classes", "box_offsets"))
+    return {index.path(k): set(classes[offsets[k] : offsets[k + 1]]) for k in range(len(training))}
 
 
 def _print_missing_names(parts: Mapping[str, Any]) -> None:
