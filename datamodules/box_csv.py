@@ -1,4 +1,4 @@
-"""Boxes from a table: one row per box, with the image, the corners and the class."""
+"""Boxes from a table: one row per box, with the image, four numbers and the class."""
 
 import math
 import os
@@ -20,19 +20,24 @@ from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import InputError, require_file, require_folder
 
 _CORNERS = ("x1", "y1", "x2", "y2")
-_COLUMNS = {  # names of columns in lower case, letters and digits only
+_BOXES = (_CORNERS, ("x1", "y1", "w", "h"), ("xc", "yc", "w", "h"), ("x", "y", "w", "h"))
+_COLUMNS = {  # names of columns in lower case, letters and digits only; the first that is found
     "image": "filename image imagepath path imgpath file imageid imagename img frame imagefile",
     "class": "class label classname name category labelname",
     "x1": "xmin x1 left bboxxmin", "y1": "ymin y1 top bboxymin",
     "x2": "xmax x2 right bboxxmax", "y2": "ymax y2 bottom bboxymax",
-    "width": "width imagewidth imgwidth", "height": "height imageheight imgheight",
+    "xc": "xcenter xcentre centerx centrex cx", "yc": "ycenter ycentre centery centrey cy",
+    "x": "x bboxx", "y": "y bboxy",
+    "w": "w boxwidth bboxwidth bboxw width", "h": "h boxheight bboxheight bboxh height",
+    "width": "imagewidth imgwidth width", "height": "imageheight imgheight height",
 }  # fmt: skip
 _WITHOUT_HEADER = ("image", *_CORNERS, "class")  # as of keras-retinanet
 ONLY_CLASS = "object"
 """The class of all boxes of a table without a column of classes."""
 WANTED = (
-    "a header such as filename,xmin,ymin,xmax,ymax,class, or rows of path,x1,y1,x2,y2,class; "
-    "corners in px, or 0 … 1 of the image"
+    "a header such as filename,xmin,ymin,xmax,ymax,class or filename,xmin,ymin,width,height,class "
+    "or filename,x_center,y_center,width,height,class, or rows of path,x1,y1,x2,y2,class; in px, "
+    "or 0 … 1 of the image"
 )
 _MAX_FOLDERS, _MAX_TRIED = 50, 20  # searched for images; names that are looked for
 _MAX_HEADER = 2**16  # characters
@@ -46,8 +51,10 @@ class BoxCSV(AnnotatedImages):
     """A table of boxes, columns such as ``filename,width,height,class,xmin,ymin,xmax,ymax``.
 
     The header names the columns, in any order. Without one, rows are ``path,x1,y1,x2,y2,class``.
-    Corners are px, or relative to the image if none is above 1. A row of an image with empty cells
-    means no objects. Without a column of classes, all boxes are of one class, ``object``.
+    Instead of the second corner, there may be the width and the height of the box, beside its first
+    corner (``x`` or ``xmin``) or its centre (``x_center``). Values are px, or relative to the image
+    if none is above 1. A row of an image with empty cells means no objects. Without a column of
+    classes, all boxes are of one class, ``object``.
 
     Args:
         file: the table; columns are separated by commas, semicolons (and numbers may then have
@@ -90,29 +97,36 @@ class BoxCSV(AnnotatedImages):
             if self.images is None
             else require_folder(self.images, "folder of images").absolute()
         )
-        corners = [_corners(cells, columns) for _, cells in rows]
-        finite = [value for box in corners for value in box if math.isfinite(value)]
+        sides = next(names for names in _BOXES if set(names) <= columns.keys())
+        boxes = [[_to_float(cells[columns[side]]) for side in sides] for _, cells in rows]
+        finite = [value for box in boxes for value in box if math.isfinite(value)]
+        is_relative = max(finite, default=2.0) <= 1
+        if is_relative and "x" in columns:
+            raise InputError(
+                f"{file}:1: x and y, 0 … 1, are a corner or a centre; name the columns xmin and "
+                "ymin, or x_center and y_center"
+            )
         annotations = Annotations(
             folder,
             lambda image, number: f"{file}:{number}",
-            normalized=max(finite, default=2.0) <= 1,
+            normalized=is_relative,
             allow_outside=self.allow_outside,
         )
         annotations.watched += [*table.watched, root]
         images: dict[str, int | None] = {}
         if "class" not in columns:
             annotations.faults.append(f"{file}:1: no column of classes; all are {ONLY_CLASS!r}")
-        for (number, cells), box in zip(rows, corners, strict=True):
+        for (number, cells), box in zip(rows, boxes, strict=True):
             name = cells[columns["image"]]
             if name not in images:
                 location = f"{file}:{number}"
                 images[name] = self._add_image(name, cells, columns, annotations, location)
             label = cells[columns["class"]] if "class" in columns else ONLY_CLASS
-            row, texts = images[name], [cells[columns[side]] for side in _CORNERS]
+            row, texts = images[name], [cells[columns[side]] for side in sides]
             if row is None or not any(texts):
                 continue  # its image is missing, which is reported; or it has no objects
             if label:
-                annotations.add_box(row, box, label, number)
+                annotations.add_box(row, _corners(box, sides), label, number)
             else:
                 annotations.faults.append(f"{file}:{number}: has no class, skipped")
         return annotations.build_index()
@@ -182,12 +196,10 @@ def _split_header(file: Path, rows: list[Row]) -> tuple[dict[str, int], list[Row
     """
     first = rows[0][1] if rows else []
     words = [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in first]
-    columns = {
-        name: next(k for k, word in enumerate(words) if word in aliases.split())
-        for name, aliases in _COLUMNS.items()
-        if not set(aliases.split()).isdisjoint(words)
-    }
+    columns = _name_columns(words)
     missing = [name for name in ("image", *_CORNERS) if name not in columns]
+    if any(set(names) <= columns.keys() for names in _BOXES):
+        missing = [name for name in missing if name == "image"]
     if not missing:
         rows = rows[1:]
     elif len(first) == len(_WITHOUT_HEADER) and all(map(_is_corner, first[1:5])):
@@ -199,6 +211,20 @@ def _split_header(file: Path, rows: list[Row]) -> tuple[dict[str, int], list[Row
         )
     width = max(columns.values()) + 1
     return columns, [(n, cells + [""] * (width - len(cells))) for n, cells in rows]
+
+
+def _name_columns(words: list[str]) -> dict[str, int]:
+    """Return the numbers of the columns, of a box those of the first form that is complete."""
+    columns = {}
+    for name, aliases in _COLUMNS.items():
+        found = [words.index(alias) for alias in aliases.split() if alias in words]
+        columns |= {name: found[0]} if found else {}
+    sides = next((names for names in _BOXES if set(names) <= columns.keys()), _CORNERS)
+    unused = {name for names in _BOXES for name in names} - {*sides}
+    if "w" in sides:  # `width` is that of the box, unless there is another column for it
+        pairs = (("width", "w"), ("height", "h"))
+        unused |= {name for name, side in pairs if columns.get(name) == columns[side]}
+    return {name: number for name, number in columns.items() if name not in unused}
 
 
 def _is_corner(text: str) -> bool:
@@ -219,9 +245,14 @@ def _to_int(text: str) -> int | None:
     return int(value) if math.isfinite(value) else 0
 
 
-def _corners(cells: list[str], columns: dict[str, int]) -> list[float]:
-    """Return x1, y1, x2, y2; NaN for what is no number."""
-    return [_to_float(cells[columns[side]]) for side in _CORNERS]
+def _corners(box: list[float], sides: tuple[str, ...]) -> list[float]:
+    """Return x1, y1, x2, y2 of a box in one of the forms; NaN for what is no number."""
+    if sides == _CORNERS:
+        return box
+    x, y, width, height = box
+    if "xc" in sides:
+        x, y = x - width / 2, y - height / 2
+    return [x, y, x + width, y + height]
 
 
 def _find_image_folder(file: Path, names: list[str]) -> Path:

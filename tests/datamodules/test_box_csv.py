@@ -49,6 +49,28 @@ def test_corners_up_to_one_are_relative(tmp_path):
     assert source.read(0).boxes_xyxy_px.tolist() == [[0, 12, 32, 48]]
 
 
+@pytest.mark.parametrize(
+    "header_and_row",
+    [
+        "filename,xmin,ymin,width,height,class\na.jpg,1,2,32,24,cat",
+        "filename,x_min,y_min,bbox_width,bbox_height,class\na.jpg,1,2,32,24,cat",
+        "image_id,width,height,class,x,y,w,h\na,64,48,cat,1,2,32,24",
+        "file_name,x,y,width,height,image_width,image_height,label\na.jpg,1,2,32,24,64,48,cat",
+        "width,height,x,y,label,path\n32,24,1,2,cat,a.jpg",
+        "filename,x_center,y_center,w,h,class\na.jpg,17,14,32,24,cat",
+        "filename,class,X Center,Y Center,Width,Height\na.jpg,cat,.265625,.291666667,.5,.5",
+        "filename,w,h,xmin,ymin,xmax,ymax,class\na.jpg,640,480,1,2,33,26,cat",
+    ],
+)
+def test_boxes_may_have_a_width_and_a_height(tmp_path, header_and_row):
+    source = table(tmp_path, *header_and_row.split("\n"))
+    assert boxes(source) == [pytest.approx([1, 2, 33, 26], abs=1e-4)]
+    assert source.name_counts() == {"cat": 1}
+    assert not source.load_index().metadata["faults"]
+    source.bind(WordTree.from_names(["cat"]))
+    assert not source.read(0).faults
+
+
 def test_faults_name_the_row(tmp_path):
     source = table(
         tmp_path, HEADER, "a.jpg,64,48,cat,1,2,33,26", "c.jpg,64,48,cat,1,2,33,26",
@@ -67,7 +89,14 @@ def test_faults_name_the_row(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("filename,class,xmin,ymin,width,height", "6 columns, among them those of image, class"),
+        (
+            "filename,class,xmin,ymin,ymax",
+            "5 columns, among them those of image, class, x1, y1, y2",
+        ),
+        (
+            "filename,class,x,y,width,height\na.jpg,cat,.5,.5,.3,.1",
+            "x and y, 0 … 1, are a corner or",
+        ),
         ("image_id,bbox", r"none of x1, y1, x2, y2; wanted: a header such as filename,xmin"),
         ("a.jpg,1,2,33,cat", "5 columns; none of image, x1, y1, x2, y2"),
         ("", "0 columns"),
