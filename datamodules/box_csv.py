@@ -11,6 +11,7 @@ from yolo_lightning.datamodules.annotations import Annotations
 from yolo_lightning.datamodules.dataset_files import (
     SPLITS,
     DatasetFiles,
+    base_name,
     resolve_inside,
     table_rows,
     visible_folders,
@@ -215,7 +216,7 @@ def _split_header(file: Path, rows: list[Row]) -> tuple[dict[str, int], list[Row
 
 def _name_columns(words: list[str]) -> dict[str, int]:
     """Return the numbers of the columns, of a box those of the first form that is complete."""
-    columns = {}
+    columns: dict[str, int] = {}
     for name, aliases in _COLUMNS.items():
         found = [words.index(alias) for alias in aliases.split() if alias in words]
         columns |= {name: found[0]} if found else {}
@@ -265,7 +266,7 @@ def _find_image_folder(file: Path, names: list[str]) -> Path:
         for folder in folders:
             files = DatasetFiles(folder)
             for name in names:
-                path = _base_name(name) if is_base_name else name
+                path = base_name(name) if is_base_name else name
                 if not os.path.isabs(path) and _existing(path, files):
                     return folder
     return file.parent
@@ -274,12 +275,12 @@ def _find_image_folder(file: Path, names: list[str]) -> Path:
 def _find_image(name: str, files: DatasetFiles, allow_outside: bool, location: str) -> str | None:
     """Return the path of an image, also without its suffix, or of one of its base name."""
     path = resolve_inside(
-        _base_name(name) if os.path.isabs(name) and not os.path.exists(name) else name,
+        base_name(name) if os.path.isabs(name) and not os.path.exists(name) else name,
         files.root,
         allow_outside,
         location,
     )
-    return _existing(path, files) or _existing(_base_name(name), files)
+    return _existing(path, files) or _existing(base_name(name), files)
 
 
 def _existing(path: str, files: DatasetFiles) -> str | None:
@@ -289,8 +290,3 @@ def _existing(path: str, files: DatasetFiles) -> str | None:
         return path
     found = files.find_image((files.root / path).parent, Path(path).name)
     return str(Path(path).with_name(found)) if found is not None else None
-
-
-def _base_name(name: str) -> str:
-    """Return the last part of a path, which tools on other machines wrote in full."""
-    return name.replace("\\", "/").rpartition("/")[2]

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,12 @@ from typing import Any
 import numpy as np
 
 from yolo_lightning.datamodules.annotations import Annotations
-from yolo_lightning.datamodules.dataset_files import resolve_inside
+from yolo_lightning.datamodules.dataset_files import (
+    DatasetFiles,
+    UnsafePath,
+    base_name,
+    resolve_inside,
+)
 from yolo_lightning.datamodules.files import AnnotatedImages
 from yolo_lightning.datamodules.index import Index
 from yolo_lightning.errors import (
@@ -25,6 +31,7 @@ from yolo_lightning.errors import (
 
 ID = int | str
 
+_UPLOAD = re.compile(r"\A[0-9a-f]{8}-")  # which Label Studio puts before the names of files
 _NOUNS = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
@@ -82,7 +89,9 @@ class COCOJson(AnnotatedImages):
             else require_folder(self.images, "COCO images").absolute()
         )
         annotations = Annotations(
-            root, lambda image, number: f"{file}: annotation {number} ({annotations.paths[image]})"
+            root,
+            lambda image, number: f"{file}: annotation {number} ({annotations.paths[image]})",
+            allow_outside=self.allow_outside,
         )
         annotations.watched.append(file)
         categories = _names_by_id(file, data, annotations.faults)
@@ -115,6 +124,7 @@ class COCOJson(AnnotatedImages):
     ) -> dict[ID | None, int | None]:
         """Add the images that exist; return numbers by id, None for those that are missing."""
         rows: dict[ID | None, int | None] = {}
+        found: set[str] = set()
         for location, item in _items(file, data, "images", annotations.faults):
             key, name = _id(item.get("id")), item.get("file_name")
             if not isinstance(name, str) or key is None:
@@ -125,12 +135,17 @@ class COCOJson(AnnotatedImages):
             if rows.get(key) is not None:
                 annotations.faults.append(f"{location} is listed twice, one skipped")
                 continue
-            path = resolve_inside(name, annotations.root, self.allow_outside, location)
-            if annotations.exists(annotations.root / path):
+            path = _find_image(name, annotations, location)
+            if path is not None and path != name and path in found:
+                fault = f"is that of another image too, as {name!r} is missing, skipped"
+                annotations.faults.append(f"{location}: {annotations.root / path} {fault}")
+                rows[key] = None
+            elif path is not None:
+                found.add(path)
                 width, height = (_whole(item.get(side)) for side in ("width", "height"))
                 rows[key] = annotations.add_image(path, width, height, location)
             else:
-                missing = annotations.root / path
+                missing = annotations.root / name
                 annotations.faults.append(f"{location}: {missing} is missing, skipped")
                 rows[key] = None
         return rows
@@ -185,6 +200,26 @@ def _items(
             faults.append(f"{file}: {noun} {short(item)} is not an object, skipped")
 
 
+def _find_image(name: str, files: DatasetFiles, location: str) -> str | None:
+    """Return the path of an image, also if a tool has put other folders or a hash before it."""
+    unsafe, path = None, name
+    try:
+        path = resolve_inside(name, files.root, files.allow_outside, location)
+    except UnsafePath as error:
+        unsafe = error
+    candidates = [path, *_shorter_names(name)] if unsafe is None else _shorter_names(name)
+    found = next((c for c in candidates if files.exists(files.root / c)), None)
+    if found is None and unsafe is not None:
+        raise unsafe
+    return found
+
+
+def _shorter_names(name: str) -> list[str]:
+    """Return the name of a file without its folders, and without the hash of an upload too."""
+    base = base_name(name)
+    return [name for name in (base, _UPLOAD.sub("", base)) if name]
+
+
 def _find_image_folder(file: Path, items: list[Any]) -> Path:
     name = file.stem.removeprefix("instances_")
     parent = file.parent.parent
@@ -194,9 +229,10 @@ def _find_image_folder(file: Path, items: list[Any]) -> Path:
     names = [name for name in values if isinstance(name, str)]
     # an absolute path exists whatever the folder: use such names only if there are no others
     names = [name for name in names if not os.path.isabs(name)] or names
-    for folder in folders:
-        if any(os.path.exists(folder / name) for name in names):
-            return folder
+    for candidates in (names, [shorter for name in names for shorter in _shorter_names(name)]):
+        for folder in folders:
+            if any(os.path.exists(folder / name) for name in candidates):
+                return folder
     searched = ", ".join(str(folder) for folder in folders)
     raise InputError(f"{file}: its images are in none of {searched}; set their folder: images: …")
 

@@ -64,6 +64,11 @@ def resolve_inside(path: str, root: Path, allow_outside: bool, location: str) ->
     )
 
 
+def base_name(name: str) -> str:
+    """Return the last part of a path, which tools on other machines wrote in full."""
+    return name.replace("\\", "/").rpartition("/")[2]
+
+
 def _is_encodable(path: str) -> bool:
     try:
         os.fsencode(path)

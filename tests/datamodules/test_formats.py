@@ -276,6 +276,43 @@ def test_coco_images_are_found_in_the_usual_folders(tmp_path, file, folder):
     assert paths_of(source, tmp_path) == [os.path.normpath(f"{folder}/a.jpg")]
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "folder"),
+    [
+        ("images/0a1b2c3d-a.jpg", "images/0a1b2c3d-a.jpg", ""),  # Label Studio with its images
+        ("images\\0a1b2c3d-a.jpg", "images/0a1b2c3d-a.jpg", ""),
+        ("images/0a1b2c3d-a.jpg", "images/a.jpg", ""),  # with the images as they were
+        ("/data/upload/3/0a1b2c3d-a.jpg", "a.jpg", ""),
+        ("../../label-studio/media/upload/3/0a1b2c3d-a.jpg", "images/a.jpg", ""),
+        ("photos/a.jpg", "a.jpg", ""),
+        ("/content/data/a.jpg", "elsewhere/a.jpg", "elsewhere"),
+    ],
+)
+def test_coco_images_are_found_without_the_folders_and_the_hash_of_an_upload(
+    tmp_path, name, file, folder
+):
+    save_grey(tmp_path / file)
+    images = [{"id": 5, "file_name": name}]
+    path = write_coco(tmp_path / "result.json", [GOOD_COCO], images)
+    source = bind_source(COCOJson(str(path), images=str(tmp_path / folder) if folder else None))
+    assert paths_of(source, tmp_path) == [file]
+    assert not source.faults
+
+
+def test_two_coco_images_never_get_one_file(tmp_path):
+    save_grey(tmp_path / "a.jpg")
+    names = ["0a1b2c3d-a.jpg", "11111111-a.jpg", "deadbeef-", "x/"]
+    images = [{"id": 5 + k, "file_name": name} for k, name in enumerate(names)]
+    source = bind_source(COCOJson(str(write_coco(tmp_path / "ann.json", [GOOD_COCO], images))))
+    assert paths_of(source, tmp_path) == ["a.jpg"]
+    assert source.faults == [
+        f"{tmp_path}/ann.json: image 6: {tmp_path}/a.jpg is that of another image too, as "
+        "'11111111-a.jpg' is missing, skipped",
+        f"{tmp_path}/ann.json: image 7: {tmp_path}/deadbeef- is missing, skipped",
+        f"{tmp_path}/ann.json: image 8: {tmp_path}/x is missing, skipped",
+    ]
+
+
 def test_coco_images_in_a_given_folder(tmp_path):
     save_grey(tmp_path / "far away/deep/a.jpg")
     images = [{"id": 5, "file_name": "deep/a.jpg"}]
