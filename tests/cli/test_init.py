@@ -16,6 +16,7 @@ from tests.helpers.paths import REPO
 from yolo_lightning import DetectorModule, WordTree, load
 from yolo_lightning.checkpoints.pretrained import load_pretrained
 from yolo_lightning.checkpoints.validation import read_checkpoint
+from yolo_lightning.cli import recipe
 from yolo_lightning.cli.commands import init_defaults
 from yolo_lightning.cli.commands.init_defaults import Machine
 from yolo_lightning.cli.data import recipe_data
@@ -423,6 +424,44 @@ def test_defaults_by_machine(machine, images, expected, monkeypatch):
         backbone, chosen.image_size, chosen.batch, chosen.workers, chosen.precision, chosen.steps,
         chosen.every,
     ) == expected  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gpus", "has_bf16", "precision", "batch"),
+    [(1, True, "bf16-mixed", 16), (1, False, "32-true", 16), (3, True, "bf16-mixed", 18)],
+)
+def test_recipe_of_a_machine_with_gpus_is_trained_on_all_of_them(
+    workdir, write_voc, monkeypatch, capsys, gpus, has_bf16, precision, batch
+):
+    for k in range(6):
+        write_voc(workdir / "set", str(k), [("zebra", 1, 1, 33, 25 + k)])
+    devices = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: gpus)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+        patch.setattr(init_defaults, "measure_step", lambda *a: devices.append(a[2:]) or 0.1)
+        assert main(["init", "set"]) == 0
+    assert devices == [(batch // gpus, "cuda", precision)]
+    printed = capsys.readouterr().out
+    assert f"steps of 0.10 s on {gpus} GPU{'' if gpus == 1 else 's'}, as measured" in printed
+    launch = re.search(r"\n  (.* fit set.yaml.*)\n  yolo-lightning test set.yaml\n", printed)
+    assert launch
+    words = launch[1].split()
+    if gpus == 1:
+        assert launch[1] == "yolo-lightning fit set.yaml"
+    else:
+        assert words[:2] == ["torchrun", f"--nproc-per-node={gpus}"]
+    # the options of the printed command; here there is no GPU
+    options = words[words.index("set.yaml") + 1 :]
+    monkeypatch.setattr(recipe.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    args = ["fit", "--config", "set.yaml", *options, "--trainer.accelerator=cpu"]
+    run = recipe.main(args)
+    assert run.trainer.num_devices == gpus
+    assert run.trainer.precision == precision
+    assert (run.datamodule.image_size, run.datamodule.batch_sizes[0]) == (416, batch)
+    run.datamodule.setup("fit")
+    assert len(run.datamodule.batch(0, gpus - 1, gpus)) == batch // gpus
 
 
 def test_small_boxes_get_larger_images():

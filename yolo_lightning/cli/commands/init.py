@@ -209,10 +209,12 @@ def _write(options: argparse.Namespace, files: Sequence[Path], command: str) -> 
 
 
 def _estimate(settings: "Settings", machine: "Machine", has_validation: bool) -> str:
-    where = f"{machine.gpus} GPU" if machine.gpus else f"{machine.cores} idle CPU cores"
+    from yolo_lightning.cli.commands.init_defaults import counted
+
+    number, noun = (machine.gpus, "GPU") if machine.gpus else (machine.cores, "idle CPU core")
     first = f"; first validation after {settings.every} steps" if has_validation else ""
     return (
         f"about {settings.duration}: {settings.steps:,} steps of {settings.step_s:.2f} s"
-        f" on {where}, as measured; {settings.batch} images of {settings.image_size} px, "
-        f"{settings.precision}{first}"
+        f" on {counted(number, noun)}, as measured; {settings.batch} images of "
+        f"{settings.image_size} px, {settings.precision}{first}"
     )
