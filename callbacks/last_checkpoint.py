@@ -118,7 +118,8 @@ class LastCheckpoint(Checkpoint):
         """Save every N steps, before a validation, and after the last step."""
         if not completes_optimizer_step(trainer, batch_idx):
             return  # accumulated gradients are not saved
-        self._log_step(trainer)
+        if is_logged_step(trainer, batch_idx):
+            self._log_step(trainer)
         step = trainer.global_step
         self._validation_is_due = _validation_follows(trainer)
         if step == trainer.max_steps or trainer.should_stop:  # the latter by `max_time`
@@ -187,7 +188,7 @@ class LastCheckpoint(Checkpoint):
     def _log_step(self, trainer: pl.Trainer) -> None:
         # called before saving: Lightning would log them after it, when a stop is possible
         loggers = run_loggers(trainer)
-        if loggers and trainer._logger_connector.should_update_logs:
+        if loggers:
             metrics = self.step_metrics(trainer)
             # epoch is the last one: MLflow's pages show metrics in this order
             metrics = {**metrics, "epoch": metrics.get("epoch", trainer.current_epoch)}
@@ -262,6 +263,13 @@ def completes_optimizer_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether an optimizer step ends with this batch of the epoch."""
     number = batch_idx + 1
     return number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
+
+
+def is_logged_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Return whether this batch ends an optimizer step whose metrics are logged."""
+    every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
+    is_due = every > 0 and (step % every == 0 or trainer.should_stop)
+    return completes_optimizer_step(trainer, batch_idx) and is_due
 
 
 def training_ends(trainer: pl.Trainer) -> bool:

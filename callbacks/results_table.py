@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_warn
 
-from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint
+from yolo_lightning.callbacks.last_checkpoint import LastCheckpoint, is_logged_step
 from yolo_lightning.callbacks.training_progress import total_losses
 from yolo_lightning.errors import InputError, read_text, write_atomically
 
@@ -82,7 +82,7 @@ class ResultsTable(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Add the losses of a logged step."""
-        if not (trainer.is_global_zero and trainer._logger_connector.should_update_logs):
+        if not (trainer.is_global_zero and is_logged_step(trainer, batch_idx)):
             return
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         saver = next((c for c in callbacks if isinstance(c, LastCheckpoint)), LastCheckpoint())

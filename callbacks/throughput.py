@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import psutil
 import torch
 
-from yolo_lightning.callbacks.last_checkpoint import completes_optimizer_step
+from yolo_lightning.callbacks.last_checkpoint import completes_optimizer_step, is_logged_step
 
 _MIB = 2**20
 
@@ -79,7 +79,7 @@ class Throughput(pl.Callback):
         if not self._warmed_up:
             self._warmed_up = True
             self._reset()
-        elif trainer._logger_connector.should_update_logs:
+        elif is_logged_step(trainer, batch_idx):
             pl_module.log_dict(self._metrics(trainer, pl_module.device), batch_size=1)
             self._reset()
 

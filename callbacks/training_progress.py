@@ -13,6 +13,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from yolo_lightning.callbacks.last_checkpoint import is_logged_step
+
 _SPEED = "speed/images_per_s"
 _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE_EVERY_S, _LINE_EVERY_SHARE = 30.0, 0.05
@@ -84,7 +86,7 @@ class TrainingProgress(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         """Update the bar; where the step is logged, also its figures."""
-        if trainer._logger_connector.should_update_logs:  # a value makes a GPU wait
+        if is_logged_step(trainer, batch_idx):  # a value makes a GPU wait
             self._read_figures(trainer)
         bar, step = self.train_progress_bar, trainer.global_step
         if bar.disable:
