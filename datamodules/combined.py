@@ -225,7 +225,7 @@ class CombinedDataModule(pl.LightningDataModule):
         for source in self._sources_of(stage):
             if id(source) not in self._bound:
                 source.bind(self.tree)
-                if stage == "fit":  # before it leaves a run behind
+                if stage == "fit" and source is not self.validation:  # before a run is left
                     require_readable(source)
                 self._bound.add(id(source))
         if stage == "fit" and self.detection is not None and not len(self.detection.nodes):
