@@ -118,7 +118,14 @@ class YOLOText(AnnotatedImages):
         root, origin = annotations.root, self.name
         names: Any = self.names if self.names is not None else description.get("names")
         if names is None:
-            files = (file for name in _NAME_FILES for file in sorted(root.glob(name)))
+            # LabelImg writes it beside the texts
+            folders = (
+                root,
+                root / "labels",
+                root / "labels" / self.split,
+                root / self.split / "labels",
+            )
+            files = (f for d in folders for name in _NAME_FILES for f in sorted(d.glob(name)))
             names = next((str(file) for file in files if file.is_file()), None)
         if names is None and (file := find_description(root, self.allow_outside)):
             names = _read_description(file, annotations).get("names")

@@ -98,6 +98,14 @@ LAYOUTS: dict[str, tuple[Callable[[], object], str, tuple[int, int, int]]] = {
                  text("data.yaml", f"path: .\ntrain: train.txt\n{NAMES}")), "YOLOText", (1, 0, 0)),
     "YOLO texts beside images": (
         lambda: (yolo("a.txt", "a.jpg"), text("classes.txt", "cat\n")), "YOLOText", (1, 0, 0)),
+    "YOLO of LabelImg": (
+        lambda: (yolo("labels/a.txt", "images/a.jpg"), text("labels/classes.txt", "cat\n")),
+        "YOLOText", (1, 0, 0)),
+    "YOLO of LabelImg in splits": (
+        lambda: splits(lambda s: (yolo(f"{s}/labels/{s}.txt", f"{s}/images/{s}.jpg"),
+                                  text(f"{s}/labels/classes.txt", "\ufeffcat\r\n")),
+                       "train", "val"),
+        "YOLOText", (1, 1, 0)),
     "COCO in annotations": (
         lambda: (coco("annotations/instances_train.json", "a.jpg"),
                  coco("annotations/instances_val.json", "b.jpg"),
