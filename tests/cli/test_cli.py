@@ -408,7 +408,7 @@ def test_last_step_is_saved_at_any_interval(workplace):
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
 
-def test_run_without_validation_can_be_tested(workplace):
+def test_run_without_validation_can_be_tested(workplace, capsys):
     recipe = quickstart_values()
     callbacks = recipe["trainer"]["callbacks"]
     recipe["trainer"]["callbacks"] = [c for c in callbacks if "ModelC" not in c["class_path"]]
@@ -417,6 +417,11 @@ def test_run_without_validation_can_be_tested(workplace):
     plain = ["--config", "plain.yaml", *tiny]
     assert main(["fit", *plain, "--data.validation=null"]) == 0
     assert main(["test", *plain]) == 0
+    note = "data.test is not set: these are the validation images\n"
+    assert note not in capsys.readouterr().out
+    own = [option for option in plain if "data.test" not in option]
+    assert main(["test", *own, "--data.test=null", "--data.validation.length=4"]) == 0
+    assert note in capsys.readouterr().out
 
 
 def test_boxed_classes_follow_the_recipe_on_resume(trained):

@@ -260,3 +260,21 @@ def test_mistakes_are_named(name, capsys):
     assert error.startswith("yolo-lightning: error: ")
     assert error.count("\n") <= 4
     assert os.listdir() == ["set"]
+
+
+def test_messages_say_where_a_folder_above_is(tmp_path, monkeypatch, capsys):
+    yolo("labels/a.txt", "images/a.jpg", YOLO + YOLO)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    monkeypatch.chdir(tmp_path / "work")
+    assert main(["init", "../set", "--names", "cat"]) == 0
+    printed = capsys.readouterr().out
+    assert f"\n  {tmp_path}/set/labels/a.txt:2 is listed twice, one skipped\n" in printed
+    assert "root: ../set\n" in Path("set.yaml").read_text()
+    # after a link, the folder above is that of its target
+    assert main(["init", "../link/../set", "--names", "cat", "--output", "b.yaml"]) == 2
+    assert "'../link/../set' not found" in capsys.readouterr().err
+    os.rename(tmp_path / "set", tmp_path / "far/set")
+    assert main(["init", "../link/../set", "--names", "cat", "--output", "b.yaml"]) == 0
+    assert f"{tmp_path}/work/../link/../set/labels" in capsys.readouterr().out

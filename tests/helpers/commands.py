@@ -224,8 +224,8 @@ def _stopping(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a method of `ArgumentParser`: its outermost call raises `Parsed`."""
 
     def parse(self: argparse.ArgumentParser, *args: Any, **options: Any) -> Any:
-        own = CommandParser if self.prog.startswith("yolo-lightning ") else argparse.ArgumentParser
-        if type(self) not in (own, argparse.ArgumentParser) or getattr(_active, "value", False):
+        is_command = type(self) in (argparse.ArgumentParser, CommandParser)
+        if not is_command or getattr(_active, "value", False):
             return original(self, *args, **options)
         _active.value = True
         try:

@@ -378,6 +378,9 @@ class RecipeCLI(LightningCLI):
         config, saved = self.config[self.subcommand], self.checkpoint["hyper_parameters"]
         if line := describe_preparation(config, saved):
             rank_zero_only(print)(line)
+        test = getattr(self.datamodule, "test", None)
+        if self.subcommand == "test" and test is getattr(self.datamodule, "validation", ()):
+            rank_zero_only(print)("data.test is not set: these are the validation images")
         apply_report_options(self)
 
     before_test = before_validate
