@@ -435,14 +435,19 @@ def test_recipe_of_a_machine_with_gpus_is_trained_on_all_of_them(
 ):
     for k in range(6):
         write_voc(workdir / "set", str(k), [("zebra", 1, 1, 33, 25 + k)])
-    devices = []
+    timed: list[tuple[object, ...]] = []
+
+    def measure(network: object, size: int, *options: object) -> float:
+        timed.append(options)
+        return 0.1
+
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: gpus)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
-        patch.setattr(init_defaults, "measure_step", lambda *a: devices.append(a[2:]) or 0.1)
+        patch.setattr(init_defaults, "measure_step", measure)
         assert main(["init", "set"]) == 0
-    assert devices == [(batch // gpus, "cuda", precision)]
+    assert timed == [(batch // gpus, "cuda", precision)]
     printed = capsys.readouterr().out
     assert f"steps of 0.10 s on {gpus} GPU{'' if gpus == 1 else 's'}, as measured" in printed
     launch = re.search(r"\n  (.* fit set.yaml.*)\n  yolo-lightning test set.yaml\n", printed)
