@@ -9,7 +9,6 @@ from faster_coco_eval import COCO
 
 from yolo_lightning import WordTree
 from yolo_lightning.detections import Detection, DetectionList, Detections
-from yolo_lightning.errors import InputError
 
 TREE = WordTree.from_names(["cat", "dog"])
 FOUND = Detections(
@@ -64,5 +63,5 @@ def test_coco_reads_the_dictionaries(tmp_path):
     loaded = COCO(str(file)).loadRes(json.loads(json.dumps(results)))
     assert [row["area"] for row in loaded.dataset["annotations"]] == [26.0, 200.0]
     assert [row["category_id"] for row in FOUND.to_coco(42)] == [2, 1]
-    with pytest.raises(InputError, match="category_ids has no 'cat', which was detected"):
+    with pytest.raises(ValueError, match="category_ids has no 'cat', which was detected"):
         FOUND.to_coco(42, {"dog": 18})

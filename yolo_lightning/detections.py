@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from yolo_lightning.boxes import batched_nms, cxcywh_to_xyxy, unletterbox
-from yolo_lightning.errors import InputError
 from yolo_lightning.tree.wordtree import WordTree
 
 if TYPE_CHECKING:
@@ -70,12 +69,12 @@ class DetectionList(list[Detection]):
             category_ids: by name; default: node + 1, as in the ``detections.json`` of `detect`.
 
         Raises:
-            InputError: a detected class is not in `category_ids`.
+            ValueError: a detected class is not in `category_ids`.
         """
         rows = []
         for found in self:
             if category_ids is not None and found.name not in category_ids:
-                raise InputError(f"category_ids has no {found.name!r}, which was detected")
+                raise ValueError(f"category_ids has no {found.name!r}, which was detected")
             x1, y1, x2, y2 = found.box_xyxy_orig_px
             category_id = found.node + 1 if category_ids is None else category_ids[found.name]
             box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]

@@ -21,8 +21,8 @@ from yolo_lightning.cli.recipe_policy import CLASSES, allow
 
 # texts of classes for models and data that are names, not paths
 NAMES = {
-    "backbone", "box_selection", "challenge", "geometry", "interpolation", "location",
-    "objectness_rule", "reorg", "resize", "split",
+    "anchors_wh_cell", "backbone", "box_selection", "challenge", "geometry", "interpolation",
+    "location", "objectness_rule", "reorg", "resize", "split",
 }  # fmt: skip
 
 

@@ -330,6 +330,11 @@ def test_the_classes_that_are_mistaken_most_often_are_named_with_their_counts():
 
 
 def test_the_weakest_classes_are_those_with_the_lowest_known_value():
-    rows = {"a": {"AP50": 0.5}, "b": {"AP50": math.nan}, "c": {"AP50": 0.1}, "d": {"detected": 1}}
+    rows: dict[str, dict[str, float]] = {
+        "a": {"AP50": 0.5},
+        "b": {"AP50": math.nan},
+        "c": {"AP50": 0.1},
+        "d": {"detected": 1},
+    }
     assert weakest_classes(rows) == [("c", 0.1), ("a", 0.5)]
     assert weakest_classes({"a": {"top1": 0.5}, "b": {"top1": 0.25}}, 1) == [("b", 0.25)]

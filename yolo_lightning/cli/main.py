@@ -118,8 +118,8 @@ def run(args: Sequence[str]) -> Any:
     hint = ""
     try:
         if args[0] in _RECIPE_COMMANDS:
-            hint = f"; {_PATHS}"
             args = _check_arguments(args)
+            hint = f"; {_PATHS}"
         with signals.leave_at_interrupts(), _without_collection():
             module = import_module(f"yolo_lightning.cli.{COMMANDS[args[0]][0]}")
         return module.main(args if args[0] in _LIGHTNING_COMMANDS else args[1:])
