@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes on few cores: threads that spin while they wait slow each other 30-fold.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: quickstart road rehearsal test test-fast test-slow drills lint types structure format clean
+.PHONY: quickstart road rehearsal test test-fast test-slow drills lint types structure docs format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -55,6 +55,16 @@ types: $(READY)
 # lines, docstrings and imports by package
 structure:
 	$(PYTHON) -m tests.helpers.structure
+
+# the site: open build/site/index.html
+docs: $(VENV)/.docs-ready
+	rm -rf build/site
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet \
+		--conf-dir docs --doctree-dir build/doctrees . build/site
+
+$(VENV)/.docs-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

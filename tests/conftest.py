@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import shlex
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -20,6 +21,12 @@ from yolo_lightning.cli.main import main
 torch.set_num_threads(1)
 # a shell starts its background jobs with Ctrl-C ignored, and their children inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+BROWSER_FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--hide-scrollbars", "--window-size=1400,1300",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +81,22 @@ def workplace(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in BROWSER_FLAGS:
+        options.add_argument(flag)
+    window = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield window
+    window.quit()
 
 
 @pytest.fixture

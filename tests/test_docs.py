@@ -29,7 +29,7 @@ from yolo_lightning.export.darknet import build_checkpoint
 RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
 DOCS = sorted((REPO / "docs").glob("*.md"))
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "SECURITY.md", *DOCS]
-LANGUAGES = {"sh", "text", "python", "yaml", "json", "bibtex"}
+LANGUAGES = {"sh", "text", "python", "yaml", "json", "bibtex", "{eval-rst}"}
 
 
 def name_of(page: Path) -> str:

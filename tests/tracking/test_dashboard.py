@@ -1,7 +1,6 @@
 """MLflow's pages for the runs of real trainings, in a headless browser."""
 
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,29 +17,9 @@ from yolo_lightning.cli.main import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars", "--window-size=1400,1300",
-]  # fmt: skip
 CLOSE = "[data-component-id='mlflow.assistant.chat_panel.close']"
 SCREENSHOT_FOLDER = os.environ.get("SCREENSHOTS")
 """Folder for screenshots of the pages; none are saved if it is not set."""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in FLAGS:
-        options.add_argument(flag)
-    window = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield window
-    window.quit()
 
 
 def free_port() -> int:
