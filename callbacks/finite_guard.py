@@ -31,7 +31,7 @@ class FiniteGuard(pl.Callback):
     training fails, each rank with a non-finite batch saves it.
 
     Args:
-        max_consecutive: maximum number of consecutive skipped steps, 0 or more.
+        max_consecutive (steps): most that are skipped one after the other, 0 or more.
     """
 
     def __init__(self, max_consecutive: int = 10) -> None:

@@ -36,8 +36,8 @@ class LastCheckpoint(Checkpoint):
     ended says so too: resuming ends at once, unless the recipe has other settings of it.
 
     Args:
-        every_n_steps: most optimizer steps between two checkpoints, 1 or more.
-        every_minutes: most minutes between two checkpoints, unless a step takes longer.
+        every_n_steps (optimizer steps): most between two checkpoints, 1 or more.
+        every_minutes (minutes): most between two checkpoints, unless a step takes longer.
 
     Raises:
         InputError: a value out of range.

@@ -78,10 +78,11 @@ class MultiScale(pl.Callback):
     The sequence of sizes follows from `data.seed`, which is the recipe's `seed_everything`.
 
     Args:
-        sizes: px, multiples of 32, at most `data.canvas_size`.
-        every_n_batches: number of batches with one size.
-        last_batches_at_largest: number of batches at the end of the training that have the largest
-            size; the end is that of `trainer.max_steps` or `trainer.max_epochs`.
+        sizes (px): of the network input, multiples of 32, at most `data.canvas_size`, one of which
+            is drawn: the network learns all of them. Source: YOLO9000, section 2.
+        every_n_batches (batches): until the next size. Source: YOLO9000, section 2.
+        last_batches_at_largest (batches): at the end of the training, by `trainer.max_steps` or
+            `trainer.max_epochs`, that have the largest size. Source: Darknet: 200.
 
     Raises:
         InputError: a value out of range; when training starts, for `data.canvas_size` or a

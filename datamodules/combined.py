@@ -74,27 +74,29 @@ class CombinedDataModule(pl.LightningDataModule):
             Only training needs one of these two.
         validation: images for ``validate``, and for validation during ``fit``.
         test: images for ``test``; `validation` by default.
-        detection_batch_size: images in a detection batch, over *all* ranks.
-        classification_batch_size: images in a classification batch, over *all* ranks.
-        classification_batches_per_detection_batch: 0 or more, fractions allowed.
-        image_size: side of the network input in evaluation, px, a multiple of 32; the model's by
-            default.
-        canvas_size: side of training images, px, at least the largest size of `MultiScale`;
+        detection_batch_size (images): in a detection batch, over *all* ranks. Source: yolov2.cfg.
+        classification_batch_size (images): in a classification batch, over *all* ranks.
+        classification_batches_per_detection_batch (ratio): 0 or more, fractions allowed: more
+            teaches names, less teaches boxes. Source: YOLO9000, section 4: 4.
+        image_size (px): side of the network input in evaluation, a multiple of 32; the model's by
+            default. Source: YOLO9000, section 2.
+        canvas_size (px): side of training images, at least the largest size of `MultiScale`;
             `image_size` by default.
-        steps_per_epoch: by default one pass over the detection source with its classification
-            batches, or over the classification source alone.
+        steps_per_epoch (batches): by default one pass over the detection source with its
+            classification batches, or over the classification source alone.
         resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`;
-            images with labels are cropped at the centre; the model's by default.
+            images with labels are cropped at the centre; the model's by default. Source: Darknet.
         interpolation: how images are resized in evaluation: `area`, or `darknet`, for weights that
-            the original program trained; training images are always resized by area; the model's
-            by default.
+            the original program trained; training images are always resized by area; the model's by
+            default.
         detection_augmentation: no augmentation if None.
         classification_augmentation: no augmentation if None.
-        num_workers: loader processes per rank.
-        loader_timeout_s: how long to wait for a batch from the loader processes until the training
-            ends with the names of the images that they read; 0: for ever.
-        seed: of order, augmentation and the sizes of `MultiScale`; the batch of a step depends on
-            nothing else.
+        num_workers (processes): that load images, per rank: more feed a faster GPU; 0 loads in the
+            training process.
+        loader_timeout_s (s): how long to wait for a batch from the loader processes until the
+            training ends with the names of the images that they read; 0: for ever.
+        seed (number): of order, augmentation and the sizes of `MultiScale`; the batch of a step
+            depends on nothing else.
 
     Values that are "the model's by default" are set by `setup`, from the trainer's module.
 

@@ -99,14 +99,20 @@ class DetectionAugmentation:
     """Random crop, flip and colour, for images with boxes.
 
     Args:
-        jitter: largest change of the window's sides (`crop`) or the image's (`place`), relative.
-        flip: probability of a horizontal flip.
-        hue: largest rotation of the hue, 1 is the full circle.
-        saturation: largest factor; its inverse is the smallest.
-        exposure: largest factor; its inverse is the smallest.
+        jitter (part of a side): largest change of the window's sides (`crop`) or the image's
+            (`place`); 0 for none. Source: YOLO9000, section 3; 0.2 or 0.3 in Darknet's files.
+        flip (probability): of a horizontal flip; 0 where left and right differ, such as text.
+            Source: Darknet.
+        hue (part of the circle): largest rotation of the hue, to either side; lower it where
+            colours tell classes apart. Source: YOLO9000, section 3; yolov2.cfg.
+        saturation (factor): the largest; its inverse is the smallest; 1 for none. Source: YOLO9000,
+            section 3; yolov2.cfg.
+        exposure (factor): of brightness, the largest; its inverse is the smallest; 1 for none.
+            Source: YOLO9000, section 3; yolov2.cfg.
         geometry: `crop`, as in the paper: each side moves in or out by up to `jitter`, and the
             result is fitted as in evaluation; `place`, as in the original program: sides change by
             up to `jitter`, and the image is placed at random, at 1/4 to 2 times the network's size.
+            Source: YOLO9000, section 3; Darknet.
 
     Raises:
         InputError: a value out of range.
@@ -184,13 +190,20 @@ class ClassificationAugmentation:
     """Random scale, rotation, crop, flip and colour, for images with one label.
 
     Args:
-        shorter_side: least and largest length of the image's shorter side, px, before the crop.
-        aspect: smallest factor of the width; the inverse is the largest.
-        degrees: largest rotation to either side.
-        flip: probability of a horizontal flip.
-        hue: largest rotation of the hue, 1 is the full circle.
-        saturation: largest factor; its inverse is the smallest.
-        exposure: largest factor; its inverse is the smallest.
+        shorter_side (px): least and largest length of the image's shorter side before the crop:
+            larger shows smaller parts of it. Source: YOLO9000, section 3; darknet19.cfg.
+        aspect (factor): of the width, the smallest; the inverse is the largest; 1 for none. Source:
+            darknet19.cfg.
+        degrees (degrees): largest rotation to either side. Source: YOLO9000, section 3;
+            darknet19.cfg.
+        flip (probability): of a horizontal flip; 0 where left and right differ, such as text.
+            Source: Darknet.
+        hue (part of the circle): largest rotation of the hue, to either side; lower it where
+            colours tell classes apart. Source: YOLO9000, section 3; darknet19.cfg.
+        saturation (factor): the largest; its inverse is the smallest; 1 for none. Source: YOLO9000,
+            section 3; darknet19.cfg.
+        exposure (factor): of brightness, the largest; its inverse is the smallest; 1 for none.
+            Source: YOLO9000, section 3; darknet19.cfg.
 
     Source: YOLO9000, section 3, "Training for classification"; figures of the released
     configuration, which draws 128 … 448 px for a window of 256 and 448 … 512 for one of 448.

@@ -51,7 +51,7 @@ def broken_targets(site: Path) -> list[str]:
 def site(tmp_path_factory) -> Path:
     for module in ("furo", "myst_nb"):
         pytest.importorskip(module, reason="needs the extra docs: make docs")
-    folder = tmp_path_factory.mktemp("site").resolve()
+    folder: Path = tmp_path_factory.mktemp("site").resolve()
     options = ["--fail-on-warning", "--keep-going", "--quiet", "--conf-dir", "docs"]
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", *options, ".", str(folder)],

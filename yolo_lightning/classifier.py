@@ -21,22 +21,28 @@ class ClassifierModule(TrainingModule):
     """Image classifier, whose backbone can be used to initialise a detector.
 
     Args:
-        tree: the classes: a tree file, a list of names (a tree of one level), or rows.
+        tree: the classes: a tree file, a list of names (a tree of one level), or rows. Source:
+            YOLO9000, section 4.
         backbone: a name, layers as rows such as ``[conv, 32, 3]``, or a module with attributes
-            `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to
-            (B, out_channels, H / stride, W / stride).
-        batch_norm: false gives every convolution of the network a bias instead of its batch norm;
-            only for a backbone that is a name or a list of layers.
-        pretrained: Darknet weights or a checkpoint to start from.
-        image_size: default network input of predictions, px: one side, or height and width;
-            training uses that of the data, if it has one.
-        learning_rate: per optimizer step, for gradients averaged over the global batch.
-        momentum: of SGD.
-        weight_decay: of SGD; of weights of two or more dimensions, not of biases and norms, as
-            in the original program.
-        backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
-            running statistics.
-        schedule: factor of the learning rate at each optimizer step.
+            `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to (B,
+            out_channels, H / stride, W / stride). Source: YOLO9000, section 3.
+        batch_norm: false gives every convolution of the network a bias instead of its batch norm,
+            as in YOLO; only for a backbone that is a name or a list of layers. Source: YOLO9000,
+            section 2.
+        pretrained: Darknet weights or a checkpoint to start from: far fewer steps are needed.
+            Source: YOLO9000, sections 2 and 3.
+        image_size (px): default network input of predictions: one side, or height and width;
+            training uses that of the data, if it has one. Source: YOLO9000, section 3.
+        learning_rate (per optimizer step): of SGD, for gradients averaged over the global batch;
+            higher learns faster, too high diverges. Source: YOLO9000, section 3.
+        momentum (0 … 1): of SGD, the part of the last update that is added to the next one. Source:
+            YOLO9000, section 3.
+        weight_decay (factor): how strongly SGD pulls weights of two or more dimensions to zero; not
+            biases and norms, as in the original program. Source: YOLO9000, section 3.
+        backbone_lr_factor (factor): of the learning rate for the backbone: below 1 keeps more of
+            pretrained weights; 0 freezes the backbone and its running statistics.
+        schedule: factor of the learning rate at each optimizer step; none: a constant rate. Source:
+            YOLO9000, section 3.
         interpolation: how images are resized to the network input: `area`, or `darknet`, for
             weights that the original program trained; training replaces it by that of the data.
 

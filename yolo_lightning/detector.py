@@ -51,37 +51,49 @@ class DetectorModule(TrainingModule):
     """YOLOv2, or YOLO9000 if trained with a class hierarchy and classification batches.
 
     Args:
-        tree: the classes: a tree file, a list of names (a tree of one level), or rows.
-        anchors_wh_cell: widths and heights of the anchors, in grid cells; or the name of released
-            ones, `voc`, `coco`, `tiny_voc` or `yolo9000`. Null: five, clustered from the boxes of
-            the data when a training begins; until then those for VOC.
+        tree: the classes: a tree file, a list of names (a tree of one level), or rows. Source:
+            YOLO9000, section 4.
+        anchors_wh_cell (grid cells): widths and heights of the anchors, each of which predicts a
+            box per cell, of a size relative to its own; or the name of released ones, `voc`,
+            `coco`, `tiny_voc` or `yolo9000`. Null: five, clustered from the boxes of the data when
+            a training begins; until then those for VOC. Source: YOLO9000, section 2.
         backbone: a name, layers as rows such as ``[conv, 32, 3]``, or a module with attributes
-            `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to
-            (B, out_channels, H / stride, W / stride).
-        head_channels: channels of the head's 3x3 convolutions; 0 for no head; null for those of
-            the backbone's output, at least 256 and at most 1024, as Darknet-19 has.
-        passthrough_channels: channels of the 1x1 convolution that reduces the finer features for
-            the passthrough; null for no reduction, 0 for no passthrough.
+            `out_channels` and `stride` (px of input per output cell) that maps (B, 3, H, W) to (B,
+            out_channels, H / stride, W / stride). Source: YOLO9000, section 3.
+        head_channels (channels): of the head's 3x3 convolutions: fewer are faster and learn less; 0
+            for no head; null for those of the backbone's output, at least 256 and at most 1024, as
+            Darknet-19 has. Source: YOLO9000, section 3.
+        passthrough_channels (channels): of the 1x1 convolution that reduces the finer features for
+            the passthrough, which helps with small objects; null for no reduction, 0 for no
+            passthrough. Source: YOLO9000, section 2; 64 in yolov2.cfg.
         reorg: how the passthrough folds cells into channels: `darknet`, as its weights and exports
-            require, or `space_to_depth`, as in the paper.
-        batch_norm: false gives every convolution of the network a bias instead of its batch norm;
-            only for a backbone that is a name or a list of layers.
+            require, or `space_to_depth`, as in the paper. Source: YOLO9000, section 2; Darknet.
+        batch_norm: false gives every convolution of the network a bias instead of its batch norm,
+            as in YOLO; only for a backbone that is a name or a list of layers. Source: YOLO9000,
+            section 2.
         location: how the centre of a box is predicted: `direct`, inside its cell, as in the paper,
-            or `offset`, anywhere, in sides of the anchor, as in Faster R-CNN.
-        pretrained: Darknet weights or a checkpoint to start from.
-        image_size: default network input of predictions, px: one side, or height and width;
-            training uses that of the data, if it has one.
-        learning_rate: per optimizer step, for gradients averaged over the global batch.
-        momentum: of SGD.
-        weight_decay: of SGD; of weights of two or more dimensions, not of biases and norms, as
-            in the original program.
-        backbone_lr_factor: factor of the backbone's learning rate; 0 freezes the backbone and its
-            running statistics.
-        schedule: factor of the learning rate at each optimizer step.
-        loss: weights and rules of the loss.
-        iou_threshold: of non-maximum suppression.
+            or `offset`, anywhere, in sides of the anchor, as in Faster R-CNN. Source: YOLO9000,
+            section 2.
+        pretrained: Darknet weights or a checkpoint to start from: far fewer steps are needed.
+            Source: YOLO9000, sections 2 and 3.
+        image_size (px): default network input of predictions: one side, or height and width; larger
+            finds smaller objects and is slower; training uses that of the data, if it has one.
+            Source: YOLO9000, section 2.
+        learning_rate (per optimizer step): of SGD, for gradients averaged over the global batch;
+            higher learns faster, too high diverges. Source: YOLO9000, section 3.
+        momentum (0 … 1): of SGD, the part of the last update that is added to the next one. Source:
+            YOLO9000, section 3.
+        weight_decay (factor): how strongly SGD pulls weights of two or more dimensions to zero; not
+            biases and norms, as in the original program. Source: YOLO9000, section 3.
+        backbone_lr_factor (factor): of the learning rate for the backbone: below 1 keeps more of
+            pretrained weights; 0 freezes the backbone and its running statistics.
+        schedule: factor of the learning rate at each optimizer step; none: a constant rate. Source:
+            YOLO9000, section 3.
+        loss: weights and rules of the loss: see `LossSettings`. Source: YOLO9000, sections 2 and 4.
+        iou_threshold (IoU, 0 … 1): of non-maximum suppression: of two boxes that overlap more, the
+            one with the lower score is dropped. Source: Darknet.
         resize: `letterbox` keeps the aspect ratio and pads with grey, `stretch` does not; training
-            replaces it by that of the data.
+            replaces it by that of the data. Source: Darknet.
         interpolation: how images are resized to the network input: `area`, or `darknet`, for
             weights that the original program trained; training replaces it by that of the data.
 

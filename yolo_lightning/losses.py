@@ -34,23 +34,29 @@ class LossSettings:
     """Weights and rules of the loss.
 
     Attributes:
-        coord_scale: weight of the error of centre and size.
-        obj_scale: weight of the objectness error of responsible boxes.
-        noobj_scale: weight of the no-object loss.
-        class_scale: weight of the class loss.
-        ignore_iou: boxes whose IoU with a target exceeds this have no no-object loss.
-        anchor_prior_images: number of images, from the start of training, for which boxes without
-            an object are trained towards their anchors.
-        anchor_prior_scale: weight of that term.
-        label_noobj_scale: additional factor of the no-object loss for images with a label only: 1
-            in the original program; the paper mentions no such loss, 0.
+        coord_scale (weight): of the error of centre and size: higher fits boxes more tightly.
+            Source: yolov2.cfg.
+        obj_scale (weight): of the objectness error of responsible boxes: higher finds more objects.
+            Source: yolov2.cfg.
+        noobj_scale (weight): of the no-object loss: higher gives fewer false positives. Source:
+            yolov2.cfg.
+        class_scale (weight): of the class loss. Source: yolov2.cfg.
+        ignore_iou (IoU, 0 … 1): boxes whose IoU with a target exceeds this have no no-object loss.
+            Source: yolov2.cfg.
+        anchor_prior_images (images): from the start of training, for which boxes without an object
+            are trained towards their anchors; 0: none. Source: Darknet.
+        anchor_prior_scale (weight): of that term. Source: Darknet.
+        label_noobj_scale (factor): of the no-object loss for images with a label only: 1 in the
+            original program; the paper mentions no such loss, 0. Source: Darknet.
         box_selection: the box that a classification image trains: `label`, with the highest
-            objectness x P(label), as in the paper; `boxed_ancestor`, with the highest
-            objectness x P(deepest ancestor of the label that has boxes in training); `largest`,
-            the largest one with objectness above 0.3.
+            objectness x P(label), as in the paper; `boxed_ancestor`, with the highest objectness x
+            P(deepest ancestor of the label that has boxes in training); `largest`, the largest one
+            with objectness above 0.3. Source: YOLO9000, section 4, for `label`.
         objectness_rule: target of that box's objectness: `paper`, at least 0.3; `darknet`, none.
+            Source: YOLO9000, section 4; Darknet.
         rescore: the objectness target of a responsible box is its IoU with the object, as in the
-            paper, instead of 1, as in the released Tiny YOLOv2 for COCO.
+            paper, instead of 1, as in the released Tiny YOLOv2 for COCO. Source: YOLO9000, section
+            2.
 
     Source: YOLO9000, sections 2 and 4; scales of the released configuration.
     """

@@ -15,7 +15,8 @@ class Schedule:
     """A constant rate after the burn-in.
 
     Args:
-        burn_in_steps: steps over which the factor rises to 1, as a power of 4; 0 for none.
+        burn_in_steps (optimizer steps): over which the factor rises to 1, as a power of 4: keeps
+            fresh weights from diverging; 0 for none. Source: Darknet; 1,000 in yolov2.cfg.
 
     Source: the original program; the paper does not mention a burn-in.
 
@@ -43,9 +44,12 @@ class StepDecay(Schedule):
     """Multiply the rate by a factor at each milestone.
 
     Args:
-        milestones: numbers, counted from 1, of the first optimizer steps at a new rate, ascending.
-        factors: one per milestone.
-        burn_in_steps: see `Schedule`.
+        milestones (optimizer steps): numbers, counted from 1, of the first steps at a new rate,
+            ascending. Source: YOLO9000, section 3.
+        factors (factor): of the rate from each milestone on, one per milestone. Source: YOLO9000,
+            section 3.
+        burn_in_steps (optimizer steps): over which the factor rises to 1, as a power of 4: keeps
+            fresh weights from diverging; 0 for none. Source: Darknet; 1,000 in yolov2.cfg.
 
     Source: YOLO9000, section 3, "Training for detection": a tenth at epochs 60 and 90.
     """
@@ -71,9 +75,12 @@ class PolynomialDecay(Schedule):
     """Decay to zero as a power of the remaining fraction of training.
 
     Args:
-        total_steps: optimizer steps of the whole training, 1 or more.
-        power: 0 or more; 4 in the paper's classification training.
-        burn_in_steps: see `Schedule`.
+        total_steps (optimizer steps): of the whole training, 1 or more; the rate of the last one is
+            0. Source: YOLO9000, section 3.
+        power (exponent): 0 or more: higher lowers the rate earlier; 4 in the paper's classification
+            training. Source: YOLO9000, section 3.
+        burn_in_steps (optimizer steps): over which the factor rises to 1, as a power of 4: keeps
+            fresh weights from diverging; 0 for none. Source: Darknet; 1,000 in yolov2.cfg.
 
     Source: YOLO9000, section 3, "Training for classification".
     """
