@@ -4,6 +4,7 @@ A description is ``name (unit): effect. Source: where the value is from.``
 """
 
 import inspect
+import json
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -37,15 +38,16 @@ def parameters(path: str) -> list[Parameter]:
             " Source: "
         )
         required = parameter.default is inspect.Parameter.empty
-        default = "required" if required else f"`{parameter.default!r}`"
+        default = "required" if required else f"`{json.dumps(parameter.default)}`"
         unit = (text and text.type_name) or ""
-        rows.append(Parameter(name, default.replace("'", ""), unit, effect, source.rstrip(".")))
+        rows.append(Parameter(name, default.replace('"', ""), unit, effect, source.rstrip(".")))
     return rows
 
 
 def table(path: str) -> str:
     """Return the parameters as a table in Markdown."""
-    lines = ["| parameter | default | unit | effect | source |", "| --- | --- | --- | --- | --- |"]
-    for name, *cells in parameters(path):
-        lines.append(" | ".join([f"| `{name}`", *cells]) + " |")
+    lines = ["| parameter | default, unit | effect, *source* |", "| --- | --- | --- |"]
+    for name, default, unit, effect, source in parameters(path):
+        origin = f" *{source}*" if source else ""
+        lines.append(f"| `{name}` | {default} {unit} | {effect}{origin} |")
     return "\n".join(lines)

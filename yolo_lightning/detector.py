@@ -81,13 +81,13 @@ class DetectorModule(TrainingModule):
             Source: YOLO9000, section 2.
         learning_rate (per optimizer step): of SGD, for gradients averaged over the global batch;
             higher learns faster, too high diverges. Source: YOLO9000, section 3.
-        momentum (0 … 1): of SGD, the part of the last update that is added to the next one. Source:
+        momentum (factor): of SGD, the part of the last update that is added to the next one. Source:
             YOLO9000, section 3.
         weight_decay (factor): how strongly SGD pulls weights of two or more dimensions to zero; not
             biases and norms, as in the original program. Source: YOLO9000, section 3.
         backbone_lr_factor (factor): of the learning rate for the backbone: below 1 keeps more of
             pretrained weights; 0 freezes the backbone and its running statistics.
-        schedule: factor of the learning rate at each optimizer step; none: a constant rate. Source:
+        schedule: factor of the learning rate at each optimizer step; null: a constant rate. Source:
             YOLO9000, section 3.
         loss: weights and rules of the loss: see `LossSettings`. Source: YOLO9000, sections 2 and 4.
         iou_threshold (IoU, 0 … 1): of non-maximum suppression: of two boxes that overlap more, the
