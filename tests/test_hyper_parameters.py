@@ -84,6 +84,6 @@ def test_a_row_by_hand():
     assert (rate.default, rate.unit) == ("`0.001`", "per optimizer step")
     assert rate.effect.startswith("of SGD, for gradients averaged over the global batch")
     assert rate.source == "YOLO9000, section 3"
-    row = "| `weight_decay` | `0.0005` factor | how strongly SGD pulls weights of two or more dimensions"
+    row = "| `weight_decay` | `0.0005` factor | how strongly SGD pulls weights"
     assert row in tables.table("yolo_lightning.DetectorModule")
     assert "the next one. *YOLO9000, section 3* |" in tables.table("yolo_lightning.DetectorModule")

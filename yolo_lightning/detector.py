@@ -81,8 +81,8 @@ class DetectorModule(TrainingModule):
             Source: YOLO9000, section 2.
         learning_rate (per optimizer step): of SGD, for gradients averaged over the global batch;
             higher learns faster, too high diverges. Source: YOLO9000, section 3.
-        momentum (factor): of SGD, the part of the last update that is added to the next one. Source:
-            YOLO9000, section 3.
+        momentum (factor): of SGD, the part of the last update that is added to the next one.
+            Source: YOLO9000, section 3.
         weight_decay (factor): how strongly SGD pulls weights of two or more dimensions to zero; not
             biases and norms, as in the original program. Source: YOLO9000, section 3.
         backbone_lr_factor (factor): of the learning rate for the backbone: below 1 keeps more of
