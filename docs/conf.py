@@ -54,7 +54,7 @@ class HyperParameters(SphinxDirective):
 class SourceLinks(SphinxTransform):
     """Links to files of the repository that are no pages lead to pages with their text."""
 
-    default_priority = 999
+    default_priority = 800  # before Sphinx copies files to download
 
     def apply(self, **kwargs: Any) -> None:
         """Replace the downloads that MyST makes of such links."""
