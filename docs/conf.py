@@ -65,6 +65,16 @@ class SourceLinks(SphinxTransform):
             link.replace_self(nodes.reference("", "", *link.children, refuri=uri, internal=True))
 
 
+def show_titles(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Show the title of a page where the text of a link is its file name."""
+    for link in doctree.findall(nodes.reference):
+        if name := re.fullmatch(r"(?:docs/)?([\w-]+)\.md", link.astext()):
+            titles = app.env.titles
+            title = titles.get(f"docs/{name[1]}") or titles.get(name[1])
+            if title:
+                link.children = [nodes.inline("", title.astext())]
+
+
 FILES: set[str] = set()
 LEXERS = {".py": "python", ".yaml": "yaml", ".sh": "sh"}
 
@@ -103,5 +113,6 @@ def setup(app: Sphinx) -> None:
     app.add_directive("hyper-parameters", HyperParameters)
     app.add_transform(SourceLinks)
     app.connect("source-read", add_navigation)
+    app.connect("doctree-resolved", show_titles)
     app.connect("html-collect-pages", pages_of_files)
     app.connect("build-finished", add_start_page)
