@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from yolo_lightning.cli.recipe import RecipeCLI
     from yolo_lightning.inference.loading import Module
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `main`; without effect if torch is loaded
+
 _FROM_DICTIONARY = "# Written by yolo_lightning.fit from a dictionary; its next call replaces it.\n"
 
 
