@@ -30,6 +30,8 @@ def test_iou_by_hand_symmetric_and_zero_for_empty_boxes():
     iou = pairwise_iou(first, second)
     torch.testing.assert_close(iou, torch.tensor([[1 / 7, 1.0], [0.0, 0.0]]))
     torch.testing.assert_close(pairwise_iou(second, first), iou.T)
+    line = torch.tensor([[-torch.inf, 1, torch.inf, 1]])  # overflow and underflow of a size
+    assert pairwise_iou(line, second).tolist() == [[0, 0]]
 
 
 def test_shape_iou_by_hand():

@@ -1,6 +1,7 @@
 """Loss terms computed by hand, and properties of every batch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,10 +131,22 @@ def test_a_box_with_a_large_iou_has_no_no_object_loss():
     assert (everything - counted) / 0.125 == pytest.approx(1)
 
 
+def test_a_batch_knows_its_objects_wherever_it_is():
+    labels = torch.tensor([[3, -1, 5], [-1, -1, -1], [-1, 4, -1]])
+    batch = detection_batch(torch.zeros(3, 3, 4), labels)
+    assert batch.objects.tolist() == [0, 2, 7]
+    moved = batch.to("meta")
+    assert (moved.objects.device.type, moved.objects.shape) == ("meta", (3,))
+    assert replace(batch, labels=torch.flip(labels, [0])).objects.tolist() == [1, 6, 8]
+    assert batch.objects.device.type == "cpu"
+
+
 def test_the_later_of_two_objects_keeps_the_same_box():
     boxes = torch.tensor([[[0.2, 0.2, 0.3, 0.3], [0.22, 0.2, 0.3, 0.3], [0.9, 0.9, 0.3, 0.3]]])
-    found = assign_objects(boxes, torch.tensor([[5, 6, 7]]), ANCHORS, (2, 2))
-    assert sorted(found.labels.tolist()) == [6, 7]
+    found = assign_objects(detection_batch(boxes, torch.tensor([[5, 6, 7]])), ANCHORS, (2, 2))
+    assert found.labels.tolist() == [5, 6, 7]
+    assert found.counts.tolist() == [False, True, True]
+    assert found.is_responsible.sum() == 2
 
 
 def test_of_two_objects_with_the_same_box_the_earlier_one_has_no_class_loss():

@@ -4,6 +4,7 @@ Shape letters used in every module: B images, A anchors per cell, Gh Gw grid cel
 M objects or chosen boxes, C channels.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
@@ -64,12 +65,11 @@ class _Batch:
 
     def _map(self, function: object) -> Self:
         assert callable(function)
-        tensors = {
-            f.name: function(getattr(self, f.name))
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **tensors)
+        mapped = copy.copy(self)  # without `__post_init__`, which would wait for a GPU
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), Tensor):
+                setattr(mapped, f.name, function(value))
+        return mapped
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with every tensor on `device`."""
@@ -91,8 +91,12 @@ class DetectionBatch(_Batch):
     sizes_hw_orig: Tensor  # int64 (B, 2), height and width of the image files, px
     # float32 (B, M), areas of outlines in square px of the image files; 0 where unknown
     areas_orig_px2: Tensor = field(default_factory=lambda: torch.zeros(0), kw_only=True)
+    # int64 (N,), the N objects as indices into the B * M labels; found before the batch moves to a
+    # device, which would have to be waited for
+    objects: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.objects = (self.labels >= 0).flatten().nonzero().flatten()
         if self.areas_orig_px2.shape != self.labels.shape:
             self.areas_orig_px2 = self.boxes_cxcywh_norm.new_zeros(self.labels.shape)
 

@@ -10,8 +10,8 @@ _MAX_PAIRS = 2**18  # boxes compared in one operation; this many fit a processor
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """Convert (…, 4) from centre and size to corners, in the same unit."""
-    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
@@ -21,10 +21,13 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 
 def pairwise_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
-    """Return IoU (…, N, M) of boxes (…, N, 4) and (…, M, 4) in the same unit; 0 for empty boxes."""
+    """Return IoU (…, N, M) of boxes (…, N, 4) and (…, M, 4) in the same unit.
+
+    It is 0 for empty boxes, also for those that are infinitely long, whose area is NaN.
+    """
     overlap = _intersection(first_xyxy, second_xyxy)
     union = _area(first_xyxy)[..., :, None] + _area(second_xyxy)[..., None, :] - overlap
-    return torch.where(union > 0, overlap / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
+    return torch.where(union > 0, overlap / union, 0.0)
 
 
 def pairwise_ioa(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
@@ -35,10 +38,10 @@ def pairwise_ioa(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
 
 def _intersection(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
     # one contiguous tensor per coordinate is several times faster than pairs of coordinates
-    x1, y1, x2, y2 = first_xyxy.movedim(-1, 0).contiguous()[..., :, None]
-    u1, v1, u2, v2 = second_xyxy.movedim(-1, 0).contiguous()[..., None, :]
-    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
-    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp_(min=0)
+    first = first_xyxy.movedim(-1, 0).contiguous()[..., :, None]
+    second = second_xyxy.movedim(-1, 0).contiguous()[..., None, :]
+    low, high = torch.maximum(first[:2], second[:2]), torch.minimum(first[2:], second[2:])
+    width, height = (high - low).clamp_(min=0).unbind()
     return width * height
 
 

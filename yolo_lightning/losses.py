@@ -3,9 +3,11 @@
 Every term is a sum over all boxes, averaged over the images of the batch, as in the original
 program; its learning rates therefore apply.
 
-Shapes: box_logits (B, A, 5, Gh, Gw), objectness_logits and masks (B, A, Gh, Gw), anchors_wh_cell
-(A, 2), boxes_cxcywh_norm (B, M, 4), labels (B, M) with -1 as padding, or (B,) without boxes;
+Shapes: box_logits (R, 5), objectness_logits and masks (R,) of all R = B * Gh * Gw * A boxes, by
+image, cell and anchor, or of the M boxes that are responsible for objects; anchors_wh_cell (A, 2);
 boxed_ancestors, int64 (K,): each node's deepest ancestor or self with training boxes, or -1.
+
+Nothing here waits for the device.
 """
 
 from dataclasses import dataclass
@@ -81,17 +83,20 @@ class LossSettings:
 
 @dataclass
 class Assignment:
-    """The responsible box of each of M objects."""
+    """The responsible box of each of M objects; of several with the same box, the last counts."""
 
     image: Tensor  # int64 (M,)
+    cell: Tensor  # int64 (M,), among the B * Gh * Gw cells of the batch
     anchor: Tensor  # int64 (M,)
-    cell: Tensor  # int64 (M,), row-major
-    boxes_cxcywh_norm: Tensor  # (M, 4), the targets
+    box: Tensor  # int64 (M,), among all boxes of the batch
+    counts: Tensor  # bool (M,), false if a later object has the same box
+    targets_cxcywh_cell: Tensor  # (M, 4), the centre relative to the cell
     labels: Tensor  # int64 (M,), tree nodes
+    is_responsible: Tensor  # bool (R,), of all boxes of the batch
 
 
 def assign_objects(
-    boxes_cxcywh_norm: Tensor, labels: Tensor, anchors_wh_cell: Tensor, grid_hw: tuple[int, int]
+    batch: DetectionBatch, anchors_wh_cell: Tensor, grid_hw: tuple[int, int]
 ) -> Assignment:
     """Assign each object to the anchor with the most similar shape in the cell of its centre.
 
@@ -102,73 +107,96 @@ def assign_objects(
     those groups of siblings that the path of the later one does not pass; a box of a person would
     then learn which breed of dog it is. Here the earlier object has no loss.
     """
-    height, width = grid_hw
-    image, slot = (labels >= 0).nonzero(as_tuple=True)
-    target, label = boxes_cxcywh_norm[image, slot], labels[image, slot]
-    column = (target[:, 0] * width).long().clamp(0, width - 1)
-    row = (target[:, 1] * height).long().clamp(0, height - 1)
-    target_wh_cell = target[:, 2:] * target.new_tensor([width, height])
-    anchor = shape_iou(target_wh_cell, anchors_wh_cell.to(target)).argmax(dim=1)
-    cell = row * width + column
-    last = _last_occurrences((image * len(anchors_wh_cell) + anchor) * height * width + cell)
-    return Assignment(image[last], anchor[last], cell[last], target[last], label[last])
-
-
-def _last_occurrences(values: Tensor) -> Tensor:
-    _, inverse = torch.unique(values, return_inverse=True)
-    position = torch.arange(len(values), device=values.device)
-    last = torch.full_like(position, -1).scatter_reduce(0, inverse, position, "amax")
-    return last[last >= 0]
+    (images, slots), device = batch.labels.shape, batch.labels.device
+    (height, width), num_anchors = grid_hw, len(anchors_wh_cell)
+    image = batch.objects // slots
+    boxes_cxcywh_norm = batch.boxes_cxcywh_norm.flatten(0, 1).index_select(0, batch.objects)
+    grid_wh = torch.linspace(width, height, 2, device=device)  # needs no copy to the device
+    xy_cell, wh_cell = (boxes_cxcywh_norm.unflatten(1, (2, 2)) * grid_wh).unbind(1)
+    column_row = xy_cell.floor().clamp(min=0).minimum(grid_wh - 1)
+    cell = (column_row[:, 1] * width + column_row[:, 0]).long() + image * (height * width)
+    anchor = shape_iou(wh_cell, anchors_wh_cell.to(wh_cell)).argmax(dim=1)
+    box = cell * num_anchors + anchor
+    number = torch.arange(len(box), device=device)
+    last = torch.full((images * height * width * num_anchors,), -1, device=device)
+    last = last.scatter_reduce(0, box, number, "amax")  # object of each box, or -1
+    return Assignment(
+        image,
+        cell,
+        anchor,
+        box,
+        counts=last.index_select(0, box) == number,
+        targets_cxcywh_cell=torch.cat([xy_cell - column_row, wh_cell], dim=1),
+        labels=batch.labels.flatten().index_select(0, batch.objects),
+        is_responsible=last >= 0,
+    )
 
 
 def loss_coord(
     box_logits: Tensor,
     assignment: Assignment,
     anchors_wh_cell: Tensor,
+    grid_hw: tuple[int, int],
     location: Location = "direct",
 ) -> Tensor:
-    """Return the squared errors of centre and size, with larger weights for small boxes.
+    """Return the sum of squared errors of centre and size, with larger weights for small boxes.
 
     The error of the centre is in cells, with the location `offset` in sides of the anchor.
+
+    Args:
+        box_logits: of the responsible boxes.
+        assignment: of the objects to these boxes.
+        anchors_wh_cell: of all anchors.
+        grid_hw: rows and columns of the grid.
+        location: see `decode_boxes`.
 
     Source: YOLO9000, section 2, "Direct location prediction"; the weight 2 - w * h is from the
     original program.
     """
-    height, width = box_logits.shape[-2:]
-    predicted = box_logits.flatten(3)[assignment.image, assignment.anchor, :4, assignment.cell]
-    target = assignment.boxes_cxcywh_norm
-    grid_wh = target.new_tensor([width, height])
-    cell_xy = torch.stack([assignment.cell % width, assignment.cell // width], dim=1)
-    target_xy = target[:, :2] * grid_wh - cell_xy
-    anchors = anchors_wh_cell.to(target)[assignment.anchor]
-    target_wh = (target[:, 2:] * grid_wh / anchors).clamp(min=1e-6).log()
+    targets = assignment.targets_cxcywh_cell
+    target_xy, target_wh = targets[:, :2], targets[:, 2:]
+    anchors = anchors_wh_cell.to(target_wh).index_select(0, assignment.anchor)
+    xy_logits, wh_logits = box_logits[:, :2], box_logits[:, 2:4]
     if location == "direct":
-        error_xy = predicted[:, :2].sigmoid() - target_xy
+        error_xy = xy_logits.sigmoid() - target_xy
     else:
-        error_xy = predicted[:, :2] - (target_xy - 0.5) / anchors
-    error = error_xy.square().sum(dim=1) + (predicted[:, 2:] - target_wh).square().sum(dim=1)
-    weight = 2 - target[:, 2] * target[:, 3]
-    return 0.5 * (weight * error).sum()
+        error_xy = xy_logits - (target_xy - 0.5) / anchors
+    error_wh = wh_logits - (target_wh / anchors).clamp(min=1e-6).log()
+    error = torch.cat([error_xy, error_wh], dim=1).square().sum(dim=1)
+    # 2 - w * h of the image, as one operation
+    weight = torch.rsub(target_wh.prod(dim=1), 2, alpha=1 / (grid_hw[0] * grid_hw[1]))
+    return (weight * error * assignment.counts).sum()
 
 
 def loss_obj(objectness_logits: Tensor, assignment: Assignment, target: Tensor) -> Tensor:
-    """Return the squared errors of the responsible boxes' objectness; target is IoU or 1, (M,)."""
-    logits = objectness_logits.flatten(2)[assignment.image, assignment.anchor, assignment.cell]
-    return 0.5 * (target.detach() - logits.sigmoid()).square().sum()
+    """Return the sum of squared errors of objectness of responsible boxes; target is (M,)."""
+    error = target.detach() - objectness_logits.sigmoid()
+    return (error.square() * assignment.counts).sum()
 
 
 def loss_noobj(objectness_logits: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared objectness of the boxes in the mask."""
-    return 0.5 * (objectness_logits.sigmoid().square() * mask).sum()
+    """Return the sum of the squared objectness of the boxes in the mask."""
+    return (objectness_logits.sigmoid().square() * mask).sum()
 
 
 def loss_anchor_prior(box_logits: Tensor, mask: Tensor, location: Location = "direct") -> Tensor:
-    """Return the squared distances of boxes in the mask from anchors centred in their cells."""
-    xy_logits = box_logits[:, :, :2]
+    """Return the sum of squared distances of boxes in the mask from anchors in cells' centres."""
+    xy_logits, wh_logits = box_logits[:, :2], box_logits[:, 2:4]
     error_xy = xy_logits.sigmoid() - 0.5 if location == "direct" else xy_logits
-    centre = error_xy.square().sum(dim=2)
-    size = box_logits[:, :, 2:4].square().sum(dim=2)
-    return 0.5 * ((centre + size) * mask).sum()
+    distance = error_xy.square().sum(dim=1) + wh_logits.square().sum(dim=1)
+    return (distance * mask).sum()
+
+
+@torch.no_grad()
+def _ious(
+    box_logits: Tensor, location: Location, batch: DetectionBatch, anchors_wh_cell: Tensor
+) -> Tensor:
+    """Return IoU (R, slots) of all boxes with the label slots of their images; 0 for padding."""
+    boxes = decode_boxes(box_logits, anchors_wh_cell, location)  # (B, A, 4, Gh, Gw)
+    boxes = boxes.permute(0, 3, 4, 1, 2).flatten(1, 3)
+    # padding becomes empty boxes, which overlap nothing
+    targets = batch.boxes_cxcywh_norm * (batch.labels >= 0)[..., None]
+    return pairwise_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets)).flatten(0, 1)
 
 
 def detection_loss(
@@ -183,43 +211,43 @@ def detection_loss(
 
     Deviation: a label of `exclusive_names` means no other of these names below it.
     """
-    box_logits = output.box_logits.float()
-    objectness = box_logits[:, :, 4]  # (B, A, Gh, Gw), logits
-    grid_hw = (box_logits.shape[-2], box_logits.shape[-1])
-    targets = batch.boxes_cxcywh_norm
-    assignment = assign_objects(targets, batch.labels, anchors_wh_cell, grid_hw)
-    assigned = (assignment.image, assignment.anchor, assignment.cell)
-    responsible = torch.zeros_like(objectness, dtype=torch.bool).flatten(2)
-    responsible[assigned] = True
-    with torch.no_grad():
-        boxes = decode_boxes(box_logits, anchors_wh_cell, output.location)
-        boxes = boxes.flatten(3).transpose(2, 3)  # (B, A, G, 4)
-        iou = pairwise_iou(cxcywh_to_xyxy(boxes.flatten(1, 2)), cxcywh_to_xyxy(targets))
-        max_iou = iou.masked_fill(batch.labels[:, None] < 0, 0).amax(dim=2).view_as(responsible)
-        assigned_xyxy = cxcywh_to_xyxy(boxes[assigned])[:, None]
-        assigned_targets_xyxy = cxcywh_to_xyxy(assignment.boxes_cxcywh_norm)[:, None]
-        assigned_iou = pairwise_iou(assigned_xyxy, assigned_targets_xyxy)[:, 0, 0]
-    objectness_target = assigned_iou if settings.rescore else torch.ones_like(assigned_iou)
-    not_responsible = (~responsible).view_as(objectness)
-    noobj_mask = (~responsible & (max_iou <= settings.ignore_iou)).view_as(objectness)
-    in_warm_up = batch.images_seen < settings.anchor_prior_images
-    prior_mask = not_responsible if in_warm_up else torch.zeros_like(not_responsible)
-    prior_scale = settings.anchor_prior_scale
-    logits = output.class_logits.gather_boxes(*assigned).float()
+    box_logits, location = output.box_logits.float(), output.location
+    grid_hw, slots = (box_logits.shape[-2], box_logits.shape[-1]), batch.labels.shape[1]
+    assignment = assign_objects(batch, anchors_wh_cell, grid_hw)
+    ious = _ious(box_logits, location, batch, anchors_wh_cell)
+    all_logits = box_logits.permute(0, 3, 4, 1, 2).flatten(0, 3)  # (R, 5)
+    logits = all_logits.index_select(0, assignment.box)
+    own_iou = ious.flatten().index_select(0, assignment.box * slots + batch.objects % slots)
+    objectness_target = own_iou if settings.rescore else torch.ones_like(own_iou)
+    is_free = ~assignment.is_responsible
+    noobj_mask = is_free & (ious.amax(dim=1) <= settings.ignore_iou)
+    coord = loss_coord(logits, assignment, anchors_wh_cell, grid_hw, location)
+    class_logits = _box_class_logits(output, assignment.cell, assignment.anchor)
     if exclusive_names is None:
-        class_losses = tree.path_loss(logits, assignment.labels)
+        class_losses = tree.path_loss(class_logits, assignment.labels)
     else:
-        sample_ids = batch.sample_ids[assignment.image]
-        class_losses = exclusive_names.path_loss(logits, assignment.labels, sample_ids)
-    return {
-        "loss_coord": settings.coord_scale
-        * loss_coord(box_logits, assignment, anchors_wh_cell, output.location),
-        "loss_obj": settings.obj_scale * loss_obj(objectness, assignment, objectness_target),
-        "loss_noobj": settings.noobj_scale * loss_noobj(objectness, noobj_mask),
-        "loss_class": settings.class_scale * class_losses.sum(),
-        "loss_anchor_prior": prior_scale
-        * loss_anchor_prior(box_logits, prior_mask, output.location),
+        sample_ids = batch.sample_ids.index_select(0, assignment.image)
+        class_losses = exclusive_names.path_loss(class_logits, assignment.labels, sample_ids)
+    terms = {
+        "loss_coord": 0.5 * settings.coord_scale * coord,
+        "loss_obj": 0.5
+        * settings.obj_scale
+        * loss_obj(logits[:, 4], assignment, objectness_target),
+        "loss_noobj": 0.5 * settings.noobj_scale * loss_noobj(all_logits[:, 4], noobj_mask),
+        "loss_class": settings.class_scale * (class_losses * assignment.counts).sum(),
+        "loss_anchor_prior": torch.zeros_like(coord),
     }
+    if batch.images_seen < settings.anchor_prior_images:
+        distance = loss_anchor_prior(all_logits, is_free, location)
+        terms["loss_anchor_prior"] = 0.5 * settings.anchor_prior_scale * distance
+    return terms
+
+
+def _box_class_logits(output: HeadOutput, cells: Tensor, anchors: Tensor) -> Tensor:
+    """Return the class logits of M boxes, float (M, K)."""
+    logits = output.class_logits.gather_cells(cells)  # (M, A, K)
+    index = anchors[:, None, None].expand(-1, 1, logits.shape[2])
+    return logits.gather(1, index).squeeze(1).float()
 
 
 @torch.no_grad()
@@ -275,26 +303,26 @@ def classification_loss(
 
     The selected box has the class loss along the path of the label, all others the no-object loss.
     """
-    objectness = output.box_logits[:, :, 4].float()  # (B, A, Gh, Gw)
-    image = torch.arange(len(objectness), device=objectness.device)
+    objectness = output.box_logits[:, :, 4].float().flatten(2)  # (B, A, G), logits
     anchor, cell = select_boxes(
         output, batch.labels, anchors_wh_cell, tree, boxed_ancestors, settings.box_selection
     )
-    selected = torch.zeros_like(objectness, dtype=torch.bool).flatten(2)
-    selected[image, anchor, cell] = True
-    prob = objectness.flatten(2)[image, anchor, cell].sigmoid()
+    rows, best = objectness.flatten(1), (anchor * objectness.shape[2] + cell)[:, None]
+    is_selected = torch.arange(rows.shape[1], device=rows.device) == best  # (B, A * G)
+    prob = rows.gather(1, best).sigmoid()
     shortfall = (
         F.relu(PAPER_MIN_OBJECTNESS - prob) if settings.objectness_rule == "paper" else 0.0 * prob
     )
-    logits = output.class_logits.gather_boxes(image, anchor, cell)
+    first_cell = torch.arange(len(rows), device=rows.device) * objectness.shape[2]
+    class_logits = _box_class_logits(output, first_cell + cell, anchor)
     noobj_scale = settings.noobj_scale * settings.label_noobj_scale
     # zero, but in the autograd graph: DDP needs a gradient for every parameter
     zero = output.box_logits[:0].float().sum()
     return {
         "loss_coord": zero,
-        "loss_obj": settings.obj_scale * 0.5 * shortfall.square().sum(),
-        "loss_noobj": noobj_scale * loss_noobj(objectness, ~selected.view_as(objectness)),
-        "loss_class": settings.class_scale * tree.path_loss(logits.float(), batch.labels).sum(),
+        "loss_obj": 0.5 * settings.obj_scale * shortfall.square().sum(),
+        "loss_noobj": 0.5 * noobj_scale * loss_noobj(rows, ~is_selected),
+        "loss_class": settings.class_scale * tree.path_loss(class_logits, batch.labels).sum(),
         "loss_anchor_prior": zero,
     }
 
@@ -316,4 +344,5 @@ def yolo9000_loss(
         terms = detection_loss(output, batch, anchors_wh_cell, tree, settings, exclusive_names)
     else:
         terms = classification_loss(output, batch, anchors_wh_cell, tree, boxed_ancestors, settings)
-    return {name: value / len(batch) for name, value in terms.items()}
+    means = torch.stack(list(terms.values())) / len(batch)
+    return dict(zip(terms, means.unbind(), strict=True))

@@ -42,6 +42,11 @@ def test_class_logits_of_selected_anchors_and_cells():
     for k, row in enumerate(sparse.gather_boxes(image, anchor, cell)):
         expected = network.class_weight[anchor[k]] @ features[image[k], :, cell[k]]
         torch.testing.assert_close(row, expected + network.class_bias[anchor[k]])
+    of_cells = sparse.gather_cells(image * features.shape[2] + cell)
+    torch.testing.assert_close(
+        of_cells[torch.arange(3), anchor], sparse.gather_boxes(image, anchor, cell)
+    )
+    assert sparse.gather_cells(cell[:0]).shape == (0, 2, 3)
 
 
 def test_decode_boxes_by_hand():

@@ -184,7 +184,7 @@ def _explain_object(
 ) -> ObjectExplanation:
     """Return the loss of the only object of a batch, among the boxes of the image."""
     grid, target = output.box_logits.shape[-1], batch.boxes_cxcywh_norm
-    found = assign_objects(target, batch.labels, anchors_wh_cell, (grid, grid))
+    found = assign_objects(batch, anchors_wh_cell, (grid, grid))
     index, label = int(found.anchor * grid**2 + found.cell), int(batch.labels)
     target_xyxy = cxcywh_to_xyxy(target[0])
     iou = float(pairwise_iou(torch.tensor([boxes[index].xyxy_norm]), target_xyxy))

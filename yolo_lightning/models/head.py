@@ -26,6 +26,12 @@ class ClassLogits(Protocol):
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K) of M boxes, given by int64 (M,) indices; cells are row-major."""
 
+    def gather_cells(self, cells: Tensor) -> Tensor:
+        """Return logits (M, A, K) of all anchors in M of the B * Gh * Gw cells, int64 (M,).
+
+        Does not wait for the device.
+        """
+
     def gather_nodes(self, nodes: Tensor) -> Tensor:
         """Return logits (B, A, Gh * Gw, R) of R nodes per image, int64 (B, R), in all boxes."""
 
@@ -48,11 +54,10 @@ class SparseClassLogits:
         return self.weight.shape[1]
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
-        """Return logits (M, K); all class weights stay in the autograd graph, even if M is 0."""
-        rows = self.features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * Gh * Gw, C)
+        """Return logits (M, K), one product for each anchor; waits for the device."""
         num_cells = self.features.shape[2] * self.features.shape[3]
         order = anchor.argsort(stable=True)
-        selected = rows.index_select(0, (image * num_cells + cell)[order])
+        selected = self._gather_features((image * num_cells + cell)[order])
         counts = torch.bincount(anchor, minlength=len(self.weight)).tolist()
         logits = torch.cat(
             [
@@ -63,6 +68,16 @@ class SparseClassLogits:
             ]
         )
         return logits.index_select(0, order.argsort())
+
+    def gather_cells(self, cells: Tensor) -> Tensor:
+        """Return logits (M, A, K); all class weights stay in the autograd graph, even if M is 0."""
+        features = self._gather_features(cells)
+        logits = F.linear(features, self.weight.flatten(0, 1), self.bias.flatten())
+        return logits.view(-1, *self.bias.shape)
+
+    def _gather_features(self, cells: Tensor) -> Tensor:
+        """Return (M, C)."""
+        return self.features.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, cells)
 
     def gather_nodes(self, nodes: Tensor) -> Tensor:
         """Return logits (B, A, Gh * Gw, R), computed from the weight rows of these nodes only."""
@@ -89,6 +104,10 @@ class DenseClassLogits:
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K)."""
         return self.logits.flatten(3)[image, anchor, :, cell]
+
+    def gather_cells(self, cells: Tensor) -> Tensor:
+        """Return logits (M, A, K)."""
+        return self.logits.permute(0, 3, 4, 1, 2).flatten(0, 2).index_select(0, cells)
 
     def gather_nodes(self, nodes: Tensor) -> Tensor:
         """Return logits (B, A, Gh * Gw, R)."""
@@ -129,12 +148,13 @@ def decode_boxes(
     anchors = anchors_wh_cell.to(box_logits.dtype)[:, :, None, None]
     xy_logits = box_logits[:, :, :2]
     xy_cell = xy_logits.sigmoid() if location == "direct" else 0.5 + xy_logits * anchors
+    wh_cell = box_logits[:, :, 2:4].exp() * anchors
     return torch.stack(
         [
             (xy_cell[:, :, 0] + x) / width,
             (xy_cell[:, :, 1] + y) / height,
-            box_logits[:, :, 2].exp() * anchors[:, 0] / width,
-            box_logits[:, :, 3].exp() * anchors[:, 1] / height,
+            wh_cell[:, :, 0] / width,
+            wh_cell[:, :, 1] / height,
         ],
         dim=2,
     )
