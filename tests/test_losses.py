@@ -146,7 +146,7 @@ def test_the_later_of_two_objects_keeps_the_same_box():
     found = assign_objects(detection_batch(boxes, torch.tensor([[5, 6, 7]])), ANCHORS, (2, 2))
     assert found.labels.tolist() == [5, 6, 7]
     assert found.counts.tolist() == [False, True, True]
-    assert found.is_responsible.sum() == 2
+    assert found.is_free.tolist().count(False) == 2
 
 
 def test_of_two_objects_with_the_same_box_the_earlier_one_has_no_class_loss():

@@ -90,9 +90,10 @@ class Assignment:
     anchor: Tensor  # int64 (M,)
     box: Tensor  # int64 (M,), among all boxes of the batch
     counts: Tensor  # bool (M,), false if a later object has the same box
-    targets_cxcywh_cell: Tensor  # (M, 4), the centre relative to the cell
+    targets_xy_cell: Tensor  # (M, 2), centres relative to the cell
+    targets_wh_cell: Tensor  # (M, 2)
     labels: Tensor  # int64 (M,), tree nodes
-    is_responsible: Tensor  # bool (R,), of all boxes of the batch
+    is_free: Tensor  # bool (R,), which boxes of the batch are not responsible for an object
 
 
 def assign_objects(
@@ -126,9 +127,10 @@ def assign_objects(
         anchor,
         box,
         counts=last.index_select(0, box) == number,
-        targets_cxcywh_cell=torch.cat([xy_cell - column_row, wh_cell], dim=1),
+        targets_xy_cell=xy_cell - column_row,
+        targets_wh_cell=wh_cell,
         labels=batch.labels.flatten().index_select(0, batch.objects),
-        is_responsible=last >= 0,
+        is_free=last < 0,
     )
 
 
@@ -153,8 +155,7 @@ def loss_coord(
     Source: YOLO9000, section 2, "Direct location prediction"; the weight 2 - w * h is from the
     original program.
     """
-    targets = assignment.targets_cxcywh_cell
-    target_xy, target_wh = targets[:, :2], targets[:, 2:]
+    target_xy, target_wh = assignment.targets_xy_cell, assignment.targets_wh_cell
     anchors = anchors_wh_cell.to(target_wh).index_select(0, assignment.anchor)
     xy_logits, wh_logits = box_logits[:, :2], box_logits[:, 2:4]
     if location == "direct":
@@ -219,8 +220,7 @@ def detection_loss(
     logits = all_logits.index_select(0, assignment.box)
     own_iou = ious.flatten().index_select(0, assignment.box * slots + batch.objects % slots)
     objectness_target = own_iou if settings.rescore else torch.ones_like(own_iou)
-    is_free = ~assignment.is_responsible
-    noobj_mask = is_free & (ious.amax(dim=1) <= settings.ignore_iou)
+    noobj_mask = assignment.is_free & (ious.amax(dim=1) <= settings.ignore_iou)
     coord = loss_coord(logits, assignment, anchors_wh_cell, grid_hw, location)
     class_logits = _box_class_logits(output, assignment.cell, assignment.anchor)
     if exclusive_names is None:
@@ -238,7 +238,7 @@ def detection_loss(
         "loss_anchor_prior": torch.zeros_like(coord),
     }
     if batch.images_seen < settings.anchor_prior_images:
-        distance = loss_anchor_prior(all_logits, is_free, location)
+        distance = loss_anchor_prior(all_logits, assignment.is_free, location)
         terms["loss_anchor_prior"] = 0.5 * settings.anchor_prior_scale * distance
     return terms
 
@@ -283,12 +283,10 @@ def select_boxes(
 def _node_log_probs(output: HeadOutput, nodes: Tensor, tree: WordTree) -> Tensor:
     """Return log P(node) of each image's node in all boxes, (B, A, G); 0 if the node is -1."""
     siblings, levels, on_path = tree.path_siblings(nodes.clamp(min=0))
-    logits = output.class_logits.gather_nodes(siblings).float()  # (B, A, G, R)
-    depth = int(levels.max()) + 1
-    # padding is a separate segment
-    segments = torch.where(siblings >= 0, levels, depth)[:, None, None].expand_as(logits)
-    log_probs = segment_log_softmax(logits, segments, depth + 1)
-    return (log_probs * (on_path & (nodes >= 0)[:, None])[:, None, None]).sum(dim=3)
+    logits = output.class_logits.gather_nodes(siblings).float()  # (B, A, R, G)
+    segments = levels[:, None, :, None].expand_as(logits)
+    log_probs = segment_log_softmax(logits, segments, tree.paths.shape[1] + 1, dim=2)
+    return (log_probs * (on_path & (nodes >= 0)[:, None])[:, None, :, None]).sum(dim=2)
 
 
 def classification_loss(

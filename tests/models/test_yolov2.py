@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from yolo_lightning.models import head
 from yolo_lightning.models.backbones import DARKNET19, SMALL, detector_layers
 from yolo_lightning.models.head import decode_boxes, select_candidates
 from yolo_lightning.models.networks import LayerStack, YOLOv2
@@ -47,6 +48,22 @@ def test_class_logits_of_selected_anchors_and_cells():
         of_cells[torch.arange(3), anchor], sparse.gather_boxes(image, anchor, cell)
     )
     assert sparse.gather_cells(cell[:0]).shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("images_at_once", [1, 2, 3])
+def test_class_logits_of_selected_nodes(monkeypatch, images_at_once):
+    torch.manual_seed(0)
+    network = YOLOv2(detector_layers(SMALL, 8, 4), 4, torch.ones(2, 2)).eval()
+    with torch.no_grad():
+        network.class_bias.normal_()
+    sparse = network(torch.rand(3, 3, 32, 64)).class_logits
+    nodes = torch.tensor([[0, 3], [2, -1], [1, 1]])
+    monkeypatch.setattr(head, "MAX_WEIGHTS", images_at_once * 2 * 2 * 8)
+    logits = sparse.gather_nodes(nodes)
+    dense = sparse.gather_cells(torch.arange(3 * 8)).view(3, 8, 2, 4).permute(0, 2, 3, 1)
+    for image in range(3):
+        expected = dense[image][:, nodes[image].clamp(min=0)]
+        torch.testing.assert_close(logits[image], expected)
 
 
 def test_decode_boxes_by_hand():

@@ -130,6 +130,23 @@ def test_path_siblings():
     assert on_path.tolist() == [[False, True, False, False], [False, True, True, False]]
 
 
+@settings(max_examples=40, deadline=None)
+@given(trees())
+def test_path_siblings_of_all_nodes(tree):
+    nodes, levels, on_path = tree.path_siblings(torch.arange(len(tree)))
+    for label in range(len(tree)):
+        path = [node for node in tree.paths[label].tolist() if node >= 0]
+        expected = [
+            (sibling, level, sibling == node)
+            for level, node in enumerate(path)
+            for sibling in range(len(tree))
+            if tree.parents[sibling] == tree.parents[node]
+        ]
+        rows = list(zip(*(t[label].tolist() for t in (nodes, levels, on_path)), strict=True))
+        assert rows[: len(expected)] == expected
+        assert set(rows[len(expected) :]) <= {(-1, tree.paths.shape[1], False)}
+
+
 def test_a_too_deep_tree_is_rejected_before_it_uses_memory():
     rows = [("k0", "-", "x"), *((f"k{k}", f"k{k - 1}", "x") for k in range(1, 20_000))]
     with pytest.raises(InputError, match="node 'k200' is too deep; allowed: 200 levels"):

@@ -16,6 +16,10 @@ MAX_LOGITS = 2**21
 copies of them take ten times their 8 MB."""
 
 
+MAX_WEIGHTS = 2**25
+"""Class weights copied at once for the nodes of some images, 128 MB."""
+
+
 class ClassLogits(Protocol):
     """Class logits that are gathered for some boxes or some nodes."""
 
@@ -33,7 +37,7 @@ class ClassLogits(Protocol):
         """
 
     def gather_nodes(self, nodes: Tensor) -> Tensor:
-        """Return logits (B, A, Gh * Gw, R) of R nodes per image, int64 (B, R), in all boxes."""
+        """Return logits (B, A, R, Gh * Gw) of R nodes per image, int64 (B, R), in all boxes."""
 
 
 @dataclass
@@ -80,14 +84,20 @@ class SparseClassLogits:
         return self.features.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, cells)
 
     def gather_nodes(self, nodes: Tensor) -> Tensor:
-        """Return logits (B, A, Gh * Gw, R), computed from the weight rows of these nodes only."""
-        features = self.features.flatten(2)  # (B, C, G)
+        """Return logits (B, A, R, Gh * Gw), computed from the weight rows of these nodes only."""
+        num_anchors, num_nodes, channels = self.weight.shape
+        anchors = torch.arange(num_anchors, device=nodes.device)[:, None] * num_nodes
+        index = anchors + nodes.clamp(min=0)[:, None]  # (B, A, R)
+        size = max(1, MAX_WEIGHTS // (index[0].numel() * channels))  # images at once
         logits = []
-        for image_features, image_nodes in zip(features, nodes.clamp(min=0), strict=True):
-            weight = self.weight.index_select(1, image_nodes)  # (A, R, C)
-            bias = self.bias.index_select(1, image_nodes)
-            logits.append((weight @ image_features + bias[:, :, None]).transpose(1, 2))
-        return torch.stack(logits)
+        parts = zip(self.features.flatten(2).split(size), index.split(size), strict=True)
+        for features, rows in parts:
+            weight = self.weight.flatten(0, 1).index_select(0, rows.flatten())
+            bias = self.bias.flatten().index_select(0, rows.flatten())
+            bias = bias.view(len(rows), -1, 1)
+            product = torch.baddbmm(bias, weight.view(len(rows), -1, channels), features)
+            logits.append(product.view(*rows.shape, -1))
+        return torch.cat(logits)
 
 
 @dataclass
@@ -110,10 +120,10 @@ class DenseClassLogits:
         return self.logits.permute(0, 3, 4, 1, 2).flatten(0, 2).index_select(0, cells)
 
     def gather_nodes(self, nodes: Tensor) -> Tensor:
-        """Return logits (B, A, Gh * Gw, R)."""
-        flat = self.logits.flatten(3).transpose(2, 3)  # (B, A, G, K)
-        index = nodes.clamp(min=0)[:, None, None, :].expand(*flat.shape[:3], -1)
-        return flat.gather(3, index)
+        """Return logits (B, A, R, Gh * Gw)."""
+        flat = self.logits.flatten(3)  # (B, A, K, G)
+        index = nodes.clamp(min=0)[:, None, :, None]
+        return flat.gather(2, index.expand(-1, flat.shape[1], -1, flat.shape[3]))
 
 
 @dataclass

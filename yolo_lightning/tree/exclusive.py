@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from yolo_lightning.tree.wordtree import WordTree
+from yolo_lightning.tree.wordtree import WordTree, segment_log_softmax
 
 Parts = dict[int, list[int]]
 """By node, the nodes whose probabilities add up to that of the node without others below it."""
@@ -61,17 +61,31 @@ class ExclusiveNames:
         self.tree, self.nodes = tree, [sorted(set(labels)) for labels in nodes]
         self._ends = torch.tensor(lengths, device=device).cumsum(0)
         parts = [exclusive_parts(tree, labels) for labels in self.nodes]
-        # int64 (T, R), parts of one label each, -1 as padding; the first row is never read
-        table = [[-1]]
-        # int64 (sources, K), the row of each label, 0 where it means its node
+        table: list[list[int]] = []  # parts of one label each
+        # int64 (sources, K), the number of the label in the table, from 1; 0 if it means its node
         rows = torch.zeros(len(parts), len(tree), dtype=torch.long)
         for number, of_source in enumerate(parts):
             for node, part in of_source.items():
                 if part:
-                    rows[number, node] = len(table)
                     table.append(part)
-        self._rows = rows.to(device)
-        self._parts = pad_sequence([torch.tensor(part) for part in table], True, -1).to(device)
+                    rows[number, node] = len(table)
+        self._rows, self._has_parts = rows.to(device), bool(table)
+        if table:
+            self._build_tables([table[0], *table], device)
+
+    def _build_tables(self, table: list[list[int]], device: torch.device | str) -> None:
+        """Build tables of the nodes that parts depend on; the first row stands for no parts."""
+        padded = pad_sequence([torch.tensor(part) for part in table], True, -1)
+        paths = self.tree.paths[padded.clamp(min=0)].masked_fill(padded[..., None] < 0, -1)
+        needed = self.tree.groups[paths[paths >= 0]]
+        columns = torch.isin(self.tree.groups, needed).nonzero().flatten()
+        position = torch.full((len(self.tree) + 1,), -1)  # the last one is padding
+        position[columns] = torch.arange(len(columns))
+        groups, segments = self.tree.groups[columns].unique(return_inverse=True)
+        self._num_segments = len(groups)
+        self._columns, self._segments = columns.to(device), segments.to(device)
+        # int64 (T, P, D), the paths of the parts as indices into the columns, -1 as padding
+        self._part_paths = position[paths].to(device)
 
     def source_numbers(self, sample_ids: Tensor) -> Tensor:
         """Return int64 (B,), the number of the source of each image."""
@@ -91,11 +105,14 @@ class ExclusiveNames:
         `labels` are nodes and `sample_ids` those of their images, int64 (M,).
         """
         losses = self.tree.path_loss(logits, labels)
-        if len(self._parts) == 1:
+        if not self._has_parts:
             return losses
         rows = self._rows[self.source_numbers(sample_ids), labels]
-        has_parts = rows.nonzero().flatten()
-        parts = self._parts[rows[has_parts]]
-        log_probs = self.tree.log_probs(logits[has_parts]).gather(1, parts.clamp(min=0))
-        log_probs = log_probs.masked_fill(parts < 0, -torch.inf)
-        return losses.index_copy(0, has_parts, -log_probs.logsumexp(dim=1))
+        values = logits.index_select(1, self._columns)
+        segments = self._segments.expand_as(values)
+        conditional = segment_log_softmax(values, segments, self._num_segments)
+        paths = self._part_paths.index_select(0, rows)  # (M, P, D)
+        on_path = conditional.gather(1, paths.clamp(min=0).flatten(1)).view(paths.shape)
+        log_probs = (on_path * (paths >= 0)).sum(dim=2)
+        of_parts = log_probs.masked_fill(paths[:, :, 0] < 0, -torch.inf).logsumexp(dim=1)
+        return torch.where(rows > 0, -of_parts, losses)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -10,14 +11,20 @@ from torch import Tensor
 class TreeTables:
     """Index tables on one device; nodes of equal group size, and of equal level, are contiguous."""
 
-    paths: Tensor  # (K, D), as in the tree
+    paths: Tensor  # (K, D + 1), as in the tree, and a column of -2
     groups_by_size: list[Tensor]  # for each group size, the nodes of these groups, (groups, size)
     size_order: Tensor  # (K,), the nodes of groups_by_size in sequence
     size_inverse: Tensor  # (K,), each node's position in size_order
     levels: list[Tensor]  # the nodes of each level of the tree
     parent_positions: list[Tensor]  # positions of the nodes' parents in the level above
     level_inverse: Tensor  # (K,), each node's position in the concatenated levels
-    members: Tensor  # (K,), the nodes of each group, one group after the other
+    # (K + R,), the nodes of each group, one group after the other, and R times -1, where R is the
+    # largest number of nodes in the groups along one path
+    members: Tensor
+    path_ends: Tensor  # (K, D), numbers of nodes in the groups along each path, added up
+    # (K, D + 1), what is added to the number of a node in the groups along a path for its position
+    # in members, by level of the path; last: that of a number beyond the end of the path
+    path_offsets: Tensor
     group_starts: Tensor  # (G,), position of each group in members
     group_sizes: Tensor  # (G,)
     # (K + 1,), the next group of a descent from each node, -1 if there is none: its children or,
@@ -57,15 +64,22 @@ class TreeTables:
             only = level[group_sizes[groups[level]] == 1]
             child_group[parents[only]] = child_group[only]
         size_order = torch.cat([nodes.flatten() for nodes in groups_by_size])
+        path_groups = groups[paths.clamp(min=0)]
+        path_sizes = group_sizes[path_groups] * (paths >= 0)
+        path_ends = path_sizes.cumsum(1)
+        path_offsets = group_starts[path_groups] - path_ends + path_sizes
+        width = int(path_ends[:, -1].max())
         return cls(
-            paths.to(device),
+            F.pad(paths, (0, 1), value=-2).to(device),
             [nodes.to(device) for nodes in groups_by_size],
             size_order.to(device),
             size_order.argsort().to(device),
             [level.to(device) for level in levels],
             [positions.to(device) for positions in parent_positions],
             torch.cat(levels).argsort().to(device),
-            members.to(device),
+            F.pad(members, (0, width), value=-1).to(device),
+            path_ends.to(device),
+            F.pad(path_offsets, (0, 1), value=len(members)).to(device),
             group_starts.to(device),
             group_sizes.to(device),
             child_group.to(device),
@@ -75,5 +89,15 @@ class TreeTables:
     def siblings(self, group: Tensor, size: int) -> Tensor:
         """Return the nodes of groups (M,), int64 (M, size), -1 as padding."""
         position = torch.arange(size, device=group.device)
-        index = (self.group_starts[group][:, None] + position).clamp(max=len(self.members) - 1)
+        index = self.group_starts[group][:, None] + position  # members are padded
         return self.members[index].masked_fill(position >= self.group_sizes[group][:, None], -1)
+
+    def path_siblings(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the nodes of the groups along the paths of labels (M,); see `WordTree`."""
+        count = len(self.members) - len(self.paths)
+        number = torch.arange(count, device=labels.device).repeat(len(labels), 1)
+        ends = self.path_ends.index_select(0, labels)
+        levels = torch.searchsorted(ends, number, right=True)
+        position = number + self.path_offsets.index_select(0, labels).gather(1, levels)
+        nodes = self.members[position]
+        return nodes, levels, nodes == self.paths.index_select(0, labels).gather(1, levels)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_lightning.errors import InputError, nearest, read_text, require_name, short
@@ -183,6 +184,11 @@ class WordTree:
         return len(self.rows)
 
     @property
+    def is_flat(self) -> bool:
+        """Whether all nodes are in one group."""
+        return self.num_groups == 1
+
+    @property
     def leaves(self) -> Tensor:
         """int64, the nodes without children."""
         is_parent = torch.zeros(len(self), dtype=torch.bool)
@@ -250,8 +256,8 @@ class WordTree:
         Each group is shifted by its own maximum, so groups with very different logits lose no
         precision. A group of one node has log-probability 0 and a gradient of exactly 0.
         """
-        if self.num_groups == 1 and self.paths.shape[1] == 1:
-            return logits.log_softmax(dim=-1)  # a flat list
+        if self.is_flat:
+            return logits.log_softmax(dim=-1)
         return self._conditional(logits).t().reshape(logits.shape)
 
     def _conditional(self, logits: Tensor) -> Tensor:
@@ -283,9 +289,12 @@ class WordTree:
 
         Nodes below a label get no gradient.
         """
-        path = self._tables_on(labels.device).paths[labels]
-        log_probs = self.log_softmax(logits).gather(1, path.clamp(min=0))
-        return -(log_probs * (path >= 0)).sum(dim=1)
+        if self.is_flat:
+            return F.cross_entropy(logits, labels, reduction="none")
+        nodes, levels, on_path = self.path_siblings(labels)
+        values = logits.gather(1, nodes.clamp(min=0))
+        log_probs = segment_log_softmax(values, levels, self.paths.shape[1] + 1)
+        return -(log_probs * on_path).sum(dim=1)
 
     def most_specific_nodes(self, logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
         """Descend to the most probable child as long as its P(node) is at least `threshold`.
@@ -321,34 +330,27 @@ class WordTree:
     def path_siblings(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the nodes that P(label) depends on: the sibling groups along each label's path.
 
-        The tensors are (B, R): nodes, int64, -1 as padding; levels, int64, each group's position on
-        the path, 0 for the label's own; on_path, bool, whether the node itself is on the path.
+        The tensors are (B, R), where R is the largest number of such nodes in the tree: nodes,
+        int64, -1 as padding; levels, int64, each group's position on the path, 0 for the label's
+        own, and the number of the tree's levels for padding; on_path, bool, whether the node itself
+        is on the path.
         """
-        rows = []
-        for label in labels.tolist():
-            path = [node for node in self.paths[label].tolist() if node >= 0]
-            rows.append(
-                [
-                    (sibling, level, sibling == node)
-                    for level, node in enumerate(path)
-                    for sibling in self._members[int(self.groups[node])]
-                ]
-            )
-        width = max((len(row) for row in rows), default=0)
-        table = torch.tensor([row + [(-1, 0, False)] * (width - len(row)) for row in rows])
-        nodes, levels, on_path = table.reshape(len(rows), width, 3).unbind(dim=2)
-        device = labels.device
-        return nodes.to(device), levels.to(device), on_path.bool().to(device)
+        return self._tables_on(labels.device).path_siblings(labels)
 
 
-def segment_log_softmax(logits: Tensor, segments: Tensor, count: int) -> Tensor:
-    """Return the log-softmax of logits (…, K) within segments, int64 (…, K) in 0…count - 1."""
-    maximum = logits.detach().new_full((*logits.shape[:-1], count), -torch.inf)
-    maximum = maximum.scatter_reduce(-1, segments, logits.detach(), "amax")
-    shifted = logits - maximum.gather(-1, segments)
-    total = torch.zeros_like(maximum).scatter_add(-1, segments, shifted.exp())
+def segment_log_softmax(logits: Tensor, segments: Tensor, count: int, dim: int = -1) -> Tensor:
+    """Return the log-softmax of logits within segments along a dimension.
+
+    `segments`, int64 in 0…count - 1, has the shape of `logits`.
+    """
+    shape = [*logits.shape]
+    shape[dim] = count
+    maximum = logits.detach().new_full(shape, -torch.inf)
+    maximum = maximum.scatter_reduce(dim, segments, logits.detach(), "amax")
+    shifted = logits - maximum.gather(dim, segments)
+    total = torch.zeros_like(maximum).scatter_add(dim, segments, shifted.exp())
     # clamped because the sum of an unused segment is 0; it is never read
-    return shifted - total.clamp(min=torch.finfo(total.dtype).tiny).log().gather(-1, segments)
+    return shifted - total.clamp(min=torch.finfo(total.dtype).tiny).log().gather(dim, segments)
 
 
 def _build_paths(parents: Tensor, keys: Sequence[str], where: Callable[[int], str]) -> Tensor:
