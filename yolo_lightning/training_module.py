@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -41,6 +42,7 @@ class TrainingModule(pl.LightningModule):
         self.tree = WordTree.from_source(tree)
         self.backbone_layers = backbone_layers(backbone)
         self.pretrained, self.schedule = pretrained, schedule or Schedule()
+        self._gradient_norm: torch.Tensor | None = None  # of this step, once it is known
 
     def set_network(
         self,
@@ -121,9 +123,9 @@ class TrainingModule(pl.LightningModule):
                 {"params": parameters, **options}
                 for parameters, options in zip(groups, self._group_options(), strict=True)
             ],
-            # the fused kernel reads 29 million class weights once instead of four times; with
-            # mixed precision it does not support gradient clipping
-            fused=not self.trainer.gradient_clip_val,
+            # reads 29 million class weights once instead of four times, and skips a step by a flag
+            # on the device
+            fused=True,
         )
         # a lambda, because LambdaLR saves the state of callable objects in the checkpoint
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step))
@@ -149,12 +151,38 @@ class TrainingModule(pl.LightningModule):
         scheduler.base_lrs = [options["lr"] for options in all_options]
         factor = self.schedule(scheduler.last_epoch)
         for group, options in zip(scheduler.optimizer.param_groups, all_options, strict=True):
-            group.update(options, lr=options["lr"] * factor, initial_lr=options["lr"])
+            group.update(options, lr=options["lr"] * factor, initial_lr=options["lr"], fused=True)
             # fused SGD leaves its first buffers uninitialised if the gradient scaler skips a step
             for parameter in group["params"] if self.hparams["momentum"] else ():
                 state = scheduler.optimizer.state[parameter]
                 if parameter.requires_grad and state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def gradient_norm(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Return the norm of all gradients of an optimizer step, unscaled, float (), on the device.
+
+        It is computed once a step.
+        """
+        if self._gradient_norm is None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            norms = torch._foreach_norm([p.grad for p in self.parameters() if p.grad is not None])
+            self._gradient_norm = torch.linalg.vector_norm(torch.stack(norms))
+        return self._gradient_norm
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the gradients: Lightning refuses it for a fused optimizer."""
+        if gradient_clip_val:
+            norm = self.gradient_norm(optimizer)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+        self._gradient_norm = None
 
     def _log_step(
         self, batch: DetectionBatch | ClassificationBatch, losses: dict[str, torch.Tensor]
@@ -238,8 +266,9 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """Check the trainer's options.
 
     Raises:
-        InputError: a true half precision, synchronised batch norm on CPUs, clipping by value, or
-            validation during gradient accumulation (checkpoints do not contain gradients).
+        InputError: a true half precision, synchronised batch norm on CPUs, clipping by value or of
+            sharded gradients, or validation during gradient accumulation (checkpoints do not
+            contain gradients).
     """
     precision = str(trainer.precision)
     if precision not in ("32-true", "16-mixed", "bf16-mixed"):
@@ -251,6 +280,10 @@ def check_trainer(trainer: pl.Trainer) -> None:
         raise InputError("trainer.sync_batchnorm is true; allowed on CPUs: false")
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise InputError("trainer.gradient_clip_algorithm is value; allowed: norm")
+    if trainer.gradient_clip_val and isinstance(trainer.strategy, FSDPStrategy):
+        raise InputError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; allowed with fsdp: null"
+        )
     interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
     is_whole = isinstance(interval, int) or interval == 1.0
     if accumulate > 1 and (not is_whole or (isinstance(interval, int) and interval % accumulate)):

@@ -5,6 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 
 from tests.helpers.paths import REPO
@@ -100,6 +101,24 @@ def test_too_many_consecutive_steps_end_the_training_and_save_the_batch(tmp_path
     assert batch["step"] == 5
     assert torch.isnan(batch["images"]).any()
     assert len(batch["sample_ids"]) == len(batch["labels"]) == 4
+
+
+def test_no_checkpoint_is_written_after_too_many_skipped_steps(tmp_path):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch.step >= 2:
+                trainer.save_checkpoint(tmp_path / f"step{batch.step}.ckpt")
+
+    with pytest.raises(NonFiniteError, match="1 consecutive steps were not finite; allowed: 0"):
+        train(tmp_path, InjectNonFinite([3]), FiniteGuard(0), callbacks=[Save()])
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step2.ckpt"]
+
+
+def test_nothing_of_a_skipped_step_reaches_an_average_of_the_weights(tmp_path):
+    average = WeightAveraging(avg_fn=lambda averaged, new, count: (averaged + new) / 2)
+    train(tmp_path, InjectNonFinite([1, 2]), FiniteGuard(), steps=4, callbacks=[average])
+    assert average._average_model is not None
+    assert all(v.float().isfinite().all() for v in average._average_model.state_dict().values())
 
 
 def test_all_batches_of_an_accumulated_step_are_skipped(tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from yolo_lightning import ClassifierModule, DetectorModule
@@ -12,6 +13,7 @@ from yolo_lightning.errors import InputError
 from yolo_lightning.models.layers import Activation, Conv
 from yolo_lightning.models.networks import ConvBlock
 from yolo_lightning.schedules import StepDecay
+from yolo_lightning.training_module import check_trainer
 
 NAMES = ["cat", "dog"]
 LAYERS: list[list[Any]] = [["conv", 4], ["pool"], ["conv", 8, 3, 1, None, False], ["pool"]]
@@ -151,6 +153,29 @@ def test_batch_norm_divides_as_the_original_program_on_gpus():
     statistics["running_var"].fill_(6e-5)
     result = block.eval()(torch.full((1, 1, 1, 1), 7e-3))
     assert result.item() == pytest.approx(7e-3 / 7e-5**0.5)
+
+
+def test_clipping_of_sharded_gradients_is_rejected():
+    strategy = object.__new__(FSDPStrategy)
+    trainer: Any = SimpleNamespace(
+        precision="32-true", strategy=strategy, gradient_clip_val=1.0, gradient_clip_algorithm=None
+    )
+    with pytest.raises(InputError, match=r"gradient_clip_val is 1.0; allowed with fsdp: null"):
+        check_trainer(trainer)
+
+
+def test_clipping_equals_that_of_torch():
+    module = detector()
+    module._trainer = SimpleNamespace(precision_plugin=None)  # type: ignore[assignment]
+    parameters = list(module.parameters())
+    for parameter in parameters[1:]:
+        parameter.grad = torch.randn_like(parameter)
+    expected = [torch.zeros(1), *(p.grad.clone() for p in parameters[1:] if p.grad is not None)]
+    norm = torch.stack([g.square().sum() for g in expected]).sum().sqrt()
+    assert norm > 2
+    module.configure_gradient_clipping(optimizer=None, gradient_clip_val=2.0)  # type: ignore[arg-type]
+    for parameter, gradient in zip(parameters[1:], expected[1:], strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * 2 / norm)
 
 
 def test_another_optimizer_cannot_be_resumed_but_its_network_be_tested():
