@@ -12,7 +12,10 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
+from yolo_lightning.callbacks.step_flags import step_flags
 from yolo_lightning.checkpoints.io import (
     LAST,
     PARTIAL_SUFFIX,
@@ -37,7 +40,7 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_n_steps (optimizer steps): most between two checkpoints, 1 or more.
-        every_minutes (minutes): most between two checkpoints, unless a step takes longer.
+        every_minutes (minutes): most between two checkpoints, unless steps take longer.
 
     Raises:
         InputError: a value out of range.
@@ -107,6 +110,20 @@ class LastCheckpoint(Checkpoint):
         self._validation_is_due = self._resumed_step >= 0
         self._last_saved_s = time.monotonic()
 
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Tell the other ranks that the minutes have passed."""
+        if trainer.world_size > 1:
+            step_flags(trainer).set("save", int(self._minutes_have_passed()))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Share the flags, unless another callback has done so."""
+        if trainer.world_size > 1:
+            step_flags(trainer).reduce(trainer.global_step)
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -127,9 +144,18 @@ class LastCheckpoint(Checkpoint):
         elif (
             self._validation_is_due  # so that a stop during it loses nothing
             or step % self.every_n_steps == 0
-            or max_over_ranks(trainer, self._minutes_have_passed())
+            or self._is_late(trainer)
         ):
             self._save(trainer)
+
+    def _is_late(self, trainer: pl.Trainer) -> bool:
+        """Return whether the minutes have passed; with several ranks, on one of them a step ago."""
+        if trainer.world_size == 1:
+            return self._minutes_have_passed()
+        step_flags(trainer).read()
+        latest = step_flags(trainer).latest
+        # a step before the last checkpoint may ask for that one
+        return bool(latest.all_ranks["save"]) and latest.step >= self._last_saved[0]
 
     def _minutes_have_passed(self) -> bool:
         return time.monotonic() - self._last_saved_s >= 60 * self.every_minutes

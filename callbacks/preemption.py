@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from yolo_lightning import signals
 from yolo_lightning.callbacks.last_checkpoint import (
@@ -17,14 +19,18 @@ from yolo_lightning.callbacks.last_checkpoint import (
     max_over_ranks,
     training_ends,
 )
+from yolo_lightning.callbacks.step_flags import step_flags
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking.logger import run_loggers
 
 _REQUEUE_TIMEOUT_S = 20
+_ORDER = [0, *signals.SIGNALS]
 
 
 class Preemption(Checkpoint):
     """After each optimizer step, save and exit if any rank has received a stop signal.
+
+    With several ranks, all of them stop after the next step.
 
     SIGUSR1, which `sbatch --signal` sends before the time limit, also requeues the SLURM job.
     SIGTERM does not: SLURM itself requeues preempted jobs, and a cancelled job must not return.
@@ -57,11 +63,27 @@ class Preemption(Checkpoint):
             lambda number: _end_run(trainer, number),
             lambda: _pending_images(trainer),
         )
-        trainer._signal_connector.register_signal_handlers = _do_not_register  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]
+        # it tells the other ranks of a signal that its handlers have received, in every step
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From now on, let Ctrl-C wait for the end of the step."""
         signals.defer_interrupts(True)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Tell the other ranks of a signal."""
+        if trainer.world_size > 1:
+            step_flags(trainer).set("stop", _received_signal())
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Share the flags, unless another callback has done so."""
+        if trainer.world_size > 1:
+            step_flags(trainer).reduce(trainer.global_step)
 
     def on_train_batch_end(
         self,
@@ -71,9 +93,14 @@ class Preemption(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Stop if any rank received a signal; only after a complete optimizer step."""
-        if completes_optimizer_step(trainer, batch_idx):
-            self._stop_if_signalled(trainer)
+        """Stop after a complete optimizer step if a signal came, to other ranks a step before."""
+        if not completes_optimizer_step(trainer, batch_idx):
+            return
+        if trainer.world_size == 1:
+            self._stop(trainer, _received_signal())
+        else:
+            step_flags(trainer).read()
+            self._stop(trainer, int(step_flags(trainer).latest.all_ranks["stop"]))
 
     def on_validation_batch_end(
         self,
@@ -86,12 +113,12 @@ class Preemption(Checkpoint):
     ) -> None:
         """Stop if any rank received a signal; resuming restarts the validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._stop_if_signalled(trainer)
+            self._stop(trainer, max_over_ranks(trainer, _received_signal()))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if any rank received a signal; after the last one, Ctrl-C waits no longer."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._stop_if_signalled(trainer)
+            self._stop(trainer, max_over_ranks(trainer, _received_signal()))
             if training_ends(trainer):
                 signals.end_deferral()
 
@@ -112,9 +139,9 @@ class Preemption(Checkpoint):
         if stage == "fit":
             self._restore_handlers()
 
-    def _stop_if_signalled(self, trainer: pl.Trainer) -> None:
-        order = [0, *signals.SIGNALS]
-        number = order[max_over_ranks(trainer, order.index(signals.received_signal()))]
+    def _stop(self, trainer: pl.Trainer, position: int) -> None:
+        """Save and stop for the signal at a position in `_ORDER`, the same on all ranks."""
+        number = _ORDER[position]
         if not number:
             return
         signals.restart_grace()
@@ -133,8 +160,13 @@ class Preemption(Checkpoint):
         raise stop
 
 
-def _do_not_register() -> None:
-    """Replace Lightning's registration of signal handlers."""
+def _received_signal() -> int:
+    """Return the position of the received signal in `_ORDER`."""
+    return _ORDER.index(signals.received_signal())
+
+
+def _do_nothing() -> None:
+    """Replace Lightning's handling of signals."""
 
 
 def _is_child_of_rank_zero(trainer: pl.Trainer) -> bool:

@@ -8,14 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FLAGS = ("loss", "gradient")
-"""Whether the loss or a gradient is not finite."""
+FLAGS = ("loss", "gradient", "stop", "save")
+"""Whether the loss or a gradient is not finite, which signal to stop was received, as its position
+in `signals.SIGNALS` from 1, and whether a checkpoint is due."""
 
 
 @dataclass(frozen=True)
 class FlagValues:
     """The flags of one step, on the host."""
 
+    step: int
     own: dict[str, float]  # of this rank
     all_ranks: dict[str, float]  # the maxima
 
@@ -32,10 +34,14 @@ class StepFlags:
         self._raised: dict[str, Tensor] = {}
         self._reduced_step = -1
         self._maxima = self._zero.repeat(len(FLAGS))
-        self._unread: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._unread: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+        nothing = dict.fromkeys(FLAGS, 0.0)
+        self.latest = FlagValues(-1, nothing, nothing)  # what was read last
 
-    def set(self, name: str, value: Tensor) -> None:
-        """Set a flag of the coming step to a value of 0 or more, on the device and of any type."""
+    def set(self, name: str, value: Tensor | int) -> None:
+        """Set a flag of the coming step to a value of 0 or more; tensors are on the device."""
+        if isinstance(value, int):
+            value = torch.full_like(self._zero, value) if value else self._zero
         self._raised[name] = value.float()
 
     def reduce(self, step: int) -> None:
@@ -52,7 +58,7 @@ class StepFlags:
         event = torch.cuda.Event() if self.device.type == "cuda" else None
         if event is not None:
             event.record()
-        self._unread.append((values, event))
+        self._unread.append((step, values, event))
 
     def maximum(self, *names: str) -> Tensor:
         """Return the maximum of some flags over the ranks in this step, float (), on the device."""
@@ -64,11 +70,12 @@ class StepFlags:
         count = len(self._unread) - (not newest)
         ready, self._unread = self._unread[: max(0, count)], self._unread[max(0, count) :]
         found = []
-        for values, event in ready:
+        for step, values, event in ready:
             if event is not None:
                 event.synchronize()
             own, maxima = (dict(zip(FLAGS, row, strict=True)) for row in values.tolist())
-            found.append(FlagValues(own, maxima))
+            self.latest = FlagValues(step, own, maxima)
+            found.append(self.latest)
         return found
 
 
