@@ -53,7 +53,8 @@ class CompileNetwork(pl.Callback):
                 f"images {size}"
             )
         self._graphs = graphs
-        pl_module.log("train/compiled_graphs", float(graphs), batch_size=len(batch))
+        # a tensor on the host: Lightning copies a number to the device, and waits for it
+        pl_module.log("train/compiled_graphs", torch.tensor(float(graphs)), batch_size=len(batch))
 
 
 def compiled_graphs() -> int:

@@ -27,6 +27,7 @@ from yolo_lightning.checkpoints.io import (
 )
 from yolo_lightning.errors import InputError
 from yolo_lightning.tracking.logger import run_loggers
+from yolo_lightning.training_module import TrainingModule
 
 
 class LastCheckpoint(Checkpoint):
@@ -209,6 +210,8 @@ class LastCheckpoint(Checkpoint):
         epoch, resumed = self._resumed_metrics
         results = trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
         newest = convert_tensors_to_scalars(results)
+        if isinstance(trainer.lightning_module, TrainingModule):
+            newest |= trainer.lightning_module.newest_figures()
         return {**(resumed if epoch == trainer.current_epoch else {}), **newest}
 
     def _log_step(self, trainer: pl.Trainer) -> None:

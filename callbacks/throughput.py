@@ -80,7 +80,10 @@ class Throughput(pl.Callback):
             self._warmed_up = True
             self._reset()
         elif is_logged_step(trainer, batch_idx):
-            pl_module.log_dict(self._metrics(trainer, pl_module.device), batch_size=1)
+            metrics = self._metrics(trainer, pl_module.device)
+            # tensors on the host: Lightning copies numbers to the device, and waits for it
+            values = {name: torch.tensor(value) for name, value in metrics.items()}
+            pl_module.log_dict(values, batch_size=1)
             self._reset()
 
     def _metrics(self, trainer: pl.Trainer, device: torch.device) -> dict[str, float]:

@@ -56,11 +56,11 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The number of training batches of each kind, and of validations with a finite metric."""
     counts: Counter[str] = Counter()
 
-    def log_step(module: Any, batch: Any, losses: dict[str, torch.Tensor]) -> None:
+    def keep_losses(module: Any, batch: Any, losses: dict[str, torch.Tensor]) -> None:
         assert all(value.isfinite() for value in losses.values())
         counts[type(batch).__name__] += 1
 
-    monkeypatch.setattr("yolo_lightning.training_module.TrainingModule._log_step", log_step)
+    monkeypatch.setattr("yolo_lightning.training_module.TrainingModule._keep_losses", keep_losses)
     for module in (DetectorModule, ClassifierModule):
         original = module._log_metrics
 

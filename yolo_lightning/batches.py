@@ -71,9 +71,13 @@ class _Batch:
                 setattr(mapped, f.name, function(value))
         return mapped
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the batch with every tensor on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch with every tensor on `device`; only copies to the host are waited for.
+
+        Lightning asks for copies without waiting of tensors alone.
+        """
+        is_device = torch.device(device).type != "cpu"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=is_device))
 
     def pin_memory(self) -> Self:
         """Return the batch in page-locked memory; the data loader calls this."""

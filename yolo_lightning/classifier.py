@@ -104,7 +104,7 @@ class ClassifierModule(TrainingModule):
     def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
         """Return the sum of cross-entropies along each label's path, averaged over the images."""
         loss = self.loss_terms(batch)["loss_class"]
-        self._log_step(batch, {"train/loss_class": loss.detach()})
+        self._keep_losses(batch, {"train/loss_class": loss.detach()})
         return loss
 
     def _reset_evaluation(self, stage: str) -> None:

@@ -254,7 +254,7 @@ class DetectorModule(TrainingModule):
         )
 
     def training_step(self, batch: DetectionBatch | ClassificationBatch, batch_idx: int) -> Tensor:
-        """Return the loss of a detection or classification batch, and log its terms."""
+        """Return the loss of a batch of either kind, and keep its terms to be logged."""
         terms = self.loss_terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         prefix = "train/" if isinstance(batch, DetectionBatch) else "train/cls_"
@@ -262,7 +262,7 @@ class DetectorModule(TrainingModule):
         for name, value in terms.items():
             if prefix == "train/" or name not in BOX_TERMS:
                 losses[prefix + name] = value.detach()
-        self._log_step(batch, losses)
+        self._keep_losses(batch, losses)
         return loss
 
     @torch.no_grad()

@@ -21,6 +21,8 @@ from yolo_lightning.models.preparation import PREPARATION
 from yolo_lightning.schedules import Schedule
 from yolo_lightning.tree.wordtree import WordTree
 
+Batch = DetectionBatch | ClassificationBatch
+
 
 class TrainingModule(pl.LightningModule):
     """Train `network` with SGD and a schedule of the learning rate.
@@ -43,6 +45,9 @@ class TrainingModule(pl.LightningModule):
         self.backbone_layers = backbone_layers(backbone)
         self.pretrained, self.schedule = pretrained, schedule or Schedule()
         self._gradient_norm: torch.Tensor | None = None  # of this step, once it is known
+        self._losses: dict[str, torch.Tensor] = {}  # the newest of this epoch, on the device
+        self._settings: dict[str, float] = {}  # of the newest step
+        self._figures: dict[str, float] = {}  # both, once they are known
 
     def set_network(
         self,
@@ -184,14 +189,43 @@ class TrainingModule(pl.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
         self._gradient_norm = None
 
-    def _log_step(
-        self, batch: DetectionBatch | ClassificationBatch, losses: dict[str, torch.Tensor]
-    ) -> None:
-        """Log the losses of a step, its learning rate and its image size."""
-        self.log_dict(losses, batch_size=len(batch))
+    def on_train_epoch_start(self) -> None:
+        """Forget the losses of the epoch before, as the trainer does."""
+        self._losses, self._figures = {}, {}
+
+    def _keep_losses(self, batch: Batch, losses: dict[str, torch.Tensor]) -> None:
+        """Keep the losses of a step on the device, to be read when a step is logged."""
+        self._losses.update(losses)
         lr, image_size = self.trainer.optimizers[0].param_groups[0]["lr"], batch.images.shape[-1]
-        settings = {"train/lr": lr, "train/image_size": float(image_size)}
-        self.log_dict(settings, batch_size=len(batch))
+        self._settings = {"train/lr": lr, "train/image_size": float(image_size)}
+        self._figures = {}
+
+    def newest_figures(self) -> dict[str, float]:
+        """Return the newest losses of this epoch, of both kinds of batches, and their settings.
+
+        It waits for the device once; with `self.log`, each value would be waited for.
+        """
+        if self._losses and not self._figures:
+            values = torch.stack(list(self._losses.values())).tolist()
+            # in float32, as `self.log` keeps numbers
+            values += torch.tensor(list(self._settings.values())).tolist()
+            self._figures = dict(zip([*self._losses, *self._settings], values, strict=True))
+        return self._figures
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the losses if the step is to be logged."""
+        if self.trainer._logger_connector.should_update_logs:
+            self._log_figures()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the losses of the last step, too, where `max_time` has just ended the training."""
+        if self.trainer.should_stop:
+            self._log_figures()
+
+    def _log_figures(self) -> None:
+        # tensors on the host: Lightning copies numbers to the device, and waits for it
+        figures = {name: torch.tensor(value) for name, value in self.newest_figures().items()}
+        self.log_dict(figures, batch_size=1)
 
     def metric_names(self) -> list[str]:
         """Return the names of the losses and metrics that callbacks may monitor."""
