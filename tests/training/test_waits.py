@@ -1,0 +1,156 @@
+"""How often a training waits for its GPU, and how many kernels it starts: on a pretend device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.paths import REPO
+
+pytestmark = pytest.mark.end_to_end
+
+# a process of its own, because a process has one such device, under one name
+WORKER = '''
+import contextlib, json, sys
+import lightning.pytorch as pl
+import torch
+from tests.helpers.pretend_device import DEVICE, PretendDevice, strategy
+from yolo_lightning import ClassifierModule, CombinedDataModule, DetectorModule
+from yolo_lightning.callbacks import (
+    BatchDigests, FiniteGuard, LastCheckpoint, MultiScale, Preemption, ResultsTable, Throughput,
+    TrainingProgress)
+from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
+
+TREE, folder = sys.argv[1:]
+torch.set_num_threads(1)
+found = {}
+
+
+class Count(pl.Callback):
+    """Counts from the end of one step to the end of the next one."""
+
+    def __init__(self, device):
+        self.device, self.steps = device, []
+
+    def on_train_start(self, trainer, module):
+        loop = trainer.fit_loop.epoch_loop
+        advance = loop.advance
+
+        def counted(fetcher):
+            self.device.clear()
+            advance(fetcher)
+            logged = (trainer.global_step % trainer.log_every_n_steps) == 0
+            self.steps.append([self.kind, logged, self.device.kernels, dict(self.device.waits)])
+
+        loop.advance = counted
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.kind = type(batch).__name__
+
+
+def data(**sources):
+    return CombinedDataModule(
+        TREE, classification=ShapesImageLabels(length=16, image_size=64), image_size=64,
+        detection_batch_size=4, classification_batch_size=4, num_workers=0, steps_per_epoch=100,
+        **sources)
+
+
+def fit(device, name, module, datamodule, **options):
+    pl.seed_everything(0, verbose=False)
+    count = Count(device)
+    trainer = pl.Trainer(
+        max_steps=13, strategy=strategy(), logger=False, default_root_dir=f"{folder}/{name}",
+        enable_model_summary=False, log_every_n_steps=3, limit_val_batches=0,
+        callbacks=[count, FiniteGuard(), MultiScale([64]), BatchDigests(), Throughput(),
+                   TrainingProgress(), ResultsTable(), LastCheckpoint(), Preemption()], **options)
+    trainer.fit(module, datamodule)
+    found[name] = count.steps[4:12]
+
+
+def planted(device):
+    """What the device is to find."""
+    values = torch.arange(3.0, device=DEVICE)
+    with contextlib.suppress(RuntimeError):
+        values + torch.ones(3)
+        found["mixed"] = True
+    device.clear()
+    values[values > 1].sum().item()
+    torch.ones(3).to(DEVICE, non_blocking=True).add(values)
+    found["planted"] = [device.kernels, list(device.waits)]
+
+
+def loss(device):
+    """The loss of boxes of a flat list, by the forward pass alone."""
+    module = DetectorModule([str(k) for k in range(20)], [(1, 1), (2, 2), (3, 3)], "small", 8, 4)
+    batch = datamodule.batch(0).to(DEVICE)
+    batch.images_seen = 20_000  # without the anchor prior
+    module.to(DEVICE)
+    module._boxed_ancestors = torch.arange(20).to(DEVICE)
+    output = module.network(batch.images / 255)
+    module.network.forward = lambda images: output
+    for _ in range(2):  # tables are copied to the device at first
+        device.clear()
+        module.loss_terms(batch)
+    found["loss"] = [device.kernels, dict(device.waits)]
+
+
+with PretendDevice() as device:
+    planted(device)
+    datamodule = data(detection=ShapesDetection(length=16, image_size=64))
+    detector = DetectorModule(TREE, [(1.5, 1.5), (2.5, 2.5)], "small", 8, 4, learning_rate=0.01)
+    fit(device, "detector", detector, datamodule, gradient_clip_val=1.0)
+    fit(device, "classifier", ClassifierModule(TREE, "small", image_size=64), data())
+    loss(device)
+with open(f"{folder}/found.json", "w") as file:
+    json.dump(found, file)
+'''
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What WORKER counted."""
+    folder: Path = tmp_path_factory.mktemp("pretend")
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    result = subprocess.run(
+        [sys.executable, str(script), str(REPO / "recipes/trees/shapes.tsv"), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    counts: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return counts
+
+
+def test_the_pretend_device_counts_waits_and_kernels(found):
+    kernels, waits = found["planted"]
+    assert "mixed" not in found, "tensors of two devices do not meet"
+    assert [text.partition(" at ")[0] for text in waits] == ["index", "_local_scalar_dense"]
+    assert kernels == 4  # a comparison, an index, a sum, an addition
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "max_kernels"),
+    [
+        ("detector", "DetectionBatch", 400),
+        ("detector", "ClassificationBatch", 320),
+        ("classifier", "ClassificationBatch", 150),
+    ],
+)
+@pytest.mark.parametrize(("is_logged", "max_waits"), [(False, 1), (True, 4)])
+def test_a_step_waits_once(found, module, kind, max_kernels, is_logged, max_waits):
+    steps = [step for step in found[module] if step[:2] == [kind, is_logged]]
+    assert steps
+    for _, _, kernels, waits in steps:
+        assert sum(waits.values()) <= max_waits, waits
+        assert kernels <= max_kernels
+
+
+def test_loss_of_boxes_starts_few_kernels_and_does_not_wait(found):
+    kernels, waits = found["loss"]
+    assert not waits
+    assert kernels <= 120
