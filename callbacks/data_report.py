@@ -9,7 +9,7 @@ import torch.distributed as dist
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.errors import printable
 
-_MAX_SHOWN = 10
+_MAX_SHOWN, _MAX_KNOWN = 10, 2
 
 
 class DataReport(pl.Callback):
@@ -42,7 +42,7 @@ class DataReport(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the faults found while reading, those of all ranks, and the number of others."""
-        known = set(getattr(trainer.datamodule, "source_faults", []))  # type: ignore[attr-defined]
+        known = [*dict.fromkeys(getattr(trainer.datamodule, "source_faults", []))]  # type: ignore[attr-defined]
         faults: Counter[str] = Counter()
         by_rank: list[Counter[str] | None] = [self.faults]
         if dist.is_available() and dist.is_initialized():
@@ -51,7 +51,8 @@ class DataReport(pl.Callback):
         for rank_faults in by_rank:
             faults.update(rank_faults or Counter())
         if known and trainer.is_global_zero:  # `init` has listed them
-            print(f"Annotations: {len(known)} repaired or skipped; `check-data RECIPE` lists them")
+            print(f"Annotations: {len(known)} repaired or skipped; `check-data RECIPE` lists all:")
+            print("\n".join(f"  {printable(fault)}" for fault in known[:_MAX_KNOWN]))
         if faults and trainer.is_global_zero:
             print(f"Data: {len(faults)} repaired or skipped while reading:")
             for fault in list(faults)[:_MAX_SHOWN]:

@@ -69,7 +69,8 @@ def _describe_errors(evaluation: DetectionEvaluation | LabelAccuracy) -> str:
 
 def _describe_data(data: Mapping[str, Any]) -> str:
     holds = data["holds"].removeprefix("image ")
-    name = Path(data["name"]).name
+    path = Path(data["name"])
+    name = path.parent.name or path.name if path.suffix else path.name  # of data.yaml, the folder
     return f"{data['images']:,} images of {name} with {holds} of {data['nodes']:,} classes"
 
 

@@ -460,6 +460,7 @@ def _is_needed(record: logging.LogRecord) -> bool:
 def silence_libraries() -> None:
     """Hide warnings and tips of libraries that need no action."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="IProgress not found.*")  # notebooks show text then
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # steps are logged across epochs
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")

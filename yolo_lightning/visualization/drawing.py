@@ -11,7 +11,8 @@ from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.boxes import cxcywh_to_xyxy
 from yolo_lightning.detections import Detection
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import Image
+
+Image = NDArray[np.uint8]  # (H, W, 3), RGB
 
 Colour = tuple[int, int, int]
 
