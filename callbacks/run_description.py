@@ -71,7 +71,7 @@ def _describe_data(data: Mapping[str, Any]) -> str:
     holds = data["holds"].removeprefix("image ")
     path = Path(data["name"])
     name = path.parent.name or path.name if path.suffix else path.name  # of data.yaml, the folder
-    return f"{data['images']:,} images of {name} with {holds} of {data['nodes']:,} classes"
+    return f"{data['images']:,} images with {holds} of {data['nodes']:,} classes ({name})"
 
 
 def _first_comment(recipe: str) -> str:

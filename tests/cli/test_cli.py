@@ -146,8 +146,8 @@ def test_fit_writes_a_run_folder_checkpoints_and_one_mlflow_run(workplace, repor
         r"\*\*AP50_boxed [\d.]+; best [\d.]+ at step \d; last AP50 .*\*\*  ", result
     )
     assert data == (
-        "Recipe **quickstart**: 8 images of shapes with boxes of 6 classes and 8 images "
-        "of shapes with labels of 12 classes  "
+        "Recipe **quickstart**: 8 images with boxes of 6 classes (shapes) and 8 images "
+        "with labels of 12 classes (shapes)  "
     )
     assert errors.startswith("Weakest classes: ")
     assert any("The paper's claim in miniature" in line for line in rest)
