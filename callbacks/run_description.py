@@ -17,7 +17,8 @@ from yolo_lightning.evaluation.error_analysis import (
 )
 from yolo_lightning.evaluation.label_accuracy import LabelAccuracy
 
-_METRICS = ("AP50", "AP50_boxed", "AP50_unboxed", "AP", "top1", "top5")
+_METRICS = {"AP50": "AP50", "AP50_boxed": "boxed", "AP50_unboxed": "unboxed", "AP": "AP",
+            "top1": "top-1", "top5": "top-5"}  # fmt: skip
 
 
 def describe_run(
@@ -40,7 +41,7 @@ def describe_run(
         errors = _describe_errors(evaluation)
     data = trainer.datamodule  # type: ignore[attr-defined]
     inputs = data.inputs() if hasattr(data, "inputs") else []
-    used = " and ".join(_describe_data(data) for data in inputs if data["use"] == "training")
+    used = ", ".join(_describe_data(data) for data in inputs if data["use"] == "training")
     head = [f"**{result}**" if result else "", f"Recipe **{recipe}**: {used}", errors]
     rest = [_first_comment(files.get("recipe.yaml", "")), _data_table(inputs)]
     rest += [f"`{files.get('command.txt', '').strip()}`", f"All files of this run: `{folder}`"]
@@ -48,30 +49,28 @@ def describe_run(
 
 
 def _last_metrics(metrics: Mapping[str, float]) -> str:
-    values = {name: metrics.get(name, math.nan) for name in _METRICS}
-    known = [f"{name} {value:.3f}" for name, value in values.items() if not math.isnan(value)]
-    return f"; last {', '.join(known)}" if known else ""
+    values = {text: metrics.get(name, math.nan) for name, text in _METRICS.items()}
+    known = [f"{text} {value:.3f}" for text, value in values.items() if not math.isnan(value)]
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _describe_errors(evaluation: DetectionEvaluation | LabelAccuracy) -> str:
     names = dict(zip(evaluation.tree.keys, evaluation.tree.names, strict=True))
     worst = [f"{names[key]} {value:.2f}" for key, value in weakest_classes(evaluation.per_class)]
-    texts = [f"Weakest classes: {', '.join(worst)}"] if worst else []
+    texts = [f"Weakest: {', '.join(worst)}"] if worst else []
     if isinstance(evaluation, DetectionEvaluation) and len(evaluation.targets):
         matches = match_predictions(evaluation.targets, evaluation.detections, evaluation.tree)
         pairs = [
-            f"{evaluation.tree.names[target]} as {evaluation.tree.names[predicted]} ({count})"
+            f"{evaluation.tree.names[target]} for {evaluation.tree.names[predicted]} ({count})"
             for target, predicted, count in most_confused(matches)
         ]
-        texts += [f"most often mistaken: {', '.join(pairs)}"] if pairs else []
-    return "; ".join(texts)
+        texts += [f"Mistaken: {', '.join(pairs)}"] if pairs else []
+    return "  \n".join(texts)
 
 
 def _describe_data(data: Mapping[str, Any]) -> str:
     holds = data["holds"].removeprefix("image ")
-    path = Path(data["name"])
-    name = path.parent.name or path.name if path.suffix else path.name  # of data.yaml, the folder
-    return f"{data['images']:,} images with {holds} of {data['nodes']:,} classes ({name})"
+    return f"{data['images']:,} images with {holds} ({data['nodes']:,} classes)"
 
 
 def _first_comment(recipe: str) -> str:

@@ -54,4 +54,4 @@ def test_the_cells_run(notebook, tmp_path, monkeypatch):
     options = {"timeout": 500, "resources": {"metadata": {"path": str(tmp_path)}}}
     nbclient.NotebookClient(notebook, **options).execute()
     described = code_cells(notebook)[-1].outputs[0].data["text/markdown"]
-    assert "Recipe **shapes**: 32 images with boxes of 6 classes (YOLO boxes)" in described
+    assert "Recipe **shapes**: 32 images with boxes (6 classes)" in described

@@ -142,14 +142,12 @@ def test_fit_writes_a_run_folder_checkpoints_and_one_mlflow_run(workplace, repor
     assert tags["version.torch"] == torch.__version__
     assert tags["data.training.boxes.nodes"] == "6"
     result, data, errors, *rest = tags["mlflow.note.content"].split("\n")
-    assert re.fullmatch(
-        r"\*\*AP50_boxed [\d.]+; best [\d.]+ at step \d; last AP50 .*\*\*  ", result
-    )
+    assert re.fullmatch(r"\*\*AP50_boxed [\d.]+; best [\d.]+ at step \d \(AP50 .*\)\*\*  ", result)
     assert data == (
-        "Recipe **quickstart**: 8 images with boxes of 6 classes (shapes) and 8 images "
-        "with labels of 12 classes (shapes)  "
+        "Recipe **quickstart**: 8 images with boxes (6 classes), 8 images with labels "
+        "(12 classes)  "
     )
-    assert errors.startswith("Weakest classes: ")
+    assert errors.startswith("Weakest: ")
     assert any("The paper's claim in miniature" in line for line in rest)
     uses = store.execute("select count(*) from inputs where destination_type = 'RUN'")
     assert uses.fetchone() == (3,)
