@@ -173,12 +173,20 @@ def test_errors_are_those_of_the_command_line(photos, capsys):
         ({"recipe": {}, "detection": "b/", "flat": True}, "detection, flat: not with a recipe"),
         ({"recipe": "a.yaml", "output": "b.yaml"}, "output: not with a recipe"),
         ({"recipe": {"model": object()}}, "recipe: .*object; allowed in a dictionary"),
+        ({"recipe": "a.yaml", "resume": True}, "resume is True; allowed: 'auto', None"),
     ],
 )
 def test_arguments_that_exclude_each_other(workplace, arguments, message):
     with pytest.raises(InputError, match=message):
         fit(**arguments)
     assert not list(workplace.glob("*.yaml"))
+
+
+def test_a_script_is_not_started_once_for_each_device(workplace):
+    options = {**QUICK, "trainer.devices": 2}
+    with pytest.raises(InputError, match=r"devices is 2.*torchrun --nproc-per-node=2 -m yolo_l"):
+        fit(REPO / "recipes/quickstart.yaml", overrides=options)
+    assert not list(workplace.rglob("outputs/*/*"))
 
 
 def test_importing_fit_imports_nothing_heavy():

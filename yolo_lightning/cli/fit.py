@@ -89,6 +89,8 @@ def fit(
         KeyboardInterrupt: Ctrl-C.
         SystemExit: SIGTERM or SIGUSR1, with which a cluster stops a job; the step is saved.
     """
+    if resume not in (None, "auto"):
+        raise InputError(f"resume is {resume!r}; allowed: 'auto', None")
     restore_handlers = signals.install_handlers(ends_process=False)
     try:
         if recipe is None:

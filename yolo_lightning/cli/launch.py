@@ -108,6 +108,13 @@ def command(args: Sequence[str]) -> str:
     return shlex.join([*([sys.argv[0]] if is_script else _AS_MODULE), *args])
 
 
+def is_command() -> bool:
+    """Return whether this process is `yolo-lightning`, rather than a script that imports it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_module = spec is not None and spec.name == "yolo_lightning.__main__"
+    return is_module or Path(sys.argv[0]).name == "yolo-lightning"
+
+
 def recipe_paths(args: Sequence[str]) -> list[str]:
     """Return the recipes of a command line, each once."""
     return list(dict.fromkeys(_take(args, *_CONFIG)[0]))

@@ -34,7 +34,7 @@ from yolo_lightning.callbacks import (
 from yolo_lightning.callbacks.training_progress import final_step
 from yolo_lightning.checkpoints.validation import read_checkpoint, resumable_checkpoint
 from yolo_lightning.cli import fit_summary, runs
-from yolo_lightning.cli.launch import recipe_paths
+from yolo_lightning.cli.launch import is_command, recipe_paths
 from yolo_lightning.cli.monitors import check_monitors
 from yolo_lightning.cli.recipe_errors import find_input_error
 from yolo_lightning.cli.recipe_parser import (
@@ -281,6 +281,7 @@ class RecipeCLI(LightningCLI):
         named = self._get(self.config_init, "trainer")["callbacks"] or []
         named = [*named] if isinstance(named, list) else [named]
         trainer = super().instantiate_trainer(**kwargs)
+        _check_restart(trainer)
         method = getattr(trainer.strategy, "_start_method", "popen")
         if method != "popen":  # the results would stay in the processes that it starts
             raise InputError(
@@ -483,6 +484,18 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR if name == "urllib3" else logging.WARNING)
     for name in _LIGHTNING_LOGGERS:
         logging.getLogger(name).addFilter(_is_needed)
+
+
+def _check_restart(trainer: pl.Trainer) -> None:
+    """Raise `InputError` if Lightning would start a script of the user once for each device."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    is_started = environment is None or environment.creates_processes_externally
+    if trainer.num_devices > 1 and not is_started and not is_command():
+        raise InputError(
+            f"trainer.devices is {trainer.num_devices}, for which Lightning would run all of this "
+            "script once for each device; allowed in Python: 1; for more, start the recipe with "
+            f"torchrun --nproc-per-node={trainer.num_devices} -m yolo_lightning fit RECIPE"
+        )
 
 
 def main(args: Sequence[str]) -> RecipeCLI:
