@@ -15,6 +15,7 @@ OTHER_COMMANDS = {
     "resume": "fit recipe.yaml --resume auto",
     "predict": "detect best.ckpt photographs/",
     "infer": "detect best.ckpt photographs/",
+    "checks": "doctor",
 }
 """Commands of other programs, and what does the same here."""
 
@@ -31,6 +32,7 @@ OTHER_OPTIONS = {
     **dict.fromkeys(("amp", "half", "fp16", "precision"), "--trainer.precision 16-mixed"),
     **dict.fromkeys(("project", "name", "output"), "--trainer.default_root_dir outputs/mine"),
     **dict.fromkeys(("seed",), "--seed_everything 1"),
+    **dict.fromkeys(("freeze",), "--model.backbone_lr_factor 0"),
 }
 """Options of other programs, without dashes, and the same as options of a recipe."""
 
@@ -118,10 +120,9 @@ def _check_name(command: str, word: str, following: str) -> None:
     elif key in _WEIGHTS:
         option = f"{'--model.pretrained' if command == 'fit' else '--ckpt_path'} best.ckpt"
     if option is not None:
-        raise InputError(
-            f"{name}: here the option is {option.split()[0]}, for example: "
-            f"yolo-lightning {command} recipe.yaml {option}"
-        )
+        ours = option.split()[0]
+        answer = "allowed" if name == ours else f"here the option is {ours}, for example"
+        raise InputError(f"{name}: {answer}: yolo-lightning {command} recipe.yaml {option}")
 
 
 def _evaluation_parser(command: str) -> argparse.ArgumentParser:
