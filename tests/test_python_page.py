@@ -58,7 +58,7 @@ def test_the_code_of_the_page_runs(kangaroos, capsys):
 
 def test_the_page_lists_what_a_run_holds():
     page = (REPO / "docs/python.md").read_text(encoding="utf-8")
-    from yolo_lightning.cli.fit import Run
+    from yolo_lightning import Run
 
     members = {name for name in vars(Run) if not name.startswith("_")} | set(Run.__annotations__)
     assert set(re.findall(r"^\| `run\.(\w+)`", page, re.M)) == members

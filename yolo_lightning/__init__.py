@@ -17,7 +17,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no complaint where git i
 
 if TYPE_CHECKING:
     from yolo_lightning.classifier import ClassifierModule
-    from yolo_lightning.cli.fit import fit
+    from yolo_lightning.cli.fit import Run, fit
     from yolo_lightning.datamodules.combined import CombinedDataModule
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.inference.loading import load
@@ -27,6 +27,7 @@ __all__ = [
     "ClassifierModule",
     "CombinedDataModule",
     "DetectorModule",
+    "Run",
     "WordTree",
     "__version__",
     "fit",
@@ -37,6 +38,7 @@ _MODULES = {
     "ClassifierModule": "yolo_lightning.classifier",
     "CombinedDataModule": "yolo_lightning.datamodules.combined",
     "DetectorModule": "yolo_lightning.detector",
+    "Run": "yolo_lightning.cli.fit",
     "WordTree": "yolo_lightning.tree.wordtree",
     "fit": "yolo_lightning.cli.fit",
     "load": "yolo_lightning.inference.loading",
