@@ -314,9 +314,12 @@ class DetectorModule(TrainingModule):
         elif isinstance(image, bytes):
             pixels, size_hw_orig = decode_image(image, "image", min_side)
         else:
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            shape, dtype = [*getattr(image, "shape", [])], getattr(image, "dtype", None)
+            if len(shape) != 3 or shape[2] != 3 or 0 in shape or dtype != np.uint8:
+                found = type(image).__name__ if dtype is None else f"{dtype} {tuple(shape)}"
                 raise InputError(
-                    f"an image of {image.dtype} {image.shape}; allowed: uint8 (H, W, 3), RGB"
+                    f"an image of {found}; allowed: a path, the bytes of a file, or an array, "
+                    "uint8 (H, W, 3), RGB"
                 )
             pixels, size_hw_orig = image, (image.shape[0], image.shape[1])
         resized, *_ = fit(pixels, size_hw, self.hparams["resize"], size_hw_orig, interpolation)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers import miniatures
 from tests.helpers.hostile_images import fifo, progressive_jpeg
@@ -212,6 +213,15 @@ def test_python_interface_takes_arrays_and_another_size(checkpoint, photos):
     assert model(pixels, 0.05, image_size=160) != model(pixels, 0.05)
     with pytest.raises(InputError, match="multiples of 32"):
         model(pixels, image_size=100)
+    others = {
+        "float32 (96, 96, 3)": np.zeros((96, 96, 3), np.float32), "uint8 (48, 64)": pixels[..., 0],
+        "uint8 (0, 64, 3)": pixels[:0], "torch.uint8": torch.zeros(96, 96, 3)[..., :2].byte(),
+        "Image": Image.fromarray(pixels), "int": 3,
+    }  # fmt: skip
+    for found, image in others.items():
+        with pytest.raises(InputError) as refused:
+            model(image)
+        assert str(refused.value).startswith(f"an image of {found}")
 
 
 def test_darknet_files_instead_of_a_checkpoint(module, checkpoint, photos, tmp_path):
