@@ -230,6 +230,7 @@ class RecipeCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with self._without_empty_folder():
+            _check_restart(self.trainer)
             super()._run_subcommand(subcommand)
 
     @contextlib.contextmanager
@@ -281,7 +282,6 @@ class RecipeCLI(LightningCLI):
         named = self._get(self.config_init, "trainer")["callbacks"] or []
         named = [*named] if isinstance(named, list) else [named]
         trainer = super().instantiate_trainer(**kwargs)
-        _check_restart(trainer)
         method = getattr(trainer.strategy, "_start_method", "popen")
         if method != "popen":  # the results would stay in the processes that it starts
             raise InputError(
