@@ -88,6 +88,7 @@ class LabelPlot:
 
     classes: Mapping[str, int]  # objects, or images, by name
     boxes_wh_norm: NDArray[Any]  # (M, 2), 0…1 of their images; empty for image labels
+    boxes_wh_px: NDArray[Any]  # (M, 2)
     centres_norm: NDArray[Any]  # (M, 2)
     objects_per_image: NDArray[Any]  # (N,)
     sizes_wh_px: NDArray[Any]  # (N, 2), of the images
@@ -111,8 +112,9 @@ def save_label_plot(labels: LabelPlot, path: Path) -> None:
             axes.set_aspect("equal")
         panels[2].set(title="centres of boxes", ylim=(1, 0))
         panels[3].set(title="box sizes, relative to the image", xlabel="width", ylabel="height")
-        aspect = np.log2(boxes[:, 0] / boxes[:, 1].clip(1e-6))
-        panels[4].hist(aspect.clip(-3, 3), bins=40, color=COLOURS[0])
+        width, height = np.log2(labels.boxes_wh_px.clip(1e-3)).T
+        aspect = (width - height).clip(-3, 3)
+        panels[4].hist(aspect, bins=48, range=(-3, 3), color=COLOURS[0])
         panels[4].set_xticks(range(-3, 4), ["1:8", "1:4", "1:2", "1:1", "2:1", "4:1", "8:1"])
         panels[4].set_title("aspect of boxes, width to height")
         counts = np.bincount(labels.objects_per_image)

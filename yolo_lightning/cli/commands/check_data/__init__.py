@@ -121,6 +121,7 @@ def _plot_labels(reports: "Sequence[PartReport]", folder: Path) -> dict[int, Pat
             LabelPlot(
                 dict(report.classes),
                 np.asarray(relative).clip(0, 1),
+                report.boxes_wh_px,
                 report.centres_norm,
                 report.objects_per_image,
                 report.sizes_wh_px,
