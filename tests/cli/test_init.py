@@ -282,6 +282,11 @@ def test_names_that_only_training_or_validation_has_are_named(workdir, write_voc
     )
     assert "; first validation after " in printed
     assert printed.endswith("  yolo-lightning fit set.yaml\n  yolo-lightning test set.yaml\n")
+    (workdir / "same.yaml").write_text("crane: duck\nswan: duck\n")
+    assert main(["init", "set", "--mapping", "same.yaml", "--output", "same_names.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "without a box" not in printed
+    assert "no training image" not in printed
     write_voc(workdir / "one", "a", [("crane", 1, 1, 33, 25)])
     write_voc(workdir / "one", "b", [("crane", 1, 1, 33, 25)])
     assert main(["init", "one", "--val-fraction", "0"]) == 0
@@ -306,7 +311,7 @@ def test_images_of_a_group_stay_together(workdir, write_voc, capsys):
         write_voc(workdir / "set", f"film{k // 3}_{k}", [("zebra", 1, 1, 30, 20 + k)])
     argv = ["init", "set", "--val-fraction", "0.25", "--group-by", r"film\d+"]
     assert main(argv) == 0
-    assert "so 3 of the 12 training images, 1 of 4 groups are" in capsys.readouterr().out
+    assert "so 3 of the 12 training images (1 of 4 groups) are" in capsys.readouterr().out
     listed = (workdir / "set.val.txt").read_text().splitlines()
     assert len({name.partition("_")[0] for name in listed}) == 1
     data = recipe_data(["set.yaml"])

@@ -45,7 +45,7 @@ def open_sources(options: argparse.Namespace, listed: Path) -> dict[str, Any]:
     elif "validation" not in parts:
         print("validation: none, so neither best.ckpt nor any AP while it trains")
     if not (options.classification or options.hierarchy):  # which have classes below those of boxes
-        _print_missing_names(parts)
+        _print_missing_names(parts, read_mapping(options.mapping) if options.mapping else {})
     return parts
 
 
@@ -124,7 +124,7 @@ def _split(
         return {"detection": training}
     write_atomically(listed, "".join(f"{path}\n" for path in sorted(chosen)))
     validation = training.with_list(only=str(listed))
-    unit = f", {len(used)} of {len(groups)} groups" if group_by is not None else ""
+    unit = f" ({len(used)} of {len(groups)} groups)" if group_by is not None else ""
     print(
         f"validation: none is named, so {len(chosen)} of the {total} training images{unit} are "
         f"chosen at random (seed {_SEED}) and listed in {listed}"
@@ -172,13 +172,15 @@ def _classes_by_path(training: AnnotatedImages) -> dict[str, set[int]]:
     return {index.path(k): set(classes[offsets[k] : offsets[k + 1]]) for k in range(len(training))}
 
 
-def _print_missing_names(parts: Mapping[str, Any]) -> None:
+def _print_missing_names(parts: Mapping[str, Any], meanings: Mapping[str, str]) -> None:
     """Print names that occur in training alone, or in validation or test alone."""
-    trained = +parts["detection"].name_counts()
-    for part in ("validation", "test"):
-        used = +parts[part].name_counts() if part in parts else trained
-        _print_names(f"{part}: without a box of", trained.keys() - used.keys())
-        _print_names(f"{part}: no training image has", used.keys() - trained.keys())
+    used = {
+        part: {meanings.get(name, name) for name in +source.name_counts()}
+        for part, source in parts.items()
+    }
+    for part in [part for part in ("validation", "test") if part in used]:
+        _print_names(f"{part}: without a box of", used["detection"] - used[part])
+        _print_names(f"{part}: no training image has", used[part] - used["detection"])
 
 
 def _print_names(text: str, names: Iterable[str]) -> None:
