@@ -72,6 +72,7 @@ _LIGHTNING_LOGGERS = (
     "lightning.fabric.utilities.seed",
 )
 _NEEDLESS = (
+    "Found current_model_state in the checkpoint",  # to resume with averaged weights
     "Tip",
     "PU available: ",
     "Automatic Mixed Precision",
@@ -470,6 +471,8 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*instantiate_classes.* was deprecated.*")
     warnings.filterwarnings("ignore", message=".*compute.. method of metric .* was called before")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need.*")
+    # of a frozen backbone
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     # checkpoints hold the averaged weights
     warnings.filterwarnings("ignore", message=".*using the WeightAveraging callback, but loading.*")
     warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
