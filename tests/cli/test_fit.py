@@ -173,6 +173,7 @@ def test_errors_are_those_of_the_command_line(photos, capsys):
         ({"recipe": {}, "detection": "b/", "flat": True}, "detection, flat: not with a recipe"),
         ({"recipe": "a.yaml", "output": "b.yaml"}, "output: not with a recipe"),
         ({"recipe": {"model": object()}}, "recipe: .*object; allowed in a dictionary"),
+        ({"detection": "b/", "minutes": 5}, "minutes: no such argument; here it is max_minutes"),
         ({"recipe": "a.yaml", "resume": True}, "resume is True; allowed: 'auto', None"),
     ],
 )

@@ -91,6 +91,8 @@ def fit(
     """
     if resume not in (None, "auto"):
         raise InputError(f"resume is {resume!r}; allowed: 'auto', None")
+    if "minutes" in init_options:
+        raise InputError("minutes: no such argument; here it is max_minutes")
     restore_handlers = signals.install_handlers(ends_process=False)
     try:
         if recipe is None:
