@@ -17,6 +17,7 @@ from yolo_lightning.callbacks import ValidationReport
 from yolo_lightning.cli import recipe as cli
 from yolo_lightning.cli import runs
 from yolo_lightning.cli.main import main
+from yolo_lightning.cli.monitors import SETTINGS
 from yolo_lightning.detector import DetectorModule
 
 pytestmark = pytest.mark.end_to_end
@@ -562,9 +563,8 @@ def test_a_metric_that_is_not_logged_is_named_before_the_start(
 
 def test_all_that_a_training_logs_can_be_monitored(workplace):
     run = cli.main(["fit", *QUICK, *TINY])
-    settings = {"train/lr", "train/image_size"}
     logged = {name for name in run.trainer.callback_metrics if name.startswith(("val/", "train/"))}
-    assert logged - settings <= set(run.model.metric_names())
+    assert logged <= {*run.model.metric_names(), *SETTINGS}
     assert {"val/AP50_boxed", "val/AP50_level1", "train/cls_loss"} < logged
 
 

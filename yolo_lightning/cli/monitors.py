@@ -5,7 +5,7 @@ import lightning.pytorch as pl
 from yolo_lightning.errors import InputError, nearest, short
 from yolo_lightning.training_module import TrainingModule
 
-_PROGRESS = ("epoch", "step")  # which `ModelCheckpoint` may monitor too
+SETTINGS = ("epoch", "step", "train/lr", "train/image_size")  # logged, but no metrics
 _MAX_SHOWN = 60
 
 
@@ -18,7 +18,7 @@ def check_monitors(trainer: pl.Trainer, model: TrainingModule) -> None:
     names = model.metric_names()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
-        if monitor is None or monitor in names or monitor in _PROGRESS:
+        if monitor is None or monitor in names or monitor in SETTINGS:
             continue
         more = ", …" if len(names) > _MAX_SHOWN else ""
         allowed = f"allowed: {', '.join(names[:_MAX_SHOWN])}{more}"
