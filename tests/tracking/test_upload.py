@@ -674,7 +674,7 @@ def test_the_thread_retries_deferred_files(
     (folder / "x").write_text("x")
     run.log_artifact(folder / "x", "plots")
     thread = UploadThread(Uploader(run.journal), interval_s=0.02)
-    wait_until(lambda: thread.uploader.pending)
+    wait_until(lambda: warnings)  # of the first attempt
     broken_artifact_store.clear()
     wait_until(lambda: not thread.uploader.pending)
     assert thread.finish()
