@@ -176,7 +176,7 @@ def best_row(rows: list[Row], trainer: pl.Trainer) -> tuple[str, Row | None]:
 
 def format_row(row: Row, best: str) -> str:
     """Return a row for the screen; `best` is the metric of which it has the best value so far."""
-    losses = [f"loss {row[name]:<5.4g}" for name in total_losses(row)][:1]
+    losses = [f"loss {row[name]:<5.3g}" for name in total_losses(row)][:1]
     metrics = [f"{text} {row[name]:.3f}" for name, text in _SHOWN.items() if name in row]
     texts = [f"step {row['step']:>5.0f}", *losses, *metrics, Tqdm.format_interval(row["seconds"])]
     if best:

@@ -95,7 +95,7 @@ def test_rows_for_the_screen_fit_into_80_columns():
     row = {"step": 99999, "seconds": 3599, "train/loss": 123.4567, "val/AP": 0.5}
     row |= {"val/AP50": 1.0, "val/AP50_unboxed": 0.25, "val/AP50_boxed": 0.125}
     assert format_row(row, "val/AP50_boxed") == (
-        "step 99999  loss 123.5  AP50 1.000  unboxed 0.250  AP 0.500  59:59  best boxed"
+        "step 99999  loss 123    AP50 1.000  unboxed 0.250  AP 0.500  59:59  best boxed"
     )
     labels = {"step": 10, "seconds": 61, "train/loss_class": 2.0, "val/top1": 0.5, "val/top5": 1}
     assert format_row(labels, "val/top1") == (

@@ -357,7 +357,7 @@ def test_folder_of_broken_images_gives_one_message(workplace, capsys, write_voc,
     assert error.count("\n") == 1
     assert "no readable image among 4: " in error
     assert "another image is used" not in error
-    assert not list(workplace.glob("outputs/*/*")), "no run folder is left"
+    assert not list(workplace.glob("outputs/*")), "no run folder is left"
 
 
 def test_precision_accumulation_and_weight_averaging_work(workplace):

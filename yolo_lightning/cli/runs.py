@@ -225,8 +225,9 @@ def lock(folder: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a run folder that contains nothing but the lock file."""
+    """Remove a run folder with nothing but the lock file, and its parent if it is empty then."""
     with contextlib.suppress(OSError):
         if rank() == 0 and [path.name for path in folder.iterdir()] in ([], [_LOCK]):
             (folder / _LOCK).unlink(missing_ok=True)
             folder.rmdir()
+            folder.parent.rmdir()

@@ -280,13 +280,9 @@ class RunLogger(MLFlowLogger):
                 or (self._evaluates and name == "epoch")
             ):
                 continue
-            if not math.isfinite(number):
-                shown = "NaN" if math.isnan(number) else f"{'-' if number < 0 else '+'}1.8e308"
-                self._warn(
-                    f"metric {name} is not finite",
-                    f"{number} at step {step}",
-                    f"MLflow shows {shown}",
-                )
+            if math.isinf(number):  # NaN is usual, such as the accuracy of no predictions
+                shown = f"{'-' if number < 0 else '+'}1.8e308"
+                self._warn(f"metric {name} is infinite", f"at step {step}", f"MLflow shows {shown}")
             self._last_points[key] = point
             values[key] = number
         if values:

@@ -126,8 +126,8 @@ def _split(
     validation = training.with_list(only=str(listed))
     unit = f" ({len(used)} of {len(groups)} groups)" if group_by is not None else ""
     print(
-        f"validation: none is named, so {len(chosen)} of the {total} training images{unit} are "
-        f"chosen at random (seed {_SEED}) and listed in {listed}"
+        f"validation: no other images are named, so {len(chosen)} of the {total} training images"
+        f"{unit} are chosen at random (seed {_SEED}) and listed in {listed}"
     )
     return {"detection": training.with_list(without=str(listed)), "validation": validation}
 
