@@ -11,6 +11,7 @@ from torch import Tensor
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.errors import InputError
+from yolo_lightning.models.preparation import MAX_IMAGE_PX
 
 
 def size_at_step(
@@ -73,20 +74,21 @@ def dry_run(module: pl.LightningModule, batch: Any) -> None:
 
 
 class MultiScale(pl.Callback):
-    """Resize training batches to a random size that changes every few batches; has no state.
+    """Train at a random image size that changes every few batches; has no state.
 
-    The sequence of sizes follows from `data.seed`, which is the recipe's `seed_everything`.
+    The sequence of sizes follows from `data.seed`, which is the recipe's `seed_everything`. A
+    `CombinedDataModule` reads images at the size of their step; those of another datamodule or
+    loader are resized on the device.
 
     Args:
-        sizes (px): of the network input, multiples of 32, at most `data.canvas_size`, one of which
-            is drawn: the network learns all of them. Source: YOLO9000, section 2.
+        sizes (px): of the network input, multiples of 32, one of which is drawn: the network learns
+            all of them. Source: YOLO9000, section 2.
         every_n_batches (batches): until the next size. Source: YOLO9000, section 2.
         last_batches_at_largest (batches): at the end of the training, by `trainer.max_steps` or
             `trainer.max_epochs`, that have the largest size. Source: Darknet: 200.
 
     Raises:
-        InputError: a value out of range; when training starts, for `data.canvas_size` or a
-            training without an end.
+        InputError: a value out of range; when training starts, a training without an end.
 
     Source: YOLO9000, section 2, "Multi-Scale Training"; the original program trains the last 200
     batches at the largest size.
@@ -95,8 +97,11 @@ class MultiScale(pl.Callback):
     def __init__(
         self, sizes: list[int], every_n_batches: int = 10, last_batches_at_largest: int = 0
     ) -> None:
-        if not sizes or any(size <= 0 or size % 32 for size in sizes):
-            raise InputError(f"MultiScale: sizes is {sizes}; allowed: positive multiples of 32")
+        if not sizes or any(not 0 < size <= MAX_IMAGE_PX or size % 32 for size in sizes):
+            raise InputError(
+                f"MultiScale: sizes is {sizes}; allowed: positive multiples of 32 up to "
+                f"{MAX_IMAGE_PX}"
+            )
         if every_n_batches < 1:
             raise InputError(
                 f"MultiScale: every_n_batches is {every_n_batches}; allowed: 1 or more"
@@ -110,14 +115,18 @@ class MultiScale(pl.Callback):
         self.last_batches_at_largest = last_batches_at_largest
         self._first_at_largest = math.inf
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that no size is above the canvas size."""
-        canvas = getattr(trainer.datamodule, "canvas_size", max(self.sizes))  # type: ignore[attr-defined]
-        if max(self.sizes) > canvas:
-            raise InputError(
-                f"MultiScale: size {max(self.sizes)} is above data.canvas_size {canvas}; "
-                f"set data.canvas_size to {max(self.sizes)} or more"
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the data read images at the size of their step."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and hasattr(data, "size_of_step"):
+            # loader workers start before the trainer knows its number of batches
+            first = first_batch_at_largest(
+                trainer, data.batches_per_epoch, self.last_batches_at_largest
             )
+            data.size_of_step = lambda step: self._size_at(step, data.seed, first)
+
+    def _size_at(self, step: int, seed: int, first_at_largest: float) -> int:
+        return size_at_step(step, self.sizes, self.every_n_batches, seed, first_at_largest)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the end, and run a step of each kind at the largest size to check the memory."""
@@ -125,13 +134,12 @@ class MultiScale(pl.Callback):
             trainer, trainer.num_training_batches, self.last_batches_at_largest
         )
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "batch"):
+        if not hasattr(data, "size_of_step"):
             return
         rank, world = trainer.global_rank, trainer.world_size
         size = max(self.sizes)
         for step in data.order.first_steps:
-            batch = data.batch(step, rank, world).to(pl_module.device)
-            batch.images = resize(batch.images, size)
+            batch = data.batch(step, rank, world, size).to(pl_module.device)
             try:
                 with trainer.precision_plugin.train_step_context():
                     dry_run(pl_module, batch)
@@ -150,10 +158,9 @@ class MultiScale(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Resize the images of the batch."""
+        """Resize the images of the batch, unless they were read at the size of the step."""
         if isinstance(batch, DetectionBatch | ClassificationBatch):
             seed = getattr(trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
-            size = size_at_step(
-                batch.step, self.sizes, self.every_n_batches, seed, self._first_at_largest
-            )
-            batch.images = resize(batch.images, size)
+            size = self._size_at(batch.step, seed, self._first_at_largest)
+            if batch.images.shape[-1] != size:
+                batch.images = resize(batch.images, size)

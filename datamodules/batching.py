@@ -69,13 +69,12 @@ class JointDataset(Dataset[Batch]):
         detection: DetectionSource | None,
         classification: ImageLabelSource | None,
         augmentations: tuple[DetectionAugmentation | None, ClassificationAugmentation | None],
-        canvas_size: int,
         seed: int,
         resize: Resize = "letterbox",
     ) -> None:
         self.detection, self.classification = detection, classification
         self.detection_augmentation, self.classification_augmentation = augmentations
-        self.canvas_size, self.seed, self.resize = canvas_size, seed, resize
+        self.seed, self.resize = seed, resize
         self.pending = PendingReads(detection, classification)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
@@ -83,11 +82,11 @@ class JointDataset(Dataset[Batch]):
         faults: list[str] = []
         entries = list(zip(plan.indices, plan.passes, strict=True))
         if plan.kind == "detection":
-            read = [self._read_sample(index, number, faults) for index, number in entries]
+            read = [self._read_sample(*entry, plan.image_size, faults) for entry in entries]
             samples, ids = zip(*read, strict=True)
             batch: Batch = collate_detection(samples)
         else:
-            triples = [self._read_image(index, number, faults) for index, number in entries]
+            triples = [self._read_image(*entry, plan.image_size, faults) for entry in entries]
             images, nodes, ids = zip(*triples, strict=True)
             batch = ClassificationBatch(stack_images(images), torch.zeros(0), torch.tensor(nodes))
         batch.sample_ids = torch.tensor(ids)
@@ -96,30 +95,33 @@ class JointDataset(Dataset[Batch]):
         return batch
 
     def _read_sample(
-        self, index: int, pass_number: int, faults: list[str]
+        self, index: int, pass_number: int, size: int, faults: list[str]
     ) -> tuple[DetectionSample, int]:
         """Return an augmented sample without its difficult objects, and the index of its image."""
-        augmentation, size = self.detection_augmentation, self.canvas_size
-        min_side = size if augmentation is None else augmentation.required_side(size)
+        augmentation = self.detection_augmentation
+        seed = _seed(self.seed, 0, pass_number, index)
+        min_side = size
+        if augmentation is not None:
+            min_side = augmentation.required_side(size, seed, self.resize)
         sample, read = _read_or_replace(self.detection, index, min_side, faults, self.pending)
         sample = sample.select(~sample.difficult)
         if augmentation is None:
             return fit_sample(sample, size, self.resize), read
-        seed = _seed(self.seed, 0, pass_number, index)
         return augmentation(sample, size, seed, self.resize), read
 
     def _read_image(
-        self, index: int, pass_number: int, faults: list[str]
+        self, index: int, pass_number: int, size: int, faults: list[str]
     ) -> tuple[Image, int, int]:
         """Return an augmented image, its node and its index."""
-        augmentation, size = self.classification_augmentation, self.canvas_size
-        min_side = size if augmentation is None else augmentation.required_side(size)
+        augmentation = self.classification_augmentation
+        seed = _seed(self.seed, 1, pass_number, index)
+        min_side = size if augmentation is None else augmentation.required_side(size, seed)
         (image, node), read = _read_or_replace(
             self.classification, index, min_side, faults, self.pending
         )
         if augmentation is None:
             return fit(image, (size, size))[0], node, read
-        return augmentation(image, size, _seed(self.seed, 1, pass_number, index)), node, read
+        return augmentation(image, size, seed), node, read
 
 
 class EvaluationDataset(Dataset[Batch]):

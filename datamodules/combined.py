@@ -1,6 +1,8 @@
 """The datamodule: detection and classification batches in one alternating, stateless order."""
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -78,10 +80,8 @@ class CombinedDataModule(pl.LightningDataModule):
         classification_batch_size (images): in a classification batch, over *all* ranks.
         classification_batches_per_detection_batch (ratio): 0 or more, fractions allowed: more
             teaches names, less teaches boxes. Source: YOLO9000, section 4: 4.
-        image_size (px): side of the network input in evaluation, a multiple of 32; the model's by
-            default. Source: YOLO9000, section 2.
-        canvas_size (px): side of training images, at least the largest size of `MultiScale`;
-            `image_size` by default.
+        image_size (px): side of the network input, a multiple of 32; with `MultiScale`, in
+            evaluation alone; the model's by default. Source: YOLO9000, section 2.
         steps_per_epoch (batches): by default one pass over the detection source with its
             classification batches, or over the classification source alone.
         resize: how images with boxes become square: `letterbox`, whole on grey, or `stretch`;
@@ -109,6 +109,8 @@ class CombinedDataModule(pl.LightningDataModule):
 
     tree: WordTree
     image_size: int
+    # side of the training images of a step, px, as `MultiScale` sets it when a training is set up
+    size_of_step: Callable[[int], int] | None = None
     resize: Resize
     interpolation: Interpolation
 
@@ -123,7 +125,6 @@ class CombinedDataModule(pl.LightningDataModule):
         classification_batch_size: int = 64,
         classification_batches_per_detection_batch: float = 1,
         image_size: int | None = None,
-        canvas_size: int | None = None,
         steps_per_epoch: int | None = None,
         resize: Resize | None = None,
         interpolation: Interpolation | None = None,
@@ -140,7 +141,6 @@ class CombinedDataModule(pl.LightningDataModule):
         self.classification = _concat(classification)
         self.validation = _concat(validation)
         self.test = self.validation if test is None else _concat(test)
-        self._canvas_size = canvas_size
         given = {
             "tree": tree,
             "image_size": image_size,
@@ -150,7 +150,7 @@ class CombinedDataModule(pl.LightningDataModule):
         self._not_given = [name for name, value in given.items() if value is None]
         for name, default in PREPARATION.items():
             setattr(self, name, default if given[name] is None else given[name])
-        self._check_sizes()
+        self._check_size()
         ratio = classification_batches_per_detection_batch
         for name, value, low, high in (
             ("num_workers", num_workers, 0, 1024),
@@ -169,17 +169,11 @@ class CombinedDataModule(pl.LightningDataModule):
         self.loader_timeout_s = loader_timeout_s
         self._bound: set[int] = set()
 
-    @property
-    def canvas_size(self) -> int:
-        """Side of training images, px."""
-        return self._canvas_size or self.image_size
-
-    def _check_sizes(self) -> None:
-        for name in ("image_size", "canvas_size"):
-            size = getattr(self, name)
-            valid = isinstance(size, int) and 0 < size <= MAX_IMAGE_PX and size % 32 == 0
-            allowed = f"multiples of 32 up to {MAX_IMAGE_PX}, of a square"
-            check_option(f"data.{name}", size, valid, allowed)
+    def _check_size(self) -> None:
+        size = self.image_size
+        valid = isinstance(size, int) and 0 < size <= MAX_IMAGE_PX and size % 32 == 0
+        allowed = f"multiples of 32 up to {MAX_IMAGE_PX}, of a square"
+        check_option("data.image_size", size, valid, allowed)
 
     def _take_from_model(self) -> None:
         """Set the values that the constructor did not get from the model."""
@@ -187,7 +181,7 @@ class CombinedDataModule(pl.LightningDataModule):
         for name in set(self._not_given) & set(PREPARATION):
             if name in getattr(module, "hparams", {}):
                 setattr(self, name, module.hparams[name])
-        self._check_sizes()
+        self._check_size()
         if "tree" in self._not_given and hasattr(module, "tree"):
             if getattr(self, "tree", None) is not module.tree:
                 self._bound.clear()
@@ -221,6 +215,7 @@ class CombinedDataModule(pl.LightningDataModule):
         """Take missing values from the model, and bind the sources of a stage to the tree."""
         if stage == "fit":
             self.require_training_data()
+            self.size_of_step = None  # of an earlier training; callbacks are set up after the data
         if stage == "validate" and self.validation is None:
             raise InputError("data.validation is not set: nothing to validate on")
         self._take_from_model()
@@ -305,7 +300,13 @@ class CombinedDataModule(pl.LightningDataModule):
             *self.batch_sizes,
             self.ratio,
             self.seed,
+            self.size_of_step or (lambda step: self.image_size),
         )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of a training epoch."""
+        return self.steps_per_epoch or self.order.steps_per_pass
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training batches."""
@@ -327,9 +328,9 @@ class CombinedDataModule(pl.LightningDataModule):
             progress = trainer.fit_loop.epoch_loop.batch_progress.state_dict() if trainer else None
             return int(progress["total"]["processed"]) if progress else 0
 
-        order = self.order
-        steps = self.steps_per_epoch or order.steps_per_pass
-        sampler = AlternatingBatchSampler(order, steps, steps_trained, rank, world_size)
+        sampler = AlternatingBatchSampler(
+            self.order, self.batches_per_epoch, steps_trained, rank, world_size
+        )
         return ResumableLoader(
             self._training_dataset(), sampler, self.num_workers, self.loader_timeout_s
         )
@@ -338,22 +339,30 @@ class CombinedDataModule(pl.LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    def batch(
+        self, step: int, rank: int = 0, world_size: int = 1, image_size: int | None = None
+    ) -> Batch:
         """Return the batch of a rank at a step, counted since training began.
+
+        Args:
+            step: number of the batch, from 0.
+            rank: of the process.
+            world_size: number of processes.
+            image_size: px; that of the step by default.
 
         Raises:
             InputError: a global batch size that is not a multiple of `world_size`.
         """
         order = self.order
         AlternatingBatchSampler(order, 1, lambda: step, rank, world_size)  # checks the shares
-        return self._training_dataset()[order.plan(step, rank, world_size)]
+        plan = order.plan(step, rank, world_size)
+        return self._training_dataset()[replace(plan, image_size=image_size or plan.image_size)]
 
     def _training_dataset(self) -> JointDataset:
         return JointDataset(
             self.detection,
             self.classification,
             self.augmentations,
-            self.canvas_size,
             self.seed,
             self.resize,
         )

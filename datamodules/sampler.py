@@ -54,6 +54,7 @@ class BatchPlan:
     kind: Kind
     step: int
     images_seen: int
+    image_size: int  # side of the images, px
     indices: list[int]  # in the source
     passes: list[int]  # number of the pass over the source, for each sample
 
@@ -71,6 +72,7 @@ class JointOrder:
     classification_batch_size: int
     ratio: Fraction  # classification batches per detection batch; 0 for none
     seed: int
+    size_of_step: Callable[[int], int]  # side of the images of a step, px; the same on all ranks
 
     def batches_before(self, step: int) -> tuple[int, int]:
         """Return the numbers of detection and classification batches before a step."""
@@ -114,7 +116,10 @@ class JointOrder:
             rows = passes == number
             indices[rows] = permute(positions[rows], size, (self.seed, kind, int(number)))
         images_seen = before[0] * batch_sizes[0] + before[1] * batch_sizes[1]
-        return BatchPlan(KINDS[kind], step, images_seen, indices.tolist(), passes.tolist())
+        image_size = self.size_of_step(step)
+        return BatchPlan(
+            KINDS[kind], step, images_seen, image_size, indices.tolist(), passes.tolist()
+        )
 
 
 class AlternatingBatchSampler(Sampler[BatchPlan]):

@@ -159,10 +159,10 @@ def test_a_joint_training_has_the_length_and_the_ratio_of_its_source(name, steps
 @pytest.mark.parametrize(
     ("name", "rate", "burn_in", "shorter_side", "image_size"),
     [
-        ("classify_imagenet_224", 0.1, 1000, [112, 392], 224),  # 128 … 448 px for 256 px
-        ("classify_imagenet_448", 0.001, 0, [448, 512], 448),
-        ("classify_wordtree_1k", 0.1, 1000, [112, 392], 224),
-        ("classify_wordtree_9k", 0.001, 0, [448, 512], 448),
+        ("classify_imagenet_224", 0.1, 1000, [0.5, 1.75], 224),  # 128 … 448 px for 256 px
+        ("classify_imagenet_448", 0.001, 0, [1, 1.143], 448),
+        ("classify_wordtree_1k", 0.1, 1000, [0.5, 1.75], 224),
+        ("classify_wordtree_9k", 0.001, 0, [1, 1.143], 448),
     ],
 )
 def test_a_classifier_has_the_hyperparameters_of_its_cfg_file(

@@ -236,7 +236,6 @@ class Run:
             "data.init_args.classification_batch_size": plan.batch_size,
             "data.init_args.num_workers": 1,
             "data.init_args.image_size": plan.image_size,
-            "data.init_args.canvas_size": max(*plan.sizes, plan.image_size),
             "trainer.accelerator": "cpu",
             "trainer.max_steps": steps,
             "trainer.val_check_interval": steps,
@@ -247,10 +246,6 @@ class Run:
         }
         if is_small:
             values["model.init_args.backbone"] = BACKBONE
-        if plan.is_small:
-            canvas = values["data.init_args.canvas_size"]
-            side = [canvas, canvas + 32]
-            values["data.init_args.classification_augmentation.init_args.shorter_side"] = side
         return values
 
     def _callbacks(self, callbacks: list[dict[str, Any]]) -> list[dict[str, Any]]:

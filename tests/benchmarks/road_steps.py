@@ -70,7 +70,6 @@ STEPS = (
         "multi-scale",
         76.8,
         {
-            "data.canvas_size": "608",
             "trainer.callbacks+": MULTI_SCALE,
             "trainer.callbacks.sizes": "[320, 352, 384, 416, 448, 480, 512, 544, 576, 608]",
             "trainer.callbacks.every_n_batches": "10",
@@ -133,7 +132,6 @@ def miniature_steps(seed: int, images: int) -> list[Values]:
         "model.anchors_wh_cell": json.dumps(hand_picked()),
         "data.image_size": str(SIZE),
         "model.passthrough_channels": "16",
-        "data.canvas_size": str(LARGER_SIZE),
         "trainer.callbacks.sizes": f"[{SIZE - 32}, {SIZE}, {SIZE + 32}]",
         "trainer.callbacks.last_batches_at_largest": "0",
     }
@@ -188,7 +186,7 @@ def classifier_values(seed: int, steps: int, size: int, test_images: int) -> Val
         "model.schedule.power": "1.0",
         "data.classification": json.dumps({"class_path": LABELS, "init_args": train}),
         "data.validation": json.dumps({"class_path": LABELS, "init_args": test}),
-        "data.classification_augmentation.shorter_side": f"[{size}, {5 * size // 4}]",
+        "data.classification_augmentation.shorter_side": "[1.0, 1.25]",
         "data.classification_augmentation.degrees": "0",
         "data.classification_augmentation.aspect": "1",
         "data.classification_batch_size": "32",

@@ -16,7 +16,7 @@ from yolo_lightning.errors import InputError
 TREE = str(REPO / "recipes/trees/shapes.tsv")
 
 
-def make_module_and_data(**options):
+def make_module_and_data(num_workers=0, **options):
     data = CombinedDataModule(
         TREE,
         ShapesDetection(length=16, image_size=64),
@@ -24,8 +24,7 @@ def make_module_and_data(**options):
         detection_batch_size=4,
         classification_batch_size=2,
         image_size=64,
-        canvas_size=96,
-        num_workers=0,
+        num_workers=num_workers,
         steps_per_epoch=8,
         **options,
     )
@@ -88,6 +87,30 @@ def test_sizes_follow_the_seed_of_the_data_and_end_with_the_largest(tmp_path):
         )
         drawn[seed] = recorder.sizes
     assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_are_read_at_the_size_of_their_step(tmp_path, num_workers):
+    """Over the end of an epoch, and in the last batches, at the largest size."""
+    read = []
+
+    class Reader(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            read.append((batch.step, batch.images))
+
+    callbacks = [Reader(), MultiScale([32, 64, 96], 1, last_batches_at_largest=2)]
+    _, trainer = fit(tmp_path, callbacks, steps=12, num_workers=num_workers)
+    data = trainer.datamodule
+    assert [step for step, _ in read] == list(range(12))
+    sizes = [images.shape[-1] for _, images in read]
+    drawn = [multi_scale.size_at_step(step, [32, 64, 96], 1, 0) for step in range(10)]
+    assert sizes == [*drawn, 96, 96]
+    for step, images in read:
+        assert torch.equal(images, data.batch(step).images)
+        assert data.order.plan(step).image_size == sizes[step]
+    assert data.batch(3, image_size=160).images.shape[-1] == 160
+    data.setup("fit")  # another training, without MultiScale
+    assert data.batch(0).images.shape[-1] == 64
 
 
 def test_too_little_memory_is_reported_before_the_first_step(tmp_path, monkeypatch):

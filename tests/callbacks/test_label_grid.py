@@ -21,7 +21,7 @@ class FirstImages(pl.Callback):
         self.images: dict[str, Any] = {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        image = (batch.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        image = batch.images[0].permute(1, 2, 0).numpy()
         self.images.setdefault(type(batch).__name__, image)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from yolo_lightning.batches import ClassificationBatch
 from yolo_lightning.callbacks.multi_scale import (
     MultiScale,
     first_batch_at_largest,
@@ -32,9 +33,12 @@ def test_resize_converts_to_floats_in_0_to_1():
     assert resize(images, 64).max() == 1
 
 
-def test_multi_scale_rejects_sizes_that_are_not_multiples_of_32():
-    with pytest.raises(InputError, match=r"sizes is \[100\]; allowed: positive multiples of 32"):
-        MultiScale([100])
+@pytest.mark.parametrize("size", [100, 0, -32, 2**20])
+def test_multi_scale_rejects_sizes_that_are_no_size_of_a_network(size):
+    with pytest.raises(
+        InputError, match=rf"sizes is \[{size}\]; allowed: positive multiples of 32"
+    ):
+        MultiScale([size])
 
 
 def trainer(max_steps: int = -1, max_epochs: int | None = -1, accumulate: int = 1) -> Any:
@@ -85,3 +89,13 @@ def test_the_last_batches_need_a_known_end():
 def test_multi_scale_rejects_a_negative_number_of_last_batches():
     with pytest.raises(InputError, match="last_batches_at_largest is -1; allowed: 0 or more"):
         MultiScale([64], last_batches_at_largest=-1)
+
+
+def test_images_of_other_loaders_are_resized():
+    batch = ClassificationBatch(
+        torch.full((2, 3, 64, 64), 255, dtype=torch.uint8), torch.zeros(2), torch.zeros(2)
+    )
+    loop: Any = trainer(max_steps=10)
+    loop.datamodule, loop.num_training_batches = None, 10
+    MultiScale([32]).on_train_batch_start(loop, None, batch, 0)  # type: ignore[arg-type]
+    torch.testing.assert_close(batch.images, torch.ones(2, 3, 32, 32))

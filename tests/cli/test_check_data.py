@@ -35,7 +35,6 @@ data:
     detection_batch_size: 4
     classification_batch_size: 2
     image_size: 96
-    canvas_size: 128
 trainer:
   devices: 2
   num_nodes: 1

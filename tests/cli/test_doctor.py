@@ -254,12 +254,17 @@ def test_recipe_values_are_checked(outside_of_jobs, capsys, monkeypatch):
 
 def test_shared_memory_of_loader_workers_is_checked(tmp_path):
     values = {
-        "data.init_args.canvas_size": 608, "data.init_args.num_workers": 4,
+        "data.init_args.image_size": 608, "data.init_args.num_workers": 4,
         "data.init_args.detection_batch_size": 64, "data.init_args.classification_batch_size": 16,
     }  # fmt: skip
     assert doctor.loader_memory_bytes(values, 1) == 2 * 4 * 64 * 3 * 608 * 608
     assert doctor.loader_memory_bytes(values, 4) == 2 * 4 * 16 * 3 * 608 * 608
     assert doctor.loader_memory_bytes({**values, "data.init_args.num_workers": 0}, 1) == 0
+    scales = {
+        "class_path": "yolo_lightning.callbacks.MultiScale", "init_args": {"sizes": [320, 640]},
+    }  # fmt: skip
+    scaled = {**values, "trainer.callbacks": [{"class_path": "other.Callback"}, scales]}
+    assert doctor.loader_memory_bytes(scaled, 1) == 2 * 4 * 64 * 3 * 640 * 640
     assert doctor.loader_memory_bytes({"data.image_size": "${..x}"}, 1) is None
     insufficient = list(doctor.storage(str(tmp_path), 2**60, str(tmp_path)))
     sufficient = list(doctor.storage(str(tmp_path / "not/there"), 1, str(tmp_path)))

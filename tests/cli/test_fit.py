@@ -22,7 +22,7 @@ from yolo_lightning.errors import InputError
 
 SMALL: dict[str, Any] = {"image_size": 96, "backbone": "small", "max_minutes": 0.01}
 QUICK = {
-    "data.detection_batch_size": 1, "data.num_workers": 0, "data.canvas_size": 128,
+    "data.detection_batch_size": 1, "data.num_workers": 0,
     "trainer.logger": False, "trainer.accelerator": "cpu", "trainer.precision": "32-true",
 }  # fmt: skip
 SHORT = {**QUICK, "trainer.max_steps": 4, "trainer.val_check_interval": 2}

@@ -221,7 +221,7 @@ def test_training_needs_training_data(workplace, capsys):
 
 def test_training_uses_the_size_of_the_model_if_the_data_has_none(workplace):
     recipe = quickstart_values()
-    for name in ("tree", "image_size", "canvas_size"):
+    for name in ("tree", "image_size"):
         recipe["data"]["init_args"].pop(name, None)
     recipe["model"]["init_args"] |= {"image_size": 128, "resize": "stretch"}
     recipe["trainer"]["callbacks"] = []
@@ -236,7 +236,7 @@ def test_training_uses_the_size_of_the_model_if_the_data_has_none(workplace):
     assert (values["image_size"], values["resize"]) == (128, "stretch")
     # the commands that read the training data, without a checkpoint
     data = recipe_data(["r.yaml"])
-    assert (data.image_size, data.canvas_size, data.resize) == (128, 128, "stretch")
+    assert (data.image_size, data.resize) == (128, "stretch")
     assert data.tree.rows == TREE
     # what the data says is what the model is trained for, and a resumed training keeps it
     other = ["--data.image_size=64", "--trainer.default_root_dir=second"]
@@ -257,7 +257,7 @@ def test_in_python_data_takes_missing_values_from_each_model(tmp_path):
     for size, resize in choices:
         model = DetectorModule(TREE, ANCHORS, "small", 8, image_size=size, resize=resize)
         quiet_trainer().test(model, data, verbose=False)
-        assert (data.image_size, data.canvas_size, data.resize) == (size, size, resize)
+        assert (data.image_size, data.resize) == (size, resize)
         assert data.tree is model.tree
         sizes.append(next(iter(data.test_dataloader())).images.shape[-1])
     assert sizes == [64, 96]

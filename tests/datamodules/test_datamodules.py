@@ -1,7 +1,6 @@
-"""Sources, augmentation, and the combined datamodule."""
+"""Sources and the combined datamodule."""
 
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 
 from tests.helpers.images import write_image
 from tests.helpers.paths import REPO
-from yolo_lightning.batches import ClassificationBatch, DetectionBatch, DetectionSample
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules import (
     ClassificationAugmentation,
     CombinedDataModule,
@@ -21,9 +20,7 @@ from yolo_lightning.datamodules import (
     VOCFolder,
 )
 from yolo_lightning.datamodules.shapes import SHAPES, _draw_shape, _draw_shapes
-from yolo_lightning.datamodules.transforms import fit_sample
 from yolo_lightning.errors import InputError
-from yolo_lightning.images import fit
 from yolo_lightning.tree.wordtree import WordTree
 
 FRUIT = WordTree.from_names(["apple", "banana"])
@@ -187,109 +184,6 @@ def test_image_folder_errors(tmp_path):
         InputError, match="label 'cherry' is not in the tree; allowed: apple, banana"
     ):
         ImageFolder(str(tmp_path)).bind(FRUIT)
-
-
-# --- transforms
-
-
-def sample_with(boxes: list[list[int]], size: tuple[int, int] = (60, 100)) -> DetectionSample:
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
-    count = len(boxes)
-    return DetectionSample(
-        image,
-        np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        np.arange(count),
-        np.zeros(count, dtype=np.bool_),
-    )
-
-
-def test_letterbox_keeps_aspect_ratio_and_maps_boxes():
-    image = np.zeros((50, 100, 3), dtype=np.uint8)
-    image[10:20, 30:60] = 255
-    square, *_ = fit(image, (64, 64))
-    assert square.shape == (64, 64, 3)
-    assert (square[:16] == 127).all()
-    assert (square[48:] == 127).all()
-    moved = fit_sample(sample_with([[30, 10, 60, 20]], (50, 100)), 64)
-    np.testing.assert_allclose(moved.boxes_xyxy_px, [[19.2, 22.4, 38.4, 28.8]], rtol=1e-6)
-
-
-def test_augmentation_depends_on_its_seed_alone():
-    augment = DetectionAugmentation(jitter=0.3)
-    sample = fit_sample(sample_with([[10, 10, 50, 40], [60, 5, 95, 55]]), 96)
-    first, other, again = (augment(sample, 96, seed) for seed in (1, 2, 1))
-    assert np.array_equal(first.image, again.image)
-    assert np.array_equal(first.boxes_xyxy_px, again.boxes_xyxy_px)
-    assert not np.array_equal(first.image, other.image)
-    classify = ClassificationAugmentation()
-    one, two, three = (classify(sample.image, 64, seed) for seed in (1, 2, 1))
-    assert one.shape == (64, 64, 3)
-    assert np.array_equal(one, three)
-    assert not np.array_equal(one, two)
-
-
-def test_classification_crops_have_the_chosen_scale():
-    image = np.full((100, 200, 3), 255, dtype=np.uint8)
-    plain: dict[str, Any] = {"aspect": 1, "degrees": 0, "hue": 0, "saturation": 1, "exposure": 1}
-    small = ClassificationAugmentation((32, 32), **plain)(image, 64, 0)
-    assert (small == 255).all(axis=(1, 2)).sum() == 32  # grey above and below
-    assert set(np.unique(small)) == {127, 255}
-    assert (ClassificationAugmentation((64, 128), **plain)(image, 64, 0) == 255).all()
-    turned = ClassificationAugmentation((64, 64), **{**plain, "degrees": 45})(image, 64, 3)
-    assert (turned == 127).any()
-
-
-def test_classification_augmentation_checks_its_options():
-    with pytest.raises(InputError, match=r"shorter_side is \[300, 200\]; allowed: two lengths"):
-        ClassificationAugmentation((300, 200))
-    with pytest.raises(InputError, match="aspect is 0; allowed: above 0"):
-        ClassificationAugmentation(aspect=0)
-
-
-@pytest.mark.parametrize("geometry", ["crop", "place"])
-@pytest.mark.parametrize("resize", ["letterbox", "stretch"])
-def test_augmented_boxes_follow_their_object_and_stay_inside(geometry, resize):
-    image = np.zeros((96, 144, 3), dtype=np.uint8)
-    image[30:60, 40:80] = 255
-    box = np.array([[40, 30, 80, 60]], dtype=np.float32)
-    sample = DetectionSample(image, box, np.array([4]), np.array([False]))
-    augment = DetectionAugmentation(0.3, hue=0, saturation=1, exposure=1, geometry=geometry)
-    moved = 0
-    for seed in range(60):
-        out = augment(sample, 96, seed, resize)
-        assert out.image.shape == (96, 96, 3)
-        if not len(out.labels):
-            continue
-        x1, y1, x2, y2 = out.boxes_xyxy_px[0]
-        rows, columns = np.nonzero(out.image[:, :, 0] > 190)
-        drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        assert np.abs(drawn - out.boxes_xyxy_px[0]).max() < 2
-        assert 0 <= x1 < x2 <= 96
-        assert 0 <= y1 < y2 <= 96
-        assert out.labels.tolist() == [4]
-        moved += abs(x1 - 40) > 2
-    assert moved > 20
-
-
-def test_augmentation_handles_degenerate_boxes():
-    augment = DetectionAugmentation(jitter=0.3)
-    boxes = [[10, 10, 10, 30], [-20, -20, 500, 500], [95, 58, 140, 90], [5, 5, 30, 30]]
-    for seed in range(40):
-        out = augment(sample_with(boxes), 96, seed)
-        assert len(out.boxes_xyxy_px) == len(out.labels) == len(out.difficult)
-        assert 0 not in out.labels
-    nothing = augment(sample_with([]), 96, 0)
-    assert nothing.boxes_xyxy_px.shape == (0, 4)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"jitter": 1.5}, {"jitter": 0.5}, {"saturation": 0.5}, {"hue": 0.9}, {"geometry": "turn"}],
-)
-def test_augmentation_options_out_of_range_raise(options):
-    with pytest.raises(InputError, match="allowed"):
-        DetectionAugmentation(**options)
 
 
 # --- combined

@@ -44,7 +44,7 @@ def ordered_data(files: Path, **options: Any) -> CombinedDataModule:
         "classification_batch_size": 8,
         "steps_per_epoch": 12,
         "detection_augmentation": DetectionAugmentation(),
-        "classification_augmentation": ClassificationAugmentation((40, 80)),
+        "classification_augmentation": ClassificationAugmentation((1, 2)),
         "seed": 5,
     }
     return set_up_data(**{**defaults, **options})
@@ -96,9 +96,7 @@ def test_order_depends_on_the_seed(files, single_process_batches):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_same_global_batches(files, single_process_batches, world_size):
     data = ordered_data(files)
-    dataset = JointDataset(
-        data.detection, data.classification, data.augmentations, data.canvas_size, data.seed
-    )
+    dataset = JointDataset(data.detection, data.classification, data.augmentations, data.seed)
     order = data.order
     for step, whole in enumerate(single_process_batches):
         plans = [order.plan(step, rank, world_size) for rank in range(world_size)]

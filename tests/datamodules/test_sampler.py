@@ -11,7 +11,7 @@ from yolo_lightning.errors import InputError
 
 
 def order(ratio: str = "1", sizes: tuple[int, int] = (10, 7), batch: tuple[int, int] = (4, 6)):
-    return JointOrder(*sizes, *batch, Fraction(ratio), seed=3)
+    return JointOrder(*sizes, *batch, Fraction(ratio), seed=3, size_of_step=lambda step: 32)
 
 
 @settings(max_examples=60, deadline=None)

@@ -47,10 +47,7 @@ class Miniature:
             "validation": self._source("ImageLabels", self.evaluated_images, number, 1_000_001),
             "classification_augmentation": {
                 "class_path": "yolo_lightning.datamodules.ClassificationAugmentation",
-                "init_args": {
-                    "shorter_side": [self._size(number), self._size(number) * 5 // 4],
-                    **self.crops,
-                },
+                "init_args": {"shorter_side": [1.0, 1.25], **self.crops},
             },
         }
         return self._recipe(number, model, data, "val/top1")

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from yolo_lightning.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from yolo_lightning.batches import ClassificationBatch, DetectionBatch
     from yolo_lightning.datamodules.combined import CombinedDataModule
 
 
 def image_size_at_step(recipe: Any, data: "CombinedDataModule", step: int) -> int:
-    """Return the image size, px, that the recipe's `MultiScale` selects; else `canvas_size`."""
+    """Return the image size, px, that the recipe's `MultiScale` selects; else `image_size`."""
     from yolo_lightning.callbacks.multi_scale import first_batch_at_largest, size_at_step
 
     callbacks = recipe.trainer.callbacks
@@ -23,12 +22,12 @@ def image_size_at_step(recipe: Any, data: "CombinedDataModule", step: int) -> in
             values = callback.init_args
             first_at_largest = first_batch_at_largest(
                 recipe.trainer,
-                data.steps_per_epoch or data.order.steps_per_pass,
+                data.batches_per_epoch,
                 values.last_batches_at_largest,
             )
             sizes = list(values.sizes)
             return size_at_step(step, sizes, values.every_n_batches, data.seed, first_at_largest)
-    return data.canvas_size
+    return data.image_size
 
 
 def format_samples(data: "CombinedDataModule", step: int, rank: int, world_size: int) -> str:
@@ -85,7 +84,6 @@ def main(argv: Sequence[str]) -> None:
         InputError: an invalid recipe, step or rank.
     """
     options, overrides = _parser().parse_known_args(list(argv))
-    from yolo_lightning.callbacks.multi_scale import resize
     from yolo_lightning.cli.data import DataCLI
     from yolo_lightning.visualization.drawing import draw_batch, save_image
 
@@ -100,12 +98,11 @@ def main(argv: Sequence[str]) -> None:
         )
     data.setup("fit")
     print(printable(format_samples(data, options.step, options.rank, world_size)))
-    batch: DetectionBatch | ClassificationBatch = data.batch(options.step, options.rank, world_size)
     size = image_size_at_step(run.recipe, data, options.step)
+    batch = data.batch(options.step, options.rank, world_size, size)
     print(f"image size: {size} px")
     for fault in batch.faults:
         print(f"  {printable(fault)}")
-    batch.images = (resize(batch.images, size) * 255).round().byte()
     stem = f"{Path(options.recipe).stem}-{options.step}-{options.rank}"
     output = Path(options.output or f"outputs/batch/{stem}.png")
     save_image(output, draw_batch(batch, data.tree.names))

@@ -59,8 +59,8 @@ def images_per_second(source: "AnnotatedImages", image_size: int) -> dict[str, f
 
     torch.set_num_threads(1)
     augment = DetectionAugmentation()
-    order = JointOrder(len(source), 0, _BATCH, _BATCH, Fraction(0), 0)
-    dataset = JointDataset(source, None, (augment, None), image_size, 0)
+    order = JointOrder(len(source), 0, _BATCH, _BATCH, Fraction(0), 0, lambda step: image_size)
+    dataset = JointDataset(source, None, (augment, None), 0)
     paths, annotations = [], []
     for k in range(len(source)):
         sample = source.read(k)

@@ -88,7 +88,8 @@ def images_seen(checkpoint: Mapping[str, Any], data: "CombinedDataModule") -> in
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
     if progress is None:
         return None
-    order = JointOrder(int(data.detection is not None), 1, *data.batch_sizes, data.ratio, data.seed)
+    sizes = (int(data.detection is not None), 1, *data.batch_sizes)
+    order = JointOrder(*sizes, data.ratio, data.seed, lambda step: data.image_size)
     return order.plan(int(progress["total"]["processed"])).images_seen
 
 

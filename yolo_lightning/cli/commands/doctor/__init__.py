@@ -167,8 +167,10 @@ def loader_memory_bytes(values: Mapping[str, Any], nodes: int) -> int | None:
     def value(name: str, default: int | None, section: str = "data") -> Any:
         return values.get(f"{section}.init_args.{name}", values.get(f"{section}.{name}", default))
 
-    size = value("image_size", None) or value("image_size", 416, "model")
-    side = value("canvas_size", None) or size
+    side = value("image_size", None) or value("image_size", 416, "model")
+    for callback in values.get("trainer.callbacks") or []:
+        if str(callback.get("class_path")).endswith(".MultiScale"):
+            side = max(callback["init_args"]["sizes"])
     batch = [value(f"{kind}_batch_size", 64) for kind in ("detection", "classification")]
     workers = value("num_workers", 2)
     if not all(isinstance(number, int) for number in (side, *batch, workers)):
