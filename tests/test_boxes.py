@@ -54,7 +54,9 @@ def test_unletterbox_inverts_the_letterbox(whole):
         left = 69
     placed = box * torch.tensor([new_width, new_height] * 2) / 416
     placed[:, :2] += torch.tensor([left, top]) / 416
-    torch.testing.assert_close(unletterbox(placed, (300, 200), (416, 416), whole), box)
+    # in the second image of a batch
+    image, sizes = torch.tensor([1]), torch.tensor([[50, 70], [300, 200]])
+    torch.testing.assert_close(unletterbox(placed, image, sizes, (416, 416), whole), box)
 
 
 def greedy_nms(boxes, scores, classes, threshold):

@@ -521,7 +521,7 @@ def test_a_detector_names_each_image_of_a_batch_as_it_detects(tmp_path):
     images = torch.rand(3, 3, 64, 96)
     logits = class_logits(module, images)
     for image, row in zip(images, logits, strict=True):
-        ((candidates, _),) = module._candidates(image[None], torch.tensor([[64, 96]]), 0.0)
+        candidates, _ = module._candidates(image[None], torch.tensor([[64, 96]]), 0.0)
         ((_, of_boxes),) = candidates.chunks()
         expected = of_boxes[candidates.objectness.argmax()]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)

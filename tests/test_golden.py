@@ -62,12 +62,13 @@ def test_decoding_letterbox_and_nms_equal_the_original(size):
     threshold = float(data["score_threshold"])
     output = HeadOutput.from_dense(data["raw"], 5)
     tree = WordTree.from_names([str(k) for k in range(20)])
-    (found,) = select_candidates(output, data["anchors_cells"], threshold)
+    found = select_candidates(output, data["anchors_cells"], threshold)
     ((_, logits),) = found.chunks()
     scores = found.objectness[:, None] * tree.log_probs(logits).exp()
     boxes = unletterbox(
         found.boxes_cxcywh_norm,
-        (height, width),
+        found.image,
+        torch.tensor([[height, width]]),
         (net_height, net_width),
         whole_px_margins=False,
     )

@@ -104,6 +104,29 @@ class DetectionBatch(_Batch):
         if self.areas_orig_px2.shape != self.labels.shape:
             self.areas_orig_px2 = self.boxes_cxcywh_norm.new_zeros(self.labels.shape)
 
+    def with_targets_on_host(self) -> Self:
+        """Return the batch with all tensors but the images on the host; waits twice for a device.
+
+        A copy of each of them would be waited for.
+        """
+        if self.labels.device.type == "cpu":
+            return self
+        columns = (self.labels, self.difficult, self.crowd, self.areas_orig_px2)
+        tables = [self.boxes_cxcywh_norm, *(column[..., None] for column in columns)]
+        objects = torch.cat(tables, dim=2).cpu()  # float32, in which numbers of nodes are exact
+        labels, difficult, crowd, areas = objects[..., 4:].unbind(2)
+        sizes, ids = torch.cat([self.sizes_hw_orig, self.sample_ids[:, None]], 1).cpu().split(2, 1)
+        return replace(
+            self,
+            sample_ids=ids.flatten(),
+            boxes_cxcywh_norm=objects[..., :4],
+            labels=labels.long(),
+            difficult=difficult.bool(),
+            crowd=crowd.bool(),
+            sizes_hw_orig=sizes,
+            areas_orig_px2=areas,
+        )
+
 
 @dataclass
 class ClassificationBatch(_Batch):

@@ -76,21 +76,27 @@ def letterbox_geometry(
 
 def unletterbox(
     boxes_cxcywh_norm: Tensor,
-    size_hw_orig: tuple[int, int],
+    image: Tensor,
+    sizes_hw_orig: Tensor,
     size_hw: tuple[int, int],
     whole_px_margins: bool = True,
 ) -> Tensor:
-    """Map boxes (N, 4) from 0…1 of a letterboxed network input to 0…1 of the original image.
+    """Map boxes (N, 4) from 0…1 of a letterboxed network input to 0…1 of the original images.
 
-    Sizes are in px. `whole_px_margins` says that margins were rounded down to whole pixels, which
-    the original program does when it places the image, but not when it maps boxes back.
+    All tensors are on the host. Box n is in image `image[n]`, int64 (N,), whose height and width
+    are in `sizes_hw_orig`, int64 (B, 2), px. `whole_px_margins` says that margins were rounded down
+    to whole pixels, which the original program does when it places the image, but not when it maps
+    boxes back.
     """
-    new_height, new_width, top, left = letterbox_geometry(size_hw_orig, size_hw)
-    if whole_px_margins:
-        top, left = int(top), int(left)
     net_height, net_width = size_hw
-    offset = boxes_cxcywh_norm.new_tensor([left / net_width, top / net_height, 0.0, 0.0])
-    scale = boxes_cxcywh_norm.new_tensor([net_width / new_width, net_height / new_height] * 2)
+    offsets, scales = [], []
+    for height, width in sizes_hw_orig.tolist():
+        new_height, new_width, top, left = letterbox_geometry((height, width), size_hw)
+        if whole_px_margins:
+            top, left = int(top), int(left)
+        offsets.append([left / net_width, top / net_height, 0.0, 0.0])
+        scales.append([net_width / new_width, net_height / new_height] * 2)
+    offset, scale = (boxes_cxcywh_norm.new_tensor(rows)[image] for rows in (offsets, scales))
     return (boxes_cxcywh_norm - offset) * scale
 
 
@@ -127,19 +133,21 @@ def _class_tables(order: Tensor, classes: Tensor) -> Iterator[Tensor]:
     """Yield tables of indices with one row per class, -1 as padding."""
     # classes of similar size share a table, so that one frequent class does not pad all others
     _, row, counts = torch.unique(classes, return_inverse=True, return_counts=True)
-    by_row = order[row.argsort(stable=True)].split(counts.tolist())
-    by_size = sorted(by_row, key=len)
-    start = 0
-    while start < len(by_size):
+    sizes, by_size = counts.sort(stable=True)
+    row = by_size.argsort()[row]
+    by_row = row.argsort(stable=True)
+    row, order, ends = row[by_row], order[by_row], sizes.cumsum(0)
+    column = torch.arange(len(row), device=row.device) - (ends - sizes)[row]
+    widths, start, first = sizes.tolist(), 0, 0
+    while start < len(widths):
         end = start + 1
-        while end < len(by_size) and _num_pairs(by_size, start, end + 1) <= _MAX_PAIRS:
+        while end < len(widths) and (end + 1 - start) * widths[end] ** 2 <= _MAX_PAIRS:
             end += 1
-        yield torch.nn.utils.rnn.pad_sequence(by_size[start:end], True, -1)
-        start = end
-
-
-def _num_pairs(rows: list[Tensor], start: int, end: int) -> int:
-    return (end - start) * len(rows[end - 1]) ** 2
+        last = first + sum(widths[start:end])
+        table = order.new_full((end - start, widths[end - 1]), -1)
+        table[row[first:last] - start, column[first:last]] = order[first:last]
+        yield table
+        start, first = end, last
 
 
 def _keep_greedily(iou: Tensor, threshold: float) -> Tensor:

@@ -121,8 +121,7 @@ class ClassifierModule(TrainingModule):
         labels = torch.where(batch.sample_ids >= 0, batch.labels, -1)
         self.evaluation.update(logits, labels)
         if self.tree.paths.shape[1] > 1:
-            predicted, _ = self.tree.most_specific_nodes(logits, threshold=0.5)
-            leaves, _ = self.tree.most_specific_nodes(logits, threshold=0.0)
+            predicted, _, leaves = self.tree.descend(logits, threshold=0.5)
             self.tree_accuracy.update(predicted, leaves, labels)
 
     def _log_metrics(self, stage: str) -> None:

@@ -1,6 +1,6 @@
 """Detections in an image, and post-processing of boxes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_PAIRS = 8192
-"""Maximum number of (box, class) pairs per image for non-maximum suppression. It bounds the memory
-of untrained networks; evaluation keeps 100 detections per image."""
+"""Maximum number of (box, class) pairs per image for non-maximum suppression. It bounds time and
+memory for untrained networks; evaluation keeps 100 detections per image."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DetectionList(list[Detection]):
 
 @dataclass
 class Detections:
-    """Detections in one image, by descending score."""
+    """Detections in one image, by descending score; those of a model are on the host."""
 
     boxes_xyxy_orig_px: Tensor  # float (N, 4)
     labels: Tensor  # int64 (N,), tree nodes
@@ -117,47 +117,102 @@ class Detections:
 
 
 class BestPairs:
-    """The (box, class) pairs of an image with a score above a threshold.
+    """The (box, class) pairs of a batch with a score above a threshold, on the host.
 
-    Boxes are added a few at a time, so that scores of all boxes and classes need not fit into
-    memory. At most the `MAX_PAIRS` highest scores are kept; of equal ones those added first.
+    Classes may be those of several levels, which are independent of each other. Boxes are added a
+    few at a time, so that scores of all boxes and classes need not fit into memory. Of each image
+    and level, at most the `MAX_PAIRS` highest scores are kept; of equal ones those added first.
+
+    Suppression on the host needs one copy of a few numbers a pair, where a device would be waited
+    for in each of its rounds; and results do not depend on the device.
+
+    Args:
+        image: int64 (M,), the image of each box.
+        num_images: B.
+        levels: the nodes of each level, int64 (L,).
+        threshold: the minimum score.
     """
 
-    def __init__(self, nodes: Tensor, threshold: float) -> None:
-        self.nodes, self.threshold = nodes, threshold
-        self._num_boxes = 0
-        # boxes, columns of `nodes`, scores
-        self._pairs = (nodes.new_empty(0), nodes.new_empty(0), nodes.new_empty(0).float())
+    def __init__(
+        self, image: Tensor, num_images: int, levels: Sequence[Tensor], threshold: float
+    ) -> None:
+        self._image, self._num_images, self._threshold = image, num_images, threshold
+        self._nodes, self._num_levels = torch.cat([*levels]), len(levels)
+        lengths = torch.tensor([len(nodes) for nodes in levels])
+        self._level = torch.arange(len(levels)).repeat_interleave(lengths)  # of each column
+        # pairs are box x columns + column
+        self._pairs, self._scores = image.new_empty(0), torch.empty(0)
 
-    def add(self, objectness: Tensor, probs: Tensor) -> None:
-        """Add the next boxes of the image: objectness (M,), P(class) of `nodes` (M, L)."""
-        scores = objectness[:, None] * probs
-        box, column = (scores > self.threshold).nonzero(as_tuple=True)
-        new = (box + self._num_boxes, column, scores[box, column])
-        box, column, score = (torch.cat(both) for both in zip(self._pairs, new, strict=True))
-        if len(score) > MAX_PAIRS:
-            best = score.argsort(descending=True, stable=True)[:MAX_PAIRS].sort().values
-            box, column, score = box[best], column[best], score[best]
-        self._pairs = box, column, score
-        self._num_boxes += len(scores)
+    def add(self, first_box: int, objectness: Tensor, probs: Tensor) -> None:
+        """Add the next boxes; waits for the device three times.
 
-    def suppress(self, boxes_xyxy_orig_px: Tensor, iou_threshold: float) -> Detections:
-        """Return the pairs that non-maximum suppression within each class keeps."""
-        box, column, score = self._pairs
-        kept = batched_nms(boxes_xyxy_orig_px[box], score, column, iou_threshold)
-        return Detections(boxes_xyxy_orig_px[box[kept]], self.nodes[column[kept]], score[kept])
+        Objectness is (m,), on the host; probs (m, L) are of the classes of all levels in sequence,
+        on the device.
+        """
+        scores = objectness.to(probs.device, non_blocking=True)[:, None] * probs
+        index = (scores > self._threshold).flatten().nonzero().flatten()
+        scores = scores.flatten().index_select(0, index).cpu()
+        pairs = index.cpu() + first_box * len(self._nodes)
+        self._pairs = torch.cat([self._pairs, pairs])
+        self._scores = torch.cat([self._scores, scores])
+        if len(self._pairs) > MAX_PAIRS:
+            best = self._best_of_groups()
+            self._pairs, self._scores = self._pairs[best], self._scores[best]
+
+    def _best_of_groups(self) -> Tensor:
+        """Return the indices of the `MAX_PAIRS` highest scores of each group, ascending."""
+        order = self._scores.argsort(descending=True, stable=True)
+        groups, by_group = self._groups()[order].sort(stable=True)
+        counts = groups.bincount()
+        rank = torch.arange(len(groups)) - (counts.cumsum(0) - counts)[groups]
+        best: Tensor = order[by_group[rank < MAX_PAIRS]].sort().values
+        return best
+
+    def _groups(self) -> Tensor:
+        """Return a number for each pair, that of its level and image."""
+        box, column = self._pairs // len(self._nodes), self._pairs % len(self._nodes)
+        return self._level[column] * self._num_images + self._image[box]
+
+    def suppress(self, boxes_xyxy_orig_px: Tensor, iou_threshold: float) -> list[list[Detections]]:
+        """Return the pairs that non-maximum suppression within each class and image keeps.
+
+        They are those of each image, for each level; boxes are (M, 4).
+        """
+        box, column = self._pairs // len(self._nodes), self._pairs % len(self._nodes)
+        classes = self._image[box] * len(self._nodes) + column
+        kept = batched_nms(boxes_xyxy_orig_px[box], self._scores, classes, iou_threshold)
+        found = Detections(boxes_xyxy_orig_px[box], self._nodes[column], self._scores)
+        count = self._num_levels * self._num_images
+        parts = [part for part, _ in split_kept(found, kept, self._groups(), count)]
+        size = self._num_images
+        return [parts[start : start + size] for start in range(0, count, size)]
+
+
+def split_kept(
+    detections: Detections, kept: Tensor, groups: Tensor, num_groups: int
+) -> list[tuple[Detections, Tensor]]:
+    """Return the kept detections of each group, and their indices, in the order of `kept`.
+
+    `groups` are the numbers of all detections' groups, int64 (N,).
+    """
+    ordered, by_group = groups[kept].sort(stable=True)
+    counts = ordered.bincount(minlength=num_groups).tolist()
+    return [(detections.select(rows), rows) for rows in kept[by_group].split(counts)]
 
 
 def to_original_px(
     boxes_cxcywh_norm: Tensor,
-    size_hw_orig: tuple[int, int],
+    image: Tensor,
+    sizes_hw_orig: Tensor,
     size_hw: torch.Size,
     resize: str = "letterbox",
 ) -> Tensor:
-    """Convert boxes (N, 4) to corners in px of the original image, clipped to it."""
-    height, width = size_hw_orig
+    """Convert boxes (N, 4) to corners in px of the original images, clipped to these.
+
+    All tensors are on the host; for `image` and `sizes_hw_orig`, see `unletterbox`.
+    """
     boxes = boxes_cxcywh_norm
     if resize == "letterbox":
-        boxes = unletterbox(boxes, (height, width), (size_hw[0], size_hw[1]))
-    corners = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height] * 2)
-    return torch.minimum(corners.clamp(min=0), boxes.new_tensor([width, height] * 2))
+        boxes = unletterbox(boxes, image, sizes_hw_orig, (size_hw[0], size_hw[1]))
+    limits = sizes_hw_orig.flip(1).repeat(1, 2).to(boxes.dtype)[image]  # width, height, twice
+    return torch.minimum((cxcywh_to_xyxy(boxes) * limits).clamp(min=0), limits)

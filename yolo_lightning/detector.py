@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch, unit_range
 from yolo_lightning.boxes import batched_nms
-from yolo_lightning.detections import BestPairs, DetectionList, Detections, to_original_px
+from yolo_lightning.detections import (
+    BestPairs,
+    DetectionList,
+    Detections,
+    split_kept,
+    to_original_px,
+)
 from yolo_lightning.errors import InputError, expand
 from yolo_lightning.evaluation.detection import PREDICTION_SCORE_THRESHOLD, DetectionEvaluation
 from yolo_lightning.images import Image, decode_image, decoding_side, fit, read_image
@@ -224,7 +230,7 @@ class DetectorModule(TrainingModule):
         if boxed_nodes is not None:
             self.boxed.zero_()[boxed_nodes] = True
         self._boxed_ancestors = self.boxed_ancestors()
-        self._exclusive_names = self._exclusive_names_of("detection")
+        self._exclusive_names = self._exclusive_names_of("detection", self.device)
 
     def boxed_ancestors(self) -> Tensor:
         """Return int64 (K,): each node's deepest ancestor or self that has boxes; -1 if none."""
@@ -232,12 +238,12 @@ class DetectorModule(TrainingModule):
         has_boxes = self.tree.ancestors_or_self(self.boxed.nonzero().flatten())
         return self.tree.deepest_ancestor_in(has_boxes).to(self.device)
 
-    def _exclusive_names_of(self, part: str) -> ExclusiveNames | None:
+    def _exclusive_names_of(self, part: str, device: torch.device) -> ExclusiveNames | None:
         """Return what the labels of a source of the data mean; None if that is unknown."""
         source = getattr(self._datamodule, part, None)
         if source is None or not hasattr(self._datamodule, "exclusive_names"):
             return None
-        names: ExclusiveNames = self._datamodule.exclusive_names(source, self.device)
+        names: ExclusiveNames = self._datamodule.exclusive_names(source, device)
         return names
 
     def loss_terms(self, batch: DetectionBatch | ClassificationBatch) -> dict[str, Tensor]:
@@ -334,30 +340,29 @@ class DetectorModule(TrainingModule):
         Images (B, 3, H, W) are uint8 or float, resized as `self.hparams["resize"]` says; their
         original sizes are int64 (B, 2). Non-maximum suppression is applied per node.
         """
-        detections = []
-        for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold):
-            pairs = BestPairs(nodes, score_threshold)
-            for rows, logits in candidates.chunks():
-                probs = self.tree.log_probs(logits)[:, nodes].exp()
-                pairs.add(candidates.objectness[rows], probs)
-            detections.append(pairs.suppress(boxes, self.iou_threshold))
-        return detections
+        candidates, boxes = self._candidates(images, sizes_hw_orig, score_threshold)
+        pairs = BestPairs(candidates.image, len(images), [nodes.cpu()], score_threshold)
+        nodes = nodes.to(self.device, non_blocking=True)
+        for rows, logits in candidates.chunks():
+            probs = self.tree.log_probs(logits).index_select(1, nodes).exp()
+            pairs.add(rows.start, candidates.objectness[rows], probs)
+        return pairs.suppress(boxes, self.iou_threshold)[0]
 
     def _candidates(
         self, images: Tensor, sizes_hw_orig: Tensor, threshold: float
-    ) -> list[tuple[Candidates, Tensor]]:
-        """Return the candidates of each image, and their corners in px of the original image."""
+    ) -> tuple[Candidates, Tensor]:
+        """Return the candidates, and their corners in px of the original images, on the host."""
         output = self.network(unit_range(images))
-        per_image = select_candidates(output, self.network.anchors_wh_cell, threshold)
-        return [
-            (image, self._original_px(image.boxes_cxcywh_norm, size_hw_orig, images.shape[-2:]))
-            for image, size_hw_orig in zip(per_image, sizes_hw_orig.tolist(), strict=True)
-        ]
+        found = select_candidates(output, self.network.anchors_wh_cell, threshold)
+        return found, self._original_px(
+            found.boxes_cxcywh_norm, found.image, sizes_hw_orig, images.shape[-2:]
+        )
 
     def _original_px(
-        self, boxes_cxcywh_norm: Tensor, size_hw_orig: tuple[int, int], size_hw: torch.Size
+        self, boxes_cxcywh_norm: Tensor, image: Tensor, sizes_hw_orig: Tensor, size_hw: torch.Size
     ) -> Tensor:
-        return to_original_px(boxes_cxcywh_norm, size_hw_orig, size_hw, self.hparams["resize"])
+        sizes, resize = sizes_hw_orig.cpu(), self.hparams["resize"]
+        return to_original_px(boxes_cxcywh_norm, image, sizes, size_hw, resize)
 
     @torch.no_grad()
     def detect_most_specific(
@@ -374,73 +379,72 @@ class DetectorModule(TrainingModule):
 
         Source: YOLO9000, section 4.
         """
-        detections = []
-        for candidates, boxes in self._candidates(images, sizes_hw_orig, score_threshold):
-            labels, probs = _empty_labels(candidates)
-            for rows, logits in candidates.chunks():
-                labels[rows], probs[rows] = self.tree.most_specific_nodes(logits, tree_threshold)
-            scores = candidates.objectness * probs
-            detections.append(self._suppress(boxes, labels, scores, score_threshold)[0])
-        return detections
+        candidates, boxes = self._candidates(images, sizes_hw_orig, score_threshold)
+        labels, probs = torch.empty_like(candidates.image), torch.empty_like(candidates.objectness)
+        for rows, logits in candidates.chunks():
+            labels[rows], probs[rows] = self.tree.most_specific_nodes(logits, tree_threshold)
+        found = Detections(boxes, labels, candidates.objectness * probs)
+        return [
+            one for one, _ in self._suppress(found, candidates.image, len(images), score_threshold)
+        ]
 
     def _suppress(
-        self, boxes_xyxy_px: Tensor, labels: Tensor, scores: Tensor, threshold: float
-    ) -> tuple[Detections, Tensor]:
-        """Return the detections of one image with one label per box, and their boxes' indices."""
-        selected = (scores > threshold).nonzero().flatten()
-        one_class = torch.zeros_like(selected)
-        kept = batched_nms(boxes_xyxy_px[selected], scores[selected], one_class, self.iou_threshold)
-        rows = selected[kept]
-        return Detections(boxes_xyxy_px[rows], labels[rows], scores[rows]), rows
+        self, detections: Detections, image: Tensor, num_images: int, threshold: float
+    ) -> list[tuple[Detections, Tensor]]:
+        """Return each image's detections with one label per box, and their indices."""
+        rows = (detections.scores > threshold).nonzero().flatten()
+        boxes, scores = detections.boxes_xyxy_orig_px[rows], detections.scores[rows]
+        kept = rows[batched_nms(boxes, scores, image[rows], self.iou_threshold)]
+        return split_kept(detections, kept, image, num_images)
 
     def _reset_evaluation(self, stage: str) -> None:
         source = getattr(self._datamodule, stage, None)
         nodes = source.nodes if source is not None else self.tree.leaves
-        exclusive_names = self._exclusive_names_of(stage)
-        self.evaluation.reset(nodes.to(self.device), self.boxed_ancestors(), exclusive_names)
+        exclusive_names = self._exclusive_names_of(stage, torch.device("cpu"))
+        self.evaluation.reset(nodes, self.boxed_ancestors(), exclusive_names, self.device)
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Add detections and targets to the metrics."""
-        evaluation, sizes_hw_orig = self.evaluation, batch.sizes_hw_orig
-        sources = evaluation.source_numbers(batch.sample_ids)
-        targets: list[Tensor] = []
-        by_level: list[list[Detections]] = [[] for _ in evaluation.levels]
-        most_specific: list[tuple[Detections, Tensor]] = []
-        images = self._candidates(batch.images, sizes_hw_orig, SCORE_THRESHOLD)
-        for k, size in enumerate(sizes_hw_orig.tolist()):
-            target = batch.boxes_cxcywh_norm[k][batch.labels[k] >= 0]
-            targets.append(self._original_px(target, size, batch.images.shape[-2:]))
-            for detections, found in zip(
-                by_level, self._evaluate(*images[k], sources[k], most_specific), strict=True
-            ):
-                detections.append(found)
-        evaluation.update(batch, targets, by_level, most_specific)
-
-    def _evaluate(
-        self,
-        candidates: Candidates,
-        boxes_xyxy_px: Tensor,
-        source: int,
-        most_specific: list[tuple[Detections, Tensor]],
-    ) -> list[Detections]:
-        """Return the detections of one image for each level; add its most specific ones."""
-        levels = self.evaluation.levels
-        pairs_by_level = [BestPairs(level.nodes, SCORE_THRESHOLD) for level in levels]
-        labels, scores = _empty_labels(candidates)
-        leaves = labels.clone()
+        evaluation, batch = self.evaluation, batch.with_targets_on_host()
+        candidates, boxes = self._candidates(batch.images, batch.sizes_hw_orig, SCORE_THRESHOLD)
+        sources = evaluation.source_numbers(batch.sample_ids)[candidates.image]
+        levels = [level.nodes for level in evaluation.levels]
+        pairs = BestPairs(candidates.image, len(batch), levels, SCORE_THRESHOLD)
+        labels = torch.zeros(2, len(boxes), dtype=torch.long)  # also the ends of the paths
+        scores = torch.zeros_like(candidates.objectness)
         for rows, logits in candidates.chunks():
-            objectness, probs = candidates.objectness[rows], self.tree.log_probs(logits).exp()
-            for level, pairs in zip(levels, pairs_by_level, strict=True):
-                pairs.add(objectness, level.class_probs(probs, source))
-            if self.evaluation.is_hierarchical:
-                labels[rows], label_probs = self.tree.most_specific_nodes(logits, 0.5)
-                scores[rows] = objectness * label_probs
-                predicted = scores[rows] > PREDICTION_SCORE_THRESHOLD
-                leaves[rows][predicted], _ = self.tree.most_specific_nodes(logits[predicted], 0.0)
-        if self.evaluation.is_hierarchical:
-            found, kept = self._suppress(boxes_xyxy_px, labels, scores, PREDICTION_SCORE_THRESHOLD)
-            most_specific.append((found, leaves[kept]))
-        return [pairs.suppress(boxes_xyxy_px, self.iou_threshold) for pairs in pairs_by_level]
+            objectness = candidates.objectness[rows]
+            probs = evaluation.class_probs(self.tree.log_probs(logits).exp(), sources[rows])
+            pairs.add(rows.start, objectness, probs)
+            # no score of other boxes is above this threshold
+            likely = (objectness > PREDICTION_SCORE_THRESHOLD).nonzero().flatten()
+            if evaluation.is_hierarchical and len(likely):
+                found = logits.index_select(0, likely.to(logits.device, non_blocking=True))
+                nodes, label_probs, ends = self.tree.descend(found, 0.5)
+                likely = likely + rows.start
+                labels[:, likely] = torch.stack([nodes, ends]).cpu()
+                scores[likely] = candidates.objectness[likely] * label_probs.cpu()
+        most_specific: list[tuple[Detections, Tensor]] = []
+        if evaluation.is_hierarchical:
+            predicted = Detections(boxes, labels[0], scores)
+            kept = self._suppress(
+                predicted, candidates.image, len(batch), PREDICTION_SCORE_THRESHOLD
+            )
+            most_specific = [(one, labels[1, index]) for one, index in kept]
+        evaluation.update(
+            batch,
+            self._targets_original_px(batch),
+            pairs.suppress(boxes, self.iou_threshold),
+            most_specific,
+        )
+
+    def _targets_original_px(self, batch: DetectionBatch) -> list[Tensor]:
+        """Return the corners of each image's objects in px of the original image."""
+        image, slot = (batch.labels >= 0).nonzero(as_tuple=True)
+        boxes = batch.boxes_cxcywh_norm[image, slot]
+        size_hw = batch.images.shape[-2:]
+        corners = self._original_px(boxes, image, batch.sizes_hw_orig, size_hw)
+        return [*corners.split(image.bincount(minlength=len(batch)).tolist())]
 
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.evaluation.compute(self.boxed).items():
@@ -475,8 +479,3 @@ class DetectorModule(TrainingModule):
     def table(self) -> str:
         """Return the latest metrics of each class as text."""
         return self.evaluation.table()
-
-
-def _empty_labels(candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """Return tensors for a node and a score of each box; parts of them would fragment memory."""
-    return torch.empty_like(candidates.image), torch.empty_like(candidates.objectness)

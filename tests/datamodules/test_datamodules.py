@@ -361,7 +361,11 @@ def test_boxes_map_back_from_the_letterbox_to_the_original(tmp_path, write_voc):
     )
     (batch,) = list(data.val_dataloader())
     assert isinstance(batch, DetectionBatch)
-    height, width = batch.sizes_hw_orig[0].tolist()
-    boxes = to_original_px(batch.boxes_cxcywh_norm[0, :2], (height, width), batch.images.shape[-2:])
+    boxes = to_original_px(
+        batch.boxes_cxcywh_norm[0, :2],
+        torch.zeros(2, dtype=torch.long),
+        batch.sizes_hw_orig,
+        batch.images.shape[-2:],
+    )
     expected = torch.tensor([[20.0, 30, 60, 70], [0, 0, 333, 500]])
     torch.testing.assert_close(boxes, expected, atol=1e-3, rtol=0)

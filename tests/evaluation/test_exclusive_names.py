@@ -95,7 +95,7 @@ def test_a_level_above_keeps_names_apart(module):
     # sandwich without hot dogs and big burgers; at level 3, both are buns
     expected = {"": [0.3, 0.3, 0.4], "_level3": [0.3, 0.7], "_level2": [1.0]}
     for suffix, values in expected.items():
-        found = levels[suffix].class_probs(probs, 0)
+        found = levels[suffix].class_probs(probs, torch.tensor([0]))
         torch.testing.assert_close(found, torch.tensor([values]))
 
 
@@ -109,10 +109,11 @@ def test_scores_of_a_source_by_hand(photos, module):
     )
     level = module.evaluation.levels[0]
     probs = torch.tensor([[1.0, 0.9, 0.1, 0.2, 0.7]])
-    torch.testing.assert_close(level.class_probs(probs, 0), torch.tensor([[0.7, 0.2]]))
+    source = torch.tensor([0])
+    torch.testing.assert_close(level.class_probs(probs, source), torch.tensor([[0.7, 0.2]]))
     # at the level of food, both are one class
     (food,) = [level for level in module.evaluation.levels if level.suffix == "_level1"]
-    torch.testing.assert_close(food.class_probs(probs, 0), torch.tensor([[1.0]]))
+    torch.testing.assert_close(food.class_probs(probs, source), torch.tensor([[1.0]]))
 
 
 @pytest.mark.parametrize("exclusive_names", [True, False])

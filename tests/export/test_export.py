@@ -178,9 +178,9 @@ def test_unletterbox_each_equals_unletterbox():
     sizes[:3] = torch.tensor([[64, 96], [1, 3000], [3000, 1]])
     boxes = torch.rand(len(sizes), 7, 4, generator=random)
     found = graph.unletterbox_each(boxes, sizes, 64, 96)
-    for own, mapped, (height, width) in zip(boxes, found, sizes.tolist(), strict=True):
-        expected = unletterbox(own, (height, width), (64, 96))
-        torch.testing.assert_close(mapped, expected, rtol=1e-6, atol=1e-6)
+    image = torch.arange(len(sizes)).repeat_interleave(7)
+    expected = unletterbox(boxes.flatten(0, 1), image, sizes, (64, 96))
+    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-6, atol=1e-6)
 
 
 CROWDED = torch.tensor(

@@ -89,8 +89,11 @@ def test_candidates_of_a_batch_equal_those_of_single_images():
     network = YOLOv2(detector_layers(SMALL, 8, 4), 3, torch.ones(2, 2)).eval()
     images = torch.rand(3, 3, 64, 64)
     batched = select_candidates(network(images), torch.ones(2, 2), 0.5)
-    for k, found in enumerate(batched):
-        (single,) = select_candidates(network(images[k : k + 1]), torch.ones(2, 2), 0.5)
-        torch.testing.assert_close(found.boxes_cxcywh_norm, single.boxes_cxcywh_norm)
-        logits = [torch.cat([part for _, part in one.chunks()]) for one in (found, single)]
-        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    singles = [select_candidates(network(one), torch.ones(2, 2), 0.5) for one in images.split(1)]
+    assert batched.image.bincount().tolist() == [len(one.image) for one in singles]
+    for name in ("boxes_cxcywh_norm", "objectness", "anchor", "cell"):
+        expected = torch.cat([getattr(one, name) for one in singles])
+        torch.testing.assert_close(getattr(batched, name), expected)
+    logits = [[part for _, part in one.chunks()] for one in (batched, *singles)]
+    expected = torch.cat([part for parts in logits[1:] for part in parts])
+    torch.testing.assert_close(torch.cat(logits[0]), expected, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from yolo_lightning.evaluation.error_analysis import collapse_to_level
 from yolo_lightning.evaluation.matching import MATCH_IOU, empty_table
 from yolo_lightning.evaluation.tree_accuracy import TreeAccuracy
 from yolo_lightning.evaluation.voc import VOC_METRICS
-from yolo_lightning.tree.exclusive import ExclusiveNames, exclusive_parts
+from yolo_lightning.tree.exclusive import ExclusiveNames, Parts, exclusive_parts
 from yolo_lightning.tree.wordtree import WordTree
 
 PREDICTION_SCORE_THRESHOLD = 0.25
@@ -54,24 +54,27 @@ class NameAccuracy(Metric):
 
     def update(
         self,
-        coarse: Detections,
-        fine: Detections,
+        images: Sequence[tuple[Detections, Detections, Tensor, Tensor]],
         coarse_labels: Tensor,
-        targets_xyxy_orig_px: Tensor,
-        target_labels: Tensor,
     ) -> None:
-        """Add one image: detections, the coarse label of each node (K,), and targets (M,)."""
-        expected = coarse_labels[target_labels][:, None]
-        is_valid = (coarse.labels == expected) & (coarse.scores >= PREDICTION_SCORE_THRESHOLD)
-        detected = _first_overlapping(targets_xyxy_orig_px, coarse, is_valid) >= 0
-        first = _first_overlapping(
-            targets_xyxy_orig_px, fine, coarse_labels[fine.labels] == expected
-        )
-        reported = self.tree.reported.to(target_labels.device)
-        fine_labels = functional.pad(reported[fine.labels], (0, 1), value=-1)[first]
-        correct = target_labels[detected & (fine_labels == reported[target_labels])]
-        self.detected += torch.bincount(target_labels[detected], minlength=len(self.detected))
-        self.correct += torch.bincount(correct, minlength=len(self.correct))
+        """Add images: coarse and fine detections, and boxes and labels of the targets, on the host.
+
+        `coarse_labels`, int64 (K,), are those of all nodes.
+        """
+        labels = [[torch.zeros(0, dtype=torch.long)] for _ in range(2)]
+        for coarse, fine, boxes_xyxy_orig_px, target_labels in images:
+            expected = coarse_labels[target_labels][:, None]
+            is_valid = (coarse.labels == expected) & (coarse.scores >= PREDICTION_SCORE_THRESHOLD)
+            detected = _first_overlapping(boxes_xyxy_orig_px, coarse, is_valid) >= 0
+            is_valid = coarse_labels[fine.labels] == expected
+            first = _first_overlapping(boxes_xyxy_orig_px, fine, is_valid)
+            reported = self.tree.reported
+            fine_labels = functional.pad(reported[fine.labels], (0, 1), value=-1)[first]
+            labels[0].append(target_labels[detected])
+            labels[1].append(target_labels[detected & (fine_labels == reported[target_labels])])
+        for state, found in zip((self.detected, self.correct), labels, strict=True):
+            counts = torch.cat(found).bincount(minlength=len(state))
+            state += counts.to(state.device, non_blocking=True)
 
     def compute(self) -> dict[int, tuple[int, int]]:
         """Return ``{node: (objects detected, of these labelled correctly)}``."""
@@ -87,17 +90,26 @@ class Level:
     nodes: Tensor  # int64 (L,), the classes
     labels: Tensor  # int64 (K,), the label at this level of each node
     precision: BoxAveragePrecision = field(default_factory=BoxAveragePrecision)
-    # of each source, columns of `nodes` whose probability is that of some nodes below, int64
-    parts: list[list[tuple[int, Tensor]]] = field(default_factory=list)
+    # by source, the classes whose probability is that of some nodes below: c columns of `nodes`;
+    # for each of these nodes the position of its class among the c, and the node; int64, on the
+    # device of the model
+    parts: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def class_probs(self, probs: Tensor, source: int) -> Tensor:
-        """Return P(class), (M, L), of P(node), (M, K), in an image of this source.
+    def class_probs(self, probs: Tensor, sources: Tensor) -> Tensor:
+        """Return P(class), (M, L), of P(node), (M, K), in images of these sources, int64 (M,).
 
-        Where names exclude each other, a class does not include other classes below it.
+        Where names exclude each other, a class does not include other classes below it. Sources
+        are on the host; the device is not waited for.
         """
-        of_classes = probs[:, self.nodes]
-        for column, nodes in self.parts[source] if self.parts else ():
-            of_classes[:, column] = probs[:, nodes].sum(dim=1)
+        of_classes = probs.index_select(1, self.nodes.to(probs.device, non_blocking=True))
+        for source, (columns, position, nodes) in self.parts.items():
+            is_source = sources == source
+            if is_source.any():
+                sums = probs.new_zeros(len(probs), len(columns))
+                sums.index_add_(1, position, probs.index_select(1, nodes))
+                is_source = is_source.to(probs.device, non_blocking=True)[:, None]
+                others = of_classes.index_select(1, columns)
+                of_classes.index_copy_(1, columns, torch.where(is_source, sums, others))
         return of_classes
 
 
@@ -133,13 +145,16 @@ class DetectionEvaluation(nn.Module):
         nodes: Tensor,
         boxed_ancestors: Tensor,
         exclusive_names: ExclusiveNames | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Reset all metrics and set the classes of the targets, int64 (L,).
 
         `boxed_ancestors`, int64 (K,), holds each node's deepest ancestor or self on the path to a
-        class of the training boxes, or -1. `exclusive_names` are those of the targets' sources.
+        class of the training boxes, or -1. `exclusive_names` are those of the targets' sources, on
+        the host; `device` is that of the model.
         """
-        itself = torch.arange(len(boxed_ancestors), device=boxed_ancestors.device)
+        nodes, boxed_ancestors = nodes.cpu(), boxed_ancestors.cpu()
+        itself = torch.arange(len(boxed_ancestors))
         coarse_labels = torch.where(boxed_ancestors >= 0, boxed_ancestors, itself)
         coarse = Level("_coarse", coarse_labels[nodes].unique(), coarse_labels)
         self.coarse = None if torch.equal(coarse.nodes, nodes.sort().values) else coarse
@@ -152,31 +167,39 @@ class DetectionEvaluation(nn.Module):
             # at the coarse level, which asks whether an object is found at all under a more
             # general name, a class includes those below it
             if level is not self.coarse:
-                level.parts = [self._parts(level, labels) for labels in labels_by_source]
+                for source, labels in enumerate(labels_by_source):
+                    if parts := self._parts(level, labels):
+                        tables = (list(parts), *_flatten([*parts.values()]))
+                        columns, position, part = (torch.tensor(x, device=device) for x in tables)
+                        level.parts[source] = columns, position, part
         self._reset_metrics()
 
-    def source_numbers(self, sample_ids: Tensor) -> list[int]:
-        """Return the number of the source of each image, int64 (B,)."""
+    def source_numbers(self, sample_ids: Tensor) -> Tensor:
+        """Return int64 (B,), the number of the source of each image."""
         if self.exclusive_names is None:
-            return [0] * len(sample_ids)
-        numbers: list[int] = self.exclusive_names.source_numbers(sample_ids).tolist()
-        return numbers
+            return torch.zeros_like(sample_ids)
+        return self.exclusive_names.source_numbers(sample_ids)
 
-    def _parts(self, level: Level, labels: Sequence[int]) -> list[tuple[int, Tensor]]:
+    def class_probs(self, probs: Tensor, sources: Tensor) -> Tensor:
+        """Return those of `Level.class_probs`, of all levels in sequence."""
+        return torch.cat([level.class_probs(probs, sources) for level in self.levels], dim=1)
+
+    def _parts(self, level: Level, labels: Sequence[int]) -> Parts:
         """Return the parts of a level's classes in a source whose `labels` exclude each other.
 
-        A class above or below another one has the parts of all labels that it stands for.
+        They are given by column. A class above or below another one has the parts of all labels
+        that it stands for.
         """
         column = {node: k for k, node in enumerate(level.nodes.tolist())}
-        at_level = level.labels.cpu()[list(labels)].tolist()
+        at_level = level.labels[list(labels)].tolist()
         above = set(exclusive_parts(self.tree, at_level))
         nested = {node for node in at_level if not above.isdisjoint(self.tree.paths[node].tolist())}
         parts_of_labels = exclusive_parts(self.tree, labels)
-        parts: dict[int, list[int]] = defaultdict(list)
+        parts: Parts = defaultdict(list)
         for label, node in zip(labels, at_level, strict=True):
             if node in nested and node in column:
                 parts[column[node]] += parts_of_labels.get(label) or [label]
-        return [(k, torch.tensor(v, device=level.nodes.device)) for k, v in parts.items()]
+        return parts
 
     def _reset_metrics(self) -> None:
         metrics: list[Metric] = [level.precision for level in self.levels]
@@ -189,7 +212,7 @@ class DetectionEvaluation(nn.Module):
         levels, next_classes = [], nodes.sort().values
         for level in range(self.tree.paths.shape[1] - 1, 0, -1):
             collapsed = collapse_to_level(self.tree, all_nodes, level)
-            ancestors = torch.from_numpy(collapsed).to(nodes.device)
+            ancestors = torch.from_numpy(collapsed)
             classes = ancestors[nodes].unique()
             if not torch.equal(classes, next_classes):
                 levels.append(Level(f"_level{level}", classes, ancestors))
@@ -203,7 +226,7 @@ class DetectionEvaluation(nn.Module):
         detections: Sequence[Sequence[Detections]],
         most_specific: Sequence[tuple[Detections, Tensor]] = (),
     ) -> None:
-        """Add a batch; the sample id -1 is padding.
+        """Add a batch with its targets on the host; the sample id -1 is padding.
 
         `detections` are, for each of `levels`, those of each image under the classes of the level.
         `most_specific` are, for each image, detections with one label per box, and the end of each
@@ -217,19 +240,24 @@ class DetectionEvaluation(nn.Module):
             ]
             at_level = [{**one, "labels": level.labels[one["labels"]]} for one in targets]
             level.precision.update(preds, at_level)
+        named: list[tuple[Detections, Detections, Tensor, Tensor]] = []
+        on_paths: list[tuple[Tensor, Tensor, Tensor]] = []
         for k, target in enumerate(targets):
             if target["image_id"] == PADDING:
                 continue
             counted = ~target["difficult"]
             boxes, labels = target["boxes"][counted], target["labels"][counted]
             if self.coarse:
-                fine, coarse = detections[0][k], detections[1][k]
-                self.name_accuracy.update(coarse, fine, self.coarse.labels, boxes, labels)
+                named.append((detections[1][k], detections[0][k], boxes, labels))
             if most_specific:
                 predicted, leaves = most_specific[k]
                 first = _first_overlapping(boxes, predicted)
                 labels, first = labels[first >= 0], first[first >= 0]
-                self.tree_accuracy.update(predicted.labels[first], leaves[first], labels)
+                on_paths.append((predicted.labels[first], leaves[first], labels))
+        if self.coarse:
+            self.name_accuracy.update(named, self.coarse.labels)
+        if on_paths:
+            self.tree_accuracy.update(*map(torch.cat, zip(*on_paths, strict=True)))
 
     def compute(self, boxed: Tensor) -> dict[str, float]:
         """Return the mean metrics, 0…1, and update `per_class`.
@@ -321,6 +349,12 @@ class DetectionEvaluation(nn.Module):
             shares = {k.replace("_", " "): v for k, v in self.tree_metrics.items()}
             lines.append(f"of the detected objects: {_format(shares)}")
         return "\n".join(lines)
+
+
+def _flatten(lists: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Return the number of each element's list, and the elements."""
+    pairs = [(number, element) for number, elements in enumerate(lists) for element in elements]
+    return [number for number, _ in pairs], [element for _, element in pairs]
 
 
 def _first_overlapping(

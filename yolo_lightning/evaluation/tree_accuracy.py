@@ -31,7 +31,7 @@ class TreeAccuracy(Metric):
         self.add_state("total", torch.zeros(levels), dist_reduce_fx="sum")
 
     def update(self, predicted: Tensor, leaves: Tensor, labels: Tensor) -> None:
-        """Add images, int64 (B,) each; the label -1 is padding.
+        """Add images or objects, int64 (B,) each, on any device; the label -1 is padding.
 
         `leaves` are at the end of the most probable path, and determine the accuracy by depth.
         """
@@ -47,10 +47,13 @@ class TreeAccuracy(Metric):
         below_parent |= (parents < 0) & (self.tree.parents.to(labels.device)[predicted] < 0)
         kind = torch.where(below_parent, 2, 3)
         kind = torch.where(above, 1, torch.where(at_or_below, 0, kind))
-        self.kind_counts += torch.bincount(kind, minlength=len(KINDS))
         true_path, predicted_path = _from_root(paths[labels]), _from_root(paths[leaves])
-        self.total += (true_path >= 0).sum(dim=0)
-        self.correct += ((true_path >= 0) & (true_path == predicted_path)).sum(dim=0)
+        for state, counts in (
+            (self.kind_counts, torch.bincount(kind, minlength=len(KINDS))),
+            (self.total, (true_path >= 0).sum(dim=0)),
+            (self.correct, ((true_path >= 0) & (true_path == predicted_path)).sum(dim=0)),
+        ):
+            state += counts.to(state.device, non_blocking=True)
 
     def compute(self) -> dict[str, float]:
         """Return shares, 0…1: ``depth1`` (the top), ``depth2`` …, and the four kinds."""

@@ -110,8 +110,8 @@ def class_logits(module: ClassifierModule | DetectorModule, images: Tensor) -> T
         return torch.as_tensor(module(images)).float()
     output = module.network(unit_range(images))
     objectness = output.box_logits[:, :, 4].float().flatten(2)  # (B, A, G)
-    best, num_cells = objectness.flatten(1).argmax(dim=1), objectness.shape[2]
-    image = torch.arange(len(best), device=best.device)
+    best, num_cells = objectness.flatten(1).argmax(dim=1).cpu(), objectness.shape[2]
+    image = torch.arange(len(best))
     logits: Tensor = output.class_logits.gather_boxes(image, best // num_cells, best % num_cells)
     return logits.float()
 

@@ -112,9 +112,8 @@ def _time_detection(
         handle.remove()
     start_decode = clock()
     anchors = detector.network.anchors_wh_cell
-    for candidates in select_candidates(outputs[0], anchors, SCORE_THRESHOLD):
-        for _ in candidates.chunks():  # computes the class logits
-            pass
+    for _ in select_candidates(outputs[0], anchors, SCORE_THRESHOLD).chunks():
+        pass  # computes the class logits
     return total, after_network[0] - start, clock() - start_decode
 
 

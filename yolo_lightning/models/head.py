@@ -28,7 +28,10 @@ class ClassLogits(Protocol):
         """K, the number of nodes."""
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
-        """Return logits (M, K) of M boxes, given by int64 (M,) indices; cells are row-major."""
+        """Return logits (M, K) of M boxes, given by int64 (M,) indices; cells are row-major.
+
+        The indices are on the host; the device is not waited for.
+        """
 
     def gather_cells(self, cells: Tensor) -> Tensor:
         """Return logits (M, A, K) of all anchors in M of the B * Gh * Gw cells, int64 (M,).
@@ -58,10 +61,11 @@ class SparseClassLogits:
         return self.weight.shape[1]
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
-        """Return logits (M, K), one product for each anchor; waits for the device."""
-        num_cells = self.features.shape[2] * self.features.shape[3]
+        """Return logits (M, K), one product for each anchor."""
+        num_cells, device = self.features.shape[2] * self.features.shape[3], self.features.device
         order = anchor.argsort(stable=True)
-        selected = self._gather_features((image * num_cells + cell)[order])
+        rows = (image * num_cells + cell)[order]
+        selected = self._gather_features(rows.to(device, non_blocking=True))
         counts = torch.bincount(anchor, minlength=len(self.weight)).tolist()
         logits = torch.cat(
             [
@@ -71,7 +75,7 @@ class SparseClassLogits:
                 )
             ]
         )
-        return logits.index_select(0, order.argsort())
+        return logits.index_select(0, order.argsort().to(device, non_blocking=True))
 
     def gather_cells(self, cells: Tensor) -> Tensor:
         """Return logits (M, A, K); all class weights stay in the autograd graph, even if M is 0."""
@@ -113,6 +117,8 @@ class DenseClassLogits:
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K)."""
+        index = (one.to(self.logits.device, non_blocking=True) for one in (image, anchor, cell))
+        image, anchor, cell = index
         return self.logits.flatten(3)[image, anchor, :, cell]
 
     def gather_cells(self, cells: Tensor) -> Tensor:
@@ -172,7 +178,10 @@ def decode_boxes(
 
 @dataclass
 class Candidates:
-    """Boxes of one image whose objectness exceeds a threshold, with class logits on demand."""
+    """Boxes of a batch whose objectness exceeds a threshold, with class logits on demand.
+
+    All but the class logits are on the host. The boxes are sorted by image, anchor and cell.
+    """
 
     boxes_cxcywh_norm: Tensor  # (M, 4)
     objectness: Tensor  # (M,), probabilities
@@ -192,19 +201,15 @@ class Candidates:
 
 def select_candidates(
     output: HeadOutput, anchors_wh_cell: Tensor, objectness_threshold: float
-) -> list[Candidates]:
-    """Return each image's boxes above the threshold.
+) -> Candidates:
+    """Return the boxes above the threshold; waits for the device once.
 
     No detection with a score above the threshold is lost: score = objectness x P(class).
     """
     box_logits = output.box_logits.float()
-    objectness = box_logits[:, :, 4].sigmoid().flatten(2)  # (B, A, G)
-    boxes = decode_boxes(box_logits, anchors_wh_cell, output.location).flatten(3)  # (B, A, 4, G)
-    image, anchor, cell = (objectness > objectness_threshold).nonzero(as_tuple=True)
-    fields = boxes[image, anchor, :, cell], objectness[image, anchor, cell], image, anchor, cell
-    counts = torch.bincount(image, minlength=len(box_logits)).tolist()
-    per_image = zip(*(field.split(counts) for field in fields), strict=True)
-    return [
-        Candidates(boxes, scores, image, anchor, cell, output.class_logits)
-        for boxes, scores, image, anchor, cell in per_image
-    ]
+    boxes = decode_boxes(box_logits, anchors_wh_cell, output.location)
+    table = torch.cat([boxes, box_logits[:, :, 4:].sigmoid()], dim=2).flatten(3).cpu()
+    # of all boxes, because selecting them on the device takes two waits more
+    image, anchor, cell = (table[:, :, 4] > objectness_threshold).nonzero(as_tuple=True)
+    rows = table[image, anchor, :, cell]
+    return Candidates(rows[:, :4], rows[:, 4], image, anchor, cell, output.class_logits)

@@ -31,6 +31,10 @@ class TreeTables:
     # below an only child, the children of that one; last: the top level
     child_group: Tensor
     is_other: Tensor  # bool (K,), leaves X/other
+    # (K + 1, 2), where the nodes that follow each one in a descent begin in members, and how many
+    # they are, see child_group; a node without any is followed by itself
+    followers: Tensor
+    widths: list[int]  # the largest number of followers at each step of a descent, on the host
 
     @classmethod
     def build(
@@ -63,6 +67,9 @@ class TreeTables:
         for level in reversed(levels[1:]):  # from the bottom, because only children may be nested
             only = level[group_sizes[groups[level]] == 1]
             child_group[parents[only]] = child_group[only]
+        ends = child_group < 0
+        first = torch.where(ends, F.pad(members.argsort(), (0, 1)), group_starts[child_group])
+        sizes = torch.where(ends, 1, group_sizes[child_group])
         size_order = torch.cat([nodes.flatten() for nodes in groups_by_size])
         path_groups = groups[paths.clamp(min=0)]
         path_sizes = group_sizes[path_groups] * (paths >= 0)
@@ -84,6 +91,8 @@ class TreeTables:
             group_sizes.to(device),
             child_group.to(device),
             is_other.to(device),
+            torch.stack([first, sizes], dim=1).to(device),
+            _descent_widths(child_group, groups, group_sizes),
         )
 
     def siblings(self, group: Tensor, size: int) -> Tensor:
@@ -101,3 +110,12 @@ class TreeTables:
         position = number + self.path_offsets.index_select(0, labels).gather(1, levels)
         nodes = self.members[position]
         return nodes, levels, nodes == self.paths.index_select(0, labels).gather(1, levels)
+
+
+def _descent_widths(child_group: Tensor, groups: Tensor, group_sizes: Tensor) -> list[int]:
+    widths, current = [], child_group[-1:]
+    while len(current):
+        widths.append(int(group_sizes[current].max()))
+        following = child_group[:-1][torch.isin(groups, current)]
+        current = following[following >= 0]
+    return widths

@@ -305,27 +305,48 @@ class WordTree:
 
         Source: YOLO9000, section 4, "Hierarchical classification".
         """
-        tables = self._tables_on(logits.device)
+        if self.is_flat:
+            log_probs, nodes = logits.log_softmax(dim=1).max(dim=1)
+            return nodes, log_probs.exp()
+        nodes, probs, _ = self.descend(logits, threshold)
+        return nodes, probs
+
+    def descend(self, logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `most_specific_nodes`, and the ends of the most probable paths, int64 (M,).
+
+        An end may be ``X/other``.
+        """
+        start = torch.zeros_like(logits[:, 0])
+        return self.descend_gathered(lambda nodes: logits.gather(1, nodes), start, threshold)
+
+    def descend_gathered(
+        self, gather: Callable[[Tensor], Tensor], log_prob: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `descend` does, with the logits of the nodes on the way only.
+
+        `gather` returns the logits, float (M, S), of some nodes of each row, int64 (M, S), and
+        `log_prob` are M zeros on its device. The device is not waited for: there are as many steps
+        as the tree has levels.
+        """
+        tables = self._tables_on(log_prob.device)
         log_threshold = math.log(threshold) if threshold > 0 else -math.inf
-        node = torch.full((len(logits),), -1, device=logits.device)
-        log_prob = logits.new_zeros(len(logits))
-        active = torch.arange(len(logits), device=logits.device)
-        group = torch.full_like(active, int(tables.child_group[-1]))
-        while len(active):
-            # gather only the logits of the current siblings
-            siblings = tables.siblings(group, int(tables.group_sizes[group].max()))
-            values = logits.flatten()[active[:, None] * len(self) + siblings.clamp(min=0)]
-            values = values.masked_fill(siblings < 0, -torch.inf).log_softmax(dim=1)
-            best, column = values.max(dim=1)
-            child = siblings.gather(1, column[:, None]).squeeze(1)
-            child_log_prob = log_prob[active] + best
-            descend = (child_log_prob >= log_threshold) | (node[active] < 0)
-            descend &= ~tables.is_other[child]
-            active, child = active[descend], child[descend]
-            node[active], log_prob[active] = child, child_log_prob[descend]
-            group = tables.child_group[child]
-            active, group = active[group >= 0], group[group >= 0]
-        return node, log_prob.exp()
+        nodes = end = torch.full_like(log_prob, len(self), dtype=torch.int64)  # above the top level
+        path = log_prob  # of the nodes at the ends of the paths so far
+        for step, width in enumerate(tables.widths):
+            first, size = tables.followers.index_select(0, end).split(1, dim=1)
+            position = torch.arange(width, device=log_prob.device)
+            siblings = tables.members[first + position].clamp(min=0)
+            logits = gather(siblings).masked_fill(position >= size, -torch.inf)
+            best, column = logits.log_softmax(dim=1).max(dim=1)
+            end = siblings.gather(1, column[:, None]).squeeze(1)
+            path = path + best  # beyond the end of a path: plus 0
+            if step == 0:
+                nodes, log_prob = end, path
+            else:
+                is_beyond = (path < log_threshold) | tables.is_other[end]
+                nodes = torch.where(is_beyond, nodes, end)
+                log_prob = torch.where(is_beyond, log_prob, path)
+        return nodes, log_prob.exp(), end
 
     def path_siblings(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the nodes that P(label) depends on: the sibling groups along each label's path.
