@@ -1,4 +1,7 @@
-"""How often a training waits for its GPU, and how many kernels it starts: on a pretend device."""
+"""How often training, validation and `detect` wait for a GPU, and how many kernels they start.
+
+They run on a pretend device.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ import contextlib, json, sys
 import lightning.pytorch as pl
 import torch
 from tests.helpers.pretend_device import DEVICE, PretendDevice, strategy
-from yolo_lightning import ClassifierModule, CombinedDataModule, DetectorModule
+from yolo_lightning import ClassifierModule, CombinedDataModule, DetectorModule, WordTree
 from yolo_lightning.callbacks import (
     BatchDigests, FiniteGuard, LastCheckpoint, MultiScale, Preemption, ResultsTable, Throughput,
     TrainingProgress)
@@ -98,8 +101,62 @@ def loss(device):
     found["loss"] = [device.kernels, dict(device.waits)]
 
 
+class CountValidation(pl.Callback):
+    """Counts from the end of one validation batch to the end of the next one."""
+
+    def __init__(self, device):
+        self.device, self.batches = device, []
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        found = len(module.evaluation.fine.detections[-1])
+        device = self.device
+        self.batches.append([len(batch), found, device.kernels, dict(device.waits)])
+        device.clear()
+
+
+def several_objects(tree):
+    """A detector with random boxes: several in each image, of many classes."""
+    torch.manual_seed(0)
+    module = DetectorModule(tree, [(1.5, 1.5), (2.5, 2.5)], "small", 8, 4, learning_rate=0)
+    with torch.no_grad():
+        module.network.box_conv.weight.mul_(60)
+        module.network.class_weight.mul_(60)
+    return module
+
+
+def detect(device, name, tree):
+    module = several_objects(tree).to(DEVICE).eval()
+    images, sizes = torch.rand(8, 3, 128, 128).to(DEVICE), torch.tensor([[128, 150]] * 8)
+    leaves = module.tree.leaves
+    for kind, call in (
+        ("detect", lambda: module.detect(images, sizes, leaves, 0.05)),
+        ("detect_most_specific", lambda: module.detect_most_specific(images, sizes, 0.05)),
+    ):
+        for _ in range(2):  # tables are copied to the device at first
+            device.clear()
+            objects = sum(len(one.to_list(module.tree)) for one in call())
+        found[f"{kind} {name}"] = [len(images), objects, device.kernels, dict(device.waits)]
+
+
+def validate(device, name, tree):
+    count, shapes = CountValidation(device), ShapesDetection(length=16, image_size=128)
+    data = CombinedDataModule(
+        tree, detection=shapes, validation=shapes, image_size=128, detection_batch_size=8,
+        num_workers=0, steps_per_epoch=1)
+    pl.Trainer(
+        max_steps=1, strategy=strategy(), logger=False, default_root_dir=folder,
+        enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        callbacks=[count]).fit(several_objects(tree), data)
+    found[f"validation {name}"] = count.batches[-1]
+
+
 with PretendDevice() as device:
     planted(device)
+    flat = [(key, "-", name) for key, _, name in WordTree.from_file(TREE).rows]
+    flat += [(f"other{k}", "-", "other") for k in range(20 - len(flat))]
+    for name, tree in (("flat", flat), ("tree", TREE)):
+        detect(device, name, tree)
+        validate(device, name, tree)
     datamodule = data(detection=ShapesDetection(length=16, image_size=64))
     detector = DetectorModule(TREE, [(1.5, 1.5), (2.5, 2.5)], "small", 8, 4, learning_rate=0.01)
     fit(device, "detector", detector, datamodule, gradient_clip_val=1.0)
@@ -154,3 +211,13 @@ def test_loss_of_boxes_starts_few_kernels_and_does_not_wait(found):
     kernels, waits = found["loss"]
     assert not waits
     assert kernels <= 120
+
+
+@pytest.mark.parametrize("classes", ["flat", "tree"])
+@pytest.mark.parametrize("kind", ["detect", "detect_most_specific", "validation"])
+def test_results_of_a_batch_are_read_with_few_waits_and_kernels(found, kind, classes):
+    images, objects, kernels, waits = found[f"{kind} {classes}"]
+    assert images == 8
+    assert objects >= 3 * images
+    assert sum(waits.values()) <= 10, waits
+    assert kernels <= 30 * images

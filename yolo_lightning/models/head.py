@@ -11,9 +11,9 @@ from torch import Tensor
 Location = Literal["direct", "offset"]
 """How the centre of a box is predicted, see `decode_boxes`."""
 
-MAX_LOGITS = 2**21
+MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**21, 2**24
 """Class logits of boxes computed at once, which bounds the memory of evaluation and prediction:
-copies of them take ten times their 8 MB."""
+copies of them take ten times their 8 MB. A GPU, which is waited for after each part, gets more."""
 
 
 MAX_WEIGHTS = 2**25
@@ -22,6 +22,10 @@ MAX_WEIGHTS = 2**25
 
 class ClassLogits(Protocol):
     """Class logits that are gathered for some boxes or some nodes."""
+
+    @property
+    def device(self) -> torch.device:
+        """That of the logits."""
 
     @property
     def num_nodes(self) -> int:
@@ -56,16 +60,21 @@ class SparseClassLogits:
     bias: Tensor  # (A, K)
 
     @property
+    def device(self) -> torch.device:
+        """That of the features."""
+        return self.features.device
+
+    @property
     def num_nodes(self) -> int:
         """K, the number of nodes."""
         return self.weight.shape[1]
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K), one product for each anchor."""
-        num_cells, device = self.features.shape[2] * self.features.shape[3], self.features.device
+        num_cells = self.features.shape[2] * self.features.shape[3]
         order = anchor.argsort(stable=True)
         rows = (image * num_cells + cell)[order]
-        selected = self._gather_features(rows.to(device, non_blocking=True))
+        selected = self._gather_features(rows.to(self.device, non_blocking=True))
         counts = torch.bincount(anchor, minlength=len(self.weight)).tolist()
         logits = torch.cat(
             [
@@ -75,7 +84,7 @@ class SparseClassLogits:
                 )
             ]
         )
-        return logits.index_select(0, order.argsort().to(device, non_blocking=True))
+        return logits.index_select(0, order.argsort().to(self.device, non_blocking=True))
 
     def gather_cells(self, cells: Tensor) -> Tensor:
         """Return logits (M, A, K); all class weights stay in the autograd graph, even if M is 0."""
@@ -111,13 +120,18 @@ class DenseClassLogits:
     logits: Tensor  # (B, A, K, Gh, Gw)
 
     @property
+    def device(self) -> torch.device:
+        """That of the logits."""
+        return self.logits.device
+
+    @property
     def num_nodes(self) -> int:
         """K, the number of nodes."""
         return self.logits.shape[2]
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K)."""
-        index = (one.to(self.logits.device, non_blocking=True) for one in (image, anchor, cell))
+        index = (one.to(self.device, non_blocking=True) for one in (image, anchor, cell))
         image, anchor, cell = index
         return self.logits.flatten(3)[image, anchor, :, cell]
 
@@ -192,7 +206,8 @@ class Candidates:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows, and their class logits, float (m, K): at most `MAX_LOGITS`, or one row."""
-        size = max(1, MAX_LOGITS // self.class_logits.num_nodes)
+        max_logits = MAX_LOGITS if self.class_logits.device.type == "cpu" else MAX_LOGITS_ON_GPU
+        size = max(1, max_logits // self.class_logits.num_nodes)
         for start in range(0, len(self.objectness), size):
             rows = slice(start, start + size)
             index = self.image[rows], self.anchor[rows], self.cell[rows]
