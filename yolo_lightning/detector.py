@@ -380,13 +380,26 @@ class DetectorModule(TrainingModule):
         Source: YOLO9000, section 4.
         """
         candidates, boxes = self._candidates(images, sizes_hw_orig, score_threshold)
-        labels, probs = torch.empty_like(candidates.image), torch.empty_like(candidates.objectness)
-        for rows, logits in candidates.chunks():
-            labels[rows], probs[rows] = self.tree.most_specific_nodes(logits, tree_threshold)
+        labels, probs = self._most_specific_nodes(candidates, tree_threshold)
         found = Detections(boxes, labels, candidates.objectness * probs)
         return [
             one for one, _ in self._suppress(found, candidates.image, len(images), score_threshold)
         ]
+
+    def _most_specific_nodes(
+        self, candidates: Candidates, threshold: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the label of each candidate, and P(label), on the host."""
+        logits, count = candidates.class_logits, len(candidates.objectness)
+        if count and logits.are_few(count, self.tree.descent_widths):
+            gather = logits.node_logits(candidates.image, candidates.anchor, candidates.cell)
+            zeros = torch.zeros(count, device=logits.device)
+            nodes, probs, _ = self.tree.descend_gathered(gather, zeros, threshold)
+            return nodes.cpu(), probs.cpu()
+        labels, probs = torch.empty_like(candidates.image), torch.empty_like(candidates.objectness)
+        for rows, part in candidates.chunks():
+            labels[rows], probs[rows] = self.tree.most_specific_nodes(part, threshold)
+        return labels, probs
 
     def _suppress(
         self, detections: Detections, image: Tensor, num_images: int, threshold: float

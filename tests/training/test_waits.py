@@ -125,17 +125,21 @@ def several_objects(tree):
 
 
 def detect(device, name, tree):
-    module = several_objects(tree).to(DEVICE).eval()
-    images, sizes = torch.rand(8, 3, 128, 128).to(DEVICE), torch.tensor([[128, 150]] * 8)
-    leaves = module.tree.leaves
-    for kind, call in (
-        ("detect", lambda: module.detect(images, sizes, leaves, 0.05)),
-        ("detect_most_specific", lambda: module.detect_most_specific(images, sizes, 0.05)),
-    ):
-        for _ in range(2):  # tables are copied to the device at first
-            device.clear()
-            objects = sum(len(one.to_list(module.tree)) for one in call())
+    module = several_objects(tree).eval()
+    images, sizes = torch.rand(8, 3, 128, 128), torch.tensor([[128, 150]] * 8)
+    calls = {
+        "detect": lambda: module.detect(images, sizes, module.tree.leaves, 0.05),
+        "detect_most_specific": lambda: module.detect_most_specific(images, sizes, 0.05)}
+    on_cpu = {kind: call() for kind, call in calls.items()}
+    module, images = module.to(DEVICE), images.to(DEVICE)
+    for kind, call in calls.items():
+        call()  # tables are copied to the device at first
+        device.clear()
+        on_device = call()
+        objects = sum(len(one.labels) for one in on_device)
         found[f"{kind} {name}"] = [len(images), objects, device.kernels, dict(device.waits)]
+        for one, other in zip(on_device, on_cpu[kind], strict=True):
+            torch.testing.assert_close(vars(one), vars(other))
 
 
 def validate(device, name, tree):

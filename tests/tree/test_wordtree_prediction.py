@@ -161,6 +161,40 @@ def test_class_logits_in_chunks_give_the_same_detections(model, images, monkeypa
         sizes.clear()
 
 
+def test_names_from_few_weights_equal_those_from_all_logits(monkeypatch):
+    torch.manual_seed(2)
+    # a root and its only child, with 40 children that have 40 children each
+    rows = [("top", "-", "top"), ("root", "top", "root")]
+    rows += [(f"{k}", "root", f"{k}") for k in range(40)]
+    rows += [(f"{k}/{j}", f"{k}", f"{j}") for k in range(40) for j in (*range(39), "other")]
+    module = DetectorModule(rows, [(1.0, 1.5), (3.0, 2.0)], "small", 8, 4).eval()
+    with torch.no_grad():
+        module.network.box_conv.weight.mul_(60)
+        module.network.class_weight.mul_(60)
+        module.network.class_bias.normal_()
+        module.network.box_conv.bias.view(-1, 5)[:, 4] = -7
+    images, labels, used = torch.rand(2, 3, 96, 96), set(), []
+    node_logits = head.SparseClassLogits.node_logits
+
+    def recorded(self, *index):
+        used.append(len(index[0]))
+        return node_logits(self, *index)
+
+    monkeypatch.setattr(head.SparseClassLogits, "node_logits", recorded)
+    for tree_threshold in (0.0, 0.3, 0.9):
+        found = []
+        for max_weights in (2**25, 0):
+            monkeypatch.setattr(head, "MAX_WEIGHTS", max_weights)
+            found.append(module.detect_most_specific(images, SIZES, 0.1, tree_threshold))
+        for one, other in zip(*found, strict=True):
+            assert one.labels.tolist() == other.labels.tolist()
+            torch.testing.assert_close(one.scores, other.scores)
+            labels |= set(one.labels.tolist())
+    assert len(used) == 3, used
+    assert min(used) > 5
+    assert {int((module.tree.paths[k] >= 0).sum()) for k in labels} == {1, 3, 4}
+
+
 def test_best_pairs_of_boxes_added_in_parts(monkeypatch):
     monkeypatch.setattr(detections_file, "MAX_PAIRS", 3)
     probs = torch.tensor([[0.5, 0.25, 0.5], [0.0, 0.75, 0.5], [0.5, 0.1, 1.0]])

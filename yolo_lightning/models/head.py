@@ -1,6 +1,6 @@
 """The detection head; box_logits (B, A, 5, Gh, Gw) are x, y, w, h, objectness."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,9 +15,11 @@ MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**21, 2**24
 """Class logits of boxes computed at once, which bounds the memory of evaluation and prediction:
 copies of them take ten times their 8 MB. A GPU, which is waited for after each part, gets more."""
 
-
 MAX_WEIGHTS = 2**25
-"""Class weights copied at once for the nodes of some images, 128 MB."""
+"""Class weights copied at once for the nodes of some images or boxes, 128 MB."""
+
+NodeLogits = Callable[[Tensor], Tensor]
+"""A function from nodes of each of M boxes, int64 (M, S), to their logits, float (M, S)."""
 
 
 class ClassLogits(Protocol):
@@ -36,6 +38,12 @@ class ClassLogits(Protocol):
 
         The indices are on the host; the device is not waited for.
         """
+
+    def node_logits(self, image: Tensor, anchor: Tensor, cell: Tensor) -> NodeLogits:
+        """Return what computes the logits of single nodes of M boxes; see `gather_boxes`."""
+
+    def are_few(self, num_boxes: int, steps: Sequence[int]) -> bool:
+        """Whether `node_logits` of at most so many nodes a box and step cost less than all."""
 
     def gather_cells(self, cells: Tensor) -> Tensor:
         """Return logits (M, A, K) of all anchors in M of the B * Gh * Gw cells, int64 (M,).
@@ -71,10 +79,8 @@ class SparseClassLogits:
 
     def gather_boxes(self, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
         """Return logits (M, K), one product for each anchor."""
-        num_cells = self.features.shape[2] * self.features.shape[3]
         order = anchor.argsort(stable=True)
-        rows = (image * num_cells + cell)[order]
-        selected = self._gather_features(rows.to(self.device, non_blocking=True))
+        selected = self._box_features(image[order], cell[order])
         counts = torch.bincount(anchor, minlength=len(self.weight)).tolist()
         logits = torch.cat(
             [
@@ -85,6 +91,31 @@ class SparseClassLogits:
             ]
         )
         return logits.index_select(0, order.argsort().to(self.device, non_blocking=True))
+
+    def _box_features(self, image: Tensor, cell: Tensor) -> Tensor:
+        """Return (M, C)."""
+        rows = image * (self.features.shape[2] * self.features.shape[3]) + cell
+        return self._gather_features(rows.to(self.device, non_blocking=True))
+
+    def node_logits(self, image: Tensor, anchor: Tensor, cell: Tensor) -> NodeLogits:
+        """Return what computes logits from the weight rows of the nodes only."""
+        features = self._box_features(image, cell)[:, :, None]  # (M, C, 1)
+        first_row = (anchor * self.num_nodes).to(self.device, non_blocking=True)[:, None]
+        weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
+
+        def gather(nodes: Tensor) -> Tensor:
+            rows = (first_row + nodes).flatten()
+            of_nodes = weight.index_select(0, rows).view(*nodes.shape, -1)
+            biases = bias.index_select(0, rows).view(*nodes.shape, 1)
+            return torch.baddbmm(biases, of_nodes, features).squeeze(2).float()
+
+        return gather
+
+    def are_few(self, num_boxes: int, steps: Sequence[int]) -> bool:
+        """Compare the numbers of weight rows that are read, and bound the memory of copies."""
+        num_anchors, num_nodes, channels = self.weight.shape
+        fits = num_boxes * max(steps) * channels <= MAX_WEIGHTS
+        return fits and num_boxes * sum(steps) < num_anchors * num_nodes
 
     def gather_cells(self, cells: Tensor) -> Tensor:
         """Return logits (M, A, K); all class weights stay in the autograd graph, even if M is 0."""
@@ -134,6 +165,15 @@ class DenseClassLogits:
         index = (one.to(self.device, non_blocking=True) for one in (image, anchor, cell))
         image, anchor, cell = index
         return self.logits.flatten(3)[image, anchor, :, cell]
+
+    def node_logits(self, image: Tensor, anchor: Tensor, cell: Tensor) -> NodeLogits:
+        """Return what selects logits."""
+        logits = self.gather_boxes(image, anchor, cell).float()
+        return lambda nodes: logits.gather(1, nodes)
+
+    def are_few(self, num_boxes: int, steps: Sequence[int]) -> bool:
+        """All logits are there."""
+        return False
 
     def gather_cells(self, cells: Tensor) -> Tensor:
         """Return logits (M, A, K)."""

@@ -319,6 +319,11 @@ class WordTree:
         start = torch.zeros_like(logits[:, 0])
         return self.descend_gathered(lambda nodes: logits.gather(1, nodes), start, threshold)
 
+    @property
+    def descent_widths(self) -> list[int]:
+        """The largest number of nodes among which each step of a descent chooses."""
+        return self._tables_on(torch.device("cpu")).widths
+
     def descend_gathered(
         self, gather: Callable[[Tensor], Tensor], log_prob: Tensor, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,6 +339,10 @@ class WordTree:
         path = log_prob  # of the nodes at the ends of the paths so far
         for step, width in enumerate(tables.widths):
             first, size = tables.followers.index_select(0, end).split(1, dim=1)
+            if log_prob.device.type == "cpu":  # where reading a number does not wait
+                width = int(size.max())
+                if step and width == 1:
+                    break
             position = torch.arange(width, device=log_prob.device)
             siblings = tables.members[first + position].clamp(min=0)
             logits = gather(siblings).masked_fill(position >= size, -torch.inf)
