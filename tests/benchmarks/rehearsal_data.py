@@ -52,7 +52,7 @@ def generate(folder: Path, scale: Scale) -> None:
     rows = tree_rows(rng)
     text = "".join("\t".join(row) + "\n" for row in rows)
     (folder / "tree.tsv").write_text(text, encoding="utf-8")
-    photographs = [_photograph(folder / f"photograph{k}.jpg", rng) for k in range(16)]
+    photographs = [photograph(folder / f"photograph{k}.jpg", rng) for k in range(16)]
     for split, images, boxes in (
         ("train2017", scale.images, scale.boxes),
         ("val2017", scale.validation_images, scale.validation_images * 7),
@@ -117,7 +117,7 @@ def _path(node: int, parents: list[int]) -> list[int]:
     return path
 
 
-def _photograph(file: Path, rng: np.random.Generator) -> Path:
+def photograph(file: Path, rng: np.random.Generator) -> Path:
     """Write a JPEG of 640 x 480 px and about 150 kB, as COCO's are on average."""
     image = np.zeros((480, 640, 3), np.float32)
     for side, contrast in ((4, 90), (16, 50), (64, 25), (256, 15)):

@@ -46,13 +46,13 @@ def read_clocks(folder: Path) -> list[tuple[int, list[Record]]]:
     return clocks
 
 
-def write_section(page: Path, text: str) -> None:
+def write_section(page: Path, text: str, start: str = START, end: str = END) -> None:
     """Replace the section between the two comments of a page; add it at the end if missing."""
     content = page.read_text(encoding="utf-8")
-    before, _, rest = content.partition(START)
-    after = rest.partition(END)[2]
+    before, _, rest = content.partition(start)
+    after = rest.partition(end)[2]
     write_atomically(
-        page, f"{before.rstrip()}\n\n{START}\n{text}\n{END}{after or chr(10)}".lstrip()
+        page, f"{before.rstrip()}\n\n{start}\n{text}\n{end}{after or chr(10)}".lstrip()
     )
 
 
@@ -62,7 +62,8 @@ def render(results: Results) -> str:
     return "\n\n".join(part(results) for part in parts)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
@@ -122,7 +123,7 @@ def _indices(results: Results) -> str:
         )  # fmt: skip
     head = ("index", "images", "first parse", "peak beyond imports", "on disk", "opened again",
             "bound to the tree", "peak beyond imports")  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _start(results: Results) -> str:
@@ -137,7 +138,7 @@ def _start(results: Results) -> str:
         f"""Seconds of a rank from its start to the first step, with indices on disk; {len(starts)}
         starts of ranks, two of them after the kill:"""
     )
-    return f"{text}\n\n{_table(('part', 's'), rows)}"
+    return f"{text}\n\n{table(('part', 's'), rows)}"
 
 
 def _order(starts: list[Record]) -> Callable[[str], float]:
@@ -180,7 +181,7 @@ def _memory(results: Results) -> str:
         keeps the pages of its rank that change after its start, such as weights on a CPU; the
         workers of a rank share them."""
     )
-    return f"Memory, MiB:\n\n{_table(('what', 'MiB'), rows)}\n\n{text}"
+    return f"Memory, MiB:\n\n{table(('what', 'MiB'), rows)}\n\n{text}"
 
 
 def _with_memory(results: Results, run: str) -> list[Record]:
@@ -214,8 +215,8 @@ def _steps(results: Results) -> str:
         """Seconds of a step without checkpoints, means of both ranks; the backward pass includes
         the all-reduce, which runs beside it:"""
     )
-    parts_table = _table(("part", "with boxes", "with labels"), rows)
-    return f"{text}\n\n{parts_table}\n\n{_table(('what', 'measured'), _other_figures(results))}"
+    parts_table = table(("part", "with boxes", "with labels"), rows)
+    return f"{text}\n\n{parts_table}\n\n{table(('what', 'measured'), _other_figures(results))}"
 
 
 def _other_figures(results: Results) -> list[tuple[str, str]]:
