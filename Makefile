@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes on few cores: threads that spin while they wait slow each other 30-fold.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: quickstart road rehearsal benchmarks test test-fast test-slow drills lint types structure docs format clean
+.PHONY: quickstart road rehearsal benchmarks gpu-check test test-fast test-slow drills lint types structure docs format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -29,6 +29,10 @@ rehearsal: $(READY)
 # ratios of speed and memory to alternatives, into docs/benchmarks.md; one subject: ARGS='--only step'
 benchmarks: $(READY)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+# on a machine with a GPU, 10 minutes; without one: ARGS='--device cpu --tiny'
+gpu-check: $(READY)
+	$(BIN)/python -m tests.benchmarks.gpu_check $(ARGS)
 
 # one process a core, with one thread each
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8

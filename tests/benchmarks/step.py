@@ -56,14 +56,15 @@ class NaiveYOLOv2(YOLOv2):
         return HeadOutput(box_logits, DenseClassLogits(logits.log_softmax(dim=2)), self.location)
 
 
-def make_module(name: str, size: Size, tiny: bool) -> DetectorModule:
-    """Return a detector: `flat`, `tree`, or `naive`."""
+def make_module(name: str, size: Size, tiny: bool, device: str = "cpu") -> DetectorModule:
+    """Return a detector in training mode: `flat`, `tree`, or `naive`."""
     tree: Any = SMALL_TREE if tiny else tree_rows(np.random.default_rng(0))
     module = DetectorModule(
         FLAT if name == "flat" else tree, "yolo9000", size.backbone, size.head_channels
     )
     if name == "naive":
         module.network.__class__ = NaiveYOLOv2
+    module.to(device)
     module.boxed[:: max(1, len(module.tree) // 80)] = True
     module._boxed_ancestors = module.boxed_ancestors()
     return module.train()
@@ -89,16 +90,23 @@ def make_batch(kind: str, size: Size, nodes: int) -> DetectionBatch | Classifica
     )
 
 
-def step_of(module: DetectorModule, kind: str, size: Size) -> Callable[[], None]:
-    """Return a function that trains one step, always on the same batch."""
+def step_of(
+    module: DetectorModule, kind: str, size: Size, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """Return a function that trains one step, always on the same batch, on the module's device.
+
+    It uses autocast unless `dtype` is float32.
+    """
     optimizer: Any = module.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = 1e-5
-    batch = make_batch(kind, size, len(module.tree))
+    batch, device = make_batch(kind, size, len(module.tree)).to(module.device), module.device.type
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.stack(list(module.loss_terms(batch).values())).sum().backward()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = torch.stack(list(module.loss_terms(batch).values())).sum()
+        loss.backward()
         optimizer.step()
 
     return step
