@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     started, rows = time.monotonic(), list[Row]()
     for name in [options.only] if options.only else SUBJECTS:
         print(f"{name} …", file=sys.stderr, flush=True)
-        rows += SUBJECTS[name]()
+        for row in SUBJECTS[name]():
+            print("  " + " | ".join(row.cells()), file=sys.stderr, flush=True)
+            rows.append(row)
     text = render(rows, time.monotonic() - started)
     print(text)
     if not options.only:
