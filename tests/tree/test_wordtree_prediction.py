@@ -168,11 +168,13 @@ def test_names_from_few_weights_equal_those_from_all_logits(monkeypatch):
     rows += [(f"{k}", "root", f"{k}") for k in range(40)]
     rows += [(f"{k}/{j}", f"{k}", f"{j}") for k in range(40) for j in (*range(39), "other")]
     module = DetectorModule(rows, [(1.0, 1.5), (3.0, 2.0)], "small", 8, 4).eval()
+    bias = module.network.box_conv.bias
+    assert bias is not None
     with torch.no_grad():
         module.network.box_conv.weight.mul_(60)
         module.network.class_weight.mul_(60)
         module.network.class_bias.normal_()
-        module.network.box_conv.bias.view(-1, 5)[:, 4] = -7
+        bias.view(-1, 5)[:, 4] = -7
     images, labels, used = torch.rand(2, 3, 96, 96), set(), []
     node_logits = head.SparseClassLogits.node_logits
 
