@@ -37,6 +37,11 @@ def test_descent_equals_brute_force(tree, seed, threshold):
         at = descend_by_hand(tree, absolute, threshold)
         assert nodes[k] == at
         assert probs[k] == pytest.approx(absolute[at])
+    if not tree.is_flat:
+        # the end of a path may be X/other, or an only child
+        ends = tree.reported[tree.descend(logits, threshold)[2]]
+        assert ends.tolist() == tree.most_specific_nodes(logits, 0.0)[0].tolist()
+    assert len(tree.most_specific_nodes(logits[:0], threshold)[0]) == 0
 
 
 def test_groups_with_very_different_logits_lose_no_precision():

@@ -339,7 +339,7 @@ class WordTree:
         path = log_prob  # of the nodes at the ends of the paths so far
         for step, width in enumerate(tables.widths):
             first, size = tables.followers.index_select(0, end).split(1, dim=1)
-            if log_prob.device.type == "cpu":  # where reading a number does not wait
+            if len(end) and end.device.type == "cpu":  # where reading a number does not wait
                 width = int(size.max())
                 if step and width == 1:
                     break
