@@ -19,7 +19,7 @@ from yolo_lightning.datamodules.batching import (
     evaluation_batches,
     require_readable,
 )
-from yolo_lightning.datamodules.loader import ResumableLoader
+from yolo_lightning.datamodules.loader import ResumableLoader, TrainingLoader
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrder
 from yolo_lightning.datamodules.source import (
     ConcatDetectionSource,
@@ -308,7 +308,7 @@ class CombinedDataModule(pl.LightningDataModule):
         """Batches of a training epoch."""
         return self.steps_per_epoch or self.order.steps_per_pass
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> TrainingLoader:
         """Return the loader of training batches."""
         trainer = self.trainer
         rank, world_size = self._rank_and_world_size
@@ -331,7 +331,7 @@ class CombinedDataModule(pl.LightningDataModule):
         sampler = AlternatingBatchSampler(
             self.order, self.batches_per_epoch, steps_trained, rank, world_size
         )
-        return ResumableLoader(
+        return TrainingLoader(
             self._training_dataset(), sampler, self.num_workers, self.loader_timeout_s
         )
 

@@ -8,11 +8,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from yolo_lightning import signals
 from yolo_lightning.datamodules.batching import Batch
+from yolo_lightning.datamodules.sampler import AlternatingBatchSampler
 from yolo_lightning.errors import InputError
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader of whole batches; its sampler continues from the trainer's number of steps."""
+    """A loader of whole batches; its sampler decides where a resumed training continues."""
 
     # Lightning warns about resuming within an epoch unless a loader has a state
 
@@ -40,26 +41,26 @@ class ResumableLoader(DataLoader[Batch]):
         Raises:
             InputError: a batch takes longer than the timeout; names the images being read.
         """
+        batches = self._start()
+        return (self._next(batches) for _ in range(len(self)))
+
+    def _start(self) -> Iterator[Any]:
         iterator = super().__iter__()  # starts the workers
         for worker in getattr(iterator, "_workers", []):  # exiting waits for them
             worker._popen.terminate = worker._popen.kill  # they ignore SIGTERM
-        return self._name_timeouts(iterator) if self.timeout else iterator
+        return iterator
 
-    def _name_timeouts(self, iterator: Any) -> Iterator[Any]:
-        while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-                images = self.pending_images()
-                raise InputError(
-                    f"no batch within {self.timeout:g} s, waiting for {images or 'the dataset'}; "
-                    "see whether its disk answers, or set data.loader_timeout_s"
-                ) from None
-            yield batch
+    def _next(self, batches: Iterator[Any]) -> Any:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            images = self.pending_images()
+            raise InputError(
+                f"no batch within {self.timeout:g} s, waiting for {images or 'the dataset'}; "
+                "see whether its disk answers, or set data.loader_timeout_s"
+            ) from None
 
     def pending_images(self) -> str:
         """Return the names of the images that are being read."""
@@ -72,6 +73,47 @@ class ResumableLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Ignore the state."""
+
+
+class TrainingLoader(ResumableLoader):
+    """A loader that hands out an epoch at a time; its workers read on into the next one.
+
+    An epoch begins at the first step that is not trained yet, and ends at a multiple of its length.
+    """
+
+    sampler: AlternatingBatchSampler
+
+    def __init__(
+        self,
+        dataset: Dataset[Batch],
+        sampler: AlternatingBatchSampler,
+        num_workers: int,
+        timeout_s: float = 0,
+    ) -> None:
+        super().__init__(dataset, sampler, num_workers, timeout_s)
+        self._batches: Iterator[Any] | None = None
+        self._next_step = -1  # of `_batches`, at the end of an epoch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Return the remaining batches of an epoch.
+
+        Raises:
+            InputError: a batch takes longer than the timeout; names the images being read.
+        """
+        first = self.sampler.first_step()
+        steps = range(first, (first // len(self) + 1) * len(self))
+        is_alive = self.num_workers == 0 or self._iterator is not None  # not shut down
+        if self._batches is None or self._next_step != first or not is_alive:
+            self._batches = self._start()
+        self._next_step = -1
+        return self._take(self._batches, steps)
+
+    def _take(self, batches: Iterator[Any], steps: range) -> Iterator[Any]:
+        for step in steps:
+            batch = self._next(batches)
+            if step + 1 == steps.stop:  # nobody asks for a batch after it
+                self._next_step = steps.stop
+            yield batch
 
 
 def _init_worker(worker_id: int) -> None:

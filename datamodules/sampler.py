@@ -1,5 +1,6 @@
 """The order of samples, a pure function of (seed, step, rank, world size)."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -123,7 +124,9 @@ class JointOrder:
 
 
 class AlternatingBatchSampler(Sampler[BatchPlan]):
-    """Yield the plans of a rank for the remaining steps of an epoch.
+    """Yield the plans of a rank, without end, from the first step that is not trained yet.
+
+    The loader divides them into epochs.
 
     Raises:
         InputError: a global batch size that is not a multiple of `world_size`.
@@ -155,7 +158,5 @@ class AlternatingBatchSampler(Sampler[BatchPlan]):
     def __iter__(self) -> Iterator[BatchPlan]:
         # steps trained so far: a resumed epoch starts within it, and Lightning does not call
         # set_epoch on batch samplers
-        first = self.first_step()
-        end = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
-        for step in range(first, end):
-            yield self.order.plan(step, self.rank, self.world_size)
+        steps = itertools.count(self.first_step())
+        return (self.order.plan(step, self.rank, self.world_size) for step in steps)

@@ -1,11 +1,14 @@
 """Batches do not depend on the number of workers and ranks."""
 
+import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 
 from tests.helpers.miniatures import save, set_up_data, write
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
@@ -17,6 +20,8 @@ from yolo_lightning.datamodules import (
     YOLOText,
 )
 from yolo_lightning.datamodules.batching import JointDataset
+from yolo_lightning.datamodules.loader import TrainingLoader
+from yolo_lightning.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +113,97 @@ def test_ranks_share_the_same_global_batches(files, single_process_batches, worl
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
         assert [fault for part in parts for fault in part.faults] == whole.faults
+
+
+class Epochs:
+    """Epochs of a loader, without a trainer; `trained` is its number of trained steps."""
+
+    def __init__(self, data: CombinedDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loader, self.data, self.trained, self.starts = data.train_dataloader(), data, 0, 0
+        self.loader.sampler.first_step = lambda: self.trained
+        start = TrainingLoader._start
+
+        def counted(loader: TrainingLoader) -> Any:
+            self.starts += 1
+            return start(loader)
+
+        monkeypatch.setattr(TrainingLoader, "_start", counted)
+
+    def steps(self, trained: int, count: int | None = None) -> list[int]:
+        """Read `count` batches, by default an epoch, compare them, and return their steps."""
+        self.trained = trained
+        batches = list(itertools.islice(iter(self.loader), count))
+        for batch in batches:
+            assert torch.equal(batch.images, self.data.batch(batch.step).images)
+        return [batch.step for batch in batches]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_are_parts_of_one_order(files, monkeypatch, workers):
+    data = ordered_data(files, steps_per_epoch=5, num_workers=workers)
+    epochs = Epochs(data, monkeypatch)
+    assert [epochs.steps(first) for first in (0, 5, 10)] == [
+        [0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14],
+    ]  # fmt: skip
+    assert epochs.starts == 1
+    # a resumed training, and an epoch that is read again
+    assert epochs.steps(7) == [7, 8, 9]
+    assert epochs.steps(10) == [10, 11, 12, 13, 14]
+    assert epochs.starts == 2
+    assert epochs.steps(10) == [10, 11, 12, 13, 14]
+    # an epoch that ends early
+    assert epochs.steps(15, count=2) == [15, 16]
+    assert epochs.steps(17) == [17, 18, 19]
+    assert epochs.steps(20, count=0) == []
+    assert epochs.steps(20) == [20, 21, 22, 23, 24]
+    assert epochs.starts == 5
+
+
+def test_two_iterations_of_a_loader_do_not_share_batches(files):
+    loader = ordered_data(files, steps_per_epoch=3).train_dataloader()
+    pairs = [(a.step, b.step) for a, b in zip(loader, loader, strict=True)]
+    assert pairs == [(0, 0), (1, 1), (2, 2)]
+    assert [batch.step for batch in loader] == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_read_on_into_the_next_epoch(files, monkeypatch):
+    read = torch.zeros(1, dtype=torch.int64).share_memory_()
+    get = JointDataset.__getitem__
+
+    def counted(dataset: JointDataset, plan: Any) -> Any:
+        read[0] = plan.step
+        return get(dataset, plan)
+
+    monkeypatch.setattr(JointDataset, "__getitem__", counted)
+    data = ordered_data(files, steps_per_epoch=3, num_workers=1)
+    epochs = Epochs(data, monkeypatch)
+    steps = [batch.step for batch in epochs.loader]
+    assert steps == [0, 1, 2]
+    deadline = time.monotonic() + 60
+    while read[0] < 4 and time.monotonic() < deadline:  # two batches are prefetched by a worker
+        time.sleep(0.01)
+    assert read[0] == 4
+    _shutdown_workers_and_reset_iterator(epochs.loader)  # as at the end of a training
+    monkeypatch.undo()
+    epochs.loader.sampler.first_step = lambda: 3
+    assert [batch.step for batch in epochs.loader] == [3, 4, 5]
+
+
+def test_an_error_of_a_batch_ahead_is_raised_at_its_step(files, monkeypatch):
+    get = JointDataset.__getitem__
+
+    def failing(dataset: JointDataset, plan: Any) -> Any:
+        if plan.step == 4:
+            raise InputError("step 4")
+        return get(dataset, plan)
+
+    monkeypatch.setattr(JointDataset, "__getitem__", failing)
+    epochs = Epochs(ordered_data(files, steps_per_epoch=3, num_workers=1), monkeypatch)
+    assert [batch.step for batch in epochs.loader] == [0, 1, 2]
+    epochs.trained = 3
+    read: list[int] = []
+    with pytest.raises(InputError, match="step 4"):
+        read.extend(batch.step for batch in epochs.loader)
+    assert [batch.step for batch in itertools.islice(epochs.loader, 1)] == [3]

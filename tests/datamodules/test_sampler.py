@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from fractions import Fraction
 
@@ -88,18 +89,16 @@ def test_epoch_is_one_pass_of_the_detection_source(ratio, steps):
     assert kinds["detection"] == 3
 
 
-def test_epochs_differ_and_continue_at_the_trained_step():
+def test_plans_go_on_from_the_trained_step():
     trained = 0
     sampler = AlternatingBatchSampler(order(), 6, lambda: trained)
-    first = list(sampler)
-    trained = 6
-    second = list(sampler)
+    plans = list(itertools.islice(sampler, 20))
     trained = 9
-    rest = list(sampler)
-    assert [plan.step for plan in first] == [0, 1, 2, 3, 4, 5]
-    assert [plan.step for plan in second] == [6, 7, 8, 9, 10, 11]
-    assert [p.indices for p in first] != [p.indices for p in second]
-    assert rest == second[3:]
+    iterator = iter(sampler)
+    trained = 11  # the step at which the iteration began counts
+    assert list(itertools.islice(iterator, 11)) == plans[9:]
+    assert [plan.step for plan in plans] == list(range(20))
+    assert [p.indices for p in plans[:6]] != [p.indices for p in plans[6:12]]
     assert len(sampler) == 6
 
 
