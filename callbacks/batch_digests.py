@@ -1,8 +1,9 @@
 """`BatchDigests`: one checksum per step, to compare the batches of two runs."""
 
+import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 
@@ -23,6 +24,7 @@ class BatchDigests(pl.Callback):
     def __init__(self) -> None:
         self._sources: dict[str, list[str]] = {}
         self._order: Any = None
+        self._file: IO[bytes] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the sample order and the fingerprints of the sources, on rank 0."""
@@ -52,14 +54,24 @@ class BatchDigests(pl.Callback):
         size = tuple(batch.images.shape[-2:])
         content = f"{plan.kind} {self._sources.get(plan.kind)} {size} {plan.indices}"
         digest = zlib.crc32(content.encode()) or 1
-        path = self.path(trainer)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("r+b" if path.exists() else "w+b") as file:
-                file.seek(_BYTES * batch.step)
-                file.write(digest.to_bytes(_BYTES, "little"))
+            if self._file is None:
+                self._file = self._open(trainer)
+            content_bytes, offset = digest.to_bytes(_BYTES, "little"), _BYTES * batch.step
+            os.pwrite(self._file.fileno(), content_bytes, offset)
         except OSError:
             return  # a full disk is reported when a checkpoint is saved
+
+    def _open(self, trainer: pl.Trainer) -> IO[bytes]:
+        """Open the file, and keep what earlier processes of the run wrote."""
+        path = self.path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("r+b" if path.exists() else "w+b", buffering=0)  # a kill loses nothing
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
@@ -72,8 +84,15 @@ class BatchDigests(pl.Callback):
             self._log(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the file."""
+        """Close and log the file."""
+        self._close()
         self._log(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the file."""
+        self._close()
 
     def _log(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and self.path(trainer).is_file():

@@ -1,15 +1,46 @@
 """`BatchDigests`: a digest per step."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import IO
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import yaml
 
+from tests.helpers import training
 from tests.helpers.recipes import QUICK, TINY, quickstart_values
+from yolo_lightning.callbacks import BatchDigests
 from yolo_lightning.cli.main import main
 
 pytestmark = pytest.mark.end_to_end
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_digest_is_on_disk_after_its_step_and_the_file_is_opened_once(
+    tmp_path, monkeypatch, fails
+):
+    opened: list[IO[bytes]] = []
+    found: list[int] = []
+    open_file = BatchDigests._open
+
+    def counted(self: BatchDigests, trainer: pl.Trainer) -> IO[bytes]:
+        opened.append(open_file(self, trainer))
+        return opened[-1]
+
+    class Reader(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            found.append(len(digests(tmp_path)))
+            if fails and len(found) == 3:
+                raise ValueError("as any failure")
+
+    monkeypatch.setattr(BatchDigests, "_open", counted)
+    with pytest.raises(ValueError, match="any failure") if fails else nullcontext():
+        training.train([BatchDigests(), Reader()], loggers=[], default_root_dir=tmp_path)
+    assert found == list(range(1, len(found) + 1))
+    assert len(found) == (3 if fails else 6)
+    assert [file.closed for file in opened] == [True]
 
 
 def digests(folder: Path) -> list[int]:
