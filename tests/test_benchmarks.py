@@ -76,6 +76,23 @@ def test_table_is_written_between_its_comments(tmp_path):
     assert content.startswith("# Page\n\n## Other\n")
 
 
+def test_the_command_runs_one_subject_and_writes_all_of_them(tmp_path, monkeypatch, capsys):
+    subjects = {name: lambda name=name: [Row(f"row of {name}", "3 s")] for name in ("a", "b")}
+    monkeypatch.setattr(benchmarks, "SUBJECTS", subjects)
+    monkeypatch.setattr(benchmarks, "REPO", tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    page = tmp_path / "docs/benchmarks.md"
+    page.parent.mkdir()
+    page.write_text("# Page\n")
+    assert benchmarks.main(["--only", "b"]) == 0
+    printed = capsys.readouterr().out
+    assert "| row of b |" in printed
+    assert "row of a" not in printed
+    assert page.read_text() == "# Page\n"
+    assert benchmarks.main([]) == 0
+    assert all(f"| row of {name} | – | – | – | – | 3 s |" in page.read_text() for name in "ab")
+
+
 @pytest.mark.parametrize("kind", ["boxes", "labels"])
 def test_the_dense_alternative_has_the_same_losses_and_gradients(kind):
     size = step.Size.of(tiny=True)
