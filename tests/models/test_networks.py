@@ -37,7 +37,13 @@ from yolo_lightning.models.layers import (
     layers_from_rows,
     layers_to_rows,
 )
-from yolo_lightning.models.networks import Classifier, LayerStack, YOLOv2, space_to_depth
+from yolo_lightning.models.networks import (
+    Classifier,
+    LayerStack,
+    YOLOv2,
+    fold_for_prediction,
+    space_to_depth,
+)
 
 
 def load_network(description: NetworkDescription, path: Path) -> YOLOv2 | Classifier:
@@ -69,9 +75,11 @@ def max_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_darknet19_probabilities_equal_the_original(tmp_path):
     network = load_network(LAYOUTS["darknet19"](), tmp_path / "w")
     golden = load("darknet19_forward.npz")["activated"]
-    with torch.no_grad():
-        probs = network(torch.from_numpy(random_image(224))[None])[0].softmax(dim=0)
-    assert max_error(probs, golden) <= 1e-3
+    for prepare in (nn.Module.eval, fold_for_prediction):
+        prepare(network)
+        with torch.no_grad():
+            probs = network(torch.from_numpy(random_image(224))[None])[0].softmax(dim=0)
+        assert max_error(probs, golden) <= 1e-3
 
 
 @pytest.mark.parametrize("name", ["yolov2-voc", "yolov2-tiny-voc"])
@@ -79,16 +87,20 @@ def test_yolov2_output_equals_the_original(name, tmp_path):
     network = load_network(LAYOUTS[name](), tmp_path / "w")
     assert isinstance(network, YOLOv2)
     golden = load(f"{name}_forward.npz")["activated"]
-    found = dense_output(network, 416)
-    found[:, 5:] = found[:, 5:].softmax(dim=1)
-    assert max_error(found.flatten(0, 1), golden) <= 1e-3
+    for prepare in (nn.Module.eval, fold_for_prediction):
+        prepare(network)
+        found = dense_output(network, 416)
+        found[:, 5:] = found[:, 5:].softmax(dim=1)
+        assert max_error(found.flatten(0, 1), golden) <= 1e-3
 
 
 def test_yolo9000_boxes_equal_the_original(tmp_path):
     network = load_network(LAYOUTS["yolo9000"](), tmp_path / "w")
     assert isinstance(network, YOLOv2)
     golden = load("yolo9000_forward.npz")["box_objectness"]
-    assert max_error(dense_output(network, 160)[:, :5], golden) <= 1e-3
+    for prepare in (nn.Module.eval, fold_for_prediction):
+        prepare(network)
+        assert max_error(dense_output(network, 160)[:, :5], golden) <= 1e-3
 
 
 def test_one_different_layer_changes_the_output(tmp_path):

@@ -289,10 +289,11 @@ def test_save_model_changes_no_global_state_and_leaves_no_other_files(
 @pytest.mark.parametrize("interpolation", ["area", "darknet"])
 def test_classifier_predictions_equal_those_of_classify(tmp_path, interpolation):
     torch.manual_seed(0)
-    module = ClassifierModule(
+    module: Any = ClassifierModule(
         tree=TREE, backbone=BACKBONE, image_size=64, interpolation=interpolation
     ).eval()
     save_model(write_checkpoint(tmp_path / "c.ckpt", module), tmp_path / "model")
+    module = load(tmp_path / "c.ckpt")
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     file = miniatures.save(tmp_path / "a.jpg")
     table = model.predict(image_table(file, file), params={"top": 3})

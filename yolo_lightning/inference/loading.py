@@ -9,6 +9,7 @@ from yolo_lightning.checkpoints.validation import read_checkpoint
 from yolo_lightning.classifier import ClassifierModule
 from yolo_lightning.detector import DetectorModule
 from yolo_lightning.errors import InputError
+from yolo_lightning.models.networks import fold_for_prediction
 
 Module = DetectorModule | ClassifierModule
 
@@ -17,6 +18,9 @@ def load(
     path: str | Path, device: str | torch.device = "cpu", backbone: nn.Module | None = None
 ) -> Module:
     """Load a trained or imported module from a checkpoint, in evaluation mode.
+
+    Its predictions fold batch norm into the convolutions, see `fold_for_prediction`; it can be
+    trained, exported and saved as any other.
 
     `backbone` is required if the checkpoint's backbone is a custom module: one of the same class
     and options. A class that a checkpoint names is never imported.
@@ -47,7 +51,8 @@ def load(
 
 
 def prepare_for_inference(module: Module, device: str | torch.device) -> Module:
-    """Set evaluation mode and move the module to a device, which must exist."""
+    """Set evaluation mode, fold batch norm, and move the module to a device, which must exist."""
+    fold_for_prediction(module)
     try:
         return module.eval().to(device)
     except (RuntimeError, AssertionError) as error:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolo_lightning.models.folding import FoldedConv
 from yolo_lightning.models.head import HeadOutput, Location, SparseClassLogits
 from yolo_lightning.models.layers import (
     Conv,
@@ -54,13 +55,24 @@ class ConvBlock(nn.Module):
             if layer.activation == "leaky"
             else _ACTIVATIONS[layer.activation]()
         )
+        self.folded: FoldedConv | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
+        if self.folded is not None:
+            if self.training:
+                self.folded = None  # a model that is trained on predicts as any other
+            elif not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return self._forward_folded(self.folded, features)
         features = self.conv(features)
         if self.norm is not None:
             features = self.norm(features)
         return torch.as_tensor(self.activation(features))
+
+    def _forward_folded(self, folded: FoldedConv, features: Tensor) -> Tensor:
+        if isinstance(self.activation, nn.LeakyReLU):
+            return folded(features, self.conv, self.norm, self.activation.negative_slope)
+        return torch.as_tensor(self.activation(folded(features, self.conv, self.norm, None)))
 
 
 class _MaxPool(nn.Module):
@@ -171,6 +183,18 @@ def init_weights(module: nn.Module) -> None:
             nn.init.kaiming_normal_(part.weight, a=0.1, nonlinearity="leaky_relu")
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+
+
+def fold_for_prediction(module: nn.Module) -> None:
+    """Let predictions without gradients fold batch norm into the convolutions, see `FoldedConv`.
+
+    Parameters and training stay as they are; custom backbones are not folded. The results differ
+    by rounding errors.
+    """
+    for block in module.modules():
+        # tensors of `torch.inference_mode` do not tell whether they have changed
+        if isinstance(block, ConvBlock) and not block.conv.weight.is_inference():
+            block.folded = FoldedConv()
 
 
 class Classifier(nn.Module):
