@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from yolo_lightning.checkpoints.io import (
     PARTIAL_SUFFIX,
     PREVIOUS,
     DurableCheckpointIO,
+    InBackground,
     rotate,
     use_durable_io,
     verify,
@@ -33,8 +35,11 @@ from yolo_lightning.training_module import TrainingModule
 class LastCheckpoint(Checkpoint):
     """Save ``checkpoints/last.ckpt`` in the run folder every N steps or minutes, and at the end.
 
-    The one before is kept as ``previous.ckpt``; one of the two is always complete. A write error is
-    a warning, but if the final state cannot be saved, the training fails. A checkpoint from before
+    The one before is kept as ``previous.ckpt``; one of the two is always complete. The training
+    goes on while a thread writes a copy of the state: a process that is killed then (SIGKILL)
+    resumes from the checkpoint before. Stop signals, errors and the end of the training wait for
+    the thread. A write error is a warning, but if the final state cannot be saved, the training
+    fails. A checkpoint from before
     a validation says so; a training that resumes from it starts with the validation, also where
     `max_steps` or `max_time` is reached. The last checkpoint of a training that `EarlyStopping`
     ended says so too: resuming ends at once, unless the recipe has other settings of it.
@@ -62,6 +67,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
         self._last_saved = (-1, False)  # global step, whether a validation is due
         self._last_saved_s = 0.0
+        self._writes_in_background = False
         self._validation_is_due = False
         self._resumed_step = -1  # of a checkpoint from before its validation
         self._last_is_valid = False
@@ -147,7 +153,7 @@ class LastCheckpoint(Checkpoint):
             or step % self.every_n_steps == 0
             or self._is_late(trainer)
         ):
-            self._save(trainer)
+            self._save(trainer, in_background=True)
 
     def _is_late(self, trainer: pl.Trainer) -> bool:
         """Return whether the minutes have passed; with several ranks, on one of them a step ago."""
@@ -172,10 +178,12 @@ class LastCheckpoint(Checkpoint):
         interrupted, a resumed training repeats the validation.
         """
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer, publish=not training_ends(trainer))
+            ends = training_ends(trainer)
+            self._save(trainer, publish=not ends, in_background=not ends)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish the final state."""
+        self._raise_error(trainer, self._wait(trainer))
         if self._written is not None:
             self._raise_error(trainer, self._publish(trainer, self._written))
 
@@ -242,18 +250,41 @@ class LastCheckpoint(Checkpoint):
                 f"{folder}: {', '.join(existing) or 'none'}"
             )
 
-    def _save(self, trainer: pl.Trainer, publish: bool = True) -> str:
-        """Save the state if it is new; return the error message, or "", on every rank."""
+    def _save(self, trainer: pl.Trainer, publish: bool = True, in_background: bool = False) -> str:
+        """Save the state if it is new; return the error message, or "", on every rank.
+
+        What is written in the background has no error yet; see `_wait`.
+        """
+        self._wait(trainer)
         state = (trainer.global_step, self._validation_is_due)
         if self._last_saved == state or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return ""
         use_durable_io(trainer)  # otherwise the other ranks would wait after a full disk
         last = self.path(trainer)
-        self._written = last.with_name(last.name + PARTIAL_SUFFIX)
-        trainer.save_checkpoint(self._written, weights_only=False)  # collective, rank 0 writes
-        error = self._publish(trainer, self._written) if publish else ""
+        new = last.with_name(last.name + PARTIAL_SUFFIX)
+        if in_background and _can_write_in_background(trainer):
+            option = InBackground(lambda: self._rotate(trainer, new, last))
+            trainer.save_checkpoint(new, weights_only=False, storage_options=option)
+            self._writes_in_background, error = True, ""
+        else:
+            self._written = new
+            trainer.save_checkpoint(new, weights_only=False)  # collective, rank 0 writes
+            error = self._publish(trainer, new) if publish else ""
         if not error:
             self._last_saved, self._last_saved_s = state, time.monotonic()
+        return error
+
+    def _wait(self, trainer: pl.Trainer) -> str:
+        """Wait for the thread that writes; return the error message, or "", on every rank."""
+        if not self._writes_in_background:
+            return ""
+        self._writes_in_background = False
+        checkpoint_io, error = trainer.strategy.checkpoint_io, ""
+        if trainer.is_global_zero and isinstance(checkpoint_io, DurableCheckpointIO):
+            error = checkpoint_io.wait()
+        error = str(trainer.strategy.broadcast(error))
+        if error:
+            self._last_saved = (-1, False)
         return error
 
     def _publish(self, trainer: pl.Trainer, new: Path) -> str:
@@ -278,6 +309,13 @@ class LastCheckpoint(Checkpoint):
             return message
         self._last_is_valid = True
         return ""
+
+
+def _can_write_in_background(trainer: pl.Trainer) -> bool:
+    """Return whether rank 0 alone writes, by this package's plugin; FSDP's ranks all write."""
+    strategy = trainer.strategy
+    is_own = isinstance(strategy.checkpoint_io, DurableCheckpointIO)
+    return is_own and type(strategy).save_checkpoint is Strategy.save_checkpoint
 
 
 def max_over_ranks(trainer: pl.Trainer, value: int) -> int:

@@ -1,11 +1,15 @@
 """Durable writing and safe reading of checkpoint files."""
 
 import contextlib
+import copy
 import os
 import pickletools
 import re
 import struct
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -248,8 +252,41 @@ def _check_values(content: Any) -> None:
             )
 
 
+def snapshot(value: Any) -> Any:
+    """Copy a checkpoint: its tensors to CPU memory, and the containers, whose values are plain."""
+    return _copy(value, {})
+
+
+def _copy(value: Any, tensors: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):  # of a shared one, a single copy is made
+        if id(value) not in tensors:
+            tensors[id(value)] = value.detach().to("cpu", copy=True)
+        return tensors[id(value)]
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of the same class, with the attributes of a state dict
+        for key, item in value.items():
+            copied[key] = _copy(item, tensors)
+        return copied
+    if isinstance(value, list | tuple):
+        return type(value)([_copy(item, tensors) for item in value])
+    return value
+
+
+@dataclass(frozen=True)
+class InBackground:
+    """Storage option of `Trainer.save_checkpoint`: write while the training goes on.
+
+    `publish` is called in the other thread after writing, and returns an error message, or "".
+    """
+
+    publish: Callable[[], str]
+
+
 class DurableCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint plugin with durable writing and safe reading.
+
+    With the storage option `InBackground`, a thread writes a copy of the checkpoint. There is at
+    most one: all other operations wait for it first, and so does the end of the training.
 
     A write error does not end the training: the existing file stays, a warning is logged once, and
     the next checkpoint is tried. `LastCheckpoint` reads `last_error` and fails if the final state
@@ -261,14 +298,39 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """
 
     last_error: str | None = None  # why the newest checkpoint could not be written
+    _written: Future[str] | None = None  # in the background
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint on rank 0; log a warning on a write error."""
-        if "://" in str(path) or storage_options is not None:
+        self.wait()
+        if isinstance(storage_options, InBackground):
+            publish, content = storage_options.publish, snapshot(checkpoint)
+            executor = ThreadPoolExecutor(1, "checkpoint")
+            self._written = executor.submit(lambda: self._write(content, path) or publish())
+            executor.shutdown(wait=False)
+        elif "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
-            return
+        else:
+            self._write(checkpoint, path)
+
+    def wait(self) -> str:
+        """Wait until what is written in the background is published; return the error message."""
+        if self._written is None:
+            return ""
+        try:
+            return self._written.result()
+        except Exception:
+            self._written = None  # raised once
+            raise
+
+    def teardown(self) -> None:
+        """Wait until everything is written."""
+        self.wait()
+
+    def _write(self, checkpoint: dict[str, Any], path: str | Path) -> str:
+        """Write a file; return the error message, or ""."""
         warned = self.last_error is not None
         try:
             write_checkpoint(checkpoint, path)
@@ -279,8 +341,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
                     f"checkpoint not written, {self.last_error}; training continues, the existing "
                     "file is kept, and the next checkpoint will be tried"
                 )
-            return
+            return self.last_error
         self.last_error = None
+        return ""
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -292,6 +355,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, unless its replacement could not be written."""
+        self.wait()
         if self.last_error is None:
             super().remove_checkpoint(path)
 
