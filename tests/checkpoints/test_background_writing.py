@@ -102,7 +102,7 @@ def test_a_snapshot_shares_nothing_that_changes():
     module = TinyModule()
     state = module.state_dict()
     weight = state["linear.weight"]
-    nested = {"list": [1, [weight]], "tuple": (weight, "a"), "state": state}
+    nested: dict[str, Any] = {"list": [1, [weight]], "tuple": (weight, "a"), "state": state}
     copied = snapshot(nested)
     with torch.no_grad():
         module.linear.weight.zero_()
