@@ -1,47 +1,61 @@
-"""Preparing photographs for training, against decoding them alone."""
+"""Reading photographs as training does, against decoding them alone."""
 
+import itertools
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from tests.benchmarks.rehearsal_data import photograph
 from tests.benchmarks.rows import Row, in_turn, spread, wall
-from yolo_lightning.batches import DetectionSample
-from yolo_lightning.datamodules import DetectionAugmentation
-from yolo_lightning.images import read_image
+from yolo_lightning.datamodules import DetectionAugmentation, YOLOText
+from yolo_lightning.datamodules.batching import JointDataset
+from yolo_lightning.datamodules.sampler import JointOrder
+from yolo_lightning.tree.wordtree import WordTree
 
-SIZE = 416
+SIZE, BATCH_SIZE = 416, 16
+_BOXES = "0 0.4 0.5 0.3 0.4\n0 0.7 0.3 0.2 0.2\n"
+
+
+def write_photographs(folder: Path, count: int) -> list[Path]:
+    """Write photographs with two boxes each, in YOLO's layout."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for k in range(count):
+        (folder / f"labels/{k:04}.txt").write_text(_BOXES, encoding="utf-8")
+    return [photograph(folder / f"images/{k:04}.jpg", rng) for k in range(count)]
 
 
 def measure(tiny: bool = False) -> list[Row]:
-    """Return the row: crops and colour as in the recipes, on one core."""
-    count, rounds = (2, 1) if tiny else (32, 9)
-    rng, augment = np.random.default_rng(0), DetectionAugmentation()
-    corners = rng.random((7, 2, 2)).astype(np.float32) * (640, 480)
-    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1) + 1], axis=1)
-    labels, difficult = np.zeros(7, np.int64), np.zeros(7, np.bool_)
-    min_side = augment.required_side(SIZE)
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(0)
+    """Return the row: batches with crops and colours as in the recipes, on one core."""
+    count, rounds = (2, 1) if tiny else (48, 9)
+    batch_size = min(count, BATCH_SIZE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            files = [photograph(Path(folder) / f"{k}.jpg", rng) for k in range(count)]
+            files = write_photographs(Path(folder), count)
+            source = YOLOText(folder, names=["object"])
+            source.bind(WordTree.from_names(["object"]))
+            order = JointOrder(count, 0, batch_size, 1, Fraction(0), 0, lambda step: SIZE)
+            dataset = JointDataset(source, None, (DetectionAugmentation(), None), 0)
+            steps = itertools.count()
+
+            def read() -> None:
+                for _ in range(count // batch_size):
+                    dataset[order.plan(next(steps))]
 
             def decode() -> None:
                 for file in files:
-                    read_image(file, min_side)
+                    cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)
 
-            def prepare() -> None:
-                for seed, file in enumerate(files):
-                    image, size_hw = read_image(file, min_side)
-                    sample = DetectionSample(image, boxes, labels, difficult, [], size_hw)
-                    augment(sample, SIZE, seed)
-
-            ours, alone = in_turn(rounds, prepare, decode)
+            ours, alone = in_turn(rounds, read, decode)
     finally:
-        cv2.setNumThreads(threads)
+        torch.set_num_threads(threads)
     pairs = list(zip(ours, alone, strict=True))
     return [
         Row(

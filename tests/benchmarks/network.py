@@ -14,33 +14,46 @@ from tests.benchmarks.rows import Row, in_turn, spread, wall
 from tests.helpers.original_program import FILES, LIBRARY
 from yolo_lightning import DetectorModule
 from yolo_lightning.inference.timing import billion_operations
+from yolo_lightning.models.folding import FoldedConv
+from yolo_lightning.models.networks import fold_for_prediction
 
 CHANNELS = 1024
 
 
 def convolutions(sides: tuple[int, ...], channels: int) -> dict[Callable[[], object], float]:
-    """Return 3x3 convolutions in several sizes and layouts, with their billions of operations."""
+    """Return 3x3 convolutions in several sizes and layouts, with their billions of operations.
+
+    One of the layouts is oneDNN's own, in which weights are packed once.
+    """
     found: dict[Callable[[], object], float] = {}
     for side in sides:
+        operations = 2 * 9 * channels**2 * side**2 / 1e9
+        conv = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         for layout in (torch.contiguous_format, torch.channels_last):
             features = torch.randn(1, channels, side, side).contiguous(memory_format=layout)
-            weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=layout)
+            weight = conv.weight.detach().contiguous(memory_format=layout)
 
             def convolve(features=features, weight=weight):
                 return F.conv2d(features, weight, padding=1)
 
-            found[convolve] = 2 * 9 * channels**2 * side**2 / 1e9
+            found[convolve] = operations
+
+        def packed(features=features, conv=conv, folded=FoldedConv()):  # noqa: B008
+            return folded(features, conv, None, None)
+
+        found[packed] = operations
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(tiny: bool = False) -> list[Row]:
     """Return the rows."""
     size, rounds = (64, 1) if tiny else (416, 9)
     module = DetectorModule([f"class {k}" for k in range(20)], "voc", "small" if tiny else
                             "darknet19").eval()  # fmt: skip
+    fold_for_prediction(module)  # as `detect` does
     images = torch.rand(1, 3, size, size).contiguous(memory_format=torch.channels_last)
-    candidates = convolutions((13,) if tiny else (26, 52), 8 if tiny else CHANNELS)
+    candidates = convolutions((13,) if tiny else (13, 26, 52), 8 if tiny else CHANNELS)
     network, *others = in_turn(rounds, lambda: module.network(images), *candidates)
     operations = billion_operations(module.network, size)
     found = list(zip(others, candidates.values(), strict=True))
