@@ -60,6 +60,11 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(unit, size=(size, size), mode="bilinear", antialias=True)
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Return whether too little memory of a device is an error, which CPUs seldom raise."""
+    return device.type != "cpu"
+
+
 def dry_run(module: pl.LightningModule, batch: Any) -> None:
     """Run a forward and a backward pass without side effects."""
     buffers = list(module.buffers())
@@ -129,12 +134,12 @@ class MultiScale(pl.Callback):
         return size_at_step(step, self.sizes, self.every_n_batches, seed, first_at_largest)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the end, and run a step of each kind at the largest size to check the memory."""
+        """Find the end; on a GPU, try a step of each kind at the largest size, for its memory."""
         self._first_at_largest = first_batch_at_largest(
             trainer, trainer.num_training_batches, self.last_batches_at_largest
         )
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "size_of_step"):
+        if not (has_own_memory(pl_module.device) and hasattr(data, "size_of_step")):
             return
         rank, world = trainer.global_rank, trainer.world_size
         size = max(self.sizes)

@@ -67,6 +67,9 @@ def test_dry_run_of_each_batch_type_at_the_largest_size_changes_nothing(tmp_path
         assert torch.equal(torch.get_rng_state(), random)
 
     monkeypatch.setattr(multi_scale, "dry_run", checked_dry_run)
+    fit(tmp_path, [MultiScale([32, 64, 96])], steps=1)
+    assert not runs, "a CPU"
+    monkeypatch.setattr(multi_scale, "has_own_memory", lambda device: True)
     recorder = Recorder()
     fit(tmp_path, [MultiScale([32, 64, 96], every_n_batches=2), recorder])
     assert runs == [(True, (4, 3, 96, 96)), (False, (2, 3, 96, 96))]
@@ -118,6 +121,7 @@ def test_too_little_memory_is_reported_before_the_first_step(tmp_path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
     monkeypatch.setattr(multi_scale, "dry_run", out_of_memory)
+    monkeypatch.setattr(multi_scale, "has_own_memory", lambda device: True)
     recorder = Recorder()
     with pytest.raises(InputError, match="4 images of 96 px, the largest size of MultiScale"):
         fit(tmp_path, [MultiScale([32, 96]), recorder])
