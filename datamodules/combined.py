@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules.batching import (
     Batch,
     EvaluationDataset,
@@ -19,7 +20,7 @@ from yolo_lightning.datamodules.batching import (
     evaluation_batches,
     require_readable,
 )
-from yolo_lightning.datamodules.loader import ResumableLoader, TrainingLoader
+from yolo_lightning.datamodules.loader import ResumableLoader, TrainingLoader, copy_to_gpu
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler, JointOrder
 from yolo_lightning.datamodules.source import (
     ConcatDetectionSource,
@@ -307,6 +308,14 @@ class CombinedDataModule(pl.LightningDataModule):
     def batches_per_epoch(self) -> int:
         """Batches of a training epoch."""
         return self.steps_per_epoch or self.order.steps_per_pass
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Copy a batch to a GPU beside the kernels of the step before."""
+        if device.type == "cuda" and isinstance(batch, DetectionBatch | ClassificationBatch):
+            return copy_to_gpu(batch, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def train_dataloader(self) -> TrainingLoader:
         """Return the loader of training batches."""

@@ -1,5 +1,6 @@
 """The loader of whole batches."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -119,3 +120,23 @@ class TrainingLoader(ResumableLoader):
 def _init_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
     signals.ignore_stop_signals()  # schedulers signal every process of a job, workers too
+
+
+def copy_to_gpu(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a GPU, copied on a stream of its own.
+
+    The host is up to a step ahead of the GPU: the copy would queue behind the kernels of that step.
+    """
+    copying, computing = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copying):
+        moved = batch.to(device)
+    computing.wait_stream(copying)
+    for value in vars(moved).values():
+        if isinstance(value, torch.Tensor):
+            value.record_stream(computing)  # keeps its memory until the step has read it
+    return moved
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

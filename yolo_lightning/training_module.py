@@ -1,6 +1,5 @@
 """The base of both LightningModules: SGD, pretrained weights, checks of data and checkpoints."""
 
-import functools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -194,24 +193,6 @@ class TrainingModule(pl.LightningModule):
         """Forget the losses of the epoch before, as the trainer does."""
         self._losses, self._figures = {}, {}
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Copy a batch to a GPU on a stream of its own, beside the kernels of the step before.
-
-        The host is up to a step ahead of the GPU, so that the copy would queue behind them.
-        """
-        if device.type != "cuda" or not isinstance(batch, Batch):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        copying, computing = _copy_stream(device), torch.cuda.current_stream(device)
-        with torch.cuda.stream(copying):
-            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        computing.wait_stream(copying)
-        for value in vars(moved).values():
-            if isinstance(value, torch.Tensor):
-                value.record_stream(computing)  # keeps its memory until the step has read it
-        return moved
-
     def _keep_losses(self, batch: Batch, losses: dict[str, torch.Tensor]) -> None:
         """Keep the losses of a step on the device, to be read when a step is logged."""
         self._losses.update(losses)
@@ -313,11 +294,6 @@ class TrainingModule(pl.LightningModule):
                 "the checkpoint's optimizer is that of an older version and cannot be resumed; to "
                 "start from its weights, use model.pretrained"
             )
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from tests.helpers.golden import detection_batch
-from yolo_lightning import DetectorModule, training_module
+from yolo_lightning import CombinedDataModule
 from yolo_lightning.batches import DetectionBatch
+from yolo_lightning.datamodules import loader
 
 CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def module():
-    return DetectorModule(["a"], [(1, 1)], "small", 8, 4)
+def data():
+    return CombinedDataModule(["a"])
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def events(monkeypatch):
         found.append(("copy to", str(device)))
         return batch
 
-    monkeypatch.setattr(training_module, "_copy_stream", lambda device: Stream("copying"))
+    monkeypatch.setattr(loader, "_copy_stream", lambda device: Stream("copying"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("computing"))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(DetectionBatch, "to", move)
@@ -51,8 +52,8 @@ def events(monkeypatch):
     return found
 
 
-def test_a_copy_to_a_gpu_has_its_own_stream_for_which_the_step_waits(module, batch, events):
-    assert module.transfer_batch_to_device(batch, CUDA, 0) is batch
+def test_a_copy_to_a_gpu_has_its_own_stream_for_which_the_step_waits(data, batch, events):
+    assert data.transfer_batch_to_device(batch, CUDA, 0) is batch
     tensors = sum(isinstance(value, torch.Tensor) for value in vars(batch).values())
     assert tensors == 9
     assert events == [
@@ -61,15 +62,15 @@ def test_a_copy_to_a_gpu_has_its_own_stream_for_which_the_step_waits(module, bat
     ]  # fmt: skip
 
 
-def test_a_copy_to_a_cpu_has_no_stream(module, batch, events):
-    module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+def test_a_copy_to_a_cpu_has_no_stream(data, batch, events):
+    data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
     assert events == [("copy to", "cpu")]
 
 
-def test_other_batches_are_copied_as_lightning_does(module, events):
+def test_other_batches_are_copied_as_lightning_does(data, events):
     class Other:
         def to(self, device):
             return f"moved to {device}"
 
-    assert module.transfer_batch_to_device([Other()], CUDA, 0) == ["moved to cuda:0"]
+    assert data.transfer_batch_to_device([Other()], CUDA, 0) == ["moved to cuda:0"]
     assert events == []
