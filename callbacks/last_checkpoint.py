@@ -39,10 +39,12 @@ class LastCheckpoint(Checkpoint):
     goes on while a thread writes a copy of the state: a process that is killed then (SIGKILL)
     resumes from the checkpoint before. Stop signals, errors and the end of the training wait for
     the thread. A write error is a warning, but if the final state cannot be saved, the training
-    fails. A checkpoint from before
-    a validation says so; a training that resumes from it starts with the validation, also where
-    `max_steps` or `max_time` is reached. The last checkpoint of a training that `EarlyStopping`
-    ended says so too: resuming ends at once, unless the recipe has other settings of it.
+    fails.
+
+    A checkpoint from before a validation says so; a training that resumes from it starts with the
+    validation, also where `max_steps` or `max_time` is reached. The last checkpoint of a training
+    that `EarlyStopping` ended says so too: resuming ends at once, unless the recipe has other
+    settings of it.
 
     Args:
         every_n_steps (optimizer steps): most between two checkpoints, 1 or more.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.errors import InputError
-from yolo_lightning.models.preparation import MAX_IMAGE_PX
 
 
 def size_at_step(
@@ -102,11 +101,8 @@ class MultiScale(pl.Callback):
     def __init__(
         self, sizes: list[int], every_n_batches: int = 10, last_batches_at_largest: int = 0
     ) -> None:
-        if not sizes or any(not 0 < size <= MAX_IMAGE_PX or size % 32 for size in sizes):
-            raise InputError(
-                f"MultiScale: sizes is {sizes}; allowed: positive multiples of 32 up to "
-                f"{MAX_IMAGE_PX}"
-            )
+        if not sizes or any(size <= 0 or size % 32 for size in sizes):
+            raise InputError(f"MultiScale: sizes is {sizes}; allowed: positive multiples of 32")
         if every_n_batches < 1:
             raise InputError(
                 f"MultiScale: every_n_batches is {every_n_batches}; allowed: 1 or more"
@@ -124,6 +120,7 @@ class MultiScale(pl.Callback):
         """Let the data read images at the size of their step."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and hasattr(data, "size_of_step"):
+            data.check_size("MultiScale: sizes", max(self.sizes))
             # loader workers start before the trainer knows its number of batches
             first = first_batch_at_largest(
                 trainer, data.batches_per_epoch, self.last_batches_at_largest

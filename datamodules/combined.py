@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from yolo_lightning.batches import ClassificationBatch, DetectionBatch
 from yolo_lightning.datamodules.batching import (
     Batch,
     EvaluationDataset,
@@ -151,7 +150,7 @@ class CombinedDataModule(pl.LightningDataModule):
         self._not_given = [name for name, value in given.items() if value is None]
         for name, default in PREPARATION.items():
             setattr(self, name, default if given[name] is None else given[name])
-        self._check_size()
+        self.check_size("data.image_size", self.image_size)
         ratio = classification_batches_per_detection_batch
         for name, value, low, high in (
             ("num_workers", num_workers, 0, 1024),
@@ -170,11 +169,11 @@ class CombinedDataModule(pl.LightningDataModule):
         self.loader_timeout_s = loader_timeout_s
         self._bound: set[int] = set()
 
-    def _check_size(self) -> None:
-        size = self.image_size
+    @staticmethod
+    def check_size(name: str, size: object) -> None:
+        """Raise an `InputError` if a size cannot be that of images, px."""
         valid = isinstance(size, int) and 0 < size <= MAX_IMAGE_PX and size % 32 == 0
-        allowed = f"multiples of 32 up to {MAX_IMAGE_PX}, of a square"
-        check_option("data.image_size", size, valid, allowed)
+        check_option(name, size, valid, f"multiples of 32 up to {MAX_IMAGE_PX}, of a square")
 
     def _take_from_model(self) -> None:
         """Set the values that the constructor did not get from the model."""
@@ -182,7 +181,7 @@ class CombinedDataModule(pl.LightningDataModule):
         for name in set(self._not_given) & set(PREPARATION):
             if name in getattr(module, "hparams", {}):
                 setattr(self, name, module.hparams[name])
-        self._check_size()
+        self.check_size("data.image_size", self.image_size)
         if "tree" in self._not_given and hasattr(module, "tree"):
             if getattr(self, "tree", None) is not module.tree:
                 self._bound.clear()
@@ -313,7 +312,7 @@ class CombinedDataModule(pl.LightningDataModule):
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
         """Copy a batch to a GPU beside the kernels of the step before."""
-        if device.type == "cuda" and isinstance(batch, DetectionBatch | ClassificationBatch):
+        if device.type == "cuda" and isinstance(batch, Batch):
             return copy_to_gpu(batch, device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 

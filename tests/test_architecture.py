@@ -46,7 +46,7 @@ class BatchTrace:
         if event == "call" and frame.f_code.co_name == "yolo9000_loss":
             self.running = False
             self.losses += 1
-        elif event == "call" and frame.f_code.co_name == "read" and not self.running:
+        elif event == "call" and frame.f_code.co_name == "read":
             self.running = True
             self.files.clear()
         if self.running and name not in self.files:
@@ -85,7 +85,7 @@ def trace(tmp_path, write_voc):
     finally:
         sys.setprofile(previous)
     assert trainer.global_step == 1
-    assert found.losses == 2  # the dry run of MultiScale, and the step
+    assert found.losses == 1
     return found
 
 

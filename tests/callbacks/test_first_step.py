@@ -148,3 +148,8 @@ def test_compiled_layers_accept_all_sizes_and_log_recompilations(tmp_path, capsy
 def test_unknown_backend_is_rejected():
     with pytest.raises(InputError, match="backend is 'inductr'; allowed: .*inductor"):
         CompileNetwork(backend="inductr")
+
+
+def test_sizes_that_no_image_can_have_are_rejected(tmp_path):
+    with pytest.raises(InputError, match="MultiScale: sizes is 3200; allowed: .* up to 2048"):
+        fit(tmp_path, [MultiScale([32, 3200])])
