@@ -141,7 +141,8 @@ def test_training_completes_without_its_server_and_is_synced_later(
         wait_for_step(tmp_path, process, STEPS - 1)
         started = time.monotonic()
         wait_for_exit(process, tmp_path)
-        assert time.monotonic() - started < 15, "training must not wait for the server"
+        # the server hangs until the test goes on; the end of a training waits for at most a minute
+        assert time.monotonic() - started < 60, "training must not wait for the server"
     finally:
         server.resume()
     assert "is not complete" in (tmp_path / "log.txt").read_text()
