@@ -94,6 +94,7 @@ def _original(cfg: Path, images: torch.Tensor, folder: Path) -> Callable[[], obj
         text = text.replace(f"{side}=416", f"{side}={images.shape[-1]}")
     (folder / "network.cfg").write_text(text)
     library = ctypes.CDLL(str(LIBRARY))
+    torch.set_flush_denormal(False)  # loading it makes the processor flush small numbers to zero
     library.load_network.restype = ctypes.c_void_p
     library.set_batch_network.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.network_predict.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

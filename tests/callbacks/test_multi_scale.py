@@ -33,7 +33,7 @@ def test_resize_converts_to_floats_in_0_to_1():
     assert resize(images, 64).max() == 1
 
 
-@pytest.mark.parametrize("size", [100, 0, -32, 2**20])
+@pytest.mark.parametrize("size", [100, 0, -32])
 def test_multi_scale_rejects_sizes_that_are_no_size_of_a_network(size):
     with pytest.raises(
         InputError, match=rf"sizes is \[{size}\]; allowed: positive multiples of 32"
