@@ -92,7 +92,8 @@ class MultiScale(pl.Callback):
             `trainer.max_epochs`, that have the largest size. Source: Darknet: 200.
 
     Raises:
-        InputError: a value out of range; when training starts, a training without an end.
+        InputError: a value out of range; when training starts, a size above 2,048 px, or a
+            training without an end.
 
     Source: YOLO9000, section 2, "Multi-Scale Training"; the original program trains the last 200
     batches at the largest size.
