@@ -62,6 +62,11 @@ class ResumableLoader(DataLoader[Batch]):
                 f"no batch within {self.timeout:g} s, waiting for {images or 'the dataset'}; "
                 "see whether its disk answers, or set data.loader_timeout_s"
             ) from None
+        except (OSError, EOFError) as error:
+            # a worker that dies after it has announced a batch cannot hand its memory over
+            if all(worker.is_alive() for worker in getattr(batches, "_workers", [])):
+                raise
+            raise RuntimeError(f"DataLoader worker exited unexpectedly: {error}") from None
 
     def pending_images(self) -> str:
         """Return the names of the images that are being read."""
