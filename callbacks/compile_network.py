@@ -1,39 +1,69 @@
 """`CompileNetwork`: `torch.compile` for multi-scale training."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from yolo_lightning.callbacks.multi_scale import MultiScale
 from yolo_lightning.errors import InputError
+
+_OF_EVALUATION = 4  # graphs: full and last batches of validation and test
 
 
 class CompileNetwork(pl.Callback):
-    """Compile the layers of the network in place, with dynamic height and width.
+    """Compile the layers of the network in place, once for each shape of a batch.
 
-    Recompilations are printed and logged (`train/compiled_graphs`); too many are an error.
+    The number of graphs is bounded by the sizes of `MultiScale`: one more is an error. New graphs
+    are printed, and logged as `train/compiled_graphs`. What cannot be compiled is an error, too:
+    the network never runs uncompiled without a word.
 
     Args:
         backend: backend of `torch.compile`.
         mode: mode of `torch.compile`, such as `max-autotune`.
+        dynamic: compile with variable height and width: fewer graphs, each of which takes longer to
+            compile and to run.
+
+    Raises:
+        InputError: an unknown backend; when training starts, `torch.compile` is disabled; later, it
+            fails, or compiles too many graphs.
     """
 
-    def __init__(self, backend: str = "inductor", mode: str | None = None) -> None:
+    def __init__(
+        self, backend: str = "inductor", mode: str | None = None, dynamic: bool = False
+    ) -> None:
         allowed = torch.compiler.list_backends(exclude_tags=())
         if backend not in allowed:
             raise InputError(f"CompileNetwork: backend is {backend!r}; allowed: {allowed}")
-        self.backend, self.mode = backend, mode
+        self.backend, self.mode, self.dynamic = backend, mode, dynamic
         self._graphs = 0
+        self._settings = ExitStack()  # of torch.compile, while this trains
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compile in place; the compilation itself runs in the first batch."""
+        """Compile in place; the compilation itself runs in the first batch of each shape."""
         import torch._dynamo.config as settings
 
-        settings.fail_on_recompile_limit_hit = True
-        settings.suppress_errors = False
+        if settings.disable:
+            raise InputError(
+                "CompileNetwork: torch.compile is disabled, by TORCH_COMPILE_DISABLE or "
+                "TORCHDYNAMO_DISABLE; unset it, or leave the callback out"
+            )
+        limit = most_graphs(trainer)
+        rank_zero_info("torch.compile: the first step of each size takes up to minutes")
+        self._settings.enter_context(
+            settings.patch(
+                recompile_limit=limit,
+                accumulated_recompile_limit=max(limit, settings.accumulated_recompile_limit),
+                fail_on_recompile_limit_hit=True,
+                suppress_errors=False,
+            )
+        )
         body: torch.nn.Module = pl_module.network.body  # type: ignore[assignment, union-attr]
-        body.compile(backend=self.backend, mode=self.mode, dynamic=True)
+        body.compile(backend=self.backend, mode=self.mode, dynamic=self.dynamic, fullgraph=True)
+        # where `Module.compile` keeps the compiled call, which copies of the module leave out
+        body._compiled_call_impl = self._naming_errors(body._compiled_call_impl)
         self._graphs = compiled_graphs()
 
     def on_train_batch_end(
@@ -44,17 +74,41 @@ class CompileNetwork(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Print and log recompilations."""
+        """Print and log new graphs."""
         graphs = compiled_graphs()
         if graphs > self._graphs:
             size = tuple(batch.images.shape)
-            rank_zero_info(
-                f"torch.compile: {graphs - self._graphs} more graphs at step {batch.step}, "
-                f"images {size}"
-            )
+            rank_zero_info(f"torch.compile: {graphs} graphs after step {batch.step}, images {size}")
         self._graphs = graphs
         # a tensor on the host: Lightning copies a number to the device, and waits for it
         pl_module.log("train/compiled_graphs", torch.tensor(float(graphs)), batch_size=len(batch))
+
+    def _naming_errors(self, compiled: Any) -> Any:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        def call(images: torch.Tensor) -> Any:
+            try:
+                return compiled(images)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                reason = next((line for line in str(error).splitlines() if line.strip()), "")
+                raise InputError(
+                    f"CompileNetwork: torch.compile with the backend {self.backend} failed: "
+                    f"{reason or type(error).__name__}; leave the callback out to train without it"
+                ) from error
+
+        return call
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Restore the network and the settings of `torch.compile`."""
+        pl_module.network.body._compiled_call_impl = None  # type: ignore[union-attr]
+        self._settings.close()
+
+
+def most_graphs(trainer: pl.Trainer) -> int:
+    """Return the largest number of shapes that batches can have: sizes by kinds, and evaluation."""
+    scales = [callback for callback in trainer.callbacks if isinstance(callback, MultiScale)]  # type: ignore[attr-defined]
+    sizes = {size for scale in scales for size in scale.sizes}
+    return 2 * max(1, len(sizes)) + _OF_EVALUATION
 
 
 def compiled_graphs() -> int:

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import loading, naming, network, saving, start, step, waits
+from tests.benchmarks import compiling, loading, naming, network, saving, start, step, waits
 from tests.benchmarks.rehearsal_report import write_section
 from tests.benchmarks.rows import HEAD, Row, Seconds, in_turn
 from tests.helpers.training import train
 from yolo_lightning import WordTree
 
 
-@pytest.mark.parametrize("subject", [step, naming, network, loading, saving])
+@pytest.mark.parametrize("subject", [step, naming, network, loading, saving, compiling])
 def test_rows_of_a_tiny_measurement_have_figures(subject: Any):
     rows = subject.measure(tiny=True)
     assert rows

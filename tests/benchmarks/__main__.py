@@ -17,7 +17,7 @@ import lightning
 import psutil
 import torch
 
-from tests.benchmarks import loading, naming, network, saving, start, step, waits
+from tests.benchmarks import compiling, loading, naming, network, saving, start, step, waits
 from tests.benchmarks.rehearsal_report import table, write_section
 from tests.benchmarks.rows import HEAD, Row
 from tests.helpers.paths import REPO
@@ -33,6 +33,7 @@ SUBJECTS: dict[str, Callable[[], list[Row]]] = {
     "network": network.measure,
     "loading": loading.measure,
     "saving": saving.measure,
+    "compiling": compiling.measure,
 }
 
 

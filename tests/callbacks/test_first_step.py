@@ -1,4 +1,4 @@
-"""Dry run of the largest image size, and compilation for all sizes."""
+"""Dry run of the largest image size, and the sizes of multi-scale training."""
 
 import copy
 
@@ -9,7 +9,7 @@ import torch
 from tests.helpers.paths import REPO
 from yolo_lightning import CombinedDataModule, DetectorModule
 from yolo_lightning.batches import DetectionBatch
-from yolo_lightning.callbacks import CompileNetwork, MultiScale, multi_scale
+from yolo_lightning.callbacks import MultiScale, multi_scale
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
 from yolo_lightning.errors import InputError
 
@@ -126,28 +126,6 @@ def test_too_little_memory_is_reported_before_the_first_step(tmp_path, monkeypat
     with pytest.raises(InputError, match="4 images of 96 px, the largest size of MultiScale"):
         fit(tmp_path, [MultiScale([32, 96]), recorder])
     assert not recorder.sizes
-
-
-@pytest.mark.slow
-def test_compiled_layers_accept_all_sizes_and_log_recompilations(tmp_path, capsys):
-    torch._dynamo.reset()
-    plain, compiled = Recorder(), Recorder()
-    sizes = [32, 64, 96]
-    fit(tmp_path, [MultiScale(sizes, every_n_batches=1), plain])
-    model, trainer = fit(
-        tmp_path,
-        [MultiScale(sizes, every_n_batches=1), compiled, CompileNetwork(backend="aot_eager")],
-    )
-    assert len(set(compiled.sizes)) == 3
-    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
-    # at most one graph per batch size; height and width are dynamic
-    assert 1 <= trainer.callback_metrics["train/compiled_graphs"] <= 3
-    assert not [name for name in model.state_dict() if "_orig_mod" in name]
-
-
-def test_unknown_backend_is_rejected():
-    with pytest.raises(InputError, match="backend is 'inductr'; allowed: .*inductor"):
-        CompileNetwork(backend="inductr")
 
 
 def test_sizes_that_no_image_can_have_are_rejected(tmp_path):
