@@ -116,6 +116,17 @@ class Detections:
         )
 
 
+def to_host(scores: Tensor, *indices: Tensor) -> list[Tensor]:
+    """Return scores, float32 (N,), and indices below 2**31, int64 (N,); waits for the device once.
+
+    They are copied together, bit by bit.
+    """
+    if scores.device.type == "cpu":
+        return [scores, *indices]
+    bits = torch.stack([scores.view(torch.int32), *(index.int() for index in indices)]).cpu()
+    return [bits[0].view(torch.float32), *(index.long() for index in bits[1:])]
+
+
 class BestPairs:
     """The (box, class) pairs of a batch with a score above a threshold, on the host.
 
@@ -144,15 +155,15 @@ class BestPairs:
         self._pairs, self._scores = image.new_empty(0), torch.empty(0)
 
     def add(self, first_box: int, objectness: Tensor, probs: Tensor) -> None:
-        """Add the next boxes; waits for the device three times.
+        """Add the next boxes; waits for the device twice.
 
         Objectness is (m,), on the host; probs (m, L) are of the classes of all levels in sequence,
-        on the device.
+        float32 on the device.
         """
         scores = objectness.to(probs.device, non_blocking=True)[:, None] * probs
         index = (scores > self._threshold).flatten().nonzero().flatten()
-        scores = scores.flatten().index_select(0, index).cpu()
-        pairs = index.cpu() + first_box * len(self._nodes)
+        scores, index = to_host(scores.flatten().index_select(0, index), index)
+        pairs = index + first_box * len(self._nodes)
         self._pairs = torch.cat([self._pairs, pairs])
         self._scores = torch.cat([self._scores, scores])
         if len(self._pairs) > MAX_PAIRS:

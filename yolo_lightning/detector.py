@@ -17,6 +17,7 @@ from yolo_lightning.detections import (
     DetectionList,
     Detections,
     split_kept,
+    to_host,
     to_original_px,
 )
 from yolo_lightning.errors import InputError, expand
@@ -391,14 +392,18 @@ class DetectorModule(TrainingModule):
     ) -> tuple[Tensor, Tensor]:
         """Return the label of each candidate, and P(label), on the host."""
         logits, count = candidates.class_logits, len(candidates.objectness)
-        if count and logits.are_few(count, self.tree.descent_widths):
+        if not count:
+            return torch.empty_like(candidates.image), torch.empty_like(candidates.objectness)
+        if logits.are_few(count, self.tree.descent_widths):
             gather = logits.node_logits(candidates.image, candidates.anchor, candidates.cell)
             zeros = torch.zeros(count, device=logits.device)
-            nodes, probs, _ = self.tree.descend_gathered(gather, zeros, threshold)
-            return nodes.cpu(), probs.cpu()
-        labels, probs = torch.empty_like(candidates.image), torch.empty_like(candidates.objectness)
-        for rows, part in candidates.chunks():
-            labels[rows], probs[rows] = self.tree.most_specific_nodes(part, threshold)
+            labels, probs, _ = self.tree.descend_gathered(gather, zeros, threshold)
+        else:
+            parts = [
+                self.tree.most_specific_nodes(one, threshold) for _, one in candidates.chunks()
+            ]
+            labels, probs = (torch.cat(one) for one in zip(*parts, strict=True))
+        probs, labels = to_host(probs, labels)
         return labels, probs
 
     def _suppress(
@@ -423,27 +428,24 @@ class DetectorModule(TrainingModule):
         sources = evaluation.source_numbers(batch.sample_ids)[candidates.image]
         levels = [level.nodes for level in evaluation.levels]
         pairs = BestPairs(candidates.image, len(batch), levels, SCORE_THRESHOLD)
-        labels = torch.zeros(2, len(boxes), dtype=torch.long)  # also the ends of the paths
-        scores = torch.zeros_like(candidates.objectness)
+        descents = []  # on the device, of boxes whose score may be high enough
+        likely = candidates.objectness > PREDICTION_SCORE_THRESHOLD
         for rows, logits in candidates.chunks():
-            objectness = candidates.objectness[rows]
             probs = evaluation.class_probs(self.tree.log_probs(logits).exp(), sources[rows])
-            pairs.add(rows.start, objectness, probs)
-            # no score of other boxes is above this threshold
-            likely = (objectness > PREDICTION_SCORE_THRESHOLD).nonzero().flatten()
-            if evaluation.is_hierarchical and len(likely):
-                found = logits.index_select(0, likely.to(logits.device, non_blocking=True))
-                nodes, label_probs, ends = self.tree.descend(found, 0.5)
-                likely = likely + rows.start
-                labels[:, likely] = torch.stack([nodes, ends]).cpu()
-                scores[likely] = candidates.objectness[likely] * label_probs.cpu()
+            pairs.add(rows.start, candidates.objectness[rows], probs)
+            index = likely[rows].nonzero().flatten()
+            if evaluation.is_hierarchical and len(index):
+                index = index.to(logits.device, non_blocking=True)
+                descents.append(self.tree.descend(logits.index_select(0, index), 0.5))
         most_specific: list[tuple[Detections, Tensor]] = []
-        if evaluation.is_hierarchical:
-            predicted = Detections(boxes, labels[0], scores)
-            kept = self._suppress(
-                predicted, candidates.image, len(batch), PREDICTION_SCORE_THRESHOLD
-            )
-            most_specific = [(one, labels[1, index]) for one, index in kept]
+        if descents:
+            labels, probs, ends = (torch.cat(one) for one in zip(*descents, strict=True))
+            probs, labels, ends = to_host(probs, labels, ends)
+            scores = candidates.objectness[likely] * probs
+            predicted = Detections(boxes[likely], labels, scores)
+            image = candidates.image[likely]
+            kept = self._suppress(predicted, image, len(batch), PREDICTION_SCORE_THRESHOLD)
+            most_specific = [(one, ends[index]) for one, index in kept]
         evaluation.update(
             batch,
             self._targets_original_px(batch),

@@ -27,6 +27,7 @@ from yolo_lightning.callbacks import (
     BatchDigests, FiniteGuard, LastCheckpoint, MultiScale, Preemption, ResultsTable, Throughput,
     TrainingProgress)
 from yolo_lightning.datamodules import ShapesDetection, ShapesImageLabels
+from yolo_lightning.models import head
 
 TREE, folder = sys.argv[1:]
 torch.set_num_threads(1)
@@ -154,6 +155,18 @@ def validate(device, name, tree):
     found[f"validation {name}"] = count.batches[-1]
 
 
+def count_parts(max_logits):
+    """Let a device compute few logits at once."""
+    head.MAX_LOGITS_ON_GPU, chunks, found["parts"] = max_logits, head.Candidates.chunks, []
+
+    def counted(self):
+        parts = list(chunks(self))
+        found["parts"].append(len(parts))
+        return parts
+
+    head.Candidates.chunks = counted
+
+
 with PretendDevice() as device:
     planted(device)
     flat = [(key, "-", name) for key, _, name in WordTree.from_file(TREE).rows]
@@ -161,6 +174,9 @@ with PretendDevice() as device:
     for name, tree in (("flat", flat), ("tree", TREE)):
         detect(device, name, tree)
         validate(device, name, tree)
+    count_parts(400 * 20)
+    detect(device, "in parts", flat)
+    validate(device, "in parts", TREE)
     datamodule = data(detection=ShapesDetection(length=16, image_size=64))
     detector = DetectorModule(TREE, [(1.5, 1.5), (2.5, 2.5)], "small", 8, 4, learning_rate=0.01)
     fit(device, "detector", detector, datamodule, gradient_clip_val=1.0)
@@ -217,11 +233,15 @@ def test_loss_of_boxes_starts_few_kernels_and_does_not_wait(found):
     assert kernels <= 120
 
 
-@pytest.mark.parametrize("classes", ["flat", "tree"])
+@pytest.mark.parametrize("classes", ["flat", "tree", "in parts"])
 @pytest.mark.parametrize("kind", ["detect", "detect_most_specific", "validation"])
 def test_results_of_a_batch_are_read_with_few_waits_and_kernels(found, kind, classes):
     images, objects, kernels, waits = found[f"{kind} {classes}"]
     assert images == 8
     assert objects >= 3 * images
     assert sum(waits.values()) <= 10, waits
-    assert kernels <= 30 * images
+    assert kernels <= (60 if classes == "in parts" else 30) * images
+
+
+def test_logits_were_computed_in_parts(found):
+    assert max(found["parts"]) == 3
