@@ -11,6 +11,9 @@ from yolo_lightning import signals
 from yolo_lightning.datamodules.batching import Batch
 from yolo_lightning.datamodules.sampler import AlternatingBatchSampler
 from yolo_lightning.errors import InputError
+from yolo_lightning.memory import keep_freed_memory
+
+_KEPT_BYTES, _KEPT_IN_WORKER = 2**30, 2**26
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -46,6 +49,7 @@ class ResumableLoader(DataLoader[Batch]):
         return (self._next(batches) for _ in range(len(self)))
 
     def _start(self) -> Iterator[Any]:
+        keep_freed_memory(_KEPT_BYTES)
         iterator = super().__iter__()  # starts the workers
         for worker in getattr(iterator, "_workers", []):  # exiting waits for them
             worker._popen.terminate = worker._popen.kill  # they ignore SIGTERM
@@ -124,6 +128,7 @@ class TrainingLoader(ResumableLoader):
 
 def _init_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory(_KEPT_IN_WORKER)
     signals.ignore_stop_signals()  # schedulers signal every process of a job, workers too
 
 

@@ -21,6 +21,7 @@ from tests.benchmarks import compiling, loading, naming, network, saving, start,
 from tests.benchmarks.rehearsal_report import table, write_section
 from tests.benchmarks.rows import HEAD, Row
 from tests.helpers.paths import REPO
+from yolo_lightning.memory import keep_freed_memory
 
 START, END = "<!-- benchmarks: start -->", "<!-- benchmarks: end -->"
 COMMAND = "make benchmarks"
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=SUBJECTS, metavar="NAME", help=", ".join(SUBJECTS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    keep_freed_memory(2**30)  # as trainings do
     started, rows = time.monotonic(), list[Row]()
     for name in [options.only] if options.only else SUBJECTS:
         print(f"{name} …", file=sys.stderr, flush=True)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from yolo_lightning.datamodules.combined import CombinedDataModule
     from yolo_lightning.datamodules.source import ImageLabelSource
     from yolo_lightning.detector import DetectorModule
-    from yolo_lightning.losses import LossSettings
 
 SOURCES = ("detection", "classification", "validation", "test")
 FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
@@ -93,8 +92,8 @@ def images_seen(checkpoint: Mapping[str, Any], data: "CombinedDataModule") -> in
     return order.plan(int(progress["total"]["processed"])).images_seen
 
 
-def load_detector(options: argparse.Namespace, cli: Any) -> "tuple[DetectorModule, LossSettings]":
-    """Return the detector of the checkpoint, and the settings of the loss of the recipe.
+def load_detector(options: argparse.Namespace, cli: Any) -> "DetectorModule":
+    """Return the detector of the checkpoint, with the settings of the loss of the recipe.
 
     Raises:
         InputError: checkpoint or recipe are not of a detector, or differ in classes or anchors.
@@ -102,7 +101,6 @@ def load_detector(options: argparse.Namespace, cli: Any) -> "tuple[DetectorModul
     from yolo_lightning.checkpoints.validation import first_difference
     from yolo_lightning.detector import DetectorModule
     from yolo_lightning.inference.loading import load
-    from yolo_lightning.losses import LossSettings
 
     module = load(options.checkpoint)
     if not isinstance(module, DetectorModule):
@@ -120,7 +118,9 @@ def load_detector(options: argparse.Namespace, cli: Any) -> "tuple[DetectorModul
             difference = first_difference(value, checkpoint_value, "the recipe", "the checkpoint")
             raise InputError(f"{name} differs from the checkpoint's: {difference}")
     loss = model.init_args.get("loss")
-    return module, module.loss if loss is None else LossSettings(**loss.as_dict())
+    if loss is not None:
+        module.loss = type(module.loss)(**loss.as_dict())
+    return module
 
 
 def main(argv: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
 
     cli = DataCLI([options.recipe, *overrides], options.checkpoint)
     data = cli.datamodule
-    module, settings = load_detector(options, cli)
+    module = load_detector(options, cli)
     tree, anchors, stride = module.tree, module.network.anchors_wh_cell, module.network.stride
     size = data.image_size if options.image_size is None else options.image_size
     if size < stride or size % stride:
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
     num_images = options.images_seen
     if num_images is None:
         num_images = images_seen(read_checkpoint(options.checkpoint), data)
-    batch.images_seen = settings.anchor_prior_images if num_images is None else num_images
+    batch.images_seen = module.loss.anchor_prior_images if num_images is None else num_images
     path = Path(options.output or f"explain-{name}-{options.image}.png")
     title = f"{name} {options.image}: {file_name}"
     print(f"{printable(title)}, {size} x {size} px")
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
         output = module.network(unit_range(batch.images))
     if isinstance(batch, DetectionBatch):
         names = data.exclusive_names(getattr(data, name))
-        boxes = analysis.explain_boxes(output, batch, anchors, tree, settings, names)
+        boxes = analysis.explain_boxes(output, batch, anchors, tree, module.loss, names)
         print(text.boxes_text(boxes))
         picture.save_boxes(path, title, boxes)
     else:
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
             data.detection.bind(data.tree)
             module.boxed[data.boxed_nodes] = True
         ancestors = module.boxed_ancestors()
-        label = analysis.explain_label(output, batch, anchors, tree, ancestors, settings)
+        label = analysis.explain_label(output, batch, anchors, tree, ancestors, module.loss)
         print(text.label_text(label))
         picture.save_label(path, title, label)
     print(f"figure: {shlex.quote(str(path))}")
