@@ -78,7 +78,8 @@ class CompileNetwork(pl.Callback):
         graphs = compiled_graphs()
         if graphs > self._graphs:
             size = tuple(batch.images.shape)
-            rank_zero_info(f"torch.compile: {graphs} graphs after step {batch.step}, images {size}")
+            count = f"{graphs} graph{'s' if graphs > 1 else ''}"
+            rank_zero_info(f"torch.compile: {count} after step {batch.step}, images {size}")
         self._graphs = graphs
         # a tensor on the host: Lightning copies a number to the device, and waits for it
         pl_module.log("train/compiled_graphs", torch.tensor(float(graphs)), batch_size=len(batch))
