@@ -89,7 +89,7 @@ def naming(nodes: int, tiny: bool = False) -> Callable[[], Any]:
 
 def measure(tiny: bool = False) -> list[Row]:
     """Return the rows."""
-    rounds = 2 if tiny else 15
+    rounds = 2 if tiny else 51
     tree, *ways = selection(tiny)
     ours, naive = in_turn(2 if tiny else 5, *ways)
     what = f"box selection over {len(tree):,} nodes, 8 images at 416 px"
