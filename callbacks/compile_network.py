@@ -101,6 +101,15 @@ class CompileNetwork(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the network and the settings of `torch.compile`."""
+        self._restore(pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Restore them, because Lightning calls `teardown` only at a regular end."""
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: pl.LightningModule) -> None:
         pl_module.network.body._compiled_call_impl = None  # type: ignore[union-attr]
         self._settings.close()
 

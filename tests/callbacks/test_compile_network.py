@@ -21,6 +21,9 @@ SIZES = [32, 64, 96]
 def _fresh():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    yield
+    assert settings.recompile_limit == 8, "the settings are restored"
+    assert not settings.fail_on_recompile_limit_hit
 
 
 @pytest.mark.slow
@@ -35,7 +38,6 @@ def test_losses_are_those_without_and_graphs_are_few(tmp_path, dynamic, most):
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     assert 1 <= trainer.callback_metrics["train/compiled_graphs"] <= most
     assert not [name for name in model.state_dict() if "_orig_mod" in name]
-    assert settings.recompile_limit == 8, "restored"
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     model.network.body(torch.zeros(1, 3, 128, 128))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "not compiled now"
