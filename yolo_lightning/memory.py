@@ -8,12 +8,12 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory(max_bytes: int) -> None:
-    """Let the C library keep up to so many freed bytes for the next tensors and images.
+    """Let the C library keep freed memory for the next tensors and images.
 
-    By default, it gives large ones back to the system, which clears every page of the next one:
+    By default, it gives large blocks back to the system, which clears every page of the next one:
     up to two fifths of the time of a training step on CPUs. The process takes more memory for it.
-    Settings of the user, ``MALLOC_…`` or ``GLIBC_TUNABLES``, are left alone, as are other C
-    libraries.
+    Only what is free at the end of the heap is given back, from `max_bytes` on. Settings of the
+    user, ``MALLOC_…`` or ``GLIBC_TUNABLES``, are left alone, as are other C libraries.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
