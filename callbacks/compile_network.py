@@ -1,5 +1,6 @@
 """`CompileNetwork`: `torch.compile` for multi-scale training."""
 
+import os
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from yolo_lightning.callbacks.multi_scale import MultiScale
 from yolo_lightning.errors import InputError
 
-_OF_EVALUATION = 4  # graphs: full and last batches of validation and test
+_OF_EVALUATION = 4  # graphs: full and last batches of validation and of PredictionGrid
 
 
 class CompileNetwork(pl.Callback):
@@ -28,7 +29,7 @@ class CompileNetwork(pl.Callback):
 
     Raises:
         InputError: an unknown backend; when training starts, `torch.compile` is disabled; later, it
-            fails, or compiles too many graphs.
+            fails, compiles nothing, or too many graphs.
     """
 
     def __init__(
@@ -38,19 +39,22 @@ class CompileNetwork(pl.Callback):
         if backend not in allowed:
             raise InputError(f"CompileNetwork: backend is {backend!r}; allowed: {allowed}")
         self.backend, self.mode, self.dynamic = backend, mode, dynamic
-        self._graphs = 0
+        self._graphs = self._earlier_graphs = self._limit = 0
         self._settings = ExitStack()  # of torch.compile, while this trains
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compile in place; the compilation itself runs in the first batch of each shape."""
         import torch._dynamo.config as settings
 
-        if settings.disable:
+        if settings.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             raise InputError(
                 "CompileNetwork: torch.compile is disabled, by TORCH_COMPILE_DISABLE or "
                 "TORCHDYNAMO_DISABLE; unset it, or leave the callback out"
             )
-        limit = most_graphs(trainer)
+        # earlier trainings of this process count, too
+        self._graphs = self._earlier_graphs = compiled_graphs()
+        self._limit = most_graphs(trainer)
+        limit = self._earlier_graphs + self._limit
         rank_zero_info("torch.compile: the first step of each size takes up to minutes")
         self._settings.enter_context(
             settings.patch(
@@ -61,10 +65,11 @@ class CompileNetwork(pl.Callback):
             )
         )
         body: torch.nn.Module = pl_module.network.body  # type: ignore[assignment, union-attr]
-        body.compile(backend=self.backend, mode=self.mode, dynamic=self.dynamic, fullgraph=True)
+        # synchronized batch norm reads on the host how many images each rank has
+        whole = not any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in body.modules())
+        body.compile(backend=self.backend, mode=self.mode, dynamic=self.dynamic, fullgraph=whole)
         # where `Module.compile` keeps the compiled call, which copies of the module leave out
         body._compiled_call_impl = self._naming_errors(body._compiled_call_impl)
-        self._graphs = compiled_graphs()
 
     def on_train_batch_end(
         self,
@@ -78,11 +83,18 @@ class CompileNetwork(pl.Callback):
         graphs = compiled_graphs()
         if graphs > self._graphs:
             size = tuple(batch.images.shape)
-            count = f"{graphs} graph{'s' if graphs > 1 else ''}"
-            rank_zero_info(f"torch.compile: {count} after step {batch.step}, images {size}")
+            rank_zero_info(
+                f"torch.compile: new graphs: {graphs - self._graphs}, at step {batch.step}, "
+                f"images {size}"
+            )
+        if not graphs:
+            raise InputError(
+                "CompileNetwork: torch.compile compiled nothing; leave the callback out"
+            )
         self._graphs = graphs
         # a tensor on the host: Lightning copies a number to the device, and waits for it
-        pl_module.log("train/compiled_graphs", torch.tensor(float(graphs)), batch_size=len(batch))
+        count = torch.tensor(float(graphs - self._earlier_graphs))
+        pl_module.log("train/compiled_graphs", count, batch_size=len(batch))
 
     def _naming_errors(self, compiled: Any) -> Any:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -90,7 +102,12 @@ class CompileNetwork(pl.Callback):
         def call(images: torch.Tensor) -> Any:
             try:
                 return compiled(images)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            except FailOnRecompileLimitHit as error:
+                raise InputError(
+                    f"CompileNetwork: more than {self._limit} graphs; allowed: two for each size "
+                    f"of MultiScale and {_OF_EVALUATION} for evaluation"
+                ) from error
+            except TorchDynamoException as error:
                 reason = next((line for line in str(error).splitlines() if line.strip()), "")
                 raise InputError(
                     f"CompileNetwork: torch.compile with the backend {self.backend} failed: "

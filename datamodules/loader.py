@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -67,8 +68,10 @@ class ResumableLoader(DataLoader[Batch]):
                 "see whether its disk answers, or set data.loader_timeout_s"
             ) from None
         except (OSError, EOFError) as error:
-            # a worker that dies after it has announced a batch cannot hand its memory over
-            if all(worker.is_alive() for worker in getattr(batches, "_workers", [])):
+            # a worker that dies after it has announced a batch cannot hand its memory over; its
+            # connections close a moment before it is seen to be dead
+            workers = [worker.sentinel for worker in getattr(batches, "_workers", [])]
+            if not connection.wait(workers, timeout=1):
                 raise
             raise RuntimeError(f"DataLoader worker exited unexpectedly: {error}") from None
 

@@ -21,12 +21,11 @@ def make_module_and_data(num_workers=0, **options):
         TREE,
         ShapesDetection(length=16, image_size=64),
         ShapesImageLabels(length=16, image_size=64),
-        detection_batch_size=4,
         classification_batch_size=2,
         image_size=64,
         num_workers=num_workers,
         steps_per_epoch=8,
-        **options,
+        **{"detection_batch_size": 4, **options},
     )
     torch.manual_seed(0)
     return DetectorModule(TREE, [(1.5, 1.5)], "small", 8, 4, learning_rate=0.01), data
