@@ -233,6 +233,8 @@ class Run:
             "model.init_args.tree": str(self.work / "data/tree.tsv"),
             # weights change from the first steps, so that a wrong resume is seen
             "model.init_args.schedule.init_args.burn_in_steps": 10,
+            # with one image a rank and random weights, the loss explodes at the recipe's 0.001
+            "model.init_args.learning_rate": 0.0001,
             "data.init_args.detection_batch_size": plan.batch_size,
             "data.init_args.classification_batch_size": plan.batch_size,
             "data.init_args.num_workers": 1,

@@ -103,7 +103,7 @@ def _introduction(results: Results) -> str:
         tree), few photographs of 640 x 480 behind them, and a tree of 9,418 nodes with the shape of
         the authors'. {plan["steps"]} steps, {boxed} with boxes and {plan["steps"] - boxed} with
         labels, {plan["batch_size"]} images each, at {sizes}, {network}, one thread and one loader
-        worker for each rank; a burn-in of 10 steps, so that the weights change. It took
+        worker for each rank; a burn-in of 10 steps to 0.0001, so that the weights change. It took
         {results.seconds / 60:.0f} minutes."""
     )
     return f"{HEADING}\n\n```sh\nmake rehearsal\n```\n\n{text}"
