@@ -176,7 +176,7 @@ def _memory(results: Results) -> str:
     ]  # fmt: skip
     text = _paragraph(
         """A network of 8 channels at 64 px has hardly any activations, so its peak is what index,
-        tree, MLflow, the dry run and the evaluation with all nodes take, and 590 MiB of imported
+        tree, MLflow and the evaluation with all nodes take, and 590 MiB of imported
         libraries. Resident memory includes pages of files, which all processes share. A worker
         keeps the pages of its rank that change after its start, such as weights on a CPU; the
         workers of a rank share them."""
