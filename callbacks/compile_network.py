@@ -18,8 +18,8 @@ class CompileNetwork(pl.Callback):
     """Compile the layers of the network in place, once for each shape of a batch.
 
     The number of graphs is bounded by the sizes of `MultiScale`: one more is an error. New graphs
-    are printed, and logged as `train/compiled_graphs`. What cannot be compiled is an error, too:
-    the network never runs uncompiled without a word.
+    are printed, and logged as `train/compiled_graphs`. What cannot be compiled is an error, too;
+    only synchronized batch norm is left out.
 
     Args:
         backend: backend of `torch.compile`.
